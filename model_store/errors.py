@@ -1,0 +1,21 @@
+"""What model_store raises. Every message says where, what was found, what was expected and, if it helps, what to do."""
+
+
+class StoreError(Exception):
+    """A stored model, or a request to draw from one, that cannot be used."""
+
+
+class StructureUnknown(StoreError):
+    """A structure's name, width or class count that does not exist."""
+
+
+class TicketRejected(StoreError):
+    """A ticket, or its file, that is damaged, incomplete or not what its metadata says."""
+
+
+class LibraryRejected(StoreError):
+    """A library whose manifest, digests or files do not hold together."""
+
+
+class PolicyRejected(StoreError):
+    """A law of theta that does not fit the library or is no probability law."""

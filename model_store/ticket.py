@@ -1,0 +1,425 @@
+"""Ticket: one sparse network as it is stored, and its file.
+
+A file is one safetensors container. Its single metadata string describes the ticket whole, and carries a SHA-256 of
+the file itself, so that a ticket on its own is checked as closely as one inside a library. FORMAT.md is the reference.
+"""
+
+import hashlib
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, cast
+
+import numpy as np
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+from safetensors import SafetensorError
+from torch import Tensor
+
+from model_store.errors import StoreError, TicketRejected
+from model_store.structures import Network, Structure, convs, norms
+
+Kind = Literal["scratch", "fine-tuned"]
+ValueDtype = Literal["float16", "float32"]
+
+FORMAT: Final = "tombola-ticket"
+VERSION: Final = 1
+MAX_HEADER_BYTES: Final = 2**20  # WideResNet38 needs about 25 KiB
+MAX_FILE_BYTES: Final = 2**30  # a dense float32 WideResNet38 at the paper's width is 230 MB
+MAX_WEIGHTS: Final = 2**28  # five times that network
+MIN_DENSITY: Final = 1e-4
+TEMPERATURES: Final = (1e-3, 1e3)
+DTYPES: Final = {"float16": torch.float16, "float32": torch.float32}
+CODES: Final = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+UNSIGNED: Final = "0" * 64  # what stands in the digest's place while the digest is computed
+
+
+class Record(BaseModel):
+    """The strict reading of anything stored as JSON: no key missing or unknown, no conversion, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Slot(NamedTuple):
+    """One tensor of a file: what its dtype and shape must be."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Header(Record):
+    """The metadata string of a ticket's file."""
+
+    format: Literal["tombola-ticket"]
+    version: Literal[1]
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    structure: Structure
+    density: float
+    densities: dict[str, float]
+    kind: Kind
+    value_dtype: ValueDtype | None
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ticket:
+    """A mask over a structure's convolutions, the weights it keeps, and the norm statistics that belong to it.
+
+    density: nominal fraction kept, from 0.0001 to 1.  densities: the same for each convolution, by name.
+    masks: bool, in the shape of the convolution's weight; exactly kept_count() of them true.
+    values: float32 [kept], the kept weights in row-major order. In a scratch ticket all of a layer are +-one scale.
+    statistics: "<norm>.running_mean" and "<norm>.running_var", float32 [channels].
+    temperature: what the logits are divided by in an ensemble.
+    value_dtype: how a fine-tuned ticket's values are stored; they are rounded to it already.
+
+    Raises TicketRejected if any of this does not hold, so that a Ticket that exists is whole.
+    """
+
+    structure: Structure
+    density: float
+    densities: Mapping[str, float]
+    masks: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor]
+    kind: Kind
+    temperature: float = 1.0
+    value_dtype: ValueDtype = "float16"
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        shapes, channels = layers(self.structure)
+        for field, expected in (("densities", shapes), ("masks", shapes), ("values", shapes), ("statistics", channels)):
+            same_names(field, getattr(self, field), expected)
+        for name in shapes:
+            check_layer(self, name)
+        for name in channels:
+            check_statistic(name, self.statistics[name], channels[name])
+
+    @property
+    def name(self) -> str:
+        """Such as resnet18-07: the structure, and the density in percent."""
+        return f"{self.structure.name}-{round(100 * self.density):02d}"
+
+    def network(self) -> Network:
+        """The dense network with the mask baked into its weights: eval mode, no gradients, norms not folded."""
+        network = self.structure.blank().eval().requires_grad_(False)
+        for name, module in convs(network).items():
+            module.weight.zero_()
+            module.weight[self.masks[name]] = self.values[name]
+        for name, norm in norms(network).items():
+            norm.get_buffer("running_mean").copy_(self.statistics[f"{name}.running_mean"])
+            norm.get_buffer("running_var").copy_(self.statistics[f"{name}.running_var"])
+        return network
+
+
+def kept_count(numel: int, density: float) -> int:
+    """How many of a layer's `numel` weights a ticket of this density keeps: numel - floor((1 - density) * numel)."""
+    # 1e-6: in floating point (1 - .3) * 10 is 6.999...; the error stays below it up to MAX_WEIGHTS.
+    return numel - math.floor((1 - density) * numel + 1e-6)
+
+
+def uniform(structure: Structure, density: float) -> dict[str, float]:
+    """The same density for every convolution."""
+    return dict.fromkeys(layers(structure)[0], density)
+
+
+@lru_cache(maxsize=64)
+def layers(structure: Structure) -> tuple[dict[str, torch.Size], dict[str, int]]:
+    """The convolutions' weight shapes by name, and the length of every statistic by name. Allocates no weights."""
+    with torch.device("meta"):
+        network = structure.build()
+    shapes = {name: module.weight.shape for name, module in convs(network).items()}
+    total = sum(shape.numel() for shape in shapes.values())
+    if total > MAX_WEIGHTS:
+        raise TicketRejected(f"{structure}: {total:,} weights; at most {MAX_WEIGHTS:,} are read")
+    parts = ("running_mean", "running_var")
+    return shapes, {f"{name}.{part}": norm.num_features for name, norm in norms(network).items() for part in parts}
+
+
+def check_numbers(ticket: Ticket) -> None:
+    check_number("density", ticket.density, MIN_DENSITY, 1)
+    for name, density in ticket.densities.items():
+        check_number(f"densities: {name}", density, MIN_DENSITY, 1)
+    check_number("temperature", ticket.temperature, *TEMPERATURES)
+    if ticket.kind not in ("scratch", "fine-tuned"):
+        raise TicketRejected(f"kind {ticket.kind!r}; expected 'scratch' or 'fine-tuned'")
+    if ticket.value_dtype not in DTYPES or (ticket.kind == "scratch" and ticket.value_dtype != "float16"):
+        allowed = "float16 or float32 if fine-tuned; a scratch ticket stores signs and leaves the default"
+        raise TicketRejected(f"value_dtype {ticket.value_dtype!r} in a {ticket.kind} ticket; expected {allowed}")
+
+
+def check_number(where: str, value: object, least: float, most: float) -> None:
+    if type(value) not in (int, float) or not least <= cast("float", value) <= most:
+        raise TicketRejected(f"{where} {value!r}; expected a number from {least} to {most}")
+
+
+def same_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [
+            f"{word} {', '.join(names[:4])}" for word, names in (("missing", missing), ("not expected", extra)) if names
+        ]
+        raise TicketRejected(f"{where}: {'; '.join(parts)} ({len(found)} found, {len(expected)} expected)")
+
+
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) or tensor.device.type != "cpu":
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
+        raise TicketRejected(f"{name}: {found}; expected {dtype} {list(shape)} on cpu")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise TicketRejected(f"{name}: holds a number that is not finite")
+
+
+def check_layer(ticket: Ticket, name: str) -> None:
+    mask, values, density = ticket.masks[name], ticket.values[name], ticket.densities[name]
+    check_tensor(f"{name}.mask", mask, torch.bool, layers(ticket.structure)[0][name])
+    kept, expected = int(mask.sum()), kept_count(mask.numel(), density)
+    if kept != expected:
+        raise TicketRejected(f"{name}.mask: keeps {kept} of {mask.numel()} weights; density {density} means {expected}")
+    check_tensor(f"{name}.values", values, torch.float32, (kept,))
+    if ticket.kind == "scratch":
+        check_signs(name, values)
+    elif not torch.equal(values.to(DTYPES[ticket.value_dtype]).float(), values):
+        raise TicketRejected(f"{name}.values: not rounded to {ticket.value_dtype}; round them before you store them")
+
+
+def check_signs(name: str, values: Tensor) -> None:
+    scale = values[0].abs()
+    if not (bool(scale > 0) and bool((values.abs() == scale).all())):
+        raise TicketRejected(f"{name}.values: expected +-one positive scale in a scratch ticket, found others")
+
+
+def check_statistic(name: str, statistic: Tensor, channels: int) -> None:
+    """Finite, and no variance below 0. A variance of 0 is a channel none of whose weights is kept: legal."""
+    check_tensor(name, statistic, torch.float32, (channels,))
+    if name.endswith("running_var") and bool((statistic < 0).any()):
+        raise TicketRejected(f"{name}: a variance of {statistic.min().item()}; expected none below 0")
+
+
+# The file
+
+
+def pack(bits: Tensor) -> Tensor:
+    """bool [...] -> uint8 [ceil(numel / 8)]: row-major, the first bit lowest in its byte, zeros behind the last."""
+    return torch.from_numpy(np.packbits(bits.flatten().numpy(), bitorder="little"))
+
+
+def unpack(name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of pack(). Raises TicketRejected if a padding bit is not 0."""
+    bits = torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little").view(np.bool_))
+    count = math.prod(shape)
+    if bool(bits[count:].any()):
+        raise TicketRejected(f"{name}: a padding bit behind the {count} of the tensor is set; expected zeros")
+    return bits[:count].clone().view(shape)
+
+
+def slots(header: Header) -> dict[str, Slot]:
+    """Every tensor the file must hold, and no other, from what its metadata says."""
+    shapes, channels = layers(header.structure)
+    same_names("densities", header.densities, shapes)
+    found = {name: Slot(torch.float32, (length,)) for name, length in channels.items()}
+    for name, shape in shapes.items():
+        kept = kept_count(shape.numel(), header.densities[name])
+        found[f"{name}.mask"] = Slot(torch.uint8, (-(-shape.numel() // 8),))
+        if header.value_dtype is None:
+            found[f"{name}.signs"] = Slot(torch.uint8, (-(-kept // 8),))
+            found[f"{name}.scale"] = Slot(torch.float32, (1,))
+        else:
+            found[f"{name}.values"] = Slot(DTYPES[header.value_dtype], (kept,))
+    return found
+
+
+def header_of(ticket: Ticket) -> Header:
+    return Header(
+        format=FORMAT,
+        version=VERSION,
+        digest=UNSIGNED,
+        structure=ticket.structure,
+        density=float(ticket.density),
+        densities={name: float(ticket.densities[name]) for name in layers(ticket.structure)[0]},
+        kind=ticket.kind,
+        value_dtype=None if ticket.kind == "scratch" else ticket.value_dtype,
+        temperature=float(ticket.temperature),
+    )
+
+
+def tensors_of(ticket: Ticket) -> dict[str, Tensor]:
+    tensors = {name: statistic.contiguous() for name, statistic in ticket.statistics.items()}
+    for name, values in ticket.values.items():
+        tensors[f"{name}.mask"] = pack(ticket.masks[name])
+        if ticket.kind == "scratch":
+            tensors[f"{name}.signs"] = pack(values < 0)
+            tensors[f"{name}.scale"] = values[:1].abs()
+        else:
+            tensors[f"{name}.values"] = values.to(DTYPES[ticket.value_dtype]).contiguous()
+    return tensors
+
+
+def encode(ticket: Ticket) -> bytes:
+    """The ticket's file. Equal tickets give equal bytes."""
+    # One metadata string: safetensors does not promise an order of several.
+    unsigned = safetensors.torch.save(tensors_of(ticket), {"ticket": header_of(ticket).model_dump_json()})
+    return unsigned.replace(UNSIGNED.encode(), hashlib.sha256(unsigned).hexdigest().encode(), 1)
+
+
+def decode(data: bytes) -> Ticket:
+    """The ticket in a file's bytes, checked whole. Raises TicketRejected."""
+    header, entries = read_header(data)
+    expected = slots(header)
+    same_names("tensors", entries, expected)
+    for name, slot in expected.items():
+        check_entry(name, entries[name], slot)
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise TicketRejected(f"not a sound safetensors file: {error}") from error
+    return assemble(header, tensors)
+
+
+def check_entry(name: str, entry: Any, slot: Slot) -> None:
+    found = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else entry
+    expected = (CODES[slot.dtype], list(slot.shape))
+    if found != expected:
+        raise TicketRejected(f"{name}: dtype and shape {found!r}; expected {expected!r}")
+
+
+def read_header(data: bytes) -> tuple[Header, dict[str, Any]]:
+    """The metadata, and the table of tensors as the container gives it, once the whole file's digest is right."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or len(data) < 8 + min(length, MAX_HEADER_BYTES):
+        raise TicketRejected(f"{len(data)} bytes, cut short inside the header")
+    if length > MAX_HEADER_BYTES:
+        raise TicketRejected(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+    try:
+        table = from_json(data[8 : 8 + length])
+        text = table.pop("__metadata__")["ticket"]
+        fields = from_json(text)
+        found = fields.get("format"), fields.get("version")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise TicketRejected(f"no ticket's metadata in its header ({error!r:.100})") from error
+    if found != (FORMAT, VERSION):
+        raise TicketRejected(f"format and version {found!r}; this reader knows {(FORMAT, VERSION)!r}")
+    check_length(data, 8 + length, table)
+    header = parse_header(text)
+    check_digest(data, header.digest)
+    return header, table
+
+
+def check_length(data: bytes, start: int, table: dict[str, Any]) -> None:
+    ends = [entry.get("data_offsets") for entry in table.values() if isinstance(entry, dict)]
+    end = start + max(
+        (end[1] for end in ends if isinstance(end, list) and len(end) == 2 and type(end[1]) is int), default=0
+    )
+    if len(data) != end:
+        raise TicketRejected(f"{len(data)} bytes; its header describes {end}: cut short, or something was added")
+
+
+def parse_header(text: str) -> Header:
+    try:
+        return Header.model_validate_json(text)
+    except ValidationError as error:
+        raise TicketRejected(f"metadata: {first_fault(error)}") from error
+    except StoreError as error:
+        raise TicketRejected(f"metadata: {error}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"{where or 'JSON'}: {fault['msg']}, found {fault['input']!r:.80}"
+
+
+def check_digest(data: bytes, written: str) -> None:
+    unsigned = data.replace(written.encode(), UNSIGNED.encode(), 1)
+    computed = hashlib.sha256(unsigned).hexdigest()
+    if computed != written:
+        raise TicketRejected(f"its content has the digest {computed}, its metadata says {written}: damaged or altered")
+
+
+def assemble(header: Header, tensors: Mapping[str, Tensor]) -> Ticket:
+    shapes, channels = layers(header.structure)
+    masks = {name: unpack(f"{name}.mask", tensors[f"{name}.mask"], shape) for name, shape in shapes.items()}
+    return Ticket(
+        structure=header.structure,
+        density=header.density,
+        densities=header.densities,
+        masks=masks,
+        values={name: stored_values(header, name, tensors) for name in shapes},
+        statistics={name: tensors[name] for name in channels},
+        kind=header.kind,
+        temperature=header.temperature,
+        value_dtype=header.value_dtype or "float16",
+    )
+
+
+def stored_values(header: Header, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if (header.kind == "scratch") != (header.value_dtype is None):
+        raise TicketRejected(f"metadata: value_dtype {header.value_dtype!r} in a {header.kind} ticket")
+    if header.value_dtype is not None:
+        return tensors[f"{name}.values"].float()
+    kept = kept_count(layers(header.structure)[0][name].numel(), header.densities[name])
+    scale = tensors[f"{name}.scale"]
+    return torch.where(unpack(f"{name}.signs", tensors[f"{name}.signs"], (kept,)), -scale, scale)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A regular file of at most MAX_FILE_BYTES."""
+    try:
+        if not path.is_file():
+            raise TicketRejected(f"{path}: no such file")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise TicketRejected(f"{path}: {size} bytes; at most {MAX_FILE_BYTES} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise TicketRejected(f"{path}: cannot be read: {error}") from error
+
+
+def load_ticket(path: Path) -> Ticket:
+    """Raises TicketRejected, naming the path, what was found and what was expected."""
+    try:
+        return decode(read_bytes(path))
+    except TicketRejected as error:
+        text = str(error)
+        raise TicketRejected(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def save_ticket(path: Path, ticket: Ticket) -> str:
+    """Writes the ticket's file, whole or not at all, and returns its SHA-256 in hex. The folder must exist."""
+    data = encode(ticket)
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+PART = re.compile(r"^\..+\.[0-9a-f]{16}\.part$")  # what a writer that was killed leaves behind
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """After a crash at any point `path` holds its old content or all of the new one."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in the folder last through a power cut, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

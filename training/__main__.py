@@ -1,0 +1,277 @@
+"""python -m training: plan, search, baseline, status, export, table, compare, figures, fetch."""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from model_store.errors import StoreError
+from model_store.library import open_library
+from model_store.structures import STRUCTURES
+from training import export, plan
+from training.data import Split, read_split
+from training.errors import TrainingError
+from training.plan import Job, Status
+from training.recipes import DENSITIES, PRESETS, Recipe, baseline, going_on
+
+EXAMPLES = """\
+a library from nothing, on two cores (hours; interrupt it whenever you like, it goes on where it was):
+  python -m training fetch data
+  python -m training search --data data --state run
+  python -m training status --state run
+  python -m training export --state run my-library
+
+an hour more for two tickets of a library that exists:
+  python -m training search --data data --state more --from my-library --only resnet18-07 resnet34-07 --epochs 2
+  python -m training export --state more --base my-library my-library
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        command: Callable[[argparse.Namespace], None] = arguments.command
+        command(arguments)
+    except (TrainingError, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m training",
+        description="Searches adversarially robust lottery tickets and exports them as a library.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(command=command)
+        return sub
+
+    add_recipe_options(add("plan", show_plan, "Show the jobs of a library and what each should cost."))
+    for name, command, about in (
+        ("search", run_search, "Search tickets, in processes of one thread each; goes on where it was interrupted."),
+        ("baseline", run_baseline, "Train the dense comparison networks with the same adversary, data and cost."),
+    ):
+        sub = add(name, command, about)
+        add_recipe_options(sub)
+        add_run_options(sub)
+    sub = add("status", show_status, "Show what is done, its accuracy, what remains and how long it should take.")
+    sub.add_argument("--state", type=Path, required=True, help="the folder of the search")
+    sub = add("export", run_export, "Write the finished tickets and their claims as a library (a partial one too).")
+    sub.add_argument("library", type=Path, help="the folder to write; an existing library there is replaced atomically")
+    sub.add_argument("--state", type=Path, nargs="*", default=[], help="folders of searches")
+    sub.add_argument("--base", type=Path, help="a library whose tickets stay unless a finished job has a better one")
+    sub = add("table", show_table, "Print the paper's Table 1 from a library's claims, in Markdown.")
+    sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
+    sub = add("fetch", fetch, "Download CIFAR-10 (170 MB) with torchvision.")
+    sub.add_argument("folder", type=Path, help="where to put it; give the same folder as --data")
+    sub = add("work", work, "Carry one job's folder to its end (what `search` starts for each ticket).")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--data", type=Path, required=True)
+    sub.add_argument("--device", default="cpu")
+    return top
+
+
+def add_recipe_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--preset", choices=PRESETS, default="compact", help="widths and schedule (default: %(default)s)")
+    sub.add_argument("--only", nargs="+", metavar="NAME", help="these tickets alone: a structure, or resnet18-07")
+    sub.add_argument("--scratch", action="store_true", help="pure scratch tickets: masks alone, weights never trained")
+    sub.add_argument("--epochs", type=float, help="passes over the search images (default: the preset's)")
+    sub.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="any other field of the recipe, such as noise=0.5"
+    )
+
+
+def add_run_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--data", type=Path, required=True, help="CIFAR-10 as torchvision keeps it, an image folder, or a zip"
+    )
+    sub.add_argument("--data-name", help="what claims call the data (default: the name of --data)")
+    sub.add_argument("--state", type=Path, required=True, help="where checkpoints and finished tickets go")
+    sub.add_argument("--workers", type=int, default=2, help="processes at once (default: %(default)s)")
+    sub.add_argument("--device", default="cpu", help="torch device of each process (default: %(default)s)")
+    sub.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
+    sub.add_argument("--rate", type=float, default=0.02, help="first learning rate with --from (default: %(default)s)")
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def wanted(name: str, only: Sequence[str] | None) -> bool:
+    return only is None or any(name == each or name.startswith(f"{each}-") for each in only)
+
+
+def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    changes: dict[str, Any] = {"mask_share": 1.0} if arguments.scratch else {}
+    if arguments.epochs:
+        changes["epochs"] = arguments.epochs
+    for item in arguments.set:
+        field, equals, value = item.partition("=")
+        if not equals or field not in Recipe.__dataclass_fields__:
+            raise TrainingError(
+                f"--set {item}: expected FIELD=VALUE with one of {', '.join(Recipe.__dataclass_fields__)}"
+            )
+        try:
+            changes[field] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[field] = value
+    return changes
+
+
+def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list[Recipe]:
+    preset, changes = PRESETS[arguments.preset], changes_of(arguments)
+    every = [
+        preset.recipe(structure, density, images, classes, **changes)
+        for structure in STRUCTURES
+        for density in DENSITIES
+    ]
+    chosen = [recipe for recipe in every if wanted(recipe.name, arguments.only)]
+    if not chosen:
+        raise TrainingError(
+            f"--only {' '.join(arguments.only)}: no such ticket; expected names such as {every[0].name}"
+        )
+    return chosen
+
+
+def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
+    """Jobs that train an exported library's tickets further."""
+    library = open_library(arguments.start)
+    jobs = []
+    for entry in library.manifest.entries:
+        if entry.role != "ticket" or not wanted(entry.name, arguments.only):
+            continue
+        before = Recipe.from_dict(entry.provenance.recipe)
+        steps = max(1, round((arguments.epochs or 1) * images / before.batch))
+        recipe = going_on(before, parent=entry.sha256, steps=steps, rate=arguments.rate)
+        jobs.append(Job(recipe, arguments.state / recipe.name, start=library.path / entry.file))
+    if not jobs:
+        raise TrainingError(f"{arguments.start}: no ticket matches --only {' '.join(arguments.only or [])}")
+    return jobs
+
+
+def show_plan(arguments: argparse.Namespace) -> None:
+    table = Table("ticket", "structure", "kind", "steps", "PMAC", "thread-hours", title=PRESETS[arguments.preset].about)
+    total = 0.0
+    for recipe in recipes_of(arguments, images=49_000, classes=10):
+        work = plan.cost(recipe)
+        total += work
+        table.add_row(recipe.name, str(recipe.structure), recipe.kind, f"{recipe.steps:,}", *spent(work))
+    table.add_section()
+    table.add_row("all", "", "", "", *spent(total))
+    Console().print(table)
+
+
+def spent(work: float) -> tuple[str, str]:
+    return f"{work / 1e15:.2f}", f"{work / plan.THREAD_SPEED / 3600:.1f}"
+
+
+def run_search(arguments: argparse.Namespace) -> None:
+    split = read_split(arguments.data)
+    if arguments.start:
+        jobs = jobs_from(arguments, len(split.search))
+    else:
+        recipes = recipes_of(arguments, len(split.search), len(split.classes))
+        jobs = [Job(recipe, arguments.state / recipe.name) for recipe in recipes]
+    run_jobs(jobs, arguments, split)
+
+
+def run_baseline(arguments: argparse.Namespace) -> None:
+    split = read_split(arguments.data)
+    preset = PRESETS[arguments.preset]
+    recipes = [
+        baseline(preset, name, len(split.search), len(split.classes), **changes_of(arguments))
+        for name in ("resnet18", "wideresnet32")
+        if wanted(name, arguments.only)
+    ]
+    run_jobs([Job(recipe, arguments.state / recipe.name, "baseline") for recipe in recipes], arguments, split)
+
+
+def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -> None:
+    name = arguments.data_name or arguments.data.name
+    jobs = [replace(job, data=name, classes=split.classes) for job in jobs]
+    console = Console()
+    rows: list[Status] = []
+    with Live(console=console, auto_refresh=False) as live:
+        for rows in plan.run_local(jobs, arguments.data, arguments.workers, arguments.device):
+            live.update(status_table(rows), refresh=True)
+    failed = [row for row in rows if row.state == "failed"]
+    for row in failed:
+        print(f"{row.job.name}: {row.error}", file=sys.stderr)
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
+    print(f"{len(jobs)} jobs done in {arguments.state}; `python -m training export --state {arguments.state} LIBRARY`")
+
+
+def show_status(arguments: argparse.Namespace) -> None:
+    Console().print(status_table([plan.status(job) for job in plan.find_jobs(arguments.state)]))
+
+
+def status_table(rows: Sequence[Status]) -> Table:
+    table = Table("ticket", "state", "step", "clean", "PGD", "minutes", "left")
+    for row in rows:
+        recipe = row.job.recipe
+        left = row.seconds / row.step * (recipe.steps - row.step) / 60 if row.step else None
+        table.add_row(
+            row.job.name,
+            row.state,
+            f"{row.step:,} / {recipe.steps:,}",
+            *("" if value is None else f"{100 * value:.1f}" for value in (row.clean, row.robust)),
+            f"{row.seconds / 60:.0f}",
+            "" if left is None else f"{left:.0f}",
+        )
+    done = sum(row.state == "done" for row in rows)
+    table.caption = f"{done} of {len(rows)} done; accuracy in % (test when done, held-out training images before)"
+    return table
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    library = export.export(arguments.library, arguments.state, arguments.base)
+    print(
+        f"{arguments.library}: {len(library.tickets)} tickets, {len(library.baselines)} baselines, "
+        f"digest {library.digest}"
+    )
+
+
+def show_table(arguments: argparse.Namespace) -> None:
+    print(export.table(open_library(arguments.library)))
+
+
+def fetch(arguments: argparse.Namespace) -> None:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        CIFAR10(str(arguments.folder), download=True)
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(
+            f"CIFAR-10 could not be downloaded ({error}). Without a network, copy cifar-10-python.tar.gz from a "
+            f"machine that has one into {arguments.folder} and unpack it there, or give any zip of train/<class>/* and "
+            "test/<class>/* images as --data."
+        ) from None
+    print(f"{arguments.folder}: CIFAR-10 is there; give it as --data {arguments.folder}")
+
+
+def work(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    plan.work(plan.read_job(arguments.folder), read_split(arguments.data), torch.device(arguments.device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

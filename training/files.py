@@ -1,0 +1,32 @@
+"""Small things that several commands write, and the commit that wrote them."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from training.errors import SearchFailed
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The old text or the new one, whatever happens in between. Raises SearchFailed where nothing can be written."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise SearchFailed(f"{path}: cannot be written ({error}); free some space, or choose another folder") from None
+
+
+def commit() -> str:
+    """The commit of the code that runs; TOMBOLA_COMMIT where it was copied out of its repository, else "unknown"."""
+    if given := os.environ.get("TOMBOLA_COMMIT"):
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() if found.returncode == 0 else "unknown"

@@ -1,0 +1,283 @@
+"""The jobs of a library and where they run: local processes of one thread each, or a Ray cluster.
+
+A job is a folder: its recipe, its checkpoint, its log, and in the end its ticket with the claims that were measured.
+Whoever holds the folder's lock works on it; a process that dies releases it, and the next one goes on.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from model_store.manifest import Claim, Provenance
+from model_store.structures import multiply_adds
+from model_store.ticket import Ticket, load_ticket, save_ticket
+from training import search
+from training.claims import measure
+from training.data import Split
+from training.errors import CheckpointRejected, TrainingError
+from training.files import commit, write_atomically
+from training.recipes import Recipe
+
+State = Literal["waiting", "running", "interrupted", "failed", "done"]
+PACKAGES: Final = ("torch", "torchvision", "numpy", "safetensors")
+# Multiply-adds a second of one thread through a step of two passes, measured on two-core machines; see LOG.md.
+THREAD_SPEED: Final = 5 * 1.0e10
+
+
+@dataclass(frozen=True)
+class Job:
+    """One ticket to be made in `folder`. start: the ticket file that training goes on from, or none.
+
+    data: the data set's name in words, for the claims.  classes: labels in the order of the logits.
+    """
+
+    recipe: Recipe
+    folder: Path
+    role: Literal["ticket", "baseline"] = "ticket"
+    start: Path | None = None
+    data: str = ""
+    classes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a job stands. Rates are fractions; seconds is the time spent on it so far."""
+
+    job: Job
+    state: State
+    step: int
+    seconds: float
+    clean: float | None
+    robust: float | None
+    error: str | None
+
+
+def cost(recipe: Recipe) -> float:
+    """Multiply-adds of the whole search: forward and backward of the attack's passes and of the update's."""
+    low, high = (multiply_adds(recipe.structure, size) for size in (search.LOW_RESOLUTION, 32))
+    low_steps = recipe.low_resolution_until * recipe.steps
+    passes = 3 + 2 * recipe.attack_steps  # backward costs two forwards for weights and input, one for the input alone
+    return passes * recipe.batch * (low * low_steps + high * (recipe.steps - low_steps))
+
+
+# --- one job ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(job: Job) -> None:
+    """Writes the job's recipe, or checks that the folder was begun under the same one."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / "recipe.json"
+    text = json.dumps(fields_of(job), indent=1)
+    if not path.exists():
+        write_atomically(path, text)
+    elif json.loads(path.read_text()) != json.loads(text):
+        raise CheckpointRejected(
+            f"{job.folder}: begun under another recipe (see {path.name}). "
+            "Run it with the options it began with, or choose another --state folder."
+        )
+
+
+def fields_of(job: Job) -> dict[str, Any]:
+    return {
+        "recipe": job.recipe.as_dict(),
+        "role": job.role,
+        "start": str(job.start) if job.start else None,
+        "data": job.data,
+        "classes": job.classes,
+    }
+
+
+def read_job(folder: Path) -> Job:
+    fields = json.loads((folder / "recipe.json").read_text())
+    return Job(
+        Recipe.from_dict(fields["recipe"]),
+        folder,
+        fields["role"],
+        Path(fields["start"]) if fields["start"] else None,
+        fields["data"],
+        tuple(fields["classes"]),
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """True if nobody else works on this folder. The lock ends with the process that holds it."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def work(job: Job, split: Split, device: torch.device) -> None:
+    """Carries one job from wherever it stands to its measured ticket. Does nothing if another process is at it."""
+    prepare(job)
+    with locked(job.folder) as mine:
+        if not mine or (job.folder / "done.json").exists():
+            return
+        (job.folder / "failed.txt").unlink(missing_ok=True)
+        try:
+            finish(job, split, device)
+        except Exception as error:
+            (job.folder / "failed.txt").write_text(f"{type(error).__name__}: {error}")
+            raise
+
+
+def finish(job: Job, split: Split, device: torch.device) -> None:
+    start = load_ticket(job.start) if job.start else None
+    log = Log(job.folder / "log.jsonl")
+    ticket = search.run(job.recipe, split, job.folder, log.add, device, start)
+    save_ticket(job.folder / "ticket.safetensors", ticket)
+    claims = measure(ticket, split, job.data, device, job.folder / "measured.json")
+    result = {
+        "provenance": provenance(job, split, log.seconds).model_dump(mode="json"),
+        "claims": [claim.model_dump(mode="json") for claim in claims],
+    }
+    write_atomically(job.folder / "done.json", json.dumps(result, indent=1))
+
+
+def provenance(job: Job, split: Split, seconds: float) -> Provenance:
+    return Provenance(
+        recipe=job.recipe.as_dict(),
+        data_digest=split.digest,
+        seed=job.recipe.seed,
+        commit=commit(),
+        seconds=round(seconds, 1),
+        packages={name: version(name) for name in PACKAGES},
+        parent=job.recipe.parent,
+    )
+
+
+class Log:
+    """The job's log.jsonl: one line for every 20th step and every guard, flushed as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds = 0.0
+
+    def add(self, event: search.Step | search.Guard) -> None:
+        self.seconds = event.seconds
+        if isinstance(event, search.Step) and event.step % 20 and event.step != event.steps:
+            return
+        kind = "step" if isinstance(event, search.Step) else "guard"
+        with self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, **vars(event)}) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The log's lines; a last line cut by a crash is passed over."""
+    path = folder / "log.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def status(job: Job) -> Status:
+    rows = read_log(job.folder)
+    steps = [row for row in rows if row["kind"] == "step"]
+    guards = [row for row in rows if row["kind"] == "guard"]
+    step, seconds = (steps[-1]["step"], steps[-1]["seconds"]) if steps else (0, 0.0)
+    clean, robust = (guards[-1]["clean"], guards[-1]["robust"]) if guards else (None, None)
+    failed = job.folder / "failed.txt"
+    state: State = "interrupted" if steps else "waiting"
+    if (job.folder / "done.json").exists():
+        state = "done"
+        clean, robust = (
+            next(c.value for c in read_claims(job.folder) if c.metric == m and c.data.split == "test")
+            for m in ("clean", "pgd")
+        )
+    elif is_running(job.folder):
+        state = "running"
+    elif failed.exists():
+        state = "failed"
+    return Status(job, state, step, seconds, clean, robust, failed.read_text() if state == "failed" else None)
+
+
+def is_running(folder: Path) -> bool:
+    if not (folder / "lock").exists():
+        return False
+    with locked(folder) as mine:
+        return not mine
+
+
+def read_claims(folder: Path) -> list[Claim]:
+    return [Claim.model_validate(fields) for fields in read_done(folder)["claims"]]
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    done: dict[str, Any] = json.loads((folder / "done.json").read_text())
+    return done
+
+
+def read_result(folder: Path) -> tuple[Ticket, Provenance, list[Claim]]:
+    """What a finished job gives to an export."""
+    provenance = Provenance.model_validate(read_done(folder)["provenance"])
+    return load_ticket(folder / "ticket.safetensors"), provenance, read_claims(folder)
+
+
+# --- many jobs -------------------------------------------------------------------------------------------------------
+
+
+def remaining(job: Job) -> float:
+    now = status(job)
+    return cost(job.recipe) * (1 - now.step / job.recipe.steps)
+
+
+def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Iterator[list[Status]]:
+    """Runs the jobs in `workers` processes of one thread each; yields every job's status about once a second.
+
+    A job that fails is left with its failed.txt and the others go on. Leaving the iterator ends the processes; each
+    job goes on from its checkpoint next time.
+    """
+    for job in jobs:
+        prepare(job)
+    waiting = [job for job in jobs if not (job.folder / "done.json").exists()]
+    waiting.sort(key=remaining, reverse=True)  # longest first: the last hour is not one process alone
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(start_worker(waiting.pop(0), data, device))
+            time.sleep(1)
+            running = [process for process in running if process.poll() is None]
+            yield [status(job) for job in jobs]
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def start_worker(job: Job, data: Path, device: str) -> subprocess.Popen[bytes]:
+    """A process of its own, so that a crash of any kind is one ticket's and memory is given back."""
+    command = [sys.executable, "-m", "training", "work", str(job.folder), "--data", str(data), "--device", device]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    output = (job.folder / "output.txt").open("ab")
+    with output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)  # noqa: S603
+
+
+def find_jobs(state: Path) -> list[Job]:
+    """Every job begun in a state folder, by name."""
+    if not state.is_dir():
+        raise TrainingError(f"{state}: no such folder; expected the --state folder of a search")
+    return [read_job(path.parent) for path in sorted(state.glob("*/recipe.json"))]

@@ -1,0 +1,149 @@
+"""What to run: every hyper-parameter of one search, and the presets that make forty of them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal, Self
+
+from model_store.structures import STRUCTURES, Structure, StructureName
+from training.errors import TrainingError
+
+Attack = Literal["n-fgsm", "fgsm-rs", "pgd"]
+Allocation = Literal["uniform", "dense-ends"]
+
+DENSITIES: Final = (0.07, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70)  # Table 1 of the paper
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One ticket's search: clean images, then epsilon ramped up, then full; masks first, kept weights after.
+
+    Shares are fractions of `steps`. Epsilon and step sizes are in pixel units of [0, 1]. A scratch ticket has
+    mask_share 1; a dense baseline has density 1 and mask_share 0.
+    """
+
+    structure: Structure
+    density: float
+    seed: int
+    steps: int
+    batch: int = 128
+    mask_share: float = 0.3
+    mask_rate: float = 0.1
+    weight_rate: float = 0.05
+    milestones: tuple[float, ...] = ()  # shares at which a constant rate falls to a tenth; none: cosine to zero
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    attack: Attack = "n-fgsm"
+    attack_steps: int = 1
+    epsilon: float = 8 / 255
+    step_size: float = 8 / 255
+    noise: float = 1.0  # random start, in epsilons
+    clean_until: float = 0.1
+    ramp_until: float = 0.4
+    low_resolution_until: float = 0.5  # 16x16 images before this share
+    allocation: Allocation = "uniform"
+    guards: int = 4  # looks at held-out PGD-10 accuracy on the way
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    weights_seed: int | None = None  # frozen weights' own seed; none: `seed`, so that no two tickets share them
+    parent: str | None = None  # SHA-256 of the ticket that training goes on from
+
+    def __post_init__(self) -> None:
+        shares = (self.mask_share, self.clean_until, self.ramp_until, self.low_resolution_until)
+        if not 0 < self.density <= 1 or not all(0 <= share <= 1 for share in shares) or self.steps < 1:
+            raise TrainingError(f"{self.name}: densities lie in (0, 1], shares in [0, 1], steps above 0; found {self}")
+
+    @property
+    def kind(self) -> Literal["scratch", "fine-tuned"]:
+        return "scratch" if self.mask_share == 1 else "fine-tuned"
+
+    @property
+    def name(self) -> str:
+        return f"{self.structure.name}-{round(100 * self.density):02d}" + ("-scratch" if self.kind == "scratch" else "")
+
+    @property
+    def mask_steps(self) -> int:
+        return round(self.mask_share * self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        known = {**fields, "structure": Structure(**fields["structure"]), "milestones": tuple(fields["milestones"])}
+        return cls(**known)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every field: a checkpoint goes on only under the recipe that began it."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole library: the four structures at their widths, ten densities each, one recipe."""
+
+    name: str
+    about: str
+    widths: Mapping[str, int]
+    epochs: float
+    base: Mapping[str, Any]
+
+    def structure(self, name: StructureName, classes: int = 10) -> Structure:
+        return Structure(name, self.widths[name], classes)
+
+    def recipe(self, name: StructureName, density: float, images: int, classes: int = 10, **changes: Any) -> Recipe:
+        """The job of one ticket on `images` search images; its seed follows from structure and density alone."""
+        fields = {**self.base, **changes}
+        epochs = fields.pop("epochs", self.epochs)
+        fields.setdefault("seed", 1 + STRUCTURES.index(name) * 1000 + round(density * 100))
+        batch = fields.setdefault("batch", 128)
+        fields.setdefault("steps", max(1, round(epochs * images / batch)))
+        return Recipe(self.structure(name, classes), density, **fields)
+
+
+PRESETS: Final[dict[str, Preset]] = {
+    "compact": Preset(
+        name="compact",
+        about="narrow networks for two CPU cores: masks by adversarial search, kept weights then trained",
+        widths={"resnet18": 16, "resnet34": 16, "wideresnet32": 1, "wideresnet38": 1},
+        epochs=8,
+        base={},
+    ),
+    "paper": Preset(
+        name="paper",
+        about="the paper's widths and schedule (Robust Scratch Tickets): PGD-7, 160 epochs, one ticket a GPU",
+        widths={"resnet18": 64, "resnet34": 64, "wideresnet32": 10, "wideresnet38": 10},
+        epochs=160,
+        base={
+            "batch": 256,
+            "mask_share": 1.0,
+            "milestones": (0.5, 0.75),
+            "attack": "pgd",
+            "attack_steps": 7,
+            "step_size": 2 / 255,
+            "clean_until": 0.0,
+            "ramp_until": 0.0,
+            "low_resolution_until": 0.0,
+        },
+    ),
+}
+
+
+def going_on(recipe: Recipe, *, parent: str, steps: int, rate: float) -> Recipe:
+    """The recipe that trains an exported ticket further: full epsilon and resolution from the first step."""
+    fixed: dict[str, Any] = {
+        "clean_until": 0.0,
+        "ramp_until": 0.0,
+        "low_resolution_until": 0.0,
+        "parent": parent,
+        "steps": steps,
+    }
+    if recipe.kind == "scratch":
+        return replace(recipe, **fixed, mask_rate=rate)
+    return replace(recipe, **fixed, mask_share=0.0, weight_rate=rate)
+
+
+def baseline(preset: Preset, name: StructureName, images: int, classes: int = 10, **changes: Any) -> Recipe:
+    """A dense network, every weight adversarially trained from the start: the rows to compare with in Table 2."""
+    return preset.recipe(name, 1.0, images, classes, **{**changes, "mask_share": 0.0})

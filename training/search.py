@@ -1,0 +1,468 @@
+"""Adversarial mask search of one ticket, resumable to the step.
+
+A network with frozen random signs is trained by choosing which of its weights exist (the scores' top-k), on
+adversarial images made against the very mask in force; then, unless the ticket is a scratch ticket, the mask is frozen
+and the kept weights are trained on. All chance comes from (seed, step), so that a run that was interrupted anywhere
+and goes on from its checkpoint ends in the same bits.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from model_store.attacks import ThreatModel, pgd
+from model_store.structures import Network, calibrate, convs
+from model_store.ticket import Ticket
+from training.data import Images, Split, as_floats, batches
+from training.errors import CheckpointRejected, SearchFailed
+from training.recipes import Recipe
+from training.scores import first_scores, score_gradient, signed_constant, top_k
+
+Phase = Literal["mask", "weights"]
+CHECKPOINT_SECONDS: Final = 45.0
+CALIBRATION_IMAGES: Final = 5_000
+GUARD_IMAGES: Final = 256
+LOW_RESOLUTION: Final = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did: for the log and the progress bar. seconds: spent on this search so far, all sessions."""
+
+    step: int
+    steps: int
+    phase: Phase
+    loss: float
+    accuracy: float
+    epsilon: float
+    rate: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Held-out accuracy on the way. rolled_back: catastrophic overfitting was seen and undone."""
+
+    step: int
+    clean: float
+    robust: float
+    noise: float
+    seconds: float
+    rolled_back: bool
+
+
+Report = Callable[[Step | Guard], None]
+
+
+def densities_of(network: Network, recipe: Recipe) -> dict[str, float]:
+    """Each convolution's density. dense-ends keeps the stem and the classifier whole: they hold 1 % of the weights."""
+    ends = {"stem.0", "classifier"} if recipe.allocation == "dense-ends" else set()
+    return {name: 1.0 if name in ends else recipe.density for name in convs(network)}
+
+
+def generator_of(*parts: int) -> torch.Generator:
+    """A generator of its own for each (seed, step, use): nothing to save, nothing shared."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part) % (2**63)
+    return torch.Generator().manual_seed(seed)
+
+
+class Search:
+    """One ticket in the making: network, scores, masks and momenta at `step`."""
+
+    def __init__(self, recipe: Recipe, split: Split, device: torch.device, start: Ticket | None = None) -> None:
+        self.recipe, self.split, self.device = recipe, split, device
+        self.network = recipe.structure.blank().to(memory_format=torch.channels_last).to(device)
+        self.densities = densities_of(self.network, recipe)
+        self.step = 0
+        self.seconds = 0.0
+        self.noise = recipe.noise
+        self.best_robust = 0.0
+        self.frozen: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
+        self.momenta: dict[str, Tensor] = {}
+        self.begin(start)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def begin(self, start: Ticket | None) -> None:
+        seed = self.recipe.seed if self.recipe.weights_seed is None else self.recipe.weights_seed
+        for index, (name, layer) in enumerate(convs(self.network).items()):
+            shape = layer.weight.shape
+            weights = signed_constant(shape, generator_of(seed, index, 1))
+            scores = first_scores(shape, generator_of(self.recipe.seed, index, 2))
+            if start is not None:
+                weights, scores = continued(weights, scores, start, name)
+            self.frozen[name] = weights.to(self.device)
+            self.scores[name] = scores.to(self.device)
+        self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
+        self.show_weights(self.frozen)
+
+    @torch.no_grad()
+    def show_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts mask * weights into the network."""
+        for name, layer in convs(self.network).items():
+            layer.weight.copy_(weights[name] * self.masks[name])
+
+    @property
+    def phase(self) -> Phase:
+        return "mask" if self.step < self.recipe.mask_steps else "weights"
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.recipe.steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold. The frozen weights are there too: a start from a ticket has no seed."""
+        weights = {name: layer.weight.detach() for name, layer in convs(self.network).items()}
+        kinds = {
+            "frozen": self.frozen,
+            "scores": self.scores,
+            "masks": self.masks,
+            "weight": weights,
+            "momentum": self.momenta,
+        }
+        return {f"{kind}/{name}": value for kind, group in kinds.items() for name, value in group.items()}
+
+    def numbers(self) -> dict[str, str]:
+        values = {"step": self.step, "seconds": self.seconds, "noise": self.noise, "best_robust": self.best_robust}
+        return {"state": json.dumps(values), "recipe": self.recipe.digest, "data": self.split.digest}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, str]) -> None:
+        groups: dict[str, dict[str, Tensor]] = {"frozen": {}, "scores": {}, "masks": {}, "weight": {}, "momentum": {}}
+        for key, value in tensors.items():
+            kind, name = key.split("/", 1)
+            groups[kind][name] = value.to(self.device)
+        self.frozen, self.scores, self.masks, self.momenta = (
+            groups[k] for k in ("frozen", "scores", "masks", "momentum")
+        )
+        for name, layer in convs(self.network).items():
+            layer.weight.copy_(groups["weight"][name])
+        state = json.loads(numbers["state"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.noise, self.best_robust = float(state["noise"]), float(state["best_robust"])
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def advance(self) -> tuple[float, float]:
+        """One optimiser step. Returns the loss and accuracy on the (adversarial) batch."""
+        if self.phase == "weights" and self.step == self.recipe.mask_steps:
+            self.momenta = {}  # they belong to the scores
+        images, labels = self.batch_of(self.step)
+        if self.epsilon() > 0:
+            images = self.adversarial(images, labels)
+        self.network.train().requires_grad_(True)
+        with self.autocast():
+            logits = self.network(images).float()
+        loss = functional.cross_entropy(logits, labels)
+        if not math.isfinite(loss.item()):
+            raise SearchFailed(
+                f"{self.recipe.name}: loss {loss.item()} at step {self.step}; expected a finite one. Lower the rate."
+            )
+        self.network.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.descend()
+        self.step += 1
+        return loss.item(), float((logits.argmax(1) == labels).float().mean())
+
+    def batch_of(self, step: int) -> tuple[Tensor, Tensor]:
+        """The step's images, cropped and flipped: floats in [0, 1] at the step's resolution."""
+        count, batch = len(self.split.search), self.recipe.batch
+        per_epoch = max(1, count // batch)
+        order = torch.randperm(count, generator=generator_of(self.recipe.seed, step // per_epoch, 3))
+        picked = order[(step % per_epoch) * batch :][:batch]
+        images = as_floats(self.split.search.pixels[picked])
+        images = augmented(images, generator_of(self.recipe.seed, step, 4))
+        if step < self.recipe.low_resolution_until * self.recipe.steps:
+            images = functional.avg_pool2d(images, images.shape[-1] // LOW_RESOLUTION)
+        images = images.to(self.device, memory_format=torch.channels_last)
+        return images, self.split.search.labels[picked].to(self.device)
+
+    def epsilon(self) -> float:
+        recipe = self.recipe
+        start, end = recipe.clean_until * recipe.steps, recipe.ramp_until * recipe.steps
+        if self.step >= end:
+            return recipe.epsilon
+        return recipe.epsilon * max(0.0, (self.step - start) / (end - start))
+
+    def rate(self) -> float:
+        recipe = self.recipe
+        begin, end = (0, recipe.mask_steps) if self.phase == "mask" else (recipe.mask_steps, recipe.steps)
+        top = recipe.mask_rate if self.phase == "mask" else recipe.weight_rate
+        share = (self.step - begin) / (end - begin)
+        if recipe.milestones:
+            return top * 0.1 ** sum(share >= milestone for milestone in recipe.milestones)
+        return top * 0.5 * (1 + math.cos(math.pi * share))
+
+    def autocast(self) -> torch.autocast:
+        kind = getattr(torch, self.recipe.precision)
+        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not torch.float32)
+
+    def adversarial(self, images: Tensor, labels: Tensor) -> Tensor:
+        """N-FGSM (no projection), FGSM with a random start, or PGD-k, on batch statistics, parameters frozen."""
+        recipe, epsilon = self.recipe, self.epsilon()
+        scale = epsilon / recipe.epsilon
+        noise = torch.rand(images.shape, generator=generator_of(recipe.seed, self.step, 5)).to(images)
+        spread = self.noise if recipe.attack == "n-fgsm" else 1.0
+        moved = images + (2 * noise - 1) * spread * epsilon
+        self.network.train().requires_grad_(False)
+        for _ in range(recipe.attack_steps):
+            moved = moved.clamp(0, 1).requires_grad_(True)
+            with self.autocast():
+                loss = functional.cross_entropy(self.network(moved).float(), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, moved)
+            moved = moved.detach() + recipe.step_size * scale * gradient.sign()
+            if recipe.attack != "n-fgsm":
+                moved = images + (moved - images).clamp(-epsilon, epsilon)
+        return moved.clamp(0, 1).detach()
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """SGD with momentum and weight decay, on the scores or on the kept weights."""
+        rate, recipe, phase = self.rate(), self.recipe, self.phase
+        for name, layer in convs(self.network).items():
+            gradient = cast("Tensor", layer.weight.grad)
+            if phase == "mask":
+                gradient = score_gradient(gradient, self.frozen[name], self.scores[name])
+                value = self.scores[name]
+            else:
+                gradient = gradient * self.masks[name]
+                value = layer.weight
+            gradient = gradient.add(value, alpha=recipe.weight_decay)
+            before = self.momenta.get(name)
+            momentum = gradient if before is None else before.mul_(recipe.momentum).add_(gradient)
+            self.momenta[name] = momentum
+            value.sub_(momentum, alpha=rate)
+        if phase == "mask":  # once a step: attack and update see the same mask
+            self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
+            self.show_weights(self.frozen)
+
+    # --- looking and leaving ---------------------------------------------------------------------------------------
+
+    def calibrate(self, count: int = CALIBRATION_IMAGES) -> None:
+        """Norm statistics of the present mask, on clean search images. Leaves eval mode, parameters frozen."""
+        images = self.split.search.balanced(count)
+        calibrate(self.network, (part.to(self.device) for part, _ in batches(images, 250)))
+        self.network.requires_grad_(False)
+
+    def guard(self) -> tuple[float, float]:
+        """Clean and PGD-10 accuracy on held-out training images."""
+        self.calibrate(GUARD_IMAGES * 4)
+        held = self.split.selection.balanced(GUARD_IMAGES)
+        return accuracy(self.network, held, self.device), robust_accuracy(
+            self.network, held, self.recipe.epsilon, self.device
+        )
+
+    def ticket(self) -> Ticket:
+        """The finished ticket: calibrated statistics, kept values as stored, temperature from held-out images."""
+        self.calibrate()
+        weights = {name: layer.weight.detach().float().cpu() for name, layer in convs(self.network).items()}
+        masks = {name: mask.cpu() for name, mask in self.masks.items()}
+        values = {name: weights[name][masks[name]] for name in weights}
+        if self.recipe.kind == "fine-tuned":
+            values = {name: kept.half().float() for name, kept in values.items()}
+        statistics = {
+            name: value.detach().float().cpu()
+            for name, value in self.network.state_dict().items()
+            if name.endswith(("running_mean", "running_var"))
+        }
+        bare = Ticket(
+            structure=self.recipe.structure,
+            density=self.recipe.density,
+            densities=self.densities,
+            masks=masks,
+            values=values,
+            statistics=statistics,
+            temperature=1.0,
+            kind=self.recipe.kind,
+        )
+        return with_temperature(bare, self.split.selection)
+
+
+def continued(weights: Tensor, scores: Tensor, start: Ticket, name: str) -> tuple[Tensor, Tensor]:
+    """Frozen weights and scores that reproduce the ticket: its values where kept, its mask as the scores' top-k.
+
+    A ticket does not keep its scores, only their order at the threshold; fresh magnitudes are dealt so that every
+    kept weight outranks every other.
+    """
+    mask = start.masks[name]
+    weights = weights.clone()
+    weights[mask] = start.values[name]
+    magnitudes = scores.abs().flatten().sort(descending=True).values
+    kept = int(mask.sum())
+    dealt = torch.empty_like(scores)
+    dealt[mask], dealt[~mask] = magnitudes[:kept], magnitudes[kept:]
+    return weights, dealt * scores.sign()
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random crops of the images padded by 4, and mirror images by a fair coin. images: floats [N, 3, H, W]."""
+    count, _, height, width = images.shape
+    padded = functional.pad(images, (4, 4, 4, 4))
+    top, left = (torch.randint(0, 9, (count, 1), generator=generator) for _ in range(2))
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    flipped = torch.randint(0, 2, (count, 1), generator=generator).bool()
+    columns = torch.where(flipped, columns.flip(1), columns)
+    which = torch.arange(count).view(-1, 1, 1)
+    return padded[which, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def accuracy(classifier: Callable[[Tensor], Tensor], images: Images, device: torch.device) -> float:
+    right = sum(
+        int((classifier(part.to(device)).argmax(1) == labels.to(device)).sum()) for part, labels in batches(images, 250)
+    )
+    return right / len(images)
+
+
+def robust_accuracy(
+    classifier: Callable[[Tensor], Tensor],
+    images: Images,
+    epsilon: float,
+    device: torch.device,
+    *,
+    steps: int = 10,
+    step_size: float = 2 / 255,
+    seed: int = 0,
+) -> float:
+    """Accuracy on PGD images (l-infinity, cross-entropy, one random start, best iterate)."""
+    threat, right = ThreatModel("linf", epsilon), 0
+    generator = generator_of(seed, 6)
+    for part, labels in batches(images, 250):
+        part, labels = part.to(device, memory_format=torch.channels_last), labels.to(device)
+        moved = pgd(classifier, part, labels, threat, steps=steps, step_size=step_size, generator=generator)
+        with torch.no_grad():
+            right += int((classifier(moved).argmax(1) == labels).sum())
+    return right / len(images)
+
+
+def with_temperature(ticket: Ticket, held: Images) -> Ticket:
+    """The ticket with the temperature that minimises cross-entropy on held-out images (convex in 1/T)."""
+    with torch.no_grad():
+        logits = torch.cat([ticket.network()(part) for part, _ in batches(held, 250)])
+    low, high = math.log(0.02), math.log(50.0)  # of 1/T
+    for _ in range(60):
+        third = (high - low) / 3
+        losses = [
+            float(functional.cross_entropy(logits * math.exp(at), held.labels)) for at in (low + third, high - third)
+        ]
+        low, high = (low, high - third) if losses[0] < losses[1] else (low + third, high)
+    return replace(ticket, temperature=math.exp(-(low + high) / 2))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, search: Search) -> None:
+    """Atomic: a crash leaves the checkpoint before this one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in search.tensors().items()}, temporary, metadata=search.numbers())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise SearchFailed(
+            f"{path}: the checkpoint could not be written ({error}); the last one stands. Free some space."
+        ) from None
+
+
+def load_checkpoint(path: Path, search: Search) -> None:
+    """Raises CheckpointRejected for a damaged file, or one of another recipe or data set."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointRejected(
+            f"{path}: unreadable checkpoint ({error}); delete it to start this ticket afresh"
+        ) from None
+    expected = search.numbers()
+    for field, what in (("recipe", "recipe"), ("data", "data set")):
+        if numbers.get(field) != expected[field]:
+            raise CheckpointRejected(
+                f"{path}: checkpoint of another {what} ({str(numbers.get(field))[:12]}); expected "
+                f"{expected[field][:12]}. "
+                "Go on with the one that began it, or choose another --state folder."
+            )
+    search.restore(tensors, numbers)
+
+
+def run(
+    recipe: Recipe, split: Split, folder: Path, report: Report, device: torch.device, start: Ticket | None = None
+) -> Ticket:
+    """Runs a search to its end from wherever its checkpoint in `folder` stands."""
+    search = Search(recipe, split, device, start)
+    path = folder / "checkpoint.safetensors"
+    if path.exists():
+        load_checkpoint(path, search)
+    saved = last = time.monotonic()
+    every = max(1, recipe.steps // max(1, recipe.guards))
+    while not search.done:
+        loss, right = search.advance()
+        now = time.monotonic()
+        search.seconds += now - last
+        report(progress_of(search, loss, right, now - last))
+        last = now
+        if (
+            recipe.guards
+            and search.step % every == 0
+            and search.step < recipe.steps
+            and search.epsilon() == recipe.epsilon
+        ):
+            search = guarded(search, folder, report)
+            save_checkpoint(folder / "checkpoint.safetensors", search)
+            search.seconds += time.monotonic() - last
+            saved = last = time.monotonic()
+        if now - saved > CHECKPOINT_SECONDS or search.done:
+            save_checkpoint(path, search)
+            saved = now
+    return search.ticket()
+
+
+def progress_of(search: Search, loss: float, right: float, seconds: float) -> Step:
+    return Step(
+        search.step,
+        search.recipe.steps,
+        "mask" if search.step <= search.recipe.mask_steps else "weights",
+        loss,
+        right,
+        search.epsilon(),
+        search.rate() if not search.done else 0.0,
+        search.recipe.batch / max(seconds, 1e-9),
+        search.seconds,
+    )
+
+
+def guarded(search: Search, folder: Path, report: Report) -> Search:
+    """Catastrophic overfitting (held-out PGD-10 under half of its best): back to the last good state, more noise."""
+    good = folder / "good.safetensors"
+    clean, robust = search.guard()
+    overfitted = robust < 0.5 * search.best_robust
+    report(Guard(search.step, clean, robust, search.noise, search.seconds, overfitted))
+    if overfitted and good.exists():
+        noise, seconds = search.noise * 1.5, search.seconds
+        load_checkpoint(good, search)
+        search.noise, search.seconds = noise, seconds
+    else:
+        search.best_robust = max(robust, search.best_robust)
+        with contextlib.suppress(FileNotFoundError):
+            good.unlink()
+        save_checkpoint(good, search)
+    return search
