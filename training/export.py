@@ -10,7 +10,7 @@ from model_store.manifest import Claim, Entry, Provenance
 from model_store.structures import STRUCTURES
 from model_store.ticket import Ticket
 from training.errors import TrainingError
-from training.plan import Job, find_jobs, read_result
+from training.plan import Job, find_jobs, read_made
 
 Made = tuple[Ticket, Provenance, Sequence[Claim]]
 
@@ -32,7 +32,7 @@ def export(path: Path, states: Sequence[Path], base: Path | None = None) -> Libr
     made = {role: made_by(library, role) for role in ("ticket", "baseline")}
     classes = library.classes if library else None
     for job in (job for state in states for job in find_jobs(state) if (job.folder / "done.json").exists()):
-        result = read_result(job.folder)
+        result = read_made(job.folder)
         agree(classes, job)
         classes = job.classes
         offer(made[job.role], result)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from model_store.manifest import Claim, Provenance
 from model_store.structures import multiply_adds
-from model_store.ticket import Ticket, load_ticket, save_ticket
+from model_store.ticket import Record, Ticket, load_ticket, save_ticket
 from training import search
 from training.claims import measure
 from training.data import Split
@@ -52,6 +52,13 @@ class Job:
     @property
     def name(self) -> str:
         return self.recipe.name
+
+
+class Result(Record):
+    """A finished job's done.json."""
+
+    provenance: Provenance
+    claims: tuple[Claim, ...]
 
 
 @dataclass(frozen=True)
@@ -146,20 +153,17 @@ def finish(job: Job, split: Split, device: torch.device) -> None:
     ticket = search.run(job.recipe, split, job.folder, log.add, device, start)
     save_ticket(job.folder / "ticket.safetensors", ticket)
     claims = measure(ticket, split, job.data, device, job.folder / "measured.json")
-    result = {
-        "provenance": provenance(job, split, log.seconds).model_dump(mode="json"),
-        "claims": [claim.model_dump(mode="json") for claim in claims],
-    }
-    write_atomically(job.folder / "done.json", json.dumps(result, indent=1))
+    result = Result(provenance=provenance(job, split), claims=tuple(claims))
+    write_atomically(job.folder / "done.json", result.model_dump_json(indent=1))
 
 
-def provenance(job: Job, split: Split, seconds: float) -> Provenance:
+def provenance(job: Job, split: Split) -> Provenance:
     return Provenance(
         recipe=job.recipe.as_dict(),
         data_digest=split.digest,
         seed=job.recipe.seed,
         commit=commit(),
-        seconds=round(seconds, 1),
+        seconds=round(status(job).seconds, 1),
         packages={name: version(name) for name in PACKAGES},
         parent=job.recipe.parent,
     )
@@ -170,10 +174,8 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds = 0.0
 
     def add(self, event: search.Step | search.Guard) -> None:
-        self.seconds = event.seconds
         if isinstance(event, search.Step) and event.step % 20 and event.step != event.steps:
             return
         kind = "step" if isinstance(event, search.Step) else "guard"
@@ -202,7 +204,7 @@ def status(job: Job) -> Status:
     if (job.folder / "done.json").exists():
         state = "done"
         clean, robust = (
-            next(c.value for c in read_claims(job.folder) if c.metric == m and c.data.split == "test")
+            next(c.value for c in read_result(job.folder).claims if c.metric == m and c.data.split == "test")
             for m in ("clean", "pgd")
         )
     elif is_running(job.folder):
@@ -219,19 +221,14 @@ def is_running(folder: Path) -> bool:
         return not mine
 
 
-def read_claims(folder: Path) -> list[Claim]:
-    return [Claim.model_validate(fields) for fields in read_done(folder)["claims"]]
+def read_result(folder: Path) -> Result:
+    return Result.model_validate_json((folder / "done.json").read_text())
 
 
-def read_done(folder: Path) -> dict[str, Any]:
-    done: dict[str, Any] = json.loads((folder / "done.json").read_text())
-    return done
-
-
-def read_result(folder: Path) -> tuple[Ticket, Provenance, list[Claim]]:
+def read_made(folder: Path) -> tuple[Ticket, Provenance, Sequence[Claim]]:
     """What a finished job gives to an export."""
-    provenance = Provenance.model_validate(read_done(folder)["provenance"])
-    return load_ticket(folder / "ticket.safetensors"), provenance, read_claims(folder)
+    result = read_result(folder)
+    return load_ticket(folder / "ticket.safetensors"), result.provenance, result.claims
 
 
 # --- many jobs -------------------------------------------------------------------------------------------------------
@@ -267,10 +264,12 @@ def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Ite
             process.wait()
 
 
-def start_worker(job: Job, data: Path, device: str) -> subprocess.Popen[bytes]:
+def start_worker(
+    job: Job, data: Path, device: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """A process of its own, so that a crash of any kind is one ticket's and memory is given back."""
     command = [sys.executable, "-m", "training", "work", str(job.folder), "--data", str(data), "--device", device]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
     output = (job.folder / "output.txt").open("ab")
     with output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)  # noqa: S603

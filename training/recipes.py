@@ -66,7 +66,8 @@ class Recipe:
         return round(self.mask_share * self.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as JSON has them."""
+        return {**asdict(self), "milestones": list(self.milestones)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
