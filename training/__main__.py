@@ -4,20 +4,23 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.live import Live
+from rich.progress import Progress
 from rich.table import Table
 
 from model_store.errors import StoreError
 from model_store.library import open_library
 from model_store.structures import STRUCTURES
 from training import export, plan
+from training.cluster import run_ray
+from training.compare import differences, summary
 from training.data import Split, read_split
 from training.errors import TrainingError
 from training.plan import Job, Status
@@ -75,12 +78,21 @@ def parser() -> argparse.ArgumentParser:
         add_run_options(sub)
     sub = add("status", show_status, "Show what is done, its accuracy, what remains and how long it should take.")
     sub.add_argument("--state", type=Path, required=True, help="the folder of the search")
+    sub = add("figures", draw_figures, "Draw the searches' loss and accuracy against time.")
+    sub.add_argument("--state", type=Path, required=True, help="the folder of the search")
+    sub.add_argument("--out", type=Path, default=Path("searches.svg"), help=".svg or .png (default: %(default)s)")
     sub = add("export", run_export, "Write the finished tickets and their claims as a library (a partial one too).")
     sub.add_argument("library", type=Path, help="the folder to write; an existing library there is replaced atomically")
     sub.add_argument("--state", type=Path, nargs="*", default=[], help="folders of searches")
     sub.add_argument("--base", type=Path, help="a library whose tickets stay unless a finished job has a better one")
     sub = add("table", show_table, "Print the paper's Table 1 from a library's claims, in Markdown.")
     sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
+    sub = add("compare", show_differences, "Measure how different a library's tickets are: mask overlap and transfer.")
+    sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
+    sub.add_argument("--data", type=Path, required=True)
+    sub.add_argument("--images", type=int, default=250, help="held-out training images (default: %(default)s)")
+    sub.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    sub.add_argument("--json", type=Path, help="write the whole matrices here")
     sub = add("fetch", fetch, "Download CIFAR-10 (170 MB) with torchvision.")
     sub.add_argument("folder", type=Path, help="where to put it; give the same folder as --data")
     sub = add("work", work, "Carry one job's folder to its end (what `search` starts for each ticket).")
@@ -108,6 +120,7 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--state", type=Path, required=True, help="where checkpoints and finished tickets go")
     sub.add_argument("--workers", type=int, default=2, help="processes at once (default: %(default)s)")
     sub.add_argument("--device", default="cpu", help="torch device of each process (default: %(default)s)")
+    sub.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local")
     sub.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
     sub.add_argument("--rate", type=float, default=0.02, help="first learning rate with --from (default: %(default)s)")
 
@@ -168,19 +181,25 @@ def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
-    table = Table("ticket", "structure", "kind", "steps", "PMAC", "thread-hours", title=PRESETS[arguments.preset].about)
-    total = 0.0
+    preset = PRESETS[arguments.preset]
+    speed, unit = (plan.GPU_SPEED, "GPU-hours") if preset.gpus else (plan.THREAD_SPEED, "thread-hours")
+    table = Table("ticket", "structure", "kind", "steps", "PFLOP", unit, title=preset.about)
+    table.caption = plan.SPEEDS
+    costs: dict[str, float] = {}
     for recipe in recipes_of(arguments, images=49_000, classes=10):
-        work = plan.cost(recipe)
-        total += work
-        table.add_row(recipe.name, str(recipe.structure), recipe.kind, f"{recipe.steps:,}", *spent(work))
+        costs[recipe.name] = plan.cost(recipe)
+        steps = f"{recipe.steps:,}"
+        table.add_row(recipe.name, str(recipe.structure), recipe.kind, steps, *spent(costs[recipe.name], speed))
     table.add_section()
-    table.add_row("all", "", "", "", *spent(total))
+    for name in STRUCTURES:
+        if total := sum(cost for ticket, cost in costs.items() if wanted(ticket, [name])):
+            table.add_row(f"all {name}", "", "", "", *spent(total, speed))
+    table.add_row("all", "", "", "", *spent(sum(costs.values()), speed))
     Console().print(table)
 
 
-def spent(work: float) -> tuple[str, str]:
-    return f"{work / 1e15:.2f}", f"{work / plan.THREAD_SPEED / 3600:.1f}"
+def spent(flops: float, speed: float) -> tuple[str, str]:
+    return f"{flops / 1e15:,.1f}", f"{flops / speed / 3600:,.1f}"
 
 
 def run_search(arguments: argparse.Namespace) -> None:
@@ -210,7 +229,7 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
     console = Console()
     rows: list[Status] = []
     with Live(console=console, auto_refresh=False) as live:
-        for rows in plan.run_local(jobs, arguments.data, arguments.workers, arguments.device):
+        for rows in statuses(jobs, arguments):
             live.update(status_table(rows), refresh=True)
     failed = [row for row in rows if row.state == "failed"]
     for row in failed:
@@ -218,6 +237,14 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
     if failed:
         raise TrainingError(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
     print(f"{len(jobs)} jobs done in {arguments.state}; `python -m training export --state {arguments.state} LIBRARY`")
+
+
+def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[list[Status]]:
+    if arguments.ray is None:
+        return plan.run_local(jobs, arguments.data, arguments.workers, arguments.device)
+    preset = PRESETS[arguments.preset]
+    gpus = 0 if arguments.device == "cpu" else preset.gpus
+    return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=gpus)
 
 
 def show_status(arguments: argparse.Namespace) -> None:
@@ -242,6 +269,13 @@ def status_table(rows: Sequence[Status]) -> Table:
     return table
 
 
+def draw_figures(arguments: argparse.Namespace) -> None:
+    from training.figures import draw
+
+    draw(plan.find_jobs(arguments.state), arguments.out)
+    print(f"figure in {arguments.out}")
+
+
 def run_export(arguments: argparse.Namespace) -> None:
     library = export.export(arguments.library, arguments.state, arguments.base)
     print(
@@ -252,6 +286,18 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def show_table(arguments: argparse.Namespace) -> None:
     print(export.table(open_library(arguments.library)))
+
+
+def show_differences(arguments: argparse.Namespace) -> None:
+    library, split = open_library(arguments.library), read_split(arguments.data)
+    images = split.selection.balanced(arguments.images)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("attacking each ticket", total=len(library.tickets))
+        device = torch.device(arguments.device)
+        found = differences(library, images, device, lambda done: progress.update(task, completed=done))
+    print(f"library {library.digest[:12]}\n{summary(found)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"library": library.digest, **asdict(found)}, indent=1))
 
 
 def fetch(arguments: argparse.Namespace) -> None:

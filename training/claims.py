@@ -27,7 +27,7 @@ PGD20: Final = Attack(
 )
 CLEAN_IMAGES: Final = 2_000
 PGD_IMAGES: Final = 1_000
-SELECTION_IMAGES: Final = 500
+SELECTION_IMAGES: Final = 250
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,25 @@ def right(
     """How many of the batch are classified rightly, after the attack if there is one."""
     images = images.contiguous(memory_format=torch.channels_last)
     if attack is not None:
-        threat, generator = ThreatModel(attack.norm, attack.epsilon), generator_of(SEED, index)
-        images = pgd(
-            network,
-            images,
-            labels,
-            threat,
-            steps=attack.steps,
-            step_size=attack.step_size,
-            restarts=attack.restarts,
-            generator=generator,
-        )
+        images = attacked(network, images, labels, attack, generator_of(SEED, index))
     with torch.no_grad():
         return len(labels) - int(misclassified(network(images), labels).sum())
+
+
+def attacked(
+    network: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, attack: Attack, generator: torch.Generator
+) -> Tensor:
+    return pgd(
+        network,
+        images,
+        labels,
+        ThreatModel(attack.norm, attack.epsilon),
+        steps=attack.steps,
+        step_size=attack.step_size,
+        restarts=attack.restarts,
+        momentum=attack.momentum,
+        generator=generator,
+    )
 
 
 def claim(asked: Measurement, count: int, images: Images, data: str) -> Claim:

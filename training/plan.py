@@ -30,9 +30,15 @@ from training.files import commit, write_atomically
 from training.recipes import Recipe
 
 State = Literal["waiting", "running", "interrupted", "failed", "done"]
-PACKAGES: Final = ("torch", "torchvision", "numpy", "safetensors")
-# Multiply-adds a second of one thread through a step of two passes, measured on two-core machines; see LOG.md.
-THREAD_SPEED: Final = 5 * 1.0e10
+PACKAGES: Final = ("torch", "numpy", "safetensors")
+# Operations a second, a multiply-add counting as two. One thread: resnet18·16 in bfloat16 at 32x32 (see LOG.md).
+THREAD_SPEED: Final = 1.05e11
+# No GPU was measured: an A100's 312 TFLOP/s in bfloat16 at a quarter of it, what ResNets usually get, is assumed.
+GPU_SPEED: Final = 0.25 * 312e12
+SPEEDS: Final = (
+    f"estimates: {THREAD_SPEED / 1e9:.0f} GFLOP/s a thread (measured with bfloat16 instructions; without them about "
+    f"half), {GPU_SPEED / 1e12:.0f} TFLOP/s a GPU (assumed: an A100 at a quarter of its bfloat16 peak)"
+)
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,11 @@ class Status:
 
 
 def cost(recipe: Recipe) -> float:
-    """Multiply-adds of the whole search: forward and backward of the attack's passes and of the update's."""
+    """Floating-point operations of the whole search: the attack's passes and the update's, forward and backward."""
     low, high = (multiply_adds(recipe.structure, size) for size in (search.LOW_RESOLUTION, 32))
     low_steps = recipe.low_resolution_until * recipe.steps
     passes = 3 + 2 * recipe.attack_steps  # backward costs two forwards for weights and input, one for the input alone
-    return passes * recipe.batch * (low * low_steps + high * (recipe.steps - low_steps))
+    return 2 * passes * recipe.batch * (low * low_steps + high * (recipe.steps - low_steps))
 
 
 # --- one job ---------------------------------------------------------------------------------------------------------
@@ -239,6 +245,12 @@ def remaining(job: Job) -> float:
     return cost(job.recipe) * (1 - now.step / job.recipe.steps)
 
 
+def unfinished(jobs: Sequence[Job]) -> list[Job]:
+    """Longest first, so that the last hour is not one process alone."""
+    waiting = [job for job in jobs if not (job.folder / "done.json").exists()]
+    return sorted(waiting, key=remaining, reverse=True)
+
+
 def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Iterator[list[Status]]:
     """Runs the jobs in `workers` processes of one thread each; yields every job's status about once a second.
 
@@ -247,8 +259,7 @@ def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Ite
     """
     for job in jobs:
         prepare(job)
-    waiting = [job for job in jobs if not (job.folder / "done.json").exists()]
-    waiting.sort(key=remaining, reverse=True)  # longest first: the last hour is not one process alone
+    waiting = unfinished(jobs)
     running: list[subprocess.Popen[bytes]] = []
     try:
         while waiting or running:

@@ -82,13 +82,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """A whole library: the four structures at their widths, ten densities each, one recipe."""
+    """A whole library: the four structures at their widths, ten densities each, one recipe.
+
+    epochs: passes over the search images.  base: what differs from Recipe's defaults.  cores, gpus: of one ticket.
+    """
 
     name: str
     about: str
     widths: Mapping[str, int]
     epochs: float
     base: Mapping[str, Any]
+    cores: float = 1
+    gpus: float = 0
 
     def structure(self, name: StructureName, classes: int = 10) -> Structure:
         return Structure(name, self.widths[name], classes)
@@ -116,6 +121,7 @@ PRESETS: Final[dict[str, Preset]] = {
         about="the paper's widths and schedule (Robust Scratch Tickets): PGD-7, 160 epochs, one ticket a GPU",
         widths={"resnet18": 64, "resnet34": 64, "wideresnet32": 10, "wideresnet38": 10},
         epochs=160,
+        gpus=1,
         base={
             "batch": 256,
             "mask_share": 1.0,
