@@ -20,7 +20,17 @@ from model_store import manifest as manifests
 from model_store.errors import LibraryRejected, PolicyRejected, StoreError, TicketRejected
 from model_store.manifest import Claim, DefaultPolicy, Entry, Manifest, Provenance
 from model_store.theta import Policy
-from model_store.ticket import PART, Ticket, decode, encode, first_fault, read_bytes, sync_folder, write_atomically
+from model_store.ticket import (
+    PART,
+    UNSIGNED,
+    Ticket,
+    decode,
+    encode,
+    first_fault,
+    read_bytes,
+    sync_folder,
+    write_atomically,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -45,7 +55,7 @@ class File(NamedTuple):
 class Library:
     """tickets: those that may be drawn, in manifest order: index j is ticket j of `policy`.  baselines: the others.
 
-    digest: SHA-256 of the manifest's file, in hex.
+    digest: the manifest's own, in hex; it covers every file.
     """
 
     path: Path
@@ -122,7 +132,7 @@ def verified(root: Path, data: bytes) -> Library:
     return Library(
         path=root,
         manifest=manifest,
-        digest=hashlib.sha256(data).hexdigest(),
+        digest=manifest.digest,
         tickets=tuple(tickets[entry.name] for entry in with_role(manifest, "ticket")),
         baselines=tuple(tickets[entry.name] for entry in with_role(manifest, "baseline")),
         policy=policy,
@@ -190,9 +200,11 @@ def write_library(
 
     All or nothing: a crash at any point, a power cut too, leaves the old library whole or the new one. Raises
     LibraryRejected before anything is written if the parts do not fit together, the folder's tickets/ holds files of
-    another origin, or another process is writing there.
+    another origin, or another process is writing there; OSError if the disk will not take it.
     """
     root = Path(path)
+    if not tickets:
+        raise LibraryRejected(f"{root}: no tickets given: there would be nothing to draw from")
     files = [described(item, "ticket") for item in tickets] + [described(item, "baseline") for item in baselines]
     law = policy or Policy.over([ticket.structure.name for ticket, _, _ in tickets])
     manifest = composed(tuple(classes), data, law, [file.entry for file in files])
@@ -235,7 +247,16 @@ def composed(classes: tuple[str, ...], data: str, law: Policy, entries: list[Ent
     groups = tuple(tuple(names[index] for index in group) for group in law.groups)
     policy = DefaultPolicy(groups=groups, sizes=law.sizes, every=law.every, replacement=law.replacement)
     try:
-        return Manifest(version=manifests.VERSION, classes=classes, data=data, policy=policy, entries=tuple(entries))
+        return manifests.sealed(
+            Manifest(
+                version=manifests.VERSION,
+                digest=UNSIGNED,
+                classes=classes,
+                data=data,
+                policy=policy,
+                entries=tuple(entries),
+            )
+        )
     except ValidationError as error:
         raise LibraryRejected(f"manifest: {first_fault(error)}") from error
 

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from model_store.errors import LibraryRejected, StoreError
 from model_store.structures import Structure
-from model_store.ticket import Kind, Record, first_fault
+from model_store.ticket import UNSIGNED, Kind, Record, first_fault
 
 VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 2**24
@@ -127,9 +127,13 @@ class DefaultPolicy(Record):
 
 
 class Manifest(Record):
-    """classes: labels in the order of the logits.  data: the name of what the tickets were searched on."""
+    """classes: labels in the order of the logits.  data: the name of what the tickets were searched on.
+
+    digest: SHA-256 of canonical() with 64 zeros in its place. It is the library's own: it covers every ticket's.
+    """
 
     version: Literal[1]
+    digest: Digest
     classes: Annotated[tuple[Text, ...], Field(min_length=2)]
     data: Text
     policy: DefaultPolicy
@@ -167,9 +171,10 @@ def canonical(manifest: Manifest) -> bytes:
     return text.encode() + b"\n"
 
 
-def digest(manifest: Manifest) -> str:
-    """SHA-256 of the canonical bytes, in hex: the library's digest, as every ticket's is inside it."""
-    return hashlib.sha256(canonical(manifest)).hexdigest()
+def sealed(manifest: Manifest) -> Manifest:
+    """The same manifest with its own digest in place."""
+    unsigned = canonical(manifest.model_copy(update={"digest": UNSIGNED}))
+    return manifest.model_copy(update={"digest": hashlib.sha256(unsigned).hexdigest()})
 
 
 def parse(data: bytes) -> Manifest:
@@ -183,6 +188,14 @@ def parse(data: bytes) -> Manifest:
         raise LibraryRejected(f"no manifest: {error!r:.200}") from error
     if type(found) is not int or found != VERSION:
         raise LibraryRejected(f"version {found!r}; this reader knows {VERSION}")
+    manifest = validated(data)
+    computed = sealed(manifest).digest
+    if computed != manifest.digest:
+        raise LibraryRejected(f"digest {manifest.digest}, its content has {computed}: damaged, or altered by hand")
+    return manifest
+
+
+def validated(data: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
         same = canonical(manifest) == data
@@ -191,9 +204,7 @@ def parse(data: bytes) -> Manifest:
     except (StoreError, ValueError) as error:
         raise LibraryRejected(str(error)) from error
     if not same:
-        raise LibraryRejected(
-            "not in canonical form (keys sorted once each, indented by one); write it with write_library"
-        )
+        raise LibraryRejected("not in canonical form (keys sorted, once each; indented by one): use write_library")
     return manifest
 
 

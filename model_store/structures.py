@@ -125,7 +125,10 @@ class Structure:
     classes: int = 10
     stem_stride: int = 1
 
-    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}  # read strictly wherever a Record holds one
+    __pydantic_config__: ClassVar[Mapping[str, object]] = {
+        "extra": "forbid",
+        "strict": True,
+    }  # read strictly wherever a Record holds one
 
     def __post_init__(self) -> None:
         if self.name not in STRUCTURES:
@@ -148,14 +151,17 @@ class Structure:
         return Network(stem, stages, nn.Sequential(Norm(widths[-1]), nn.ReLU()), widths[-1], self.classes)
 
     def blank(self) -> Network:
-        """The dense network with unset weights, zero statistics; it draws nothing from torch's global generator."""
+        """The network with weights of zero and norms that change nothing; draws nothing from torch's generator."""
         with torch.device("meta"):
             network = self.build()
-        network = network.to_empty(device="cpu")
+        # Not Module.to_empty: it leaves the numbers to chance, and loads half of torch's compiler for it.
+        for module in convs(network).values():
+            module.weight = nn.Parameter(torch.zeros(module.weight.shape))
         for norm in norms(network).values():
-            norm.reset_running_stats()
-        network.pixel_mean.copy_(torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1))
-        network.pixel_std.copy_(torch.tensor(PIXEL_STD).view(1, 3, 1, 1))
+            norm.running_mean, norm.running_var = torch.zeros(norm.num_features), torch.ones(norm.num_features)
+            norm.num_batches_tracked = torch.tensor(0)
+        network.pixel_mean = torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1)
+        network.pixel_std = torch.tensor(PIXEL_STD).view(1, 3, 1, 1)
         return network
 
     def as_dict(self) -> dict[str, Any]:
@@ -177,18 +183,15 @@ def norms(network: nn.Module) -> dict[str, Norm]:
 
 def multiply_adds(structure: Structure, resolution: int = 32) -> int:
     """Multiply-adds of one image's forward pass through the dense network, convolutions only (norms are below 1 %)."""
-    total = 0
-
-    def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        weight = cast("nn.Conv2d", module).weight
-        total += weight.numel() * output.shape[2] * output.shape[3]
-
     with torch.device("meta"):
-        network = structure.build().eval()
-        for module in convs(network).values():
-            module.register_forward_hook(count)
-        network(torch.empty(1, 3, resolution, resolution))
+        network = structure.build()
+    total, side = 0, resolution
+    for name, module in convs(network).items():
+        if name == "stem.0" or name.endswith(
+            ".conv1"
+        ):  # where resolution changes; a shortcut goes along with its conv1
+            side = -(-side // module.stride[0])
+        total += module.weight.numel() * (1 if name == "classifier" else side**2)
     return total
 
 

@@ -31,9 +31,9 @@ ValueDtype = Literal["float16", "float32"]
 
 FORMAT: Final = "tombola-ticket"
 VERSION: Final = 1
-MAX_HEADER_BYTES: Final = 2**20  # WideResNet38 needs about 25 KiB
+MAX_HEADER_BYTES: Final = 2**20  # WideResNet38, the largest, needs 18 KiB
 MAX_FILE_BYTES: Final = 2**30  # a dense float32 WideResNet38 at the paper's width is 230 MB
-MAX_WEIGHTS: Final = 2**28  # five times that network
+MAX_WEIGHTS: Final = 2**28  # nearly five times that network's
 MIN_DENSITY: Final = 1e-4
 TEMPERATURES: Final = (1e-3, 1e3)
 DTYPES: Final = {"float16": torch.float16, "float32": torch.float32}
@@ -111,7 +111,6 @@ class Ticket:
         """The dense network with the mask baked into its weights: eval mode, no gradients, norms not folded."""
         network = self.structure.blank().eval().requires_grad_(False)
         for name, module in convs(network).items():
-            module.weight.zero_()
             module.weight[self.masks[name]] = self.values[name]
         for name, norm in norms(network).items():
             norm.get_buffer("running_mean").copy_(self.statistics[f"{name}.running_mean"])
@@ -366,6 +365,8 @@ def stored_values(header: Header, name: str, tensors: Mapping[str, Tensor]) -> T
         return tensors[f"{name}.values"].float()
     kept = kept_count(layers(header.structure)[0][name].numel(), header.densities[name])
     scale = tensors[f"{name}.scale"]
+    if not bool(scale > 0):
+        raise TicketRejected(f"{name}.scale: {scale.item()}; expected a number above 0")
     return torch.where(unpack(f"{name}.signs", tensors[f"{name}.signs"], (kept,)), -scale, scale)
 
 
@@ -384,11 +385,11 @@ def read_bytes(path: Path) -> bytes:
 
 def load_ticket(path: Path) -> Ticket:
     """Raises TicketRejected, naming the path, what was found and what was expected."""
+    data = read_bytes(path)
     try:
-        return decode(read_bytes(path))
+        return decode(data)
     except TicketRejected as error:
-        text = str(error)
-        raise TicketRejected(text if text.startswith(str(path)) else f"{path}: {text}") from error
+        raise TicketRejected(f"{path}: {error}") from error
 
 
 def save_ticket(path: Path, ticket: Ticket) -> str:

@@ -49,10 +49,10 @@ def write_zip(path: Path, parts: dict[str, Images]) -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A zip of 1,200 digits to search on and 40 to test on, and a cache of its own."""
     folder = tmp_path_factory.mktemp("digits")
-    os.environ["TOMBOLA_CACHE"] = str(folder / "cache")
+    os.environ["TRAINING_CACHE"] = str(folder / "cache")
     write_zip(folder / "digits.zip", {"train": digits().search.balanced(1150), "test": digits().test.balanced(40)})
     yield folder / "digits.zip"
-    del os.environ["TOMBOLA_CACHE"]
+    del os.environ["TRAINING_CACHE"]
 
 
 def job_in(folder: Path, made: Recipe | None = None, **more: object) -> Job:
@@ -92,7 +92,7 @@ def test_a_finished_job_exports_as_a_library_with_its_claims(finished: Path, tmp
 def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, finished: Path, tmp_path: Path) -> None:
     job = job_in(tmp_path)
     prepare(job)
-    worker = plan.start_worker(job, data, "cpu", environment={"TOMBOLA_CHECKPOINT_SECONDS": "0"})
+    worker = plan.start_worker(job, data, "cpu", environment={"TRAINING_CHECKPOINT_SECONDS": "0"})
     until(lambda: (job.folder / "checkpoint.safetensors").exists())
     worker.send_signal(signal.SIGKILL)
     worker.wait()

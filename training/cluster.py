@@ -4,7 +4,6 @@ A task that dies with its worker is started again by Ray elsewhere and goes on f
 comes from the recipe's seed, so the library is the one a local run gives.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from training import plan
 from training.data import read_split
 from training.errors import TrainingError
-from training.plan import Job, Status
+from training.plan import POLL_SECONDS, Job, Status
 
 RETRIES = 10
 
@@ -27,7 +26,7 @@ def carry(folder: str, data: str, device: str) -> None:
 def run_ray(
     jobs: Sequence[Job], data: Path, address: str, device: str, *, cores: float, gpus: float
 ) -> Iterator[list[Status]]:
-    """Runs every unfinished job as a Ray task; yields all statuses about once a second.
+    """Runs every unfinished job as a Ray task; yields all statuses every few seconds.
 
     address: "auto" or host:port of a running cluster, or "local" for one inside this process.  cores, gpus: of a task.
     The state folders and `data` must be the same paths on every node. Raises TrainingError where Ray is not installed.
@@ -46,9 +45,8 @@ def run_ray(
     waiting = [task.remote(str(job.folder.resolve()), str(data.resolve()), device) for job in plan.unfinished(jobs)]
     try:
         while waiting:
-            _, waiting = ray.wait(waiting, timeout=1)  # a failed task is ready too; its folder says why
+            _, waiting = ray.wait(waiting, timeout=POLL_SECONDS)  # a failed task is ready too; its folder says why
             yield [plan.status(job) for job in jobs]
-            time.sleep(0.1)
         yield [plan.status(job) for job in jobs]
     finally:
         for reference in waiting:

@@ -110,7 +110,7 @@ def read_split(path: Path, cache: Path | None = None) -> Split:
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("TOMBOLA_CACHE", Path.home() / ".cache" / "tombola"))
+    return Path(os.environ.get("TRAINING_CACHE", Path.home() / ".cache" / "tombola"))
 
 
 def read_torchvision(root: Path) -> Split:

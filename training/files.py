@@ -21,8 +21,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def commit() -> str:
-    """The commit of the code that runs; TOMBOLA_COMMIT where it was copied out of its repository, else "unknown"."""
-    if given := os.environ.get("TOMBOLA_COMMIT"):
+    """The commit of the code that runs; TRAINING_COMMIT where it was copied out of its repository, else "unknown"."""
+    if given := os.environ.get("TRAINING_COMMIT"):
         return given
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

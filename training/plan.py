@@ -31,13 +31,14 @@ from training.recipes import Recipe
 
 State = Literal["waiting", "running", "interrupted", "failed", "done"]
 PACKAGES: Final = ("torch", "numpy", "safetensors")
+POLL_SECONDS: Final = 3
 # Operations a second, a multiply-add counting as two. One thread: resnet18·16 in bfloat16 at 32x32 (see LOG.md).
 THREAD_SPEED: Final = 1.05e11
-# No GPU was measured: an A100's 312 TFLOP/s in bfloat16 at a quarter of it, what ResNets usually get, is assumed.
-GPU_SPEED: Final = 0.25 * 312e12
+# No GPU was measured: a tenth of an A100's 312 TFLOP/s in bfloat16 is assumed, what small images usually leave of it.
+GPU_SPEED: Final = 0.1 * 312e12
 SPEEDS: Final = (
     f"estimates: {THREAD_SPEED / 1e9:.0f} GFLOP/s a thread (measured with bfloat16 instructions; without them about "
-    f"half), {GPU_SPEED / 1e12:.0f} TFLOP/s a GPU (assumed: an A100 at a quarter of its bfloat16 peak)"
+    f"half), {GPU_SPEED / 1e12:.0f} TFLOP/s a GPU (assumed: a tenth of an A100's bfloat16 peak)"
 )
 
 
@@ -252,7 +253,7 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 
 
 def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Iterator[list[Status]]:
-    """Runs the jobs in `workers` processes of one thread each; yields every job's status about once a second.
+    """Runs the jobs in `workers` processes of one thread each; yields every job's status every few seconds.
 
     A job that fails is left with its failed.txt and the others go on. Leaving the iterator ends the processes; each
     job goes on from its checkpoint next time.
@@ -265,7 +266,7 @@ def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Ite
         while waiting or running:
             while waiting and len(running) < workers:
                 running.append(start_worker(waiting.pop(0), data, device))
-            time.sleep(1)
+            time.sleep(POLL_SECONDS)
             running = [process for process in running if process.poll() is None]
             yield [status(job) for job in jobs]
     finally:

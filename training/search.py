@@ -31,7 +31,7 @@ from training.recipes import Recipe
 from training.scores import first_scores, score_gradient, signed_constant, top_k
 
 Phase = Literal["mask", "weights"]
-CHECKPOINT_SECONDS: Final = float(os.environ.get("TOMBOLA_CHECKPOINT_SECONDS", "45"))
+CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", "45"))
 CALIBRATION_IMAGES: Final = 5_000
 GUARD_IMAGES: Final = 256
 LOW_RESOLUTION: Final = 16

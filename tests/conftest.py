@@ -1,0 +1,34 @@
+"""Shared fixtures: small tickets of every structure, and a library of them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from model_store.library import Library, write_library
+from model_store.ticket import Ticket
+from tests.tickets import CLASSES, eight_tickets, items
+
+# The same examples in every run, on any machine at any load; nothing is written to the work tree.
+settings.register_profile("tombola", deadline=None, derandomize=True, database=None)
+settings.load_profile("tombola")
+
+
+@pytest.fixture(scope="session")
+def small_tickets() -> list[Ticket]:
+    """Eight: two densities of each structure, at the smallest widths."""
+    return eight_tickets()
+
+
+@pytest.fixture(scope="session")
+def small_library(small_tickets: list[Ticket], tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The eight tickets as a library on disk. Nothing may change its folder: see library_folder."""
+    path = tmp_path_factory.mktemp("library")
+    return write_library(path, classes=CLASSES, data="random", tickets=items(small_tickets))
+
+
+@pytest.fixture
+def library_folder(small_library: Library, tmp_path: Path) -> Path:
+    """A copy of the small library that a test may damage."""
+    return Path(shutil.copytree(small_library.path, tmp_path / "library"))

@@ -1,0 +1,116 @@
+"""From images to an answer: a search, an export, a real server, a POST, and how often it is right."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import urllib.request
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model_store.ensemble import calibrated
+from model_store.library import open_library
+from model_store.structures import Structure
+from tests.digits import digits
+from training.data import Images, as_floats
+from training.export import export
+from training.plan import Job, work
+from training.recipes import Recipe
+
+ROOT = Path(__file__).parent.parent
+CIFAR = ROOT.parent / "shared" / "data" / "cifar10-jpeg.zip"
+
+
+def png(pixels: torch.Tensor) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny tickets, searched on digits."""
+    folder = tmp_path_factory.mktemp("flow")
+    for density in (0.3, 0.5):
+        recipe = Recipe(Structure("resnet18", 8), density, 5, steps=240, batch=32, guards=1, precision="float32")
+        job = Job(recipe, folder / "state" / recipe.name, data="digits", classes=digits().classes)
+        work(job, replace(digits(), test=digits().test.balanced(60)), torch.device("cpu"))
+    export(folder / "library", [folder / "state"])
+    return folder / "library"
+
+
+def test_a_search_s_tickets_answer_pictures_over_http(library: Path, tmp_path: Path) -> None:
+    asked = digits().test.balanced(200)
+    command = [sys.executable, "-m", "service", "serve", "--library", str(library), "--port", "0", "--admin-port", "0"]
+    with subprocess.Popen(
+        [*command, "--state-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as server:
+        try:
+            address = address_of(server)
+            answers = [answer for part in range(0, 200, 50) for answer in classify(address, library, asked, part)]
+        finally:
+            server.terminate()
+            _, log = server.communicate(timeout=60)
+    assert server.returncode == 0, log
+    right = sum(answer["index"] == label for answer, label in zip(answers, asked.labels.tolist(), strict=True))
+    print(f"\nan ensemble of one or two tickets of {library}: {right} of 200 test digits right")
+    assert right > 120  # chance is 20; 60 % is far beyond it and far below what the tickets reach
+
+
+def address_of(server: subprocess.Popen[str]) -> str:
+    """The public plane's address, once the process has said that it is ready."""
+    assert server.stdout is not None
+    address = ""
+    for line in server.stdout:
+        if line.startswith("public"):
+            address = line.split()[1]
+        if line.startswith("Ready"):
+            return address
+    raise AssertionError(f"the server ended: {server.stderr.read() if server.stderr else ''}")
+
+
+def classify(address: str, library: Path, images: Images, start: int) -> list[dict[str, object]]:
+    body = json.dumps({"images": [png(pixels) for pixels in images.pixels[start : start + 50]]}).encode()
+    request = urllib.request.Request(f"{address}/v1/classify", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    assert answer["library"] == open_library(library).digest
+    predictions: list[dict[str, object]] = answer["predictions"]
+    return predictions
+
+
+def embedded_accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of the mean of all the embedded library's tickets. images: floats [N, 3, 32, 32] in [0, 1]."""
+    with torch.no_grad():
+        logits = torch.stack([calibrated(ticket)(images) for ticket in open_library().tickets]).mean(dim=0)
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def test_the_embedded_library_reads_foolbox_s_cifar_samples_better_than_chance() -> None:
+    """Twenty images: by chance six or more are right in one of ninety runs; the images and the library are fixed."""
+    found = find_spec("foolbox")  # its pictures alone: no need to run it
+    assert found is not None
+    assert found.origin is not None
+    files = sorted((Path(found.origin).parent / "data").glob("cifar10_*.png"))
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    labels = torch.tensor([int(file.stem.split("_")[-1]) for file in files])
+    assert len(files) == 20
+    assert embedded_accuracy(as_floats(torch.from_numpy(pixels).permute(0, 3, 1, 2)), labels) > 0.3
+
+
+@pytest.mark.skipif(not CIFAR.exists(), reason="the CIFAR-10 zip is not beside the checkout")
+def test_the_embedded_library_reads_cifar_test_images_about_as_well_as_it_claims() -> None:
+    from training.data import read_split
+
+    images = read_split(CIFAR).test.balanced(500)
+    claims = [claim.value for entry in open_library().entries for claim in entry.claims if claim.metric == "clean"]
+    found = embedded_accuracy(as_floats(images.pixels), images.labels)
+    print(f"\nmean of all tickets on 500 test images: {100 * found:.1f} %")
+    assert found > min(claims) - 0.05
