@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", type=Path, help="a library whose tickets stay unless a finished job has a better one")
     sub = add("table", show_table, "Print the paper's Table 1 from a library's claims, in Markdown.")
     sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
+    sub.add_argument("--into", type=Path, metavar="PAGE", help="put it between the page's table marks instead")
     sub = add("compare", show_differences, "Measure how different a library's tickets are: mask overlap and transfer.")
     sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
     sub.add_argument("--data", type=Path, required=True, help="the data set that the library was searched on")
@@ -285,7 +286,12 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def show_table(arguments: argparse.Namespace) -> None:
-    print(export.table(open_library(arguments.library)))
+    text = export.table(open_library(arguments.library))
+    if arguments.into is None:
+        print(text)
+    else:
+        export.write_into(arguments.into, text)
+        print(f"{arguments.into}: table of {arguments.library or 'the embedded library'} rebuilt")
 
 
 def show_differences(arguments: argparse.Namespace) -> None:

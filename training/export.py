@@ -93,6 +93,18 @@ def table(library: Library) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + conditions(library)
 
 
+MARKS: Final = ("<!-- table: python -m training table -->", "<!-- end -->")
+
+
+def write_into(page: Path, text: str) -> None:
+    """Replaces what stands between the marks of a Markdown page. Raises TrainingError if they are not there once."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise TrainingError(f"{page}: no table to replace; expected a line {MARKS[0]} and after it {MARKS[1]}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def reported(entry: Entry, metric: str) -> Claim:
     return next(claim for claim in entry.claims if claim.metric == metric and claim.data.split == "test")
 
@@ -113,7 +125,8 @@ def conditions(library: Library) -> str:
     clean, attacked = (reported(library.entries[0], metric) for metric in ("clean", "pgd"))
     attack = attacked.attack
     assert attack is not None  # noqa: S101 (a Claim of metric pgd has one)
-    widest = max((claim.high - claim.low) / 2 for entry in library.entries for claim in entry.claims)
+    shown = [reported(entry, metric) for entry in library.entries for metric in ("clean", "pgd")]
+    widest = max((claim.high - claim.low) / 2 for claim in shown)
     return (
         f"{attacked.data.name}, test images: n = {clean.images:,} clean, {attacked.images:,} attacked; {attack.norm} "
         f"PGD, ε = {255 * attack.epsilon:g}/255, {attack.steps} steps of {255 * attack.step_size:g}/255, "
