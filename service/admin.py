@@ -1,0 +1,111 @@
+"""The admin plane: metrics, and what is being served. Audits and the console have routers of their own.
+
+Nothing here is reachable from the public plane, and AdminGate (service/auth.py) stands before all of it.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from model_store import theta
+from model_store.errors import StoreError
+from model_store.library import Library
+from service.errors import Conflict, NotReady, ServiceError, Text
+from service.front import Holder, PlainRoute, as_json
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+class LibraryRefused(ServiceError):
+    status = 422
+    text = Text.LIBRARY_REFUSED
+
+
+class Handlers:
+    """One method per route."""
+
+    def __init__(self, holder: Holder, metrics: Metrics) -> None:
+        self.holder = holder
+        self.metrics = metrics
+        self.swapping = asyncio.Lock()
+
+    def library(self) -> Library:
+        if self.holder.current is None:
+            raise NotReady
+        return self.holder.current.library
+
+    async def show_metrics(self, _: Request) -> Response:
+        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def live(self, _: Request) -> Response:
+        return as_json({"live": True})
+
+    async def ready(self, _: Request) -> Response:
+        if not self.holder.ready:
+            raise NotReady
+        return as_json({"ready": True})
+
+    async def show_library(self, _: Request) -> Response:
+        return as_json(describe_library(self.library()))
+
+    async def show_policy(self, _: Request) -> Response:
+        return as_json(describe_policy(self.library()))
+
+    async def swap(self, _: Request) -> Response:
+        """Opens the configured library again and, if all of it is sound, serves it instead of the present one. No body
+        is read: which library is served is the settings' business, never a request's."""
+        if self.swapping.locked():
+            raise Conflict(Text.SWAP_RUNNING)
+        async with self.swapping:
+            before = self.library().digest
+            try:
+                serving = await self.holder.reload()
+            except StoreError as error:
+                log.error("library refused, the old one keeps serving: %s", error)  # noqa: TRY400 -- says all there is
+                raise LibraryRefused from None
+        return as_json({"digest": serving.library.digest, "before": before})
+
+
+def describe_library(library: Library) -> Json:
+    """The manifest with its digest: tickets, claims and provenance, as stored."""
+    shown = library.manifest.model_dump(mode="json")
+    return {"digest": library.digest, "tickets": len(library.tickets), "baselines": len(library.baselines), **shown}
+
+
+def describe_policy(library: Library) -> Json:
+    """The exact law of theta over this library."""
+    policy = library.policy
+    names = [entry.name for entry in library.entries]
+    sizes = theta.size_probabilities(policy)
+    return {
+        "library": library.digest,
+        "groups": [[names[index] for index in group] for group in policy.groups],
+        "sizes": list(policy.sizes),
+        "every": policy.every,
+        "replacement": policy.replacement,
+        "states": theta.states(policy),
+        "entropy_bits": theta.entropy_bits(policy),
+        "expected_size": theta.expected_size(policy),
+        "size_probabilities": {str(n): probability for n, probability in sizes.items()},
+        "inclusion_probabilities": dict(zip(names, theta.inclusion_probabilities(policy), strict=True)),
+    }
+
+
+def router(holder: Holder, metrics: Metrics) -> APIRouter:
+    here = Handlers(holder, metrics)
+    routes = APIRouter(route_class=PlainRoute)
+    routes.add_api_route("/metrics", here.show_metrics, methods=["GET"])
+    routes.add_api_route("/health/live", here.live, methods=["GET"])
+    routes.add_api_route("/health/ready", here.ready, methods=["GET"])
+    routes.add_api_route("/admin/library", here.show_library, methods=["GET"])
+    routes.add_api_route("/admin/library", here.swap, methods=["POST"])
+    routes.add_api_route("/admin/policy", here.show_policy, methods=["GET"])
+    return routes

@@ -1,0 +1,309 @@
+"""Two planes in one process and one event loop, from the first socket to the last answer.
+
+Start: ports are bound and live at once; ready only when the library is verified and warm. SIGTERM: not ready, yet
+answering for drain_delay_s; then no new connections, what is in flight is answered, exit 0. SIGINT: the same without
+the delay; a second signal: at once. SIGHUP: the library and the API keys are read again.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import torch
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from model_store.errors import StoreError
+from service import admin, errors, public, v2
+from service.audits import routes as audits
+from service.audits.jobs import Jobs
+from service.auth import AdminGate, Keys
+from service.front import Front
+from service.holder import Holder, Serving
+from service.logs import log_as_json
+from service.meter import Crowd, Meter
+from service.metrics import Metrics, describe_build
+from service.settings import Settings, SettingsRejected, admin_token, state_folder
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 2048  # connections the kernel holds while the event loop is busy
+LINGER_S: Final = 1.0  # between closing a port and closing its idle connections: a request may be on its way
+SWITCH_S: Final = 0.0005  # after so long an engine thread that waits for the interpreter gets it; Python's own is 5 ms
+
+
+def create_public_app(holder: Holder, settings: Settings, metrics: Metrics, keys: Keys) -> FastAPI:
+    """Classification, health, and the Open Inference Protocol."""
+    app = FastAPI(title="Tombola", version=v2.product_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    public.install(app, Front(holder, settings, metrics, keys))
+    app.add_middleware(Crowd, limit=settings.max_requests, metrics=metrics)  # around the shortcut, too
+    return finished(app, holder, settings, metrics, "public")
+
+
+def create_admin_app(
+    holder: Holder, settings: Settings, metrics: Metrics, token: str, routers: Sequence[APIRouter] = ()
+) -> FastAPI:
+    """Metrics and the library, and what `routers` add; all but metrics and health behind the token."""
+    app = FastAPI(title="Tombola, admin plane", docs_url=None, redoc_url=None, redirect_slashes=False)
+    for router in (admin.router(holder, metrics), *routers):
+        app.include_router(router)
+    app.add_middleware(AdminGate, token=token, metrics=metrics, metrics_open=settings.metrics_open)
+    return finished(app, holder, settings, metrics, "admin")
+
+
+def finished(app: FastAPI, holder: Holder, settings: Settings, metrics: Metrics, plane: str) -> FastAPI:
+    """The middlewares that stand around everything else; the last one added is the outermost."""
+    errors.install(app)
+    app.add_middleware(Meter, holder=holder, metrics=metrics, plane=plane, log_all=settings.log_requests)
+    return app
+
+
+class Patient(HttpToolsProtocol):
+    """uvicorn's protocol with a limit on the time from connection to the end of the first request's headers."""
+
+    header_timeout_s: float = 10.0
+    header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.header_timer = self.loop.call_later(self.header_timeout_s, transport.close)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self.header_timer is None:
+            self.header_timer = self.loop.call_later(self.header_timeout_s, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self.cancel_timer()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.cancel_timer()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's words
+        """What is no HTTP is answered in the error form, too."""
+        body = bytes(errors.answer(errors.BadRequest()).body)
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+    def cancel_timer(self) -> None:
+        if self.header_timer is not None:
+            self.header_timer.cancel()
+            self.header_timer = None
+
+
+class Plane(uvicorn.Server):
+    """One port. Signals are the process's business, not a plane's."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.listener = listener
+        self.second_hand = listener.dup()  # keeps the port open when the event loop has closed its own
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def run_here(self) -> None:
+        await self.serve(sockets=[self.listener])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """No new connections, but none is turned away that was made before: not those the kernel holds, which a closed
+        port would reset, and not those whose request is still on its way. While draining every answer ends its
+        connection, so what is open now has not been used yet, or soon ends."""
+        for server in self.servers:
+            server.close()
+        for connection in last_arrivals(self.second_hand):
+            await asyncio.get_running_loop().connect_accepted_socket(self.protocol, connection)
+        late = time.monotonic() + LINGER_S
+        while self.server_state.connections and time.monotonic() < late:  # noqa: ASYNC110 -- uvicorn has no event
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+
+    def protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
+
+def last_arrivals(listener: socket.socket) -> list[socket.socket]:
+    """Closes the port, and returns the connections that had been made to it and not yet been accepted."""
+    found: list[socket.socket] = []
+    listener.setblocking(False)
+    with listener, contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(listener.accept()[0])
+    return found
+
+
+def plane(app: FastAPI, settings: Settings, listener: socket.socket) -> Plane:
+    protocol = type("Protocol", (Patient,), {"header_timeout_s": settings.header_timeout_s})
+    config = uvicorn.Config(
+        app,
+        http=cast("Any", protocol),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        backlog=BACKLOG,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
+        timeout_keep_alive=cast("int", settings.keep_alive_s),
+        timeout_graceful_shutdown=cast("int", settings.drain_timeout_s),
+    )
+    return Plane(config, listener)
+
+
+def listen(host: str, port: int, knob: str) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsRejected(f"TOMBOLA_{knob} {host}:{port}: cannot listen there ({error.strerror})") from None
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@dataclass
+class Service:
+    """Everything that runs, and how it ends."""
+
+    settings: Settings
+    holder: Holder
+    keys: Keys
+    planes: tuple[Plane, Plane]
+    public_url: str
+    admin_url: str
+    jobs: Jobs
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    delay: bool = True
+    code: int = 0
+
+    def on_signal(self, number: int) -> None:
+        """SIGTERM and SIGINT. The second one of either kind ends the process without waiting for anybody."""
+        if self.stop.is_set():
+            self.hurry.set()
+            for server in self.planes:
+                server.should_exit = server.force_exit = True
+            return
+        log.info("signal %s: draining", signal.Signals(number).name)
+        self.delay = number == signal.SIGTERM
+        self.stop.set()
+
+    def on_hangup(self) -> None:
+        self.keys.reload()
+        task = asyncio.ensure_future(self.reload())
+        self.reloading = task  # a task that nobody holds may be collected
+
+    async def reload(self) -> None:
+        try:
+            await self.holder.reload()
+        except StoreError as error:
+            log.error("library refused, the old one keeps serving: %s", error)  # noqa: TRY400 -- says all there is
+
+    def on_broken(self) -> None:
+        """The engine is dead for good: end, so that the platform starts the process again."""
+        self.code, self.delay = 1, False
+        self.stop.set()
+
+    async def drain(self) -> None:
+        """The public plane first; the admin plane keeps telling how that goes."""
+        self.holder.drain()
+        if self.delay:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.hurry.wait(), self.settings.drain_delay_s)
+
+
+def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] = lambda _: ()) -> Service:
+    """Binds both ports and puts the parts together. Raises SettingsRejected."""
+    metrics = Metrics()
+    describe_build(metrics, v2.product_version(), settings.commit, torch.__version__)
+    token, keys = admin_token(settings), Keys(settings.api_keys_file, metrics)
+    state_folder(settings)
+    front = listen(settings.host, settings.port, "PORT")
+    back = listen(settings.admin_host, settings.admin_port, "ADMIN_PORT")
+    holder = Holder(settings, metrics)
+    jobs = Jobs(settings, metrics, holder.library, url(front))
+    outer = create_public_app(holder, settings, metrics, keys)
+    inner = create_admin_app(holder, settings, metrics, token, (audits.router(jobs), *routers(holder)))
+    planes = (plane(outer, settings, front), plane(inner, settings, back))
+    service = Service(settings, holder, keys, planes, url(front), url(back), jobs)
+    holder.workers.on_broken = service.on_broken
+    return service
+
+
+async def serve(settings: Settings, announce: Callable[[Service, Serving], None]) -> int:
+    """Runs until told to end; the process's exit code. Raises SettingsRejected, StoreError."""
+    service = build(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, service.on_hangup)
+    running = [asyncio.ensure_future(server.run_here()) for server in service.planes]
+    try:
+        await until_told(service, announce)
+    finally:
+        await end(service, running)
+    return service.code
+
+
+async def until_told(service: Service, announce: Callable[[Service, Serving], None]) -> None:
+    """Loads the library while the ports already answer, then waits for a signal."""
+    loading = asyncio.ensure_future(service.holder.start())
+    stop = asyncio.ensure_future(service.stop.wait())
+    await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():  # told to end before the library was there
+        loading.cancel()
+        return
+    service.delay = loading.exception() is None
+    serving = loading.result()
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection has to walk over the library's objects again
+    announce(service, serving)
+    service.jobs.start()
+    await stop
+
+
+async def end(service: Service, running: Sequence[Awaitable[None]]) -> None:
+    await service.drain()
+    await asyncio.to_thread(service.jobs.stop)
+    for server, task in zip(service.planes, running, strict=True):
+        server.should_exit = True
+        await task
+    service.holder.workers.stop()
+    log.info("ended")
+
+
+def run(settings: Settings, announce: Callable[[Service, Serving], None]) -> int:
+    """Serves in this thread until told to end. Raises SettingsRejected, StoreError."""
+    log_as_json(settings.log_level)
+    sys.setswitchinterval(SWITCH_S)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(serve(settings, announce))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is there."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

@@ -1,0 +1,229 @@
+"""python -m service bench raw | latency: what the engine does by itself, and what an answer's time says of its theta.
+
+The comparison over HTTP with other servers is `make bench`.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import openvino
+import torch
+from numpy.typing import NDArray
+
+from model_store.library import Library, open_library
+from model_store.structures import Network
+from model_store.theta import Theta, draw_theta
+from service.engine import Engine, Rows, engine_threads, open_engine
+from service.metrics import Metrics
+from service.scheduler import Gate, Scheduler
+from service.settings import Settings, add_flags, read_settings
+from service.window import Window
+from service.workers import Workers
+
+FLAGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")
+BINS: Final = 16  # of equally many latencies each
+SHUFFLES: Final = 20
+
+
+def add_parser(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure the engine, or what latency reveals", description=__doc__)
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    raw = kinds.add_parser("raw", help="the engine on recorded draws, against the plain loop")
+    raw.add_argument("--images", type=int, default=512, help="images, each with a recorded draw (512)")
+    raw.add_argument("--seed", type=int, default=0, help="of the images and the draws (0)")
+    raw.set_defaults(measure=raw_engine)
+    latency = kinds.add_parser("latency", help="mutual information between an answer's time and its ensemble's size")
+    latency.add_argument("--images", type=int, default=1500, help="single images, one after the other (1500)")
+    latency.add_argument("--quantum-ms", type=float, default=25.0, help="the quantum to compare with none (25)")
+    latency.set_defaults(measure=latency_information)
+    for kind in (raw, latency):
+        kind.add_argument("--json", type=Path, help="where to write the figures too")
+        add_flags(kind, FLAGS)
+        kind.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    settings = read_settings({name: value for name, value in vars(given).items() if name in FLAGS})
+    library = open_library(settings.library)
+    engine = open_engine(library, settings)
+    figures, line = given.measure(given, settings, library, engine)
+    whole = {"library": library.digest, "machine": machine(), "engine": described(engine), **figures}
+    print(json.dumps(whole, indent=2))
+    if given.json is not None:
+        given.json.write_text(json.dumps(whole, indent=2) + "\n")
+    print(line)
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "openvino": str(openvino.__version__),
+    }
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def described(engine: Engine) -> dict[str, Any]:
+    return {"name": engine.name, "device": engine.device, "threads": engine.threads, "note": engine.note}
+
+
+# The engine by itself
+
+
+def raw_engine(
+    given: argparse.Namespace, settings: Settings, library: Library, engine: Engine
+) -> tuple[dict[str, Any], str]:
+    """Images per second on the same images and draws: one by one in torch, and by the engine in windows."""
+    rng = random.Random(given.seed)
+    images = np.random.default_rng(given.seed).integers(0, 256, (given.images, 3, 32, 32), np.uint8)
+    thetas = [draw_theta(library.policy, rng) for _ in range(given.images)]
+    some = max(1, given.images // 8)
+    networks = [ticket.network() for ticket in library.tickets]
+    plain = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
+    grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.window_rows))
+    figures = {
+        "images": given.images,
+        "seed": given.seed,
+        "window_rows": settings.window_rows,
+        "mean_members": statistics.mean(len(theta.members) for theta in thetas),
+        "plain_loop_images_per_s": round(plain, 1),
+        "engine_images_per_s": round(grouped, 1),
+        "ratio": round(grouped / plain, 2),
+    }
+    return figures, f"engine {grouped:.0f} images/s, plain loop {plain:.0f}: {grouped / plain:.1f} times"
+
+
+def timed(work: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def plain_loop(library: Library, networks: Sequence[Network], images: Rows, thetas: Sequence[Theta]) -> None:
+    """As one would write it: draw, run each member at batch 1, add up; torch with all its threads."""
+    with torch_threads(engine_threads(Settings())), torch.inference_mode():
+        for image, theta in zip(images, thetas, strict=True):
+            pixels = torch.from_numpy(image)[None].float() / 255
+            total = sum(networks[member](pixels) / library.tickets[member].temperature for member in theta.members)
+            torch.softmax(torch.as_tensor(total) / len(theta.members), dim=1)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int) -> None:
+    with ThreadPoolExecutor(engine.threads) as pool:
+        for start in range(0, len(images), size):
+            groups: dict[int, list[int]] = {}
+            for row, theta in enumerate(thetas[start : start + size], start):
+                for member in theta.members:
+                    groups.setdefault(member, []).append(row)
+            costly_first = sorted(groups.items(), key=lambda item: -engine.costs[item[0]] * len(item[1]))
+            list(pool.map(lambda item: engine.forward(item[0], images[item[1]]), costly_first))
+
+
+# What latency tells
+
+
+class Spy(Scheduler):
+    """A scheduler that notes the size of every ensemble it draws."""
+
+    sizes: list[int]
+
+    def observe(self, window: Window) -> None:
+        self.sizes += [len(theta.members) for theta in window.thetas]
+
+
+def latency_information(
+    given: argparse.Namespace, settings: Settings, library: Library, engine: Engine
+) -> tuple[dict[str, Any], str]:
+    """Bits of mutual information between the time to an answer and n, on an idle server: the attacker's best case."""
+    found = {}
+    for name, quantum_ms in (("without", 0.0), ("with", given.quantum_ms)):
+        told = settings.model_copy(update={"quantum_ms": quantum_ms})
+        seconds, sizes = asyncio.run(latencies(library, engine, told, given.images))
+        bits, chance = mutual_information(seconds, sizes)
+        found[name] = {
+            "quantum_ms": quantum_ms,
+            "bits": round(bits, 4),
+            "bits_by_chance": round(chance, 4),
+            "p50_ms": round(1000 * statistics.median(seconds), 3),
+        }
+    figures = {"images": given.images, "entropy_of_n_bits": round(entropy(Counter(sizes).values()), 4), **found}
+    bits, fewer = found["without"]["bits"], found["with"]["bits"]
+    return figures, f"latency tells {bits:.2f} bits of n; on quanta of {given.quantum_ms:g} ms {fewer:.2f}"
+
+
+async def latencies(library: Library, engine: Engine, settings: Settings, images: int) -> tuple[list[float], list[int]]:
+    metrics = Metrics()
+    workers = Workers(engine.threads, settings, metrics, lambda: None)
+    workers.start()
+    spy = Spy(library, engine, workers, Gate(settings, metrics), settings, metrics)
+    spy.sizes = []
+    rows = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
+    seconds = []
+    for _ in range(images):
+        begun = time.perf_counter()
+        await spy.submit(rows, client="bench")
+        seconds.append(time.perf_counter() - begun)
+    workers.stop()
+    return seconds, spy.sizes
+
+
+def mutual_information(seconds: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """(bits, bits that shuffled pairs show): plug-in estimate over BINS quantiles of the time, less what chance gives.
+
+    The plug-in estimate of few pairs is too high; its mean over shuffled pairs is that excess.
+    """
+    edges = np.quantile(seconds, np.linspace(0, 1, BINS + 1)[1:-1])
+    bins, n = np.searchsorted(edges, seconds), np.array(sizes)
+    generator = np.random.default_rng(0)
+    chance = statistics.mean(plug_in(bins, generator.permutation(n)) for _ in range(SHUFFLES))
+    return max(0.0, plug_in(bins, n) - chance), chance
+
+
+def plug_in(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
+    pairs = Counter(zip(first.tolist(), second.tolist(), strict=True))
+    return (
+        entropy(Counter(first.tolist()).values()) + entropy(Counter(second.tolist()).values()) - entropy(pairs.values())
+    )
+
+
+def entropy(counts: Iterable[int]) -> float:
+    """Bits of the distribution with these counts."""
+    values = list(counts)
+    total = sum(values)
+    return -math.fsum(count / total * math.log2(count / total) for count in values)

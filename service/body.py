@@ -1,0 +1,196 @@
+"""Reading what clients send: headers once, bodies within limits of size, time and memory, and the hang-up."""
+
+import asyncio
+import json
+import sys
+import zlib
+from collections.abc import Awaitable, Mapping
+from typing import Any, Final, TypeVar
+
+from starlette.types import Receive, Scope
+
+from service.errors import BadRequest, BodyTooLarge, ClientGone, Overloaded, Text, TooLarge, TooSlow, Unsupported
+from service.metrics import Metrics
+from service.settings import Settings
+
+ONCE: Final = frozenset(
+    (
+        b"authorization",
+        b"content-encoding",
+        b"content-length",
+        b"content-type",
+        b"idempotency-key",
+        b"inference-header-content-length",
+        b"tombola-timeout-ms",
+        b"x-api-key",
+    )
+)
+WINDOW_BITS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's: gzip's header, or its own
+JSON_ELEMENTS: Final = 1 << 18  # commas in one JSON text: a parsed number takes up to 16 times its text in memory
+Answer = TypeVar("Answer")
+
+sys.set_int_max_str_digits(640)  # the least Python allows, process-wide: reading n digits takes n^2 steps
+
+
+def fields(scope: Scope) -> dict[bytes, bytes]:
+    """The request's headers by lower-case name; of those that matter here, two of one name are refused."""
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in ONCE and found.get(name, value) != value:
+            raise BadRequest(Text.HEADER_TWICE)
+        found[name] = value
+    return found
+
+
+def whole_number(text: bytes, digits: int = 15) -> int | None:
+    """A decimal number without sign or spaces, small enough to compute with; None for anything else."""
+    return int(text) if text.isdigit() and len(text) <= digits else None
+
+
+class Bodies:
+    """Reads bodies, and counts what all requests together hold of them: what has arrived, not what was announced, so
+    that slow clients cannot take the room of others by promising much."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.held_bytes = 0
+
+    async def read(self, receive: Receive, headers: Mapping[bytes, bytes], room: "Room") -> bytes:
+        """The whole body, without its Content-Encoding. Raises BadRequest, Overloaded, BodyTooLarge, TooLarge, TooSlow,
+        Unsupported, ClientGone."""
+        self.refuse_length(headers)
+        try:
+            async with asyncio.timeout(self.settings.body_timeout_s):
+                body = await self.gather(receive, room)
+        except TimeoutError:
+            raise TooSlow(limit=self.settings.body_timeout_s) from None
+        self.metrics.observe("http_request_body_bytes", len(body))
+        return await self.unpack(body, headers, room)
+
+    def refuse_length(self, headers: Mapping[bytes, bytes]) -> None:
+        """Before any of the body is read."""
+        length = whole_number(headers.get(b"content-length", b"0"))
+        if length is None:
+            raise BadRequest(Text.LENGTH_HEADER)
+        if length > self.settings.max_body_bytes:
+            raise BodyTooLarge(limit=self.settings.max_body_bytes)
+
+    async def gather(self, receive: Receive, room: "Room") -> bytes:
+        parts: list[bytes] = []
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            part = message.get("body", b"")
+            room.take(len(part))
+            if room.size > self.settings.max_body_bytes:
+                raise BodyTooLarge(limit=self.settings.max_body_bytes)
+            parts.append(part)
+            more = message.get("more_body", False)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def unpack(self, body: bytes, headers: Mapping[bytes, bytes], room: "Room") -> bytes:
+        coding = headers.get(b"content-encoding", b"identity").strip().lower()
+        if coding in (b"", b"identity"):
+            return body
+        if coding not in WINDOW_BITS:
+            raise Unsupported(Text.BODY_PACKING)
+        limit = self.settings.max_body_bytes
+        room.take(limit)
+        found = await asyncio.to_thread(inflate, body, coding, limit)
+        room.take(len(found) - limit)
+        return found
+
+    def hold(self, size: int) -> None:
+        self.held_bytes += size
+        self.metrics.set("http_bodies_held_bytes", self.held_bytes)
+
+
+class Room:
+    """What one request holds of the room for bodies, until it is closed."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.bodies = bodies
+        self.size = 0
+
+    def take(self, size: int) -> None:
+        """Raises Overloaded when all requests together would hold too much."""
+        if self.bodies.held_bytes + size > self.bodies.settings.max_bodies_bytes:
+            self.bodies.metrics.inc("shed_total", reason="body")
+            raise Overloaded(Text.BODIES_FULL)
+        self.bodies.hold(size)
+        self.size += size
+
+    def close(self) -> None:
+        self.bodies.hold(-self.size)
+
+
+def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
+    """What a body of Content-Encoding gzip or deflate holds, at most `limit` bytes. Raises BadRequest, TooLarge."""
+    machine = zlib.decompressobj(wbits=WINDOW_BITS[coding])
+    try:
+        found = machine.decompress(body, limit + 1)
+    except zlib.error:
+        raise BadRequest(Text.BODY_INFLATE) from None
+    if len(found) > limit:
+        raise TooLarge(limit=limit)
+    if not machine.eof or machine.unused_data:
+        raise BadRequest(Text.BODY_INFLATE)
+    return found
+
+
+def media_type(headers: Mapping[bytes, bytes]) -> bytes:
+    """The content type without its parameters, lower case; empty when there is none."""
+    return headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+
+def one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate key")
+    return found
+
+
+def no_constant(_: str) -> Any:
+    raise ValueError("NaN or Infinity")
+
+
+DECODER: Final = json.JSONDecoder(object_pairs_hook=one_of_each, parse_constant=no_constant)
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object: UTF-8, no NaN, no key twice, no deep nesting. Raises BadRequest, TooLarge."""
+    if text.count(b",") > JSON_ELEMENTS:
+        raise TooLarge(Text.JSON_TOO_MANY, limit=JSON_ELEMENTS)
+    try:
+        found = DECODER.decode(text.decode("utf-8"))
+    except (
+        ValueError,
+        RecursionError,
+    ):  # also UnicodeDecodeError, JSONDecodeError and whole numbers of over 640 digits
+        raise BadRequest(Text.JSON_MALFORMED) from None
+    if not isinstance(found, dict):
+        raise BadRequest(Text.JSON_OBJECT)
+    return found
+
+
+async def unless_gone(receive: Receive, work: Awaitable[Answer]) -> Answer:
+    """Awaits `work`, whose body has been read. A client that hangs up cancels it: ClientGone."""
+    me = asyncio.current_task()
+    watch = asyncio.ensure_future(hang_up(receive))
+    watch.add_done_callback(lambda done: None if done.cancelled() or me is None else me.cancel())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if watch.done() and me is not None and me.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watch.cancel()
+
+
+async def hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

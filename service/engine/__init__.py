@@ -1,0 +1,147 @@
+"""Tickets on a device. A backend is one function: rows of one ticket -> its calibrated logits."""
+
+import importlib.util
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+
+from model_store.library import Library
+from model_store.structures import multiply_adds
+from model_store.ticket import Ticket
+from service.engine.base import (
+    Backend,
+    Engine,
+    EngineRejected,
+    Folded,
+    Forward,
+    Logits,
+    Rows,
+    difference,
+    folded,
+    reference,
+)
+from service.engine.cores import usable_cores
+from service.settings import Settings, state_folder
+
+__all__ = ["Engine", "EngineRejected", "Forward", "Logits", "Rows", "engine_threads", "open_engine"]
+
+log = logging.getLogger(__name__)
+
+PROBES: Final = 2  # random images on which every ticket is compared with torch in float32
+
+
+def open_engine(library: Library, settings: Settings) -> Engine:
+    """Compiles and warms up every ticket and compares it with torch in float32. Raises EngineRejected."""
+    device = chosen_device(settings.device)
+    name = chosen_backend(settings.engine, device)
+    threads = engine_threads(settings)
+    torch.set_num_threads(1)  # tickets run beside each other, one core each
+    with ThreadPoolExecutor(threads, "fold") as pool:
+        tickets = tuple(pool.map(folded, library.tickets))
+    *first, last = attempts(name, settings)
+    for attempt, cached in first:
+        try:
+            return started(attempt, library, tickets, settings, device, cached=cached)
+        except EngineRejected as error:
+            log.warning("engine refused, another is tried: %s", error)
+    return started(last[0], library, tickets, settings, device, cached=last[1])
+
+
+def engine_threads(settings: Settings) -> int:
+    """How many tickets run at once: one a core, one at all on a GPU."""
+    on_cpu = chosen_device(settings.device).type == "cpu"
+    return settings.threads or (usable_cores() if on_cpu else 1)
+
+
+def attempts(name: str, settings: Settings) -> list[tuple[str, bool]]:
+    """(backend, whether its compiled models may come from disk), in the order to try. A damaged cache is no reason to
+    refuse a library; and where the backend was not asked for by name, torch runs everywhere."""
+    if name == "torch":
+        return [("torch", False)]
+    return [(name, True), (name, False), *([("torch", False)] if settings.engine == "auto" else [])]
+
+
+def chosen_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # torch says both for a device that is not there
+        raise EngineRejected(f"TOMBOLA_DEVICE {wanted}: torch cannot use such a device here") from None
+    return device
+
+
+def chosen_backend(wanted: str, device: torch.device) -> str:
+    there = importlib.util.find_spec("openvino") is not None
+    if wanted == "openvino" and device.type != "cpu":
+        raise EngineRejected(f"TOMBOLA_ENGINE openvino: runs on the CPU, not on {device}; choose torch or auto")
+    if wanted == "openvino" and not there:
+        raise EngineRejected("TOMBOLA_ENGINE openvino: not installed; `pip install openvino`, or choose torch or auto")
+    if wanted == "auto":
+        return "openvino" if there and device.type == "cpu" else "torch"
+    return wanted
+
+
+def started(
+    name: str,
+    library: Library,
+    tickets: tuple[Folded, ...],
+    settings: Settings,
+    device: torch.device,
+    *,
+    cached: bool,
+) -> Engine:
+    begun, threads = time.perf_counter(), engine_threads(settings)
+    cache = state_folder(settings) / "engine" if cached else None
+    backend = build(name, tickets, cache, device, threads)
+    difference = verified(name, backend, tickets, threads)
+    return Engine(
+        name=name,
+        device=str(device),
+        threads=threads,
+        forward=backend.forward,
+        costs=costs(library.tickets),
+        difference=difference,
+        note=backend.note,
+        warm_up_s=time.perf_counter() - begun,
+    )
+
+
+def build(name: str, tickets: tuple[Folded, ...], cache: Path | None, device: torch.device, threads: int) -> Backend:
+    """The backends are imported where they are used: OpenVINO is not everywhere."""
+    if name == "openvino":
+        from service.engine import openvino_engine
+
+        return openvino_engine.build(tickets, cache=cache, threads=threads)
+    from service.engine import torch_engine
+
+    return torch_engine.build(tickets, device=device)
+
+
+def costs(tickets: tuple[Ticket, ...]) -> tuple[int, ...]:
+    by_structure = {structure: multiply_adds(structure) for structure in {ticket.structure for ticket in tickets}}
+    return tuple(by_structure[ticket.structure] for ticket in tickets)
+
+
+def verified(name: str, backend: Backend, tickets: tuple[Folded, ...], threads: int) -> float:
+    """Runs every ticket on fresh random images, which also warms it up. Returns the largest difference from torch."""
+    probes = np.frombuffer(bytearray(os.urandom(PROBES * 3 * 32 * 32)), np.uint8).reshape(PROBES, 3, 32, 32)
+
+    def compare(index: int) -> float:
+        return difference(backend.forward(index, probes), reference(tickets[index], probes))
+
+    with ThreadPoolExecutor(threads, "warm-up") as pool:
+        worst = max(zip(pool.map(compare, range(len(tickets))), range(len(tickets)), strict=True))
+    if not worst[0] <= backend.tolerance:  # also true of NaN
+        raise EngineRejected(
+            f"engine {name}: logits of {tickets[worst[1]].name} differ from torch's by {worst[0]:.1e} of the largest; "
+            f"expected at most {backend.tolerance:.0e}"
+        )
+    return worst[0]

@@ -1,0 +1,76 @@
+"""What every backend shares: its function type, and what a ticket's logits have to be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model_store.structures import Network, fold
+from model_store.ticket import Ticket
+
+Rows = NDArray[np.uint8]
+"""[N, 3, 32, 32], 0 to 255."""
+Logits = NDArray[np.float32]
+"""[N, classes], divided by the ticket's temperature."""
+Forward = Callable[[int, Rows], Logits]
+"""(ticket's index in the library, its rows) -> its logits. May be called from several threads at once."""
+
+TOLERANCE: Final = 1e-4  # of logits, relative to the largest (or to 1, if that is smaller): float32 in another order
+HALF_TOLERANCE: Final = 2e-2  # the same for float16
+
+
+class EngineRejected(Exception):
+    """A backend that is not there, or whose logits are not those of the tickets."""
+
+
+class Backend(NamedTuple):
+    """What a backend's `build` returns. note: what was decided on the way, for the log."""
+
+    forward: Forward
+    tolerance: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A library's tickets, warm. Frozen: a new library gets a new engine.
+
+    threads: how many calls of `forward` may run at once.  costs: multiply-adds of one image by ticket.
+    difference: the largest difference of a probe's logit from torch's in float32, relative as TOLERANCE is.
+    """
+
+    name: str
+    device: str
+    threads: int
+    forward: Forward
+    costs: tuple[int, ...]
+    difference: float
+    note: str
+    warm_up_s: float
+
+
+class Folded(NamedTuple):
+    """A ticket as it is run: what `model_store.ensemble.calibrated` computes is network(images) / temperature."""
+
+    name: str
+    network: Network
+    temperature: float
+
+
+def folded(ticket: Ticket) -> Folded:
+    return Folded(ticket.name, fold(ticket.network()), ticket.temperature)
+
+
+def reference(ticket: Folded, rows: Rows) -> Logits:
+    """What the ticket means: torch, float32, on the CPU."""
+    with torch.inference_mode():
+        logits: Logits = (ticket.network(torch.from_numpy(rows).float() / 255) / ticket.temperature).numpy()
+    return logits
+
+
+def difference(found: Logits, expected: Logits) -> float:
+    """The largest, relative to the largest expected, or to 1 if that is smaller."""
+    return float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))

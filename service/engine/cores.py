@@ -1,0 +1,66 @@
+"""How many cores this process may really use: its affinity and its container's CPU quota, not the host's count."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path("/")
+
+
+def usable_cores(root: Path = ROOT) -> int:
+    """At least 1. A quota of 1.5 cores counts as 2: two threads that are throttled a little beat one."""
+    quotas = [*unified_quotas(root), *legacy_quotas(root)]
+    return max(1, min([affinity(), *(math.ceil(quota) for quota in quotas)]))
+
+
+def affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def unified_quotas(root: Path) -> Iterator[float]:
+    """cgroup v2: cpu.max ("<quota> <period>" in microseconds, or "max <period>") of our group and all above it."""
+    for folder in groups(root / "sys/fs/cgroup", own_group(root, "0::")):
+        fields = words(folder / "cpu.max")
+        if len(fields) == 2 and fields[0] != "max":
+            yield float(fields[0]) / float(fields[1])
+
+
+def legacy_quotas(root: Path) -> Iterator[float]:
+    """cgroup v1: cpu.cfs_quota_us (-1: none) over cpu.cfs_period_us."""
+    for folder in groups(root / "sys/fs/cgroup/cpu", own_group(root, ":cpu,cpuacct:", ":cpu:", ":cpuacct,cpu:")):
+        quota, period = words(folder / "cpu.cfs_quota_us"), words(folder / "cpu.cfs_period_us")
+        if quota and period and float(quota[0]) > 0:
+            yield float(quota[0]) / float(period[0])
+
+
+def own_group(root: Path, *marks: str) -> str:
+    """Our group's path, from the lines of /proc/self/cgroup such as `0::/user.slice` or `4:cpu,cpuacct:/docker/ab`."""
+    for line in lines(root / "proc/self/cgroup"):
+        for mark in marks:
+            if mark in line:
+                return line.split(mark, 1)[1].strip("/")
+    return ""
+
+
+def groups(top: Path, own: str) -> Iterator[Path]:
+    """`top`, then each folder on the way down to our group. Inside a container only `top` may be there."""
+    yield top
+    folder = top
+    for part in Path(own).parts:
+        folder /= part
+        yield folder
+
+
+def words(path: Path) -> list[str]:
+    return " ".join(lines(path)).split()
+
+
+def lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,60 @@
+"""The torch backend, for any device: folded networks, channels last, float16 on CUDA."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from model_store.structures import Network
+from service.engine.base import HALF_TOLERANCE, TOLERANCE, Backend, Folded, Logits, Rows, difference, reference
+
+LARGEST_BATCH: Final = 512  # rows of one forward pass; beyond it activations cost memory and gain nothing
+
+
+def build(tickets: Sequence[Folded], *, device: torch.device) -> Backend:
+    """float16 on CUDA where the logits stay close enough for every ticket, else float32."""
+    if device.type == "cuda":
+        half = on_device(tickets, device, torch.float16)
+        worst = max(half_difference(half, index, ticket) for index, ticket in enumerate(tickets))
+        if worst <= HALF_TOLERANCE:
+            return Backend(half.forward, HALF_TOLERANCE, f"float16, logits within {worst:.1e} of float32's")
+        return Backend(
+            on_device(tickets, device, torch.float32).forward,
+            TOLERANCE,
+            f"float32: float16 would change logits by {worst:.1e}",
+        )
+    return Backend(on_device(tickets, device, torch.float32).forward, TOLERANCE, "float32")
+
+
+class Networks:
+    """Every ticket's folded network on one device, in one precision."""
+
+    def __init__(self, networks: list[Network], temperatures: list[float], device: torch.device, dtype: torch.dtype):
+        self.networks, self.temperatures, self.device, self.dtype = networks, temperatures, device, dtype
+
+    @torch.inference_mode()
+    def forward(self, member: int, rows: Rows) -> Logits:
+        pixels = torch.from_numpy(rows).to(self.device)
+        parts = [self.run(member, part) for part in torch.split(pixels, LARGEST_BATCH)]
+        logits: Logits = torch.cat(parts).float().cpu().numpy()
+        return logits
+
+    def run(self, member: int, pixels: Tensor) -> Tensor:
+        images = (pixels.float() / 255).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.networks[member](images)
+        return logits.float() / self.temperatures[member]
+
+
+def on_device(tickets: Sequence[Folded], device: torch.device, dtype: torch.dtype) -> Networks:
+    networks = [
+        deepcopy(ticket.network).to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for ticket in tickets
+    ]
+    return Networks(networks, [ticket.temperature for ticket in tickets], device, dtype)
+
+
+def half_difference(half: Networks, index: int, ticket: Folded) -> float:
+    rows = torch.arange(2 * 3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).view(2, 3, 32, 32).numpy()
+    return difference(half.forward(index, rows), reference(ticket, rows))

@@ -1,0 +1,320 @@
+"""What a client may be told when it gets no answer: the catalogue of texts, and the only place that maps to a status.
+
+A text is a constant with at most numbers of our own settings filled in. Nothing of the request, of a file, of an
+exception or of theta can enter one, whatever raised it.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+import traceback
+from enum import StrEnum
+from typing import ClassVar, Final
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+SECOND: Final = 1  # Retry-After where no better figure is known
+LINGER_S: Final = 1.0  # a refused body is read and thrown away this long, so that the client can read the refusal
+REQUEST_ID: Final = "tombola.request_id"  # where the scope holds it
+
+
+class Text(StrEnum):
+    """Every sentence an error can say. Braces are filled with numbers only."""
+
+    # bodies
+    EMPTY_BODY = "The body is empty; expected a PNG, JPEG or WebP image, or JSON."
+    BODY_TOO_LARGE = "The body is larger than {limit} bytes, which is this server's limit."
+    BODY_SLOW = "The body did not arrive within {limit} s."
+    BODY_TYPE = "This content type is not read here; send the image itself, JSON, or application/octet-stream."
+    BODY_PACKING = "Content-Encoding must be gzip, deflate or identity."
+    BODY_INFLATE = "The body cannot be unpacked as its Content-Encoding says."
+    BODY_NEITHER = "The body is neither a PNG, JPEG or WebP image nor JSON."
+    LENGTH_HEADER = "Content-Length is not a number."
+    HEADER_TWICE = "A header that may be given once was given twice."
+    TIMEOUT_HEADER = "Tombola-Timeout-Ms must be a whole number of milliseconds, at least 1."
+    IDEMPOTENCY = "Idempotency-Key is not honoured: no answer is kept, and a request sent again is answered anew."
+    # JSON
+    JSON_MALFORMED = "The body is not valid JSON."
+    JSON_TOO_MANY = "The JSON holds more than {limit} values; send pixels as a binary tensor."
+    JSON_OBJECT = "The JSON body must be an object."
+    JSON_IMAGES = 'Expected {{"images": ["<base64>", ...]}} with at least one string and nothing else.'
+    BASE64 = "An image is not valid base64."
+    # images
+    IMAGE_EMPTY = "An image is empty."
+    IMAGE_FORMAT = "An image is of an unsupported format; expected PNG, JPEG or WebP."
+    IMAGE_DAMAGED = "An image is damaged or cut short."
+    IMAGE_TOO_LARGE = "An image has more than {limit} pixels, which is this server's limit."
+    IMAGE_SLOW = "Decoding took longer than {limit} s."
+    IMAGES_TOO_MANY = "The request holds more than {limit} images, which is this server's limit."
+    # Open Inference Protocol
+    MODEL_UNKNOWN = "No such model; the only one is tombola, version 1."
+    V2_TYPE = "Expected a body of JSON, or application/octet-stream."
+    V2_HEADER_LENGTH = "Inference-Header-Content-Length must be a whole number, at most the body's length."
+    V2_ID = "id must be a string of at most {limit} characters."
+    V2_PARAMETERS = "parameters must be an object of at most {limit} strings, numbers and booleans."
+    V2_TIMEOUT = "The parameter timeout must be a whole number of microseconds, 0 or more."
+    V2_BINARY_FLAG = "binary_data and binary_data_output must be true or false."
+    V2_INPUTS = "Expected exactly one input: image (BYTES) or pixels (UINT8 or FP32)."
+    V2_INPUT_KEYS = "An input has name, shape, datatype, and data or parameters; nothing else."
+    V2_DATATYPE = "Wrong datatype: image is BYTES, pixels are UINT8 or FP32."
+    V2_HALF_JSON = "FP16 and BF16 cannot travel here; pixels are UINT8 or FP32."
+    V2_SHAPE_IMAGE = "Wrong shape: image is [N] with N of at least 1."
+    V2_SHAPE_PIXELS = "Wrong shape: pixels are [N, 3, 32, 32] with N of at least 1."
+    V2_DATA = "data must be a JSON array, nested as shape says or flat, with exactly the shape's number of elements."
+    V2_DATA_TWICE = "An input has either data or binary_data_size, not both and not neither."
+    V2_DATA_UINT8 = "UINT8 pixels are whole numbers from 0 to 255."
+    V2_DATA_FP32 = "FP32 pixels are numbers from 0 to 1."
+    V2_DATA_BYTES = "Elements of a BYTES input in JSON are strings: the image in base64."
+    V2_SHARED_MEMORY = "Shared memory is not offered."
+    V2_BINARY_SIZE = "binary_data_size must be what shape and datatype need, and all that follows the JSON."
+    V2_BINARY_BYTES = (
+        "A BYTES tensor must be elements of a 4-byte little-endian length and that many bytes, as many as shape says."
+    )
+    V2_OUTPUTS = "outputs must be a list of distinct outputs of this model, as its metadata names them."
+    V2_CLASSIFICATION = "classification is a whole number of at least 1, on the output probabilities."
+    NOT_OFFERED = "This server does not offer that extension."
+    # access
+    KEY_REQUIRED = "An API key is required: Authorization: Bearer <key>."
+    TOKEN_REQUIRED = "The admin token is required: Authorization: Bearer <token>."  # noqa: S105 -- a sentence
+    TOKEN_IN_URL = "Send credentials in the Authorization header, never in the URL."  # noqa: S105
+    FAILURES = "Too many failed attempts to authenticate from this address."
+    RATE = "Too many images from this client; slow down."
+    # the rest
+    NOT_FOUND = "No such path."
+    METHOD = "This path does not accept that method."
+    BAD_REQUEST = "The request cannot be understood."
+    LIBRARY_REFUSED = "The library was refused and the old one keeps serving; the server's log says why."
+    SWAP_RUNNING = "A swap of the library is already running."
+    FULL = "The server is full; try again."
+    BODIES_FULL = "The server holds as many bodies as it may; try again."
+    DRAINING = "The server is shutting down; another replica will answer."
+    NOT_READY = "The server is not ready."
+    DEADLINE = "The deadline passed before the answer was ready."
+    FAILED = "The server failed to answer this request."
+
+
+class ServiceError(Exception):
+    """A request that gets no answer: status, text, and when to come back (seconds)."""
+
+    status: ClassVar[int] = 500
+    text: ClassVar[Text] = Text.FAILED
+    pause_s: ClassVar[int | None] = None
+    outcome: ClassVar[str] = "invalid"  # of the metric inference_requests_total
+    unread: ClassVar[bool] = False  # the body was left unread, so the connection cannot be used again
+
+    def __init__(self, text: Text | None = None, *, limit: float = 0, retry_after: int | None = None) -> None:
+        number = str(int(limit)) if limit == int(limit) else str(limit)
+        self.message: Final = (text or self.text).format(limit=number)
+        self.retry_after: Final = self.pause_s if retry_after is None else retry_after
+        super().__init__(self.message)
+
+
+class BadRequest(ServiceError):
+    status = 400
+    text = Text.BAD_REQUEST
+
+
+class Unauthorised(ServiceError):
+    status = 401
+    text = Text.KEY_REQUIRED
+
+
+class NotFound(ServiceError):
+    status = 404
+    text = Text.NOT_FOUND
+
+
+class MethodNotAllowed(ServiceError):
+    status = 405
+    text = Text.METHOD
+
+
+class TooSlow(ServiceError):
+    """The client's body did not arrive in time."""
+
+    status = 408
+    text = Text.BODY_SLOW
+    unread = True
+
+
+class Conflict(ServiceError):
+    status = 409
+    text = Text.SWAP_RUNNING
+
+
+class TooLarge(ServiceError):
+    status = 413
+    text = Text.BODY_TOO_LARGE
+
+
+class BodyTooLarge(TooLarge):
+    """Known before, or while, the body is read."""
+
+    unread = True
+
+
+class Unsupported(ServiceError):
+    """Content of a kind that is not read here."""
+
+    status = 415
+    text = Text.BODY_TYPE
+
+
+class RateLimited(ServiceError):
+    status = 429
+    text = Text.RATE
+    pause_s = SECOND
+    outcome = "shed"
+
+
+class EngineFailed(ServiceError):
+    outcome = "error"
+
+
+class NotOffered(ServiceError):
+    status = 501
+    text = Text.NOT_OFFERED
+
+
+class Overloaded(ServiceError):
+    status = 503
+    text = Text.FULL
+    pause_s = SECOND
+    outcome = "shed"
+
+
+class Draining(Overloaded):
+    text = Text.DRAINING
+
+
+class NotReady(ServiceError):
+    status = 503
+    text = Text.NOT_READY
+    pause_s = SECOND
+    outcome = "error"
+
+
+class DeadlinePassed(ServiceError):
+    status = 504
+    text = Text.DEADLINE
+    outcome = "deadline"
+
+
+class ClientGone(Exception):
+    """The client hung up before its answer was ready. Nobody is there to be told."""
+
+
+BY_STATUS: Final[dict[int, type[ServiceError]]] = {
+    kind.status: kind
+    for kind in (Unauthorised, NotFound, MethodNotAllowed, TooLarge, Unsupported, RateLimited, NotReady)
+}
+
+
+def as_service_error(error: Exception) -> ServiceError:
+    """The mapping: our own errors say their status, the framework's lose their text, and anything else is a 500."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return BadRequest()
+    if isinstance(error, HTTPException):
+        default = BadRequest if error.status_code < 500 else ServiceError
+        return BY_STATUS.get(error.status_code, default)()
+    log.error("unexpected %s, answered with 500, raised at %s", type(error).__name__, where(error))
+    return EngineFailed()
+
+
+def where(error: BaseException) -> str:
+    """The line that raised. Never the exception's text: it may quote the request, a path or theta."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else "an unknown line"
+
+
+def answer(error: Exception) -> Response:
+    """The only place where an exception becomes a status and a body."""
+    known = as_service_error(error)
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}  # Allow, of a 405
+    if known.retry_after is not None:
+        headers["Retry-After"] = str(known.retry_after)
+    if known.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if known.unread:
+        headers["Connection"] = "close"
+    body = json.dumps({"error": known.message})
+    return Response(body, known.status, headers, media_type="application/json")
+
+
+async def answer_framework(_: Request, error: Exception) -> Response:
+    return answer(error)
+
+
+def install(app: FastAPI) -> None:
+    """Gives a plane the error form everywhere, 404 and 405 included, and the Guard."""
+    app.add_exception_handler(HTTPException, answer_framework)
+    app.add_exception_handler(RequestValidationError, answer_framework)
+    app.add_middleware(Guard)
+
+
+class Guard:
+    """Around a whole app: a random request id and no-store on every answer, and an answer to every exception.
+
+    A middleware inside the app, not an exception handler: Starlette raises again what a handler for Exception answered,
+    and the server then drops a connection that the client believes it can use.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = scope[REQUEST_ID] = secrets.token_hex(8)
+        started = False
+
+        async def reply(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                extra = ((b"x-request-id", request_id.encode()), (b"cache-control", b"no-store"))
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, reply)
+        except ClientGone:
+            return
+        except Exception as error:  # noqa: BLE001 -- the last resort, and it must not raise
+            if started:
+                log.error("%s after the answer began, at %s", type(error).__name__, where(error))  # noqa: TRY400
+                raise EngineFailed from None  # the server closes the connection: the answer is incomplete
+            await refuse(error, scope, receive, reply)
+
+
+async def refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends the answer. If a body is still arriving, reads on for a moment: closing at once would reset the
+    connection before the client has read what was wrong."""
+    response = answer(error)
+    if not getattr(error, "unread", False):
+        await response(scope, receive, send)
+        return
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    await linger(receive)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def linger(receive: Receive) -> None:
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):  # noqa: ASYNC110
+                await asyncio.sleep(0)  # the clock must have its turn, however fast the client sends
+    except TimeoutError:
+        return

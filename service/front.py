@@ -1,0 +1,189 @@
+"""What both public protocols share: a request's way to the scheduler and back, and how much of the answer is shown."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+from fastapi.routing import APIRoute
+from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from model_store.library import Library
+from service.auth import Keys
+from service.body import Bodies, Room, fields, unless_gone
+from service.errors import BadRequest, ClientGone, NotReady, ServiceError, Text, TooLarge
+from service.images import Decoder, Pixels
+from service.metrics import Metrics
+from service.settings import Settings
+
+Detail = Literal["rounded", "label", "full"]
+DIGITS: Final = 2  # of a rounded probability
+Probabilities = NDArray[np.float32]
+
+
+class Scheduler(Protocol):
+    async def submit(self, rows: Pixels, *, client: str, deadline: float | None) -> Probabilities: ...
+
+
+class Serving(Protocol):
+    """A library with what runs it. A request keeps the one it began with."""
+
+    @property
+    def library(self) -> Library: ...
+    @property
+    def scheduler(self) -> Scheduler: ...
+
+
+class Holder(Protocol):
+    """What is being served now; None before the first library is verified and warm."""
+
+    @property
+    def current(self) -> Serving | None: ...
+    @property
+    def ready(self) -> bool: ...
+    async def reload(self) -> Serving:
+        """Opens LIBRARY again, warms it up beside the old one, and swaps. Raises StoreError; the old one then stays."""
+
+
+class PlainRoute(APIRoute):
+    """A documented route whose endpoint takes the request and returns the response, without FastAPI's machinery of
+    parameters: bodies are read raw, since no client sends the content type that a declared body insists on."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
+
+
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    "default": {
+        "description": "No answer, and why.",
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+            }
+        },
+    }
+}
+"""For the OpenAPI document: what every route answers instead of an answer."""
+
+
+class Shortcut:
+    """Middleware that takes the busiest paths past the framework's routing, which costs a quarter of such a request.
+    The endpoints are those of the routes; other methods go the usual way, to the usual 405."""
+
+    def __init__(self, app: ASGIApp, *, routes: Mapping[str, tuple[PlainRoute, Mapping[str, str]]]) -> None:
+        self.app = app
+        self.routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self.routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if found is None:
+            await self.app(scope, receive, send)
+            return
+        scope["route"], scope["path_params"] = found
+        response: Response = await found[0].endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+
+
+def as_json(content: Any, status: int = 200) -> Response:
+    return Response(ENCODER.encode(content), status, media_type="application/json")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One classification request, read and admitted. deadline: in loop time, the latest this server allows."""
+
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    client: str
+    arrived: float
+    deadline: float
+    serving: Serving
+    receive: Receive
+
+
+class Front:
+    def __init__(self, holder: Holder, settings: Settings, metrics: Metrics, keys: Keys) -> None:
+        self.holder = holder
+        self.settings = settings
+        self.metrics = metrics
+        self.keys = keys
+        self.bodies = Bodies(settings, metrics)
+        self.decoder = Decoder(settings, metrics)
+
+    def serving(self) -> Serving:
+        serving = self.holder.current
+        if serving is None:
+            raise NotReady
+        return serving
+
+    async def handle(self, request: Request, answer: Callable[[Visit], Awaitable[Response]]) -> Response:
+        """Reads the request, lets the protocol answer it, and counts it by outcome, whatever becomes of it."""
+        outcome = "error"
+        try:
+            response = await self.visit(request, answer)
+            outcome = "ok"
+        except ServiceError as error:
+            outcome = error.outcome
+            raise
+        except (ClientGone, asyncio.CancelledError):
+            outcome = "cancelled"
+            raise
+        finally:
+            self.metrics.inc("inference_requests_total", outcome=outcome)
+        return response
+
+    async def visit(self, request: Request, answer: Callable[[Visit], Awaitable[Response]]) -> Response:
+        arrived = asyncio.get_running_loop().time()
+        headers = fields(request.scope)
+        client = self.keys.client(request.scope, headers)
+        if b"idempotency-key" in headers:
+            raise BadRequest(Text.IDEMPOTENCY)
+        serving = self.serving()
+        room = Room(self.bodies)
+        try:
+            body = await self.bodies.read(request.receive, headers, room)
+            deadline = arrived + self.settings.deadline_s
+            return await answer(Visit(headers, body, client, arrived, deadline, serving, request.receive))
+        finally:
+            room.close()
+
+    async def classify(
+        self, visit: Visit, images: Sequence[bytes] | Pixels, timeout_s: float | None = None
+    ) -> Probabilities:
+        """Encoded files, or uint8 [N, 3, 32, 32] -> [N, classes]. A client that hangs up meanwhile: ClientGone."""
+        if len(images) > self.settings.max_images:
+            raise TooLarge(Text.IMAGES_TOO_MANY, limit=self.settings.max_images)
+        deadline = visit.deadline if timeout_s is None else min(visit.deadline, visit.arrived + timeout_s)
+        return await unless_gone(visit.receive, self.submit(visit, images, deadline))
+
+    async def submit(self, visit: Visit, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
+        rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images)
+        return await visit.serving.scheduler.submit(rows, client=visit.client, deadline=deadline)
+
+    def encode(self, make: Callable[[], Response]) -> Response:
+        """What `make` makes of an answer, timed."""
+        began = time.perf_counter()
+        response = make()
+        self.metrics.observe("compute_seconds", time.perf_counter() - began, stage="encode")
+        return response
+
+
+def shown(probabilities: Probabilities, detail: Detail) -> NDArray[np.float64]:
+    """What may be seen of probabilities [N, classes]: two decimals, or all of a float32's digits."""
+    wide = probabilities.astype(np.float64)
+    return wide if detail == "full" else np.round(wide, DIGITS)
+
+
+def ranking(probabilities: Probabilities) -> NDArray[np.int64]:
+    """[N, classes] -> class indices, likeliest first; of equals the first class, as argmax has it."""
+    return np.argsort(-probabilities, axis=1, kind="stable")

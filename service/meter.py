@@ -1,0 +1,82 @@
+"""What every request passes on either plane: it is counted and timed, logged if it failed; and a crowd is kept out."""
+
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import REQUEST_ID, Overloaded
+from service.holder import Holder
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+UNMATCHED = "unmatched"
+CLOSE = (b"connection", b"close")
+
+
+class Meter:
+    """The outermost middleware. While draining it ends each connection with its answer, so that clients come back
+    elsewhere."""
+
+    def __init__(self, app: ASGIApp, *, holder: Holder, metrics: Metrics, plane: str, log_all: bool) -> None:
+        self.app = app
+        self.holder = holder
+        self.metrics = metrics
+        self.plane = plane
+        self.log_all = log_all
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        status = 499  # nobody was answered: the client hung up
+
+        async def reply(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.holder.draining:
+                    message["headers"] = [*message["headers"], CLOSE]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, reply)
+        finally:
+            self.count(scope, status, time.perf_counter() - begun)
+
+    def count(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", UNMATCHED)
+        self.metrics.inc("http_requests_total", route=route, method=scope["method"], code=str(status))
+        self.metrics.observe("http_request_duration_seconds", seconds, route=route, code=str(status))
+        if self.log_all or status >= 500:
+            said = {"request_id": scope.get(REQUEST_ID), "plane": self.plane, "method": scope["method"], "route": route}
+            log.info("request", extra={"fields": {**said, "status": status, "seconds": round(seconds, 6)}})
+
+
+class Crowd:
+    """Inside the error middleware: at most `limit` requests with a body at once; health is answered regardless."""
+
+    def __init__(self, app: ASGIApp, *, limit: int, metrics: Metrics) -> None:
+        self.app = app
+        self.limit = limit
+        self.metrics = metrics
+        self.inside = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        if self.inside >= self.limit:
+            self.metrics.inc("shed_total", reason="inflight")
+            raise Overloaded
+        self.enter(1)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.enter(-1)
+
+    def enter(self, change: int) -> None:
+        self.inside += change
+        self.metrics.set("http_requests_in_flight", self.inside)

@@ -1,0 +1,209 @@
+"""Every Prometheus metric of the service, in one table. Names carry the prefix and base units; labels are bounded.
+
+Nothing here tells one draw of theta from another: draws are counted in lots of at least LOT images, sizes of ensembles
+are one histogram, and no label holds a client, a request or a seed.
+"""
+
+import itertools
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import generate_latest
+
+PREFIX: Final = "tombola_"
+LOT: Final = (
+    128  # images whose draws are published together, so that a scrape on each side of one request shows no theta
+)
+OTHER: Final = "other"
+KNOWN: Final = 4096  # series looked up without prometheus_client's help; clients choose methods, so it has to end
+
+SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BYTES: Final = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6)
+OUTCOMES: Final = ("ok", "invalid", "shed", "deadline", "cancelled", "error")
+STAGES: Final = ("decode", "normalize", "forward", "reduce", "encode")
+REASONS: Final = ("queue", "inflight", "body", "deadline", "rate", "draining")
+AUDIT_OUTCOMES: Final = ("done", "failed", "cancelled", "interrupted", "refused")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row. labels: name -> the values it may take (others become "other"); None: bounded by its one caller."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    meaning: str
+    labels: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS")
+TABLE: Final[tuple[Metric, ...]] = (
+    Metric(
+        "http_requests_total",
+        "counter",
+        "HTTP requests answered, by route template (else unmatched), method and status.",
+        (("route", None), ("method", METHODS), ("code", None)),
+    ),
+    Metric(
+        "http_request_duration_seconds",
+        "histogram",
+        "From the request's headers to the end of its answer.",
+        (("route", None), ("code", None)),
+        SECONDS,
+    ),
+    Metric("http_requests_in_flight", "gauge", "Requests in progress on the public plane."),
+    Metric("http_request_body_bytes", "histogram", "Bodies of classification requests, as sent.", (), BYTES),
+    Metric("http_bodies_held_bytes", "gauge", "Room reserved for bodies of requests in progress."),
+    Metric("queue_depth", "gauge", "Images admitted and waiting for their window."),
+    Metric("queue_wait_seconds", "histogram", "From admission of an image to the start of its window.", (), SECONDS),
+    Metric("batch_rows", "histogram", "Images one ticket was run on at once.", (), ROWS),
+    Metric("batch_window_rows", "histogram", "Images in one window.", (), ROWS),
+    Metric("batch_window_seconds", "histogram", "From the start of a window to its sums.", (), SECONDS),
+    Metric("member_forward_seconds", "histogram", "One ticket on its rows of one window.", (), SECONDS),
+    Metric(
+        "compute_seconds", "histogram", "Work on a request by stage.", (("stage", STAGES),), (0.0001, 0.00025, *SECONDS)
+    ),
+    Metric(
+        "inference_requests_total",
+        "counter",
+        "Classification requests by outcome, on both protocols.",
+        (("outcome", OUTCOMES),),
+    ),
+    Metric("inference_images_total", "counter", "Images classified."),
+    Metric("shed_total", "counter", "Requests turned away to protect the others, by reason.", (("reason", REASONS),)),
+    Metric(
+        "ensemble_size",
+        "histogram",
+        f"Tickets drawn for an image, published {LOT} images at a time.",
+        (),
+        tuple(range(1, 9)),
+    ),
+    Metric(
+        "draws_total",
+        "counter",
+        f"Members drawn, by structure and density, published {LOT} images at a time.",
+        (("structure", None), ("density", None)),
+    ),
+    Metric(
+        "draws_expected_total",
+        "counter",
+        "What the law of theta expects of draws_total, published with it.",
+        (("structure", None), ("density", None)),
+    ),
+    Metric("ready", "gauge", "1 when the library is verified and warm, the engine alive and nothing draining."),
+    Metric("draining", "gauge", "1 from SIGTERM on."),
+    Metric("engine_restarts_total", "counter", "Dead or hanging engine threads replaced."),
+    Metric("engine_retries_total", "counter", "Images run again alone because their group failed."),
+    Metric("engine_heartbeat_age_seconds", "gauge", "Time since the engine last showed life."),
+    Metric(
+        "library_tickets", "gauge", "Tickets of the served library, by state.", (("state", ("serving", "baseline")),)
+    ),
+    Metric("library_info", "gauge", "1 for the digest of the library being served.", (("digest", None),)),
+    Metric("library_swaps_total", "counter", "Attempts to swap the library.", (("outcome", ("ok", "refused")),)),
+    Metric(
+        "audit_runs_total",
+        "counter",
+        "Audits by profile and outcome.",
+        (("kind", ("smoke", "standard", "full")), ("outcome", AUDIT_OUTCOMES)),
+    ),
+    Metric(
+        "audit_accuracy",
+        "gauge",
+        "Accuracy (0..1) in the last finished audit, by attack; the attack clean is none.",
+        (("profile", ("smoke", "standard", "full")), ("attack", None), ("epsilon", None)),
+    ),
+    Metric(
+        "auth_failures_total",
+        "counter",
+        "Requests with a missing or wrong credential.",
+        (("plane", ("public", "admin")),),
+    ),
+    Metric(
+        "build_info",
+        "gauge",
+        "1; what is running.",
+        (("version", None), ("commit", None), ("torch", None), ("python", None)),
+    ),
+)
+
+Instrument = Counter | Gauge | Histogram
+
+
+def create(row: Metric, registry: CollectorRegistry) -> Instrument:
+    name, labels = PREFIX + row.name, [label for label, _ in row.labels]
+    if row.kind == "histogram":
+        return Histogram(name, row.meaning, labels, registry=registry, buckets=row.buckets)
+    return (Counter if row.kind == "counter" else Gauge)(name, row.meaning, labels, registry=registry)
+
+
+class Metrics:
+    """The table, alive, in a registry of its own. Unknown names are KeyErrors: the table is the only place to add one.
+
+    metrics.inc("shed_total", reason="queue"); metrics.observe("queue_wait_seconds", 0.1); metrics.set("ready", 1)
+    """
+
+    def __init__(self, table: Iterable[Metric] = TABLE) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.rows = {row.name: row for row in table}
+        self.instruments = {name: create(row, self.registry) for name, row in self.rows.items()}
+        self.known: dict[tuple[Any, ...], Any] = {}
+        ProcessCollector(registry=self.registry)
+        for name, row in self.rows.items():
+            self.begin(name, [values for _, values in row.labels])
+
+    def begin(self, name: str, values: Sequence[tuple[str, ...] | None]) -> None:
+        """Series of bounded labels exist from the start, so that a rate over the first event is right."""
+        if values and all(values):
+            for combination in itertools.product(*(some for some in values if some is not None)):
+                self.instruments[name].labels(*combination)
+
+    def series(self, name: str, labels: dict[str, str]) -> Any:
+        """The one series of these labels. Looked up in a dict of our own: this is done a dozen times a request."""
+        key = (name, *labels.items())
+        found = self.known.get(key)
+        if found is None:
+            found = self.labelled(name, labels)
+            if len(self.known) < KNOWN:
+                self.known[key] = found
+        return found
+
+    def labelled(self, name: str, labels: dict[str, str]) -> Any:
+        if not labels:
+            return self.instruments[name]
+        values = [
+            labels[label] if allowed is None or labels[label] in allowed else OTHER
+            for label, allowed in self.rows[name].labels
+        ]
+        return self.instruments[name].labels(*values)
+
+    def inc(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        self.series(name, labels).inc(amount)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self.series(name, labels).set(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self.series(name, labels).observe(value)
+
+    def forget(self, name: str) -> None:
+        """Drops a metric's series, for a label such as a digest that has been replaced."""
+        self.instruments[name].clear()
+        self.known = {key: series for key, series in self.known.items() if key[0] != name}
+
+    def value(self, name: str, **labels: str) -> float:
+        """The present value of a counter or gauge, or a histogram's count (append the suffix); 0 where no series is."""
+        return self.registry.get_sample_value(PREFIX + name, labels) or 0.0
+
+    def text(self) -> bytes:
+        """The exposition format that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+def describe_build(metrics: Metrics, version: str, commit: str, torch: str) -> None:
+    metrics.set("build_info", 1, version=version, commit=commit, torch=torch, python=platform.python_version())

@@ -1,0 +1,148 @@
+"""The public plane: classification, health, and the Open Inference Protocol beside it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fastapi import APIRouter, FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from model_store.library import Library
+from service import v2
+from service.body import media_type, parse_json, whole_number
+from service.errors import REQUEST_ID, BadRequest, NotReady, Text, Unsupported
+from service.front import DIGITS, ERRORS, Front, PlainRoute, Probabilities, Shortcut, Visit, as_json
+from service.images import sniff
+from service.tensors import from_base64
+
+PATH: Final = "/v1/classify"
+TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
+NOT_NAMED: Final = (b"", b"application/octet-stream", b"application/x-www-form-urlencoded")  # curl's defaults
+Json = dict[str, Any]
+CLASSIFY: Final[Json] = {
+    "summary": "Classify one image (the body), or several (JSON, base64)",
+    "parameters": [
+        {
+            "name": "Tombola-Timeout-Ms",
+            "in": "header",
+            "schema": {"type": "integer", "minimum": 1},
+            "description": "How long to wait for the answer; then 504. At most the server's own deadline.",
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/png": {"schema": {"type": "string", "format": "binary"}},
+            "image/jpeg": {"schema": {"type": "string", "format": "binary"}},
+            "image/webp": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["images"],
+                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "byte"}}},
+                },
+            },
+        },
+    },
+}
+
+
+class Handlers:
+    """One method per route, over one Front."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self.settings = front.settings
+
+    async def classify(self, request: Request) -> Response:
+        request_id: str = request.scope[REQUEST_ID]
+
+        async def answer(visit: Visit) -> Response:
+            timeout_s = timeout_of(visit.headers, self.settings.deadline_s)
+            found = await self.front.classify(visit, images_of(visit), timeout_s)
+            return self.front.encode(lambda: self.respond(request_id, visit.serving.library, found))
+
+        return await self.front.handle(request, answer)
+
+    def respond(self, request_id: str, library: Library, found: Probabilities) -> Response:
+        predictions = [self.prediction(row, library.classes) for row in found.tolist()]
+        return as_json({"request_id": request_id, "library": library.digest, "predictions": predictions})
+
+    def prediction(self, row: list[float], classes: Sequence[str]) -> Json:
+        """As much as DETAIL allows: nothing but the label, or with it the likeliest classes and their probabilities.
+        Of equals the first class, as argmax has it."""
+        order = sorted(range(len(row)), key=row.__getitem__, reverse=True)
+        if self.settings.detail == "label":
+            return {"label": classes[order[0]], "index": order[0]}
+        values = row if self.settings.detail == "full" else [round(value, DIGITS) for value in row]
+        likeliest = [
+            {"label": classes[index], "index": index, "probability": values[index]}
+            for index in order[: self.settings.top]
+        ]
+        return {**likeliest[0], "top": likeliest}
+
+    async def live(self, _: Request) -> Response:
+        return as_json({"live": True})
+
+    async def ready(self, _: Request) -> Response:
+        if not self.front.holder.ready:
+            raise NotReady
+        return as_json({"ready": True})
+
+
+def timeout_of(headers: Mapping[bytes, bytes], longest_s: float) -> float | None:
+    """Seconds that the client will wait; None where it does not say. Raises BadRequest."""
+    if TIMEOUT not in headers:
+        return None
+    found = whole_number(headers[TIMEOUT])
+    if not found:
+        raise BadRequest(Text.TIMEOUT_HEADER)
+    return min(found / 1000, longest_s)
+
+
+def images_of(visit: Visit) -> list[bytes]:
+    """The encoded images of a body: the body itself, or the base64 strings of its JSON. The bytes decide which; a
+    content type that promises neither is refused before the body is looked at."""
+    kind = media_type(visit.headers)
+    if kind not in NOT_NAMED and kind != b"application/json" and not kind.startswith(b"image/"):
+        raise Unsupported(Text.BODY_TYPE)
+    if not visit.body:
+        raise BadRequest(Text.EMPTY_BODY)
+    if kind == b"application/json" or (kind in NOT_NAMED and visit.body.lstrip()[:1] == b"{"):
+        return images_in(parse_json(visit.body))
+    if sniff(visit.body) is None:
+        raise Unsupported(Text.IMAGE_FORMAT if kind.startswith(b"image/") else Text.BODY_NEITHER)
+    return [visit.body]
+
+
+def images_in(content: Json) -> list[bytes]:
+    images = content.get("images")
+    if set(content) != {"images"} or not isinstance(images, list) or not images:
+        raise BadRequest(Text.JSON_IMAGES)
+    if not all(isinstance(image, str) for image in images):
+        raise BadRequest(Text.JSON_IMAGES)
+    return [from_base64(image) for image in images]
+
+
+def router(here: Handlers) -> APIRouter:
+    routes = APIRouter(route_class=PlainRoute, tags=["Classification and health"], responses=ERRORS)
+    routes.add_api_route(PATH, here.classify, methods=["POST"], openapi_extra=CLASSIFY)
+    routes.add_api_route("/health/live", here.live, methods=["GET"])
+    routes.add_api_route("/health/ready", here.ready, methods=["GET"])
+    return routes
+
+
+def install(app: FastAPI, front: Front) -> None:
+    """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it."""
+    here, protocol = Handlers(front), v2.Handlers(front)
+    app.include_router(router(here))
+    app.include_router(v2.router(protocol))
+    model = {"model": v2.MODEL, "version": v2.VERSION}
+    endpoints = {PATH: here.classify} | dict.fromkeys(v2.INFER_PATHS, protocol.infer)
+    app.add_middleware(
+        Shortcut,
+        routes={
+            path.format(**model): (PlainRoute(path, endpoint, methods=["POST"]), model)
+            for path, endpoint in endpoints.items()
+        },
+    )

@@ -1,0 +1,178 @@
+"""From rows to answers: a theta for every row, rows grouped by ticket, each drawn ticket run once on its rows.
+
+Rows wait in fair queues. Whenever an engine thread has nothing to do it takes the next window of rows, draws a theta
+for each, and lays out one task per drawn ticket; all threads work on the tasks, and whoever ends the last one of a
+window adds up. So nothing waits for a window to fill, one window is formed while the last tasks of another run, and
+the event loop is woken once per window. A window's rows are answered together, which hides much of what their ensembles
+cost.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from model_store.library import Library
+from model_store.theta import inclusion_probabilities
+from service.admission import FairQueue, Pace, TokenBuckets
+from service.engine import Engine, Rows
+from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
+from service.metrics import LOT, Metrics
+from service.settings import Settings
+from service.window import Model, Probabilities, Request, Window
+from service.workers import Workers
+
+
+class Gate:
+    """Who may come in, over all libraries: rows admitted and not yet answered, rates, and the pace of late."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.rows = 0
+        self.pace = Pace()
+        self.buckets = TokenBuckets(settings.rate_images_per_s, settings.rate_burst_images)
+
+    def admit(self, client: str, size: int, ahead: int, left_s: float) -> None:
+        """ahead: rows to be taken before the last of these, and those being run.  left_s: to the deadline.
+
+        Raises RateLimited, DeadlinePassed, Overloaded.
+        """
+        wait_s = self.buckets.wait_s(client, size, time.monotonic())
+        if wait_s > 0:
+            self.metrics.inc("shed_total", reason="rate")
+            raise RateLimited(retry_after=math.ceil(wait_s))
+        if left_s <= 0:
+            self.metrics.inc("shed_total", reason="deadline")
+            raise DeadlinePassed
+        if self.rows + size > self.settings.queue_rows:
+            self.metrics.inc("shed_total", reason="queue")
+            raise Overloaded(retry_after=self.pace.retry_after_s(self.rows))
+        if self.rows > 0 and self.pace.wait_s(ahead) > left_s:  # it would be computed for nothing
+            self.metrics.inc("shed_total", reason="deadline")
+            raise Overloaded(retry_after=self.pace.retry_after_s(self.rows))
+        self.count(size)
+
+    def count(self, change: int) -> None:
+        self.rows += change
+
+
+class Scheduler:
+    """The way in for rows of one library. Several may share one set of workers and one gate."""
+
+    def __init__(
+        self, library: Library, engine: Engine, workers: Workers, gate: Gate, settings: Settings, metrics: Metrics
+    ) -> None:
+        self.model = Model(engine, library.policy, len(library.classes))
+        self.queue: FairQueue[Request] = FairQueue()
+        self.workers = workers
+        self.gate = gate
+        self.settings = settings
+        self.metrics = metrics
+        self.tally = Tally(library, metrics)
+
+    async def submit(self, rows: Rows, *, client: str, deadline: float | None = None) -> Probabilities:
+        """Softmax of the members' mean, [N, classes], of a theta drawn for each row.
+
+        rows: uint8 [N, 3, 32, 32].  client: whose turn it uses up.  deadline: on the event loop's clock; None for
+        settings.deadline_s from now. Whoever cancels the call drops its rows. Raises Overloaded, RateLimited,
+        DeadlinePassed, EngineFailed, Draining, NotReady.
+        """
+        loop = asyncio.get_running_loop()
+        arrived = loop.time()
+        until = arrived + self.settings.deadline_s if deadline is None else deadline
+        request = self.admitted(rows, client, until - arrived)
+        timer = loop.call_at(until, self.expire, request)
+        try:
+            found = await request.answer
+            await self.quantum(loop.time() - arrived)
+        finally:
+            timer.cancel()
+            self.leave(request)
+        return found
+
+    def admitted(self, rows: Rows, client: str, left_s: float) -> Request:
+        if self.workers.closing:
+            self.metrics.inc("shed_total", reason="draining")
+            raise Draining
+        if self.workers.broken:
+            raise NotReady
+        running = self.gate.rows - self.queue.rows
+        self.gate.admit(client, len(rows), self.queue.ahead(client, len(rows)) + running, left_s)
+        request = Request(rows, client, asyncio.get_running_loop().create_future(), time.perf_counter())
+        self.workers.push(self, request)
+        self.metrics.set("queue_depth", self.queue.rows)
+        return request
+
+    def expire(self, request: Request) -> None:
+        self.metrics.inc("shed_total", reason="deadline")
+        request.fail(DeadlinePassed())
+
+    def leave(self, request: Request) -> None:
+        """Answered or not: rows that no window has taken yet are not computed."""
+        request.live = False
+        if request.next < request.size:
+            self.workers.drop(self, request)
+        self.gate.count(-request.size)
+        self.metrics.set("queue_depth", self.queue.rows)
+
+    async def quantum(self, passed_s: float) -> None:
+        """Waits for the next multiple of quantum_ms, so that the time to an answer tells less of its theta."""
+        step_s = self.settings.quantum_ms / 1000
+        if step_s > 0:
+            await asyncio.sleep(math.ceil(passed_s / step_s) * step_s - passed_s)
+
+    def deliver(self, window: Window, found: Probabilities) -> None:
+        """The answers of a window, on the event loop."""
+        self.gate.pace.note(len(window.places), window.begun, time.perf_counter())
+        self.observe(window)
+        for place, (request, index) in enumerate(window.places):
+            if place in window.failed:
+                request.fail(EngineFailed())
+            elif request.live:
+                request.fill(index, found[place])
+
+    def observe(self, window: Window) -> None:
+        metrics = self.metrics
+        metrics.observe("batch_window_rows", len(window.places))
+        metrics.observe("batch_window_seconds", time.perf_counter() - window.begun)
+        metrics.inc("inference_images_total", len(window.places) - len(window.failed))
+        for request, index in window.places:
+            if index == 0:
+                metrics.observe("queue_wait_seconds", window.begun - request.admitted)
+        for task in window.tasks:
+            if task.logits is not None:
+                metrics.observe("batch_rows", len(task.places))
+                metrics.observe("member_forward_seconds", task.seconds)
+        self.tally.add(window)
+
+
+class Tally:
+    """What was drawn, told to the metrics a lot at a time: no scrape shows one image's theta."""
+
+    def __init__(self, library: Library, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.labels = [(ticket.structure.name, f"{ticket.density:g}") for ticket in library.tickets]
+        self.expected = inclusion_probabilities(library.policy)
+        self.drawn: list[tuple[int, ...]] = []
+        self.count([0] * len(self.labels), 0)
+
+    def add(self, window: Window) -> None:
+        self.drawn += [theta.members for theta in window.thetas]
+        if len(self.drawn) >= LOT:
+            self.publish()
+
+    def publish(self) -> None:
+        for members in self.drawn:
+            self.metrics.observe("ensemble_size", len(members))
+        counts = np.bincount([member for members in self.drawn for member in members], minlength=len(self.labels))
+        self.count(counts.tolist(), len(self.drawn))
+        self.drawn.clear()
+
+    def count(self, counts: Sequence[int], images: int) -> None:
+        """counts: of each ticket, in draws for so many images."""
+        for (structure, density), count, probability in zip(self.labels, counts, self.expected, strict=True):
+            self.metrics.inc("draws_total", count, structure=structure, density=density)
+            self.metrics.inc("draws_expected_total", images * probability, structure=structure, density=density)

@@ -1,0 +1,351 @@
+"""Every knob of the service, with unit, default and reason. Read once: flag > variable > default; frozen afterwards."""
+
+import argparse
+import difflib
+import ipaddress
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Self, cast
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX: Final = "TOMBOLA_"
+TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random characters are beyond guessing
+# Kubernetes sets these for a Service called "tombola"; they are not meant for us.
+SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
+
+
+class SettingsRejected(Exception):
+    """A setting that cannot be used: one line that names it, says what was found and what was expected."""
+
+
+def knob(default: Any, unit: str, what: str, reason: str, **limits: Any) -> Any:
+    """A field with its documentation. `limits` are pydantic's (ge, le, gt, ...)."""
+    return Field(default=default, description=f"{what}. {reason}.", json_schema_extra={"unit": unit}, **limits)
+
+
+class Settings(BaseSettings):
+    """What the service was told. Times in seconds, sizes in bytes, unless the name says otherwise."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=False
+    )
+
+    host: str = knob("127.0.0.1", "address", "Where the public plane listens", "Loopback: exposing it is a decision")
+    port: int = knob(8000, "port", "Port of the public plane", "0 takes a free one and prints it", ge=0, le=65535)
+    admin_host: str = knob(
+        "127.0.0.1", "address", "Where the admin plane listens", "Anything but loopback needs a token of your own"
+    )
+    admin_port: int = knob(8001, "port", "Port of the admin plane", "0 takes a free one", ge=0, le=65535)
+    admin_token: SecretStr | None = knob(
+        None, "secret", "Bearer token of the admin plane", "Unset: one is made and kept in STATE_DIR/admin-token"
+    )
+    admin_token_file: Path | None = knob(
+        None, "path", "File that holds the admin token", "A mounted secret does not show in the process list"
+    )
+    metrics_open: bool = knob(
+        True, "yes/no", "Whether /metrics answers without the admin token", "Scrapers rarely hold one; admin port only"
+    )
+    api_keys_file: Path | None = knob(
+        None,
+        "path",
+        "File of accepted API keys, one a line: name and SHA-256 of the key",
+        "Unset: the public plane needs no key; read again on SIGHUP",
+    )
+    trusted_proxies: str = knob(
+        "",
+        "addresses",
+        "Proxies whose X-Forwarded-For is believed, separated by commas",
+        "None: clients are told apart by the address of their connection",
+    )
+
+    library: Path | None = knob(None, "path", "Folder of the library to serve", "Unset: the embedded one")
+    device: str = knob(
+        "auto", "torch device", "Where tickets run: auto, cpu, cuda, cuda:1", "auto: CUDA if there is one"
+    )
+    engine: Literal["auto", "torch", "openvino"] = knob(
+        "auto", "name", "What runs the tickets", "auto: openvino on a CPU where it is installed, else torch"
+    )
+    threads: int = knob(
+        0,
+        "threads",
+        "Tickets run at the same time, one core each",
+        "0: the cores this container may use",
+        ge=0,
+        le=1024,
+    )
+    state_dir: Path = knob(
+        Path("state"), "path", "Folder for compiled models, audits and the admin token", "The only place written to"
+    )
+    detail: Literal["rounded", "label", "full"] = knob(
+        "rounded",
+        "name",
+        "How much an answer says: label, probabilities to two decimals (rounded), or all digits (full)",
+        "Exact probabilities help an attacker more than a user",
+    )
+    top: int = knob(
+        5, "classes", "Likeliest classes listed for each image of /v1/classify", "Enough for people", ge=1, le=1000
+    )
+
+    max_body_bytes: int = knob(
+        16 << 20, "bytes", "Largest request body, also once inflated", "512 images as JSON floats fit", ge=1024
+    )
+    max_bodies_bytes: int = knob(
+        256 << 20, "bytes", "All bodies held at once; beyond it 503", "Bounds memory, whatever clients send", ge=1024
+    )
+    max_pixels: int = knob(
+        4_000_000,
+        "pixels",
+        "Largest image, from its header, before it is decoded",
+        "Above: a decompression bomb",
+        ge=1024,
+    )
+    max_images: int = knob(512, "images", "Images in one request", "They share one deadline", ge=1, le=65536)
+    max_requests: int = knob(
+        1024, "requests", "Requests in progress at once; beyond it 503", "Health is answered regardless", ge=1
+    )
+    queue_rows: int = knob(
+        1024,
+        "rows",
+        "Images admitted and not yet answered; beyond it 503",
+        "A second or two of work on two cores",
+        ge=1,
+    )
+    window_rows: int = knob(
+        32,
+        "rows",
+        "Most images whose tickets are run together",
+        "More gains little throughput and makes everyone wait longer",
+        ge=1,
+        le=4096,
+    )
+    rate_images_per_s: float = knob(
+        0.0, "images/s", "Images per second of one API key or address; beyond it 429", "0: no limit", ge=0
+    )
+    rate_burst_images: int = knob(
+        512, "images", "Images one client may ask for at once before the rate applies", "One full request", ge=1
+    )
+
+    deadline_s: float = knob(
+        10.0, "s", "Longest wait for an answer; a request may ask for less", "Then 504 and no more work", gt=0, le=3600
+    )
+    header_timeout_s: float = knob(
+        10.0, "s", "From connection to the end of the request's headers", "Ends slowloris connections", gt=0
+    )
+    body_timeout_s: float = knob(10.0, "s", "From headers to the end of the body", "Slow bodies hold memory", gt=0)
+    decode_timeout_s: float = knob(5.0, "s", "Decoding the images of a request", "Far above the honest cost", gt=0)
+    keep_alive_s: float = knob(5.0, "s", "An idle connection is kept this long", "Proxies should keep less", gt=0)
+    drain_delay_s: float = knob(
+        5.0, "s", "After SIGTERM: not ready, yet answering", "Time for load balancers to notice", ge=0, le=3600
+    )
+    drain_timeout_s: float = knob(30.0, "s", "Then: work in flight may take this long", "As Kubernetes' grace", gt=0)
+    quantum_ms: float = knob(
+        0.0,
+        "ms",
+        "Answers leave on multiples of this after admission",
+        "0: at once; else latency hides theta's size",
+        ge=0,
+    )
+    engine_timeout_s: float = knob(
+        10.0,
+        "s",
+        "One forward pass of one ticket; beyond it the engine counts as dead",
+        "Far above any honest one",
+        gt=0,
+    )
+    engine_restarts: int = knob(
+        3, "times", "Dead engines replaced before the process gives up", "Then exit 1: the platform restarts it", ge=0
+    )
+
+    audits_data: Path | None = knob(
+        None,
+        "path",
+        "Folder of labelled sets to audit with: zips, npz files and folders of images, each known by its name",
+        "Unset: only uploaded sets, and generated images for smoke",
+    )
+    audits_queue: int = knob(8, "audits", "Audits that may wait; beyond it 429", "One runs at a time", ge=1, le=1000)
+    audits_threads: int = knob(
+        1, "threads", "Threads of an audit", "It runs beside the service, at the lowest priority", ge=1, le=1024
+    )
+    audits_max_hours: float = knob(
+        12.0, "h", "Estimated length beyond which an audit is refused", "A night on two cores", gt=0
+    )
+    audits_max_upload_bytes: int = knob(
+        256 << 20, "bytes", "Largest labelled set that may be uploaded", "10,000 images are 31 MB", ge=1024
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = knob(
+        "info", "name", "Least severe line that is logged", "JSON lines on standard error"
+    )
+    log_requests: bool = knob(
+        False, "yes/no", "Log every request, not only failing ones", "Costs a few per cent of throughput"
+    )
+    commit: str = knob(
+        "unknown", "hash", "Commit of the running source, shown in build_info", "The image's build sets it"
+    )
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def not_a_service_link(cls, value: Any) -> Any:
+        """Kubernetes sets TOMBOLA_PORT=tcp://10.0.0.1:8000 beside a Service called "tombola": no setting of ours."""
+        return 8000 if isinstance(value, str) and value.startswith("tcp://") else value
+
+    @model_validator(mode="after")
+    def holds_together(self) -> Self:
+        if self.queue_rows < self.max_images:
+            raise ValueError(
+                f"TOMBOLA_QUEUE_ROWS {self.queue_rows}: below TOMBOLA_MAX_IMAGES {self.max_images}, "
+                "so that a full request could never be admitted"
+            )
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"TOMBOLA_MAX_BODIES_BYTES {self.max_bodies_bytes}: below "
+                f"TOMBOLA_MAX_BODY_BYTES {self.max_body_bytes}, so that a full body could never be read"
+            )
+        if self.port and self.port == self.admin_port and self.host == self.admin_host:
+            raise ValueError(f"TOMBOLA_PORT and TOMBOLA_ADMIN_PORT are both {self.port}; the planes need two ports")
+        if self.admin_token is not None and self.admin_token_file is not None:
+            raise ValueError("TOMBOLA_ADMIN_TOKEN and TOMBOLA_ADMIN_TOKEN_FILE are both set; choose one")
+        return self
+
+    def shown(self) -> dict[str, Any]:
+        """Every setting as JSON values, secrets masked."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One row of the table of settings."""
+
+    name: str
+    variable: str
+    flag: str
+    unit: str
+    default: str
+    meaning: str
+
+
+def knobs() -> list[Knob]:
+    """The table of settings, in the order they are declared."""
+    return [
+        Knob(
+            name=name,
+            variable=PREFIX + name.upper(),
+            flag="--" + name.replace("_", "-"),
+            unit=str(cast("dict[str, Any]", field.json_schema_extra)["unit"]),
+            default="unset" if field.default in (None, "") else str(field.default),
+            meaning=str(field.description),
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def add_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None = None) -> None:
+    """One flag per setting (of those in `only`). Flags not given leave no trace, so that variables can speak."""
+    wanted = None if only is None else set(only)
+    for row in knobs():
+        if wanted is not None and row.name not in wanted:
+            continue
+        text = f"{row.meaning} [{row.unit}; {row.default}; {row.variable}]".replace("%", "%%")
+        if Settings.model_fields[row.name].annotation is bool:
+            parser.add_argument(row.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(row.flag, default=argparse.SUPPRESS, help=text, metavar=row.unit.split("/")[0].upper())
+
+
+def read_settings(flags: Mapping[str, Any] | None = None) -> Settings:
+    """flag > variable > default; `flags` may hold other arguments too. Raises SettingsRejected, in one line."""
+    refuse_unknown_variables(os.environ)
+    given = {name: value for name, value in (flags or {}).items() if name in Settings.model_fields}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise SettingsRejected("; ".join(one_line(problem) for problem in error.errors())) from None
+
+
+def refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """A misspelt variable would otherwise be a silent default."""
+    known = {row.variable for row in knobs()}
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in known or SERVICE_LINK.fullmatch(name):
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        raise SettingsRejected(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def one_line(problem: Any) -> str:
+    """A pydantic error as `TOMBOLA_PORT (--port): ..., got 'abc'`; a secret's value is never shown."""
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return text
+    name = str(problem["loc"][0])
+    shown = "" if name == "admin_token" else f", got {str(problem['input'])[:80]!r}"
+    return f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): {text[0].lower()}{text[1:]}{shown}"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def admin_token(settings: Settings) -> str:
+    """The admin plane's token: the variable's, the file's, or (on loopback alone) one made and kept in STATE_DIR."""
+    if settings.admin_token is not None:
+        return long_enough(settings.admin_token.get_secret_value(), "TOMBOLA_ADMIN_TOKEN")
+    if settings.admin_token_file is not None:
+        return long_enough(
+            read_secret(settings.admin_token_file), f"TOMBOLA_ADMIN_TOKEN_FILE {settings.admin_token_file}"
+        )
+    if not is_loopback(settings.admin_host):
+        raise SettingsRejected(
+            f"TOMBOLA_ADMIN_HOST {settings.admin_host}: reachable from other machines, and no admin token is set. "
+            "Set TOMBOLA_ADMIN_TOKEN_FILE (or TOMBOLA_ADMIN_TOKEN), or listen on 127.0.0.1"
+        )
+    return kept_token(state_folder(settings) / "admin-token")
+
+
+def long_enough(token: str, where: str) -> str:
+    if len(token) < TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
+        raise SettingsRejected(
+            f"{where}: expected at least {TOKEN_CHARACTERS} printable ASCII characters without spaces"
+        )
+    return token
+
+
+def read_secret(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsRejected(f"{path}: cannot be read as a token ({type(error).__name__})") from None
+
+
+def kept_token(path: Path) -> str:
+    """The token in `path`; made there, readable by this user alone, when there is none yet."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return long_enough(read_secret(path), str(path))
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        token = secrets.token_urlsafe(32)
+        file.write(token + "\n")
+    return token
+
+
+def state_folder(settings: Settings) -> Path:
+    """STATE_DIR, made if need be and shown to be writable."""
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise SettingsRejected(f"TOMBOLA_STATE_DIR {settings.state_dir}: cannot be made ({error.strerror})") from None
+    if not os.access(settings.state_dir, os.W_OK | os.X_OK):
+        raise SettingsRejected(f"TOMBOLA_STATE_DIR {settings.state_dir}: this user cannot write to it")
+    return settings.state_dir

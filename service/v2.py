@@ -1,0 +1,323 @@
+"""The Open Inference Protocol, version 2, over REST: one model, `tombola`, in one version, `1`.
+
+Written to the specification and to what its clients really send: no content type, or a wrong one, is usual, so bodies
+are read raw. Load, unload, shared memory, trace and logging are refused.
+"""
+
+import gzip
+import struct
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.body import media_type
+from service.errors import NotFound, NotOffered, NotReady, Text, Unsupported
+from service.front import ENCODER, ERRORS, Front, PlainRoute, Probabilities, Visit, as_json, ranking, shown
+from service.images import SIZE
+from service.tensors import HEADER_LENGTH, Inference, Model, Output, read_inference
+
+MODEL: Final = "tombola"
+VERSION: Final = "1"
+PREFIXES: Final = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+INFER_PATHS: Final = tuple(f"{prefix}/infer" for prefix in PREFIXES)
+EXTENSIONS: Final = ["binary_tensor_data", "classification", "model_configuration", "parameters", "statistics"]
+TYPES: Final = (b"", b"application/json", b"application/octet-stream", b"application/x-www-form-urlencoded")
+WORTH_PACKING: Final = 1024  # bytes; below it packing costs more than it saves
+DATATYPES: Final = {"probabilities": "FP32", "index": "INT64", "label": "BYTES"}
+Json = dict[str, Any]
+INFER: Final[Json] = {
+    "summary": "Classify images (inputs: image, or pixels)",
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "required": ["inputs"]},
+                "example": {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["<base64>"]}]},
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    },
+}
+
+
+def product_version() -> str:
+    try:
+        return version("tombola")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass
+class Statistics:
+    """Of this process. Times are whole seconds of all requests together, and executions are requests: exact times, or
+    runs of members, would tell a client how many tickets answered it."""
+
+    counts: dict[str, int] = field(default_factory=lambda: {"success": 0, "fail": 0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"success": 0.0, "fail": 0.0})
+    images: int = 0
+    last_ms: int = 0
+
+    def note(self, kind: str, seconds: float) -> None:
+        self.counts[kind] += 1
+        self.seconds[kind] += seconds
+        self.last_ms = int(time.time()) * 1000
+
+    def as_json(self) -> Json:
+        def durations(kind: str) -> Json:
+            return {"count": self.counts[kind], "ns": int(self.seconds[kind]) * 10**9}
+
+        unsaid = {"count": self.counts["success"], "ns": 0}
+        stages = ("queue", "compute_input", "compute_infer", "compute_output")
+        return {
+            "name": MODEL,
+            "version": VERSION,
+            "last_inference": self.last_ms,
+            "inference_count": self.images,
+            "execution_count": self.counts["success"],
+            "inference_stats": {
+                "success": durations("success"),
+                "fail": durations("fail"),
+                **dict.fromkeys(stages, unsaid),
+            },
+            "batch_stats": [],
+        }
+
+
+class Handlers:
+    """One method per call of the protocol, over one Front."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self.statistics = Statistics()
+        self.outputs = ("index", "label") if front.settings.detail == "label" else ("probabilities", "index", "label")
+
+    # What is here
+
+    async def live(self, _: Request) -> Response:
+        return as_json({"live": True})
+
+    async def ready(self, _: Request) -> Response:
+        self.require_ready()
+        return as_json({"live": True, "ready": True})
+
+    def require_ready(self) -> None:
+        if not self.front.holder.ready:
+            raise NotReady
+
+    async def server(self, _: Request) -> Response:
+        return as_json({"name": MODEL, "version": product_version(), "extensions": EXTENSIONS})
+
+    async def models(self, _: Request) -> Response:
+        return as_json({"models": [MODEL]})
+
+    async def index(self, _: Request) -> Response:
+        state = "READY" if self.front.holder.ready else "UNAVAILABLE"
+        return as_json([{"name": MODEL, "version": VERSION, "state": state, "reason": ""}])
+
+    async def model(self, request: Request) -> Response:
+        require_model(request)
+        inputs = [
+            {"name": "image", "datatype": "BYTES", "shape": [-1]},
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, SIZE, SIZE]},
+        ]
+        outputs = [
+            {"name": name, "datatype": DATATYPES[name], "shape": [-1, *self.rest(name)]} for name in self.outputs
+        ]
+        return as_json({"name": MODEL, "versions": [VERSION], "platform": MODEL, "inputs": inputs, "outputs": outputs})
+
+    def rest(self, output: str) -> list[int]:
+        """An output's shape after the number of images."""
+        return [len(self.front.serving().library.classes)] if output == "probabilities" else []
+
+    async def model_ready(self, request: Request) -> Response:
+        require_model(request)
+        self.require_ready()
+        return as_json({"name": MODEL, "ready": True})
+
+    async def config(self, request: Request) -> Response:
+        """In Triton's terms, where a model that batches leaves the number of images out of `dims`."""
+        require_model(request)
+        scalar = {"dims": [1], "reshape": {"shape": []}}
+        inputs = [
+            {"name": "image", "data_type": "TYPE_STRING", **scalar, "optional": True},
+            {"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, SIZE, SIZE], "optional": True},
+        ]
+        types = {"FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "BYTES": "TYPE_STRING"}
+        outputs = []
+        for name in self.outputs:
+            dims = {"dims": self.rest(name)} if self.rest(name) else scalar
+            outputs.append({"name": name, "data_type": types[DATATYPES[name]], **dims})
+        return as_json(
+            {
+                "name": MODEL,
+                "platform": "",
+                "backend": MODEL,
+                "max_batch_size": self.front.settings.max_images,
+                "input": inputs,
+                "output": outputs,
+                "dynamic_batching": {},
+            }
+        )
+
+    async def stats(self, request: Request) -> Response:
+        if "model" in request.path_params:
+            require_model(request)
+        return as_json({"model_stats": [self.statistics.as_json()]})
+
+    # Inference
+
+    async def infer(self, request: Request) -> Response:
+        began = time.perf_counter()
+        kind = "fail"
+        try:
+            require_model(request)
+            response = await self.front.handle(request, self.answer)
+            kind = "success"
+        finally:
+            self.statistics.note(kind, time.perf_counter() - began)
+        return response
+
+    async def answer(self, visit: Visit) -> Response:
+        library = visit.serving.library
+        kind = media_type(visit.headers)
+        if kind not in TYPES and not kind.startswith(b"image/"):
+            raise Unsupported(Text.V2_TYPE)
+        model = Model(self.outputs, len(library.classes), self.front.settings.max_images)
+        asked = read_inference(visit.body, visit.headers, model)
+        found = await self.front.classify(visit, asked.images, asked.timeout_s)
+        self.statistics.images += len(found)
+        return self.front.encode(lambda: packed(self.respond(asked, found, library.classes), visit.headers))
+
+    def respond(self, asked: Inference, found: Probabilities, classes: Sequence[str]) -> Response:
+        """Tensors in the order asked for; those in binary follow the JSON in the same order."""
+        head: Json = {"model_name": MODEL, "model_version": VERSION}
+        if asked.id is not None:
+            head["id"] = asked.id
+        tail: list[bytes] = []
+        head["outputs"] = [self.tensor(output, found, classes, tail) for output in asked.outputs]
+        text = ENCODER.encode(head).encode()
+        if not any(output.binary for output in asked.outputs):
+            return Response(text, media_type="application/json")
+        headers = {HEADER_LENGTH.decode(): str(len(text))}
+        return Response(b"".join((text, *tail)), headers=headers, media_type="application/octet-stream")
+
+    def tensor(self, output: Output, found: Probabilities, classes: Sequence[str], tail: list[bytes]) -> Json:
+        values, datatype = self.values(output, found, classes)
+        described: Json = {"name": output.name, "datatype": datatype, "shape": list(values.shape)}
+        if not output.binary:
+            return described | {"data": values.ravel().tolist()}
+        data = as_bytes(values, datatype)
+        tail.append(data)
+        return described | {"parameters": {"binary_data_size": len(data)}}
+
+    def values(self, output: Output, found: Probabilities, classes: Sequence[str]) -> tuple[np.ndarray[Any, Any], str]:
+        """One output as an array, [N] or [N, classes], with its datatype."""
+        if output.classes:
+            return self.scores(found, output.classes, classes), "BYTES"
+        if output.name == "probabilities":
+            return shown(found, self.front.settings.detail), "FP32"
+        indices = found.argmax(axis=1)
+        if output.name == "index":
+            return indices, "INT64"
+        return np.array([classes[index] for index in indices], dtype=object), "BYTES"
+
+    def scores(self, found: Probabilities, count: int, classes: Sequence[str]) -> np.ndarray[Any, Any]:
+        """The classification extension: [N, count] of "<score>:<index>:<label>", the likeliest first."""
+        order = ranking(found)[:, :count]
+        scores = shown(found, self.front.settings.detail)
+        texts = [
+            [f"{scores[row, index]:g}:{index}:{classes[index]}" for index in indices]
+            for row, indices in enumerate(order)
+        ]
+        return np.array(texts, dtype=object)
+
+
+def named(path: str) -> Json:
+    """The path's parameters for the OpenAPI document, each with the only value it can have."""
+    only = {"model": MODEL, "version": VERSION}
+    return {
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [value]}}
+            for name, value in only.items()
+            if f"{{{name}}}" in path
+        ]
+    }
+
+
+def require_model(request: Request) -> None:
+    path = request.path_params
+    if path["model"] != MODEL or path.get("version", VERSION) != VERSION:
+        raise NotFound(Text.MODEL_UNKNOWN)
+
+
+def as_bytes(values: np.ndarray[Any, Any], datatype: str) -> bytes:
+    """Little-endian and row-major; BYTES as a 4-byte length and the element, one after the other."""
+    if datatype == "BYTES":
+        encoded = [str(value).encode() for value in values.ravel()]
+        return b"".join(struct.pack("<I", len(element)) + element for element in encoded)
+    return values.astype({"FP32": "<f4", "INT64": "<i8"}[datatype]).tobytes()
+
+
+def packed(response: Response, headers: Mapping[bytes, bytes]) -> Response:
+    """Compressed if the client asked for it and it pays. Only here: clients unpack no other answer."""
+    body = bytes(response.body)
+    if len(body) < WORTH_PACKING:
+        return response
+    coding = accepted(headers.get(b"accept-encoding", b""))
+    if coding is None:
+        return response
+    body = gzip.compress(body, 1, mtime=0) if coding == "gzip" else zlib.compress(body, 1)
+    kept = {name: value for name, value in response.headers.items() if name != "content-length"}
+    return Response(body, headers=kept | {"content-encoding": coding, "vary": "accept-encoding"})
+
+
+def accepted(header: bytes) -> str | None:
+    """gzip or deflate, whichever the header names first with a weight above 0."""
+    for item in header.decode("latin-1").lower().replace(" ", "").split(","):
+        coding, _, weight = item.partition(";q=")
+        if coding in ("gzip", "deflate") and weight not in ("0", "0.0", "0.00", "0.000"):
+            return coding
+    return None
+
+
+async def not_offered(_: Request) -> Response:
+    raise NotOffered
+
+
+REFUSED: Final = (
+    "/v2/repository/models/{model}/load",
+    "/v2/repository/models/{model}/unload",
+    "/v2/logging",
+    "/v2/trace/setting",
+    "/v2/models/{model}/trace/setting",
+    "/v2/systemsharedmemory/{rest:path}",
+    "/v2/cudasharedmemory/{rest:path}",
+)
+
+
+def router(here: Handlers) -> APIRouter:
+    routes = APIRouter(route_class=PlainRoute, tags=["Open Inference Protocol v2"], responses=ERRORS)
+    for path in INFER_PATHS:
+        routes.add_api_route(path, here.infer, methods=["POST"], openapi_extra=INFER | named(path))
+    for path in ("/v2", "/v2/"):
+        routes.add_api_route(path, here.server, methods=["GET"])
+    routes.add_api_route("/v2/health/live", here.live, methods=["GET"])
+    routes.add_api_route("/v2/health/ready", here.ready, methods=["GET"])
+    routes.add_api_route("/v2/models", here.models, methods=["GET"])
+    routes.add_api_route("/v2/models/stats", here.stats, methods=["GET"])
+    routes.add_api_route("/v2/repository/index", here.index, methods=["POST"])
+    asked = {"": here.model, "/ready": here.model_ready, "/config": here.config, "/stats": here.stats}
+    for prefix in PREFIXES:
+        for rest, endpoint in asked.items():
+            routes.add_api_route(prefix + rest, endpoint, methods=["GET"], openapi_extra=named(prefix))
+    for path in REFUSED:
+        routes.add_api_route(path, not_offered, methods=["GET", "POST"], include_in_schema=False)
+    return routes

@@ -1,0 +1,27 @@
+"""`python tests/sabotaged.py serve ...`: the real service, whose engine dies when it sees a white image."""
+
+import sys
+from typing import Any
+
+from model_store.library import Library
+from service import holder
+from service.__main__ import main
+from service.engine import Engine, Logits, Rows, open_engine
+from service.settings import Settings
+
+
+def mortal(library: Library, settings: Settings) -> Engine:
+    made = open_engine(library, settings)
+
+    def forward(member: int, rows: Rows) -> Logits:
+        if (rows.min(axis=(1, 2, 3)) == 255).any():
+            raise SystemExit
+        return made.forward(member, rows)
+
+    fields: dict[str, Any] = {name: getattr(made, name) for name in made.__dataclass_fields__}
+    return Engine(**fields | {"forward": forward})
+
+
+if __name__ == "__main__":
+    holder.open_engine = mortal  # type: ignore[attr-defined]
+    sys.exit(main())

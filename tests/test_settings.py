@@ -1,0 +1,215 @@
+import argparse
+import logging
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from service.__main__ import main
+from service.settings import (
+    Settings,
+    SettingsRejected,
+    add_flags,
+    admin_token,
+    is_loopback,
+    knobs,
+    read_settings,
+    state_folder,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in knobs():
+        monkeypatch.delenv(row.variable, raising=False)
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """`serve` sets the root logger up for the whole process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def flags(*arguments: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def test_flag_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings(flags()).port == 8000
+    monkeypatch.setenv("TOMBOLA_PORT", "8100")
+    assert read_settings(flags()).port == 8100
+    assert read_settings(flags("--port", "8200")).port == 8200
+
+
+def test_every_setting_has_a_unit_a_reason_a_variable_and_a_flag() -> None:
+    for row in knobs():
+        assert row.variable == "TOMBOLA_" + row.name.upper()
+        assert row.flag == "--" + row.name.replace("_", "-")
+        assert row.unit
+        assert row.meaning.count(".") >= 2, row.name  # what it is. why it is so.
+
+
+def test_yes_and_no_are_flags_too() -> None:
+    assert read_settings(flags("--no-metrics-open")).metrics_open is False
+    assert read_settings(flags("--log-requests")).log_requests is True
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().port = 1
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOMBOLA_ADMIN_TOKEN", "")
+    assert read_settings().admin_token is None
+
+
+def test_variables_that_kubernetes_sets_for_a_service_called_tombola_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (
+        ("TOMBOLA_PORT", "tcp://10.0.0.1:8000"),
+        ("TOMBOLA_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("TOMBOLA_SERVICE_HOST", "10.0.0.1"),
+        ("TOMBOLA_SERVICE_PORT_HTTP", "8000"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert read_settings().port == 8000
+
+
+def test_a_misspelt_variable_is_refused_and_the_right_one_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOMBOLA_QUEUE_ROW", "5")
+    with pytest.raises(SettingsRejected, match="TOMBOLA_QUEUE_ROW: no such setting; did you mean TOMBOLA_QUEUE_ROWS"):
+        read_settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"port": "abc"}, r"TOMBOLA_PORT \(--port\): .*integer.*'abc'"),
+        ({"port": "70000"}, r"TOMBOLA_PORT .*65535"),
+        ({"deadline_s": "0"}, r"TOMBOLA_DEADLINE_S .*greater than 0"),
+        ({"engine": "onnx"}, r"TOMBOLA_ENGINE .*'torch'.*'onnx'"),
+        ({"queue_rows": "4"}, r"TOMBOLA_QUEUE_ROWS 4: below TOMBOLA_MAX_IMAGES 512"),
+        ({"max_body_bytes": str(1 << 30)}, r"TOMBOLA_MAX_BODIES_BYTES .* below"),
+        ({"port": "9000", "admin_port": "9000"}, "two ports"),
+        ({"admin_token": "x" * 16, "admin_token_file": "token"}, "both set"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(given: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsRejected, match=said) as refused:
+        read_settings(given)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_token_is_masked_wherever_settings_are_shown() -> None:
+    secret = "correct-horse-battery-staple"
+    settings = Settings(admin_token=SecretStr(secret))
+    assert secret not in repr(settings)
+    assert secret not in str(settings.shown())
+    with pytest.raises(SettingsRejected) as refused:
+        read_settings({"admin_token": secret, "admin_token_file": secret})
+    assert secret not in str(refused.value)
+
+
+# The admin token
+
+
+def test_beyond_loopback_the_admin_plane_needs_a_token_of_its_own(tmp_path: Path) -> None:
+    settings = Settings(admin_host="0.0.0.0", state_dir=tmp_path)
+    (tmp_path / "admin-token").write_text("one-that-was-made-before-on-loopback")
+    with pytest.raises(SettingsRejected, match=r"0\.0\.0\.0.*TOMBOLA_ADMIN_TOKEN_FILE"):
+        admin_token(settings)
+    given = Settings(admin_host="0.0.0.0", admin_token=SecretStr("a-token-of-my-own-making"))
+    assert admin_token(given) == "a-token-of-my-own-making"
+
+
+def test_on_loopback_a_token_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path / "state")
+    made = admin_token(settings)
+    file = tmp_path / "state" / "admin-token"
+    assert len(made) >= 32
+    assert admin_token(settings) == made
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_token_comes_from_its_file_without_the_newline(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sixteen-or-more-characters\n")
+    assert admin_token(Settings(admin_token_file=tmp_path / "token")) == "sixteen-or-more-characters"
+
+
+@pytest.mark.parametrize("token", ["short", "with some spaces in it", "umlaut-ä-umlaut-ä"])
+def test_a_weak_token_is_refused_and_not_repeated(token: str) -> None:
+    with pytest.raises(SettingsRejected, match="at least 16 printable ASCII") as refused:
+        admin_token(Settings(admin_token=SecretStr(token)))
+    assert token not in str(refused.value)
+
+
+def test_a_missing_token_file_is_said_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsRejected, match="nowhere: cannot be read as a token"):
+        admin_token(Settings(admin_token_file=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("host", "answer"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
+def test_loopback_is_known(host: str, answer: bool) -> None:
+    assert is_loopback(host) is answer
+
+
+def test_a_state_folder_that_cannot_be_is_said_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsRejected, match=r"TOMBOLA_STATE_DIR .*cannot be made"):
+        state_folder(Settings(state_dir=tmp_path / "file" / "state"))
+
+
+# The command
+
+
+@pytest.mark.usefixtures("logging_as_before")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--port", "none"],
+        ["serve", "--admin-host", "0.0.0.0"],
+        ["check", "/nowhere/at/all"],
+        ["serve", "--library", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
+    ],
+)
+def test_a_command_that_cannot_run_says_why_in_one_line_and_fails(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, "--state-dir", str(tmp_path)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
+    assert len(said) == 1
+    assert said[0].startswith("tombola: ")
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for row in knobs():
+        assert row.flag.removeprefix("--") in said
+        assert row.variable in said
