@@ -1,38 +1,72 @@
-# Two stages: a virtual environment is built in the first, and copied into a slim image that runs as a number, not root.
-#   docker build -t tombola .
-#   docker build -t tombola --build-arg TORCH_INDEX_URL=<the index of PyTorch's CPU or CUDA wheels> .
-#   docker run --read-only --tmpfs /tmp --cap-drop=ALL --security-opt no-new-privileges -p 8000:8000 tombola
-ARG PYTHON_VERSION=3.11
+# Three stages: what we depend on, our code, and a slim image of both that runs as a number, not as root.
+#
+#   docker build -t tombola:cpu --build-arg TORCH_INDEX_URL=INDEX .      INDEX: PyTorch's index of CPU wheels
+#   docker build -t tombola:cuda .                                       the default wheels bring CUDA (several GB)
+#   docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -p 8000:8000 tombola:cpu
+#
+# Also: VERSION, COMMIT and CREATED for the labels, PYTHON_IMAGE for a base pinned by digest.
+# tests/container/prove.py builds and runs this file without a container engine and checks what is promised here.
+ARG PYTHON_IMAGE=python:3.11-slim
 
-FROM python:${PYTHON_VERSION}-slim AS build
-# Where pip finds torch. Empty: where it finds everything else, which on Linux means the CUDA build (several GB).
-ARG TORCH_INDEX_URL=
+FROM ${PYTHON_IMAGE} AS dependencies
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/tombola/bin:$PATH
 RUN python -m venv /opt/tombola
-ENV PATH=/opt/tombola/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+COPY pyproject.toml ./
+# torchvision reads training data; the image only serves.
+RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    | grep -v '^torchvision' > all.txt
+# Where pip finds torch. Empty: where it finds everything else, which on x86 means the CUDA build.
+ARG TORCH_INDEX_URL=
+RUN grep '^torch' all.txt > torch.txt \
+    && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
+# The second step must not trade the chosen torch for another. A server has no use for headers, compilers, tests,
+# OpenVINO's plugins for devices that we run with torch, and pip. Licences stay where each package keeps them.
+RUN pip freeze > held.txt \
+    && pip install --constraint held.txt -r all.txt \
+    && cd /opt/tombola/lib/python*/site-packages \
+    && rm -rf torch/include torch/test openvino/libs/libopenvino_intel_gpu_plugin.so \
+        openvino/libs/libopenvino_intel_npu_plugin.so openvino/libs/cache.json \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
+    && find numpy matplotlib sympy -type d -name tests -prune -exec rm -r {} + \
+    && pip uninstall --yes pip
+
+FROM ${PYTHON_IMAGE} AS code
 WORKDIR /src
 COPY pyproject.toml README.md ./
-# torch alone, so that a change of our code does not fetch it again.
-RUN python -c 'import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch>")))' > torch.txt \
-    && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
-COPY model_store model_store
+# Code only: a new library must not make a new layer of code.
+COPY model_store/*.py model_store/*.md model_store/
 COPY training training
 COPY service service
-RUN pip install . && rm -rf /opt/tombola/lib/python*/site-packages/model_store/library
+RUN python -m venv /build \
+    && /build/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --target /opt/code .
 
-FROM python:${PYTHON_VERSION}-slim
-LABEL org.opencontainers.image.title="Tombola" \
-      org.opencontainers.image.description="A moving-target image classifier: a fresh random ensemble of lottery tickets for every image"
-COPY --from=build /opt/tombola /opt/tombola
-# The model library is a layer of its own: a new library is a small download, new code leaves it where it is.
+FROM ${PYTHON_IMAGE}
+# From what changes least to what changes most: a new version of the code is a layer of about a megabyte, a new
+# library a layer of its own.
+COPY --from=dependencies /opt/tombola /opt/tombola
 COPY model_store/library /opt/library
-ENV PATH=/opt/tombola/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    TOMBOLA_HOST=0.0.0.0 TOMBOLA_LIBRARY=/opt/library TOMBOLA_STATE_DIR=/tmp/tombola HOME=/tmp
+COPY --from=code /opt/code /opt/code
+ARG VERSION=0.1.0
+ARG COMMIT=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.title="Tombola" \
+      org.opencontainers.image.description="A moving-target image classifier: a fresh random ensemble of lottery tickets for every image" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${COMMIT}" \
+      org.opencontainers.image.created="${CREATED}"
 # The admin plane stays on the container's own loopback until TOMBOLA_ADMIN_HOST and a token say otherwise.
+# NVIDIA_*: what NVIDIA's container runtime gives to the CUDA variant; without it they mean nothing.
+ENV PATH=/opt/tombola/bin:$PATH PYTHONPATH=/opt/code PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
+    TOMBOLA_HOST=0.0.0.0 TOMBOLA_LIBRARY=/opt/library TOMBOLA_STATE_DIR=/tmp/tombola TOMBOLA_COMMIT=${COMMIT} \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# A number, so that Kubernetes can see that it is not root.
 USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('TOMBOLA_PORT', '8000') + '/health/ready', timeout=2)"]
+# No shell in between: the server is process 1 and gets the signals.
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["serve"]
