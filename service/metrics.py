@@ -114,8 +114,8 @@ TABLE: Final[tuple[Metric, ...]] = (
     Metric(
         "audit_accuracy",
         "gauge",
-        "Accuracy (0..1) in the last finished audit, by attack; the attack clean is none.",
-        (("profile", ("smoke", "standard", "full")), ("attack", None), ("epsilon", None)),
+        "Accuracy (0..1) in the last finished audit, by attack and epsilon in 255ths; all: the worst of them.",
+        (("attack", None), ("epsilon", None)),
     ),
     Metric(
         "auth_failures_total",

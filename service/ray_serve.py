@@ -1,0 +1,61 @@
+"""The public plane as a Ray Serve deployment: replicas of one app on a Ray cluster, each with its library and entropy.
+
+    serve run service.ray_serve:application replicas=4 cores=2 library=/data/library
+
+Words beside replicas and cores are settings. For those who run Ray anyway: its proxy costs a hop per request, there is
+no admin plane (audits, metrics and swaps belong to `python -m service serve`), and clients are told apart by API keys
+alone, since all come from the proxy. A replica that dies, or whose engine does, is replaced; the others go on.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application, Deployment
+
+from service.app import create_public_app
+from service.auth import Keys
+from service.holder import Holder
+from service.metrics import Metrics
+from service.settings import Settings, read_settings
+
+HEALTH_S: Final = 2.0  # between looks at a replica: a dead one is missed within so long
+
+
+class Replica:
+    """One process: a verified library, a warm engine, and the app over them."""
+
+    def __init__(self, flags: Mapping[str, Any]) -> None:
+        self.settings: Settings = read_settings(flags)
+        self.metrics = Metrics()
+        self.holder = Holder(self.settings, self.metrics)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray calls it once the constructor is through. Raises SettingsRejected."""
+        app = create_public_app(
+            self.holder, self.settings, self.metrics, Keys(self.settings.api_keys_file, self.metrics)
+        )
+        app.router.add_event_handler("startup", self.holder.start)
+        return app
+
+    def check_health(self) -> None:
+        """Ray replaces a replica whose check raises."""
+        if not self.holder.ready:
+            raise RuntimeError(self.holder.reason)
+
+
+def application(words: Mapping[str, Any], kind: type = Replica) -> Application:
+    """words: `replicas` (1), `cores` of each (1), and settings by name."""
+    flags = dict(words)
+    replicas, cores = int(flags.pop("replicas", 1)), float(flags.pop("cores", 1))
+    settings = read_settings(flags)
+    deployed: Deployment = serve.deployment(
+        name="tombola",
+        num_replicas=replicas,
+        max_ongoing_requests=settings.max_requests,
+        health_check_period_s=HEALTH_S,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        ray_actor_options={"num_cpus": cores},
+    )(serve.ingress()(kind))
+    return deployed.bind({"threads": max(1, int(cores)), **flags})
