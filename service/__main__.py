@@ -1,4 +1,4 @@
-"""python -m service serve | check | sample | bench | audit"""
+"""python -m service serve | check | sample | bench | audit | reference"""
 
 import argparse
 import importlib.util
@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="write a picture to try the server with")
     sample.add_argument("file", nargs="?", type=Path, help="where to write it (standard output)")
     sample.set_defaults(run=run_sample)
+    reference = commands.add_parser("reference", help="print REFERENCE.md: every setting, metric and route")
+    reference.set_defaults(run=run_reference)
     for module in ("service.bench", "service.audits.command"):
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module).add_parser(commands)
@@ -114,6 +116,13 @@ def run_check(given: argparse.Namespace) -> int:
     given.library = given.library or Settings.model_fields["library"].default
     found = figures(read_settings({name: value for name, value in vars(given).items() if value is not None}))
     print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found)))
+    return 0
+
+
+def run_reference(_: argparse.Namespace) -> int:
+    from service.reference import page
+
+    print(page())
     return 0
 
 

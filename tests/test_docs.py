@@ -10,6 +10,7 @@ import pytest
 from model_store.library import open_library
 from model_store.structures import STRUCTURES, StructureName
 from service.__main__ import parser as service_parser
+from service.reference import page
 from training.__main__ import parser as training_parser
 from training.export import PRINTED, table
 from training.plan import GPU_SPEED, cost
@@ -90,3 +91,8 @@ def test_every_option_explains_itself() -> None:
             for name, child in sub.choices.items():
                 silent = [a.option_strings for a in child._actions if a.option_strings and not a.help]
                 assert not silent, f"{name}: {silent}"
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    """Every setting, flag, metric and route; rebuilt by `python -m service reference > service/REFERENCE.md`."""
+    assert (ROOT / "service" / "REFERENCE.md").read_text(encoding="utf-8").strip() == page().strip()

@@ -1,0 +1,1 @@
+"""Attacks a library as its critics would, checks the attacks, and says what the figures are worth."""

@@ -1,0 +1,260 @@
+"""Expectation over theta, exactly: projected gradient ascent on a factored loss, the best iterate kept by exact risk.
+
+Steps are constant (PGD, with momentum) or adaptive: APGD's momentum and halving (Croce and Hein, 2020), which is sound
+here because the factored loss is no estimate: every iterate is judged by the same draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, unit
+from service.audits.attacks.losses import LOSSES, Loss, Stage, typical_margin
+from service.audits.evaluate import Target, failure
+
+DAMPING: Final = 0.75  # APGD's alpha
+RISING: Final = 0.75  # APGD's rho: the share of steps that must raise the loss
+FIRST_CHECK, LEAST_GAP, GAP_SHRINKS = 0.22, 0.06, 0.03  # APGD's checkpoints, as shares of the steps
+CERTAIN: Final = 1 - 1e-9  # a risk above which nothing can be gained
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """loss: a name of LOSSES.  step: in epsilons (constant: of every step; adaptive: of the first).  momentum: of
+    constant steps (Dong et al., 2018).  restarts: random starts, after the warm starts if any are given."""
+
+    loss: str = "mean-loss"
+    steps: int = 20
+    step: float = 0.25
+    restarts: int = 1
+    momentum: float = 0.0
+    schedule: Literal["constant", "adaptive"] = "constant"
+
+
+@dataclass(frozen=True)
+class Found:
+    """images: the riskiest met, float [N, 3, 32, 32].  risk: float64 [N] on the attacker's draws.
+    risks, losses: [steps + 1, N], the best so far at each step of the first start; the clean images come first."""
+
+    images: Tensor
+    risk: Tensor
+    risks: Tensor
+    losses: Tensor
+    passes: int
+
+
+@dataclass
+class State:
+    """One start under way; row i belongs to image `rows[i]` of the batch. All tensors have the images first."""
+
+    rows: Tensor
+    clean: Tensor
+    labels: Tensor
+    images: Tensor
+    previous: Tensor
+    velocity: Tensor
+    step: Tensor
+    best_images: Tensor  # by loss, where adaptive steps return to
+    best_gradient: Tensor
+    best_loss: Tensor
+    loss: Tensor
+    rises: Tensor
+    loss_at_check: Tensor
+    halved: Tensor
+
+    def keep(self, index: Tensor) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[index])
+
+
+@dataclass
+class Best:
+    """The riskiest images so far, by risk and then by loss."""
+
+    images: Tensor
+    risk: Tensor
+    loss: Tensor
+
+    def take(self, rows: Tensor, images: Tensor, risk: Tensor, loss: Tensor) -> None:
+        better = (risk > self.risk[rows]) | ((risk == self.risk[rows]) & (loss > self.loss[rows]))
+        chosen = rows[better]
+        self.images[chosen], self.risk[chosen], self.loss[chosen] = images[better], risk[better], loss[better]
+
+
+def attack(
+    target: Target,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    ascent: Ascent,
+    generator: torch.Generator,
+    warm: Sequence[Tensor] = (),
+) -> Found:
+    """images: float [N, 3, 32, 32] in [0, 1].  warm: starts of the same shape, tried before the random ones."""
+    scale = typical_margin(logits_by_parts(target, images), labels, target.draws)
+    parts = []
+    for index in torch.split(torch.arange(len(images)), target.batch):
+        starts = [project(start[index], images[index], threat) for start in warm]
+        parts.append(attack_batch(target, images[index], labels[index], threat, ascent, generator, starts, scale))
+    return joined(parts)
+
+
+@torch.no_grad()
+def logits_by_parts(target: Target, images: Tensor) -> Tensor:
+    return torch.cat([target(part) for part in torch.split(images, target.batch)], dim=1)
+
+
+def joined(parts: Sequence[Found]) -> Found:
+    def cat(name: str, dim: int) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts], dim=dim)
+
+    passes = sum(part.passes for part in parts)
+    return Found(cat("images", 0), cat("risk", 0), cat("risks", 1), cat("losses", 1), passes)
+
+
+def attack_batch(
+    target: Target,
+    clean: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    ascent: Ascent,
+    generator: torch.Generator,
+    warm: Sequence[Tensor],
+    scale: float,
+) -> Found:
+    best = judged(target, clean, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
+    starts = [*warm, *[None] * ascent.restarts]
+    traces, passes = [], len(clean)
+    for start in starts:
+        fresh = random_start(clean, threat, generator) if start is None else start  # drawn even if nothing is left
+        trace, cost = climb(target, clean, labels, threat, ascent, fresh, best, scale)
+        traces.append(trace)
+        passes += cost
+    return Found(best.images, best.risk, *traces[0], passes=passes)
+
+
+@torch.no_grad()
+def judged(target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
+    logits = target(images)
+    return Best(images.clone(), failure(logits, labels, target.draws), loss(logits, labels, target.draws, stage))
+
+
+def gradient_of(
+    target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The risk [N], the loss [N] and its gradient in the images; one forward and one backward of each member."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_(True)
+        logits = target(images)
+        losses = loss(logits, labels, target.draws, stage)
+        (gradient,) = torch.autograd.grad(losses.sum(), images)
+    return failure(logits.detach(), labels, target.draws), losses.detach(), gradient
+
+
+def climb(
+    target: Target,
+    clean: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    ascent: Ascent,
+    start: Tensor,
+    best: Best,
+    scale: float,
+) -> tuple[tuple[Tensor, Tensor], int]:
+    """One start, updating `best`. Returns the trace of best risk and loss so far, and the image-steps it cost."""
+    loss, stage = LOSSES[ascent.loss], Stage(scale, 0.0)
+    state = begin(clean, labels, start, threat, ascent)
+    checks = checkpoints(ascent.steps)
+    risks, losses, passes = [best.risk.clone()], [best.loss.clone()], 0
+    for step in range(ascent.steps + 1):
+        state.keep(best.risk[state.rows] < CERTAIN)
+        if len(state.rows):
+            stage = stage.at(step / max(1, ascent.steps))
+            risk, now, gradient = gradient_of(target, state.images, state.labels, loss, stage)
+            passes += len(state.rows)
+            best.take(state.rows, state.images, risk, now)
+            note(state, now, gradient, step)
+            if ascent.schedule == "adaptive" and step in checks:
+                gradient = checked(state, gradient, step - checks[step])
+            if step < ascent.steps:
+                move(state, gradient, threat, ascent, step)
+        risks.append(best.risk.clone())
+        losses.append(best.loss.clone())
+    return (torch.stack(risks), torch.stack(losses)), passes
+
+
+def begin(clean: Tensor, labels: Tensor, start: Tensor, threat: ThreatModel, ascent: Ascent) -> State:
+    zeros = torch.zeros(len(clean), device=clean.device)
+    return State(
+        rows=torch.arange(len(clean)),
+        clean=clean,
+        labels=labels,
+        images=start,
+        previous=start,
+        velocity=torch.zeros_like(clean),
+        step=zeros + (2.0 if ascent.schedule == "adaptive" else ascent.step) * threat.epsilon,
+        best_images=start,
+        best_gradient=torch.zeros_like(clean),
+        best_loss=zeros - torch.inf,
+        loss=zeros - torch.inf,
+        rises=zeros,
+        loss_at_check=zeros - torch.inf,
+        halved=zeros.bool(),
+    )
+
+
+def note(state: State, losses: Tensor, gradient: Tensor, step: int) -> None:
+    """Counts the rises since the last checkpoint and keeps the point of the highest loss."""
+    if step > 0:
+        state.rises = state.rises + (losses > state.loss)
+    higher = losses > state.best_loss
+    state.best_images = torch.where(per_image(higher, state.images), state.images, state.best_images)
+    state.best_gradient = torch.where(per_image(higher, gradient), gradient, state.best_gradient)
+    state.best_loss = torch.maximum(losses, state.best_loss)
+    state.loss = losses
+
+
+def checkpoints(steps: int) -> dict[int, int]:
+    """APGD's: step -> the checkpoint before it."""
+    gap = max(int(FIRST_CHECK * steps), 1)
+    found, at = {}, 0
+    while at + gap <= steps:
+        found[at + gap] = at
+        at += gap
+        gap = max(gap - max(int(GAP_SHRINKS * steps), 1), max(int(LEAST_GAP * steps), 1))
+    return found
+
+
+def checked(state: State, gradient: Tensor, gap: int) -> Tensor:
+    """Halves the step of images whose loss seldom rose or stood still, and takes them back to their best point."""
+    stuck = ~state.halved & (state.best_loss <= state.loss_at_check)
+    halve = (state.rises < RISING * gap) | stuck
+    state.step = torch.where(halve, state.step / 2, state.step)
+    back = per_image(halve, state.images)
+    state.images = torch.where(back, state.best_images, state.images)
+    state.previous = torch.where(back, state.best_images, state.previous)
+    state.loss = torch.where(halve, state.best_loss, state.loss)
+    state.halved, state.loss_at_check = halve, state.best_loss
+    state.rises = torch.zeros_like(state.rises)
+    return torch.where(back, state.best_gradient, gradient)
+
+
+def move(state: State, gradient: Tensor, threat: ThreatModel, ascent: Ascent, step: int) -> None:
+    size = per_image(state.step, state.images)
+    if ascent.schedule == "constant":
+        state.velocity = ascent.momentum * state.velocity + l1_unit(gradient)
+        state.images = project(state.images + size * unit(state.velocity, threat.norm), state.clean, threat)
+        return
+    ahead = project(state.images + size * unit(gradient, threat.norm), state.clean, threat)
+    damping = DAMPING if step else 1.0
+    drift = (1 - damping) * (state.images - state.previous)
+    moved = project(state.images + damping * (ahead - state.images) + drift, state.clean, threat)
+    state.previous, state.images = state.images, moved
+
+
+def scaled(ascent: Ascent, factor: float) -> Ascent:
+    """The same attack with so many times the steps."""
+    return replace(ascent, steps=max(1, round(ascent.steps * factor)))

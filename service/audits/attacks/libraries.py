@@ -1,0 +1,127 @@
+"""The AutoAttack authors' code (pyautoattack) against deterministic proxies of a randomised ensemble.
+
+Their success flags are not used, and their own EOT is not either: on a random model it keeps lucky draws. Their code
+reseeds torch's global generator; here that touches nothing of ours.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_store.attacks import ThreatModel, project
+from service.audits.attacks.losses import ensembles, log_expected_softmax
+from service.audits.errors import AuditRejected
+from service.audits.evaluate import Target
+
+Proxy = Literal["soft-vote", "mean-logits", "mean-log-softmax"]
+Method = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
+NORMS: Final = {"linf": "Linf", "l2": "L2"}
+
+
+@dataclass(frozen=True)
+class Standard:
+    """method: one of AutoAttack's four, or its untargeted DLR.  iterations: of each restart and target class."""
+
+    method: Method
+    proxy: Proxy = "soft-vote"
+    iterations: int = 100
+    restarts: int = 1
+    targets: int = 9
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedLogits:
+    """A deterministic, differentiable stand-in for a randomised ensemble: images -> [N, classes], fresh each time.
+
+    soft-vote: log E_theta softmax.  mean-logits: E_theta of the mean logits.  mean-log-softmax: E_theta log softmax.
+    """
+
+    target: Target
+    proxy: Proxy
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.target(images)
+        if self.proxy == "soft-vote":
+            return log_expected_softmax(logits, self.target.draws)
+        drawn = ensembles(logits, self.target.draws)
+        values = drawn if self.proxy == "mean-logits" else torch.log_softmax(drawn, dim=-1)
+        return torch.einsum("r,rnc->nc", self.target.draws.weights.to(values), values)
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Global generators seeded inside and exactly as before outside: numpy's, random's and torch's."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 -- what the libraries use
+    cuda = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
+
+
+def require_pyautoattack() -> Any:
+    try:
+        import pyautoattack
+        import pyautoattack.autopgd_base
+        import pyautoattack.fab_pt
+        import pyautoattack.square
+    except ImportError:
+        raise AuditRejected("pyautoattack is not installed: `pip install tombola[audit]`, or leave it out") from None
+    return pyautoattack
+
+
+def attack(
+    target: Target, images: Tensor, labels: Tensor, threat: ThreatModel, standard: Standard, seed: int
+) -> Tensor:
+    """float [N, 3, 32, 32]; the clean image where the library found nothing."""
+    classifier = ExpectedLogits(target, standard.proxy)
+    parts = []
+    with isolated(seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zero gradients: the audit's own check 5 says so, and fails
+        for place, index in enumerate(torch.split(torch.arange(len(images)), target.batch)):
+            perturb = built(classifier, threat, standard, seed + place, images.device)
+            found = perturb(images[index].contiguous(), labels[index])
+            parts.append(project(found.detach(), images[index], threat))
+    return torch.cat(parts)
+
+
+def built(
+    classifier: Callable[[Tensor], Tensor], threat: ThreatModel, standard: Standard, seed: int, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    library = require_pyautoattack()
+    norm, shared = NORMS[threat.norm], {"eps": threat.epsilon, "seed": seed, "device": device}
+    shared |= {"norm": norm, "n_iter": standard.iterations, "n_restarts": standard.restarts, "verbose": False}
+    if standard.method in ("apgd-ce", "apgd-dlr"):
+        apgd = library.autopgd_base.APGDAttack(classifier, loss=standard.method.removeprefix("apgd-"), **shared)
+        return lambda x, y: apgd.perturb(x, y, best_loss=True)  # the highest loss: a proxy's mistake is not our risk
+    if standard.method == "apgd-t":
+        targeted = library.autopgd_base.APGDAttack_targeted(classifier, n_target_classes=standard.targets, **shared)
+        return lambda x, y: targeted.perturb(x, y)
+    if standard.method == "fab-t":
+        fab = library.fab_pt.FABAttack_PT(classifier, targeted=True, n_target_classes=standard.targets, **shared)
+        return lambda x, y: fab.perturb(x, y)
+    settings = {("n_queries" if name == "n_iter" else name): value for name, value in shared.items()}
+    square = library.square.SquareAttack(
+        no_graph(classifier), p_init=0.8, loss="margin", resc_schedule=False, **settings
+    )
+    return lambda x, y: square.perturb(x, y)
+
+
+def no_graph(classifier: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return classifier(images)
+
+    return run

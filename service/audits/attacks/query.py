@@ -1,0 +1,328 @@
+"""Black-box attacks: images in, the service's own answers out, and a ledger of every query.
+
+An answer drawn anew for each call fools naive black-box attacks, and a naive attack flatters the defence. So the
+attacker averages q answers to each probe, never stops at a lucky miss, and what it found is scored exactly.
+"""
+
+import base64
+import io
+import math
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from model_store.attacks import ThreatModel
+from model_store.theta import Policy, draw_matrix
+from service.audits.attacks.libraries import isolated
+from service.audits.errors import AuditRejected, OracleFailed
+from service.audits.evaluate import Member, as_floats
+
+SIZE: Final = 32
+REQUEST_IMAGES: Final = 128
+TIMEOUT_S: Final = 60.0
+PATIENCE: Final = 60  # times the service may be busy before the attack gives up
+P_INIT: Final = 0.8  # Square's first share of changed pixels, as AutoAttack sets it
+SCHEDULE: Final = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 iterations: where the share is halved
+
+
+@dataclass(frozen=True)
+class BlackBox:
+    """method: Square on the shown probabilities, or HopSkipJump on labels alone.  averages: q, answers to each probe.
+    probes: different images tried for each attacked image, so that it costs probes times averages queries."""
+
+    method: Literal["square", "hopskipjump"] = "square"
+    averages: int = 1
+    probes: int = 500
+
+
+class Oracle(Protocol):
+    """uint8 [N, 3, 32, 32] -> probabilities as shown, float64 [N, classes]. `queries` counts images answered."""
+
+    queries: int
+
+    def __call__(self, pixels: Tensor) -> NDArray[np.float64]: ...
+
+
+def http_client() -> Any:
+    try:
+        import httpx
+    except ImportError:
+        raise AuditRejected("httpx is not installed: `pip install tombola[audit]`, or attack in process") from None
+    return httpx.Client(timeout=TIMEOUT_S)
+
+
+@dataclass
+class HttpOracle:
+    """The public plane of a running service. Where it asks for patience it gets some."""
+
+    url: str
+    classes: int
+    key: str | None = None
+    queries: int = 0
+    client: Any = field(default_factory=http_client)
+
+    def __enter__(self) -> "HttpOracle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def __call__(self, pixels: Tensor) -> NDArray[np.float64]:
+        return np.concatenate([self.ask(part) for part in torch.split(pixels, REQUEST_IMAGES)])
+
+    def ask(self, pixels: Tensor) -> NDArray[np.float64]:
+        answer = self.post({"images": [base64.b64encode(as_png(image)).decode() for image in pixels]})
+        try:
+            shown = np.stack([as_row(prediction, self.classes) for prediction in answer.json()["predictions"]])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise OracleFailed(f"{self.url}: an answer that cannot be read ({error!r:.200})") from None
+        if len(shown) != len(pixels):
+            raise OracleFailed(f"{self.url}: {len(shown)} answers to {len(pixels)} images")
+        self.queries += len(pixels)
+        return shown
+
+    def post(self, body: dict[str, Any]) -> Any:
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        for _ in range(PATIENCE):
+            answer = self.send(body, headers)
+            if answer.status_code not in (429, 503):
+                break
+            time.sleep(float(answer.headers.get("retry-after", "1")))
+        if answer.status_code != 200:
+            raise OracleFailed(f"{self.url}: {answer.status_code} while it was attacked: {answer.text:.200}")
+        return answer
+
+    def send(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
+        import httpx
+
+        try:
+            return self.client.post(f"{self.url.rstrip('/')}/v1/classify", json=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise OracleFailed(f"{self.url}: {type(error).__name__} while it was attacked: {error!s:.200}") from None
+
+
+def as_png(pixels: Tensor) -> bytes:
+    """uint8 [3, 32, 32] -> an image file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def as_row(prediction: dict[str, Any], classes: int) -> NDArray[np.float64]:
+    row = np.zeros(classes)
+    row[prediction["index"]] = prediction.get("probability", 1.0)
+    for item in prediction.get("top", ()):
+        row[item["index"]] = item["probability"]
+    return row
+
+
+@dataclass
+class LocalOracle:
+    """The service's answer without the service: rounded, theta fresh for each image from the oracle's own generator."""
+
+    members: Sequence[Member]
+    policy: Policy
+    device: torch.device
+    rng: random.Random
+    digits: int = 2
+    queries: int = 0
+
+    def __enter__(self) -> "LocalOracle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> NDArray[np.float64]:
+        rows = draw_matrix(self.policy, len(pixels), self.rng)
+        images = as_floats(pixels, self.device)
+        total = torch.zeros(0)
+        for index in rows.any(dim=0).nonzero().flatten().tolist():
+            drawn = rows[:, index].nonzero().flatten()
+            logits = self.members[index](images[drawn]).cpu() * rows[drawn, index][:, None]
+            total = total if len(total) else torch.zeros(len(pixels), logits.shape[1])
+            total.index_add_(0, drawn, logits)
+        self.queries += len(pixels)
+        shares = torch.softmax(total / rows.sum(dim=1, keepdim=True), dim=1)
+        return np.asarray(np.round(shares.numpy().astype(np.float64), self.digits), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What was held at one point of the attack. queries: of each image so far."""
+
+    queries: int
+    pixels: Tensor
+
+
+def attack(
+    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: BlackBox, seed: int
+) -> list[Stop]:
+    """uint8 images in the ball, at growing numbers of queries; the last is the attack's result."""
+    if threat.norm != "linf":
+        raise AuditRejected("black-box attacks are l-infinity here; leave them out of an audit in l2")
+    if settings.method == "square":
+        return square(oracle, pixels, labels, threat, settings, np.random.default_rng(seed))
+    return hop_skip_jump(oracle, pixels, labels, threat, settings, seed)
+
+
+def averaged(oracle: Oracle, pixels: Tensor, averages: int) -> NDArray[np.float64]:
+    answers = oracle(pixels.repeat(averages, 1, 1, 1))
+    return np.asarray(answers.reshape(averages, len(pixels), -1).mean(axis=0))
+
+
+def margins(shares: NDArray[np.float64], labels: Tensor) -> NDArray[np.float64]:
+    """The best wrong class less the right one; above 0 is misclassified."""
+    rows, right = np.arange(len(labels)), labels.numpy()
+    others = shares.copy()
+    others[rows, right] = -1
+    return np.asarray(others.max(axis=1) - shares[rows, right])
+
+
+# Square (Andriushchenko et al., 2020)
+
+
+def square(
+    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: BlackBox, rng: np.random.Generator
+) -> list[Stop]:
+    epsilon = int(threat.epsilon * 255 + 1e-6)
+    clean = pixels.numpy().astype(np.int16)
+    stripes = rng.choice([-epsilon, epsilon], (len(clean), 3, 1, SIZE))
+    held = np.clip(clean + stripes, 0, 255)
+    best = margins(averaged(oracle, as_bytes(held), settings.averages), labels)
+    stops = []
+    for probe in range(1, settings.probes):
+        tried = np.stack(
+            [
+                patched(image, base, epsilon, side_of(probe, settings.probes), rng)
+                for image, base in zip(held, clean, strict=True)
+            ]
+        )
+        now = margins(averaged(oracle, as_bytes(tried), settings.averages), labels)
+        better = now > best
+        held[better], best[better] = tried[better], now[better]
+        if probe + 1 in marks(settings.probes):
+            stops.append(Stop((probe + 1) * settings.averages, as_bytes(held)))
+    return stops
+
+
+def as_bytes(images: NDArray[np.int16]) -> Tensor:
+    return torch.from_numpy(images.astype(np.uint8))
+
+
+def side_of(probe: int, probes: int) -> int:
+    halvings = sum(probe * 10_000 / probes > mark for mark in SCHEDULE)
+    return max(1, round(math.sqrt(P_INIT / 2**halvings) * SIZE))
+
+
+def patched(
+    image: NDArray[np.int16], clean: NDArray[np.int16], epsilon: int, side: int, rng: np.random.Generator
+) -> NDArray[np.int16]:
+    """One square window set to a corner of the ball."""
+    side = min(side, SIZE - 1)
+    top, left = rng.integers(0, SIZE - side, 2)
+    window = np.s_[:, top : top + side, left : left + side]
+    tried = image.copy()
+    tried[window] = np.clip(clean[window] + rng.choice([-epsilon, epsilon], (3, 1, 1)), 0, 255)
+    return tried
+
+
+def marks(probes: int) -> set[int]:
+    """Where the attack is scored: eight points, evenly in the logarithm, and the end."""
+    return {max(2, round(probes ** (k / 8))) for k in range(1, 9)} | {probes}
+
+
+# HopSkipJump (Chen et al., 2020), in the Adversarial Robustness Toolbox
+
+
+class Spent(Exception):
+    """The queries of one image are used up. ART's attack knows no budget of its own."""
+
+
+@dataclass
+class Votes:
+    """What ART sees: the label of a majority of q answers. Keeps the nearest probe that a second majority confirms."""
+
+    oracle: Oracle
+    clean: Tensor
+    label: int
+    classes: int
+    averages: int
+    limit: int
+    best: Tensor
+    spent: int = 0
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
+        asked = torch.from_numpy(np.round(np.clip(images, 0, 1) * 255).astype(np.uint8))
+        found = self.majority(asked)
+        for image in asked[torch.from_numpy(found != self.label)]:
+            if self.away(image) < self.away(self.best) and self.majority(image[None])[0] != self.label:
+                self.best = image
+        return np.eye(self.classes)[found]
+
+    def away(self, image: Tensor) -> int:
+        return int((image.int() - self.clean.int()).abs().max())
+
+    def majority(self, asked: Tensor) -> NDArray[np.int64]:
+        if self.spent >= self.limit:
+            raise Spent
+        self.spent += self.averages * len(asked)
+        votes = self.oracle(asked.repeat(self.averages, 1, 1, 1)).argmax(axis=1).reshape(self.averages, -1)
+        counts = np.stack([(votes == label).sum(axis=0) for label in range(self.classes)], axis=1)
+        return np.asarray(counts.argmax(axis=1))
+
+
+def hop_skip_jump(
+    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: BlackBox, seed: int
+) -> list[Stop]:
+    """Minimises the distance from an image of another class; what it holds is clipped into the ball and handed on."""
+    attacks, estimators = require_art()
+    classes, limit = oracle(pixels[:1]).shape[1], settings.probes * settings.averages
+    held = []
+    with isolated(seed):
+        for place, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+            start = other_class(pixels, labels, place)
+            votes = Votes(oracle, image, label, classes, settings.averages, limit, start)
+            classifier = estimators.BlackBoxClassifier(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
+            held.append(hopped(attacks, classifier, votes, label))
+    epsilon, clean = int(threat.epsilon * 255 + 1e-6), pixels.numpy().astype(np.int16)
+    found = torch.stack(held).numpy().astype(np.int16)
+    return [Stop(limit, as_bytes(np.clip(found, np.maximum(clean - epsilon, 0), np.minimum(clean + epsilon, 255))))]
+
+
+def hopped(attacks: Any, classifier: Any, votes: Votes, label: int) -> Tensor:
+    clean, start = ((image.numpy() / 255).astype(np.float32)[None] for image in (votes.clean, votes.best))
+    hop = attacks.HopSkipJump(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
+    with suppress(Spent):
+        hop.generate(clean, np.array([label]), x_adv_init=start)
+    return votes.best
+
+
+def other_class(pixels: Tensor, labels: Tensor, place: int) -> Tensor:
+    """The nearest attacked image of another class: a start that needs no luck."""
+    others = (labels != labels[place]).nonzero().flatten()
+    if not len(others):
+        raise AuditRejected("HopSkipJump needs images of at least two classes to start from")
+    away = (pixels[others].float() - pixels[place].float()).flatten(1).norm(dim=1)
+    return pixels[others[away.argmin()]]
+
+
+def require_art() -> tuple[Any, Any]:
+    try:
+        from art.attacks import evasion
+        from art.estimators import classification
+    except ImportError:
+        raise AuditRejected(
+            "adversarial-robustness-toolbox is not installed: `pip install tombola[audit]`, or leave HopSkipJump out"
+        ) from None
+    return evasion, classification

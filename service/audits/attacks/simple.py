@@ -1,0 +1,151 @@
+"""What needs no expectation: single tickets one by one, random corners of the ball, one perturbation for all images."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from model_store.attacks import (
+    Loss,
+    ThreatModel,
+    cross_entropy,
+    fgsm,
+    l1_unit,
+    per_image,
+    pgd,
+    project,
+    random_start,
+    unit,
+)
+from service.audits.attacks.losses import LOSSES, Stage, typical_margin
+from service.audits.evaluate import Member, Target, failure
+
+BATCH: Final = 64
+
+
+@dataclass(frozen=True)
+class Single:
+    """PGD on one ticket alone, as Table 1 has it; steps 0 is FGSM. step: in epsilons."""
+
+    steps: int = 20
+    step: float = 0.25
+    restarts: int = 1
+
+
+@dataclass(frozen=True)
+class Universal:
+    """One perturbation for every image: found on the first half of them, measured on the others."""
+
+    loss: str = "mean-loss"
+    epochs: int = 10
+    step: float = 0.125
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class Corners:
+    """Random corners of the ball, the riskiest kept."""
+
+    count: int = 100
+
+
+def attack_member(
+    member: Member,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    single: Single,
+    generator: torch.Generator,
+    loss: Loss = cross_entropy,
+) -> Tensor:
+    parts = []
+    for some, right in zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True):
+        if single.steps == 0:
+            parts.append(fgsm(member, some, right, threat, loss=loss))
+        else:
+            parts.append(
+                pgd(
+                    member,
+                    some,
+                    right,
+                    threat,
+                    steps=single.steps,
+                    step_size=single.step * threat.epsilon,
+                    restarts=single.restarts,
+                    generator=generator,
+                    loss=loss,
+                )
+            )
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def corners(
+    target: Target, images: Tensor, labels: Tensor, threat: ThreatModel, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The riskiest of `count` random corners of each image's ball (l2: points of its sphere), and its risk [N]."""
+    best = images.clone()
+    risk = failure(torch.cat([target(part) for part in torch.split(images, BATCH)], dim=1), labels, target.draws)
+    for _ in range(count):
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        tried = project(images + threat.epsilon * unit(noise, threat.norm), images, threat)
+        logits = torch.cat([target(part) for part in torch.split(tried, BATCH)], dim=1)
+        now = failure(logits, labels, target.draws)
+        best = torch.where(per_image(now > risk, best), tried, best)
+        risk = torch.maximum(now, risk)
+    return best, risk
+
+
+def universal(
+    target: Target,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    settings: Universal,
+    generator: torch.Generator,
+) -> Tensor:
+    """The images with one perturbation [1, 3, 32, 32] added, which has seen only the first half of them."""
+    seen = max(1, len(images) // 2)
+    shift = random_start(torch.full_like(images[:1], 0.5), threat, generator) - 0.5
+    velocity = torch.zeros_like(shift)
+    best, highest = shift, -torch.inf
+    scale = scale_of(target, images[:seen], labels[:seen])
+    for _ in range(settings.epochs):
+        for some, right in zip(
+            torch.split(images[:seen], target.batch), torch.split(labels[:seen], target.batch), strict=True
+        ):
+            _, gradient = shared_gradient(target, some, right, shift, settings.loss, scale)
+            velocity = settings.momentum * velocity + l1_unit(gradient)
+            moved = 0.5 + shift + settings.step * threat.epsilon * unit(velocity, threat.norm)
+            shift = (
+                project(moved, torch.full_like(moved, 0.5), ThreatModel(threat.norm, min(threat.epsilon, 0.5))) - 0.5
+            )
+        risk = shared_risk(target, images[:seen], labels[:seen], shift)
+        if risk > highest:
+            best, highest = shift, risk
+    return (images + best).clamp(0, 1)
+
+
+@torch.no_grad()
+def scale_of(target: Target, images: Tensor, labels: Tensor) -> float:
+    logits = torch.cat([target(part) for part in torch.split(images, target.batch)], dim=1)
+    return typical_margin(logits, labels, target.draws)
+
+
+def shared_gradient(
+    target: Target, images: Tensor, labels: Tensor, shift: Tensor, loss: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        shift = shift.detach().requires_grad_(True)
+        logits = target((images + shift).clamp(0, 1))
+        losses = LOSSES[loss](logits, labels, target.draws, Stage(scale, 1.0))
+        (gradient,) = torch.autograd.grad(losses.sum(), shift)
+    return losses.detach(), gradient
+
+
+@torch.no_grad()
+def shared_risk(target: Target, images: Tensor, labels: Tensor, shift: Tensor) -> float:
+    moved = (images + shift).clamp(0, 1)
+    logits = torch.cat([target(part) for part in torch.split(moved, target.batch)], dim=1)
+    return float(failure(logits, labels, target.draws).mean())

@@ -1,0 +1,73 @@
+"""One audit from images to report: attacks, checks, figures, files."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from model_store.ensemble import combine, predictions
+from model_store.library import Library
+from model_store.ticket import write_atomically
+from service.audits import data as sets
+from service.audits import figures, page, sanity, summary, systems
+from service.audits.config import Audit
+from service.audits.data import Labelled
+from service.audits.errors import DataRejected
+from service.audits.evaluate import bench_of, logits_of, scoring_draws
+from service.audits.profiles import estimated_seconds, images_of
+from service.audits.runner import Json, Run, Tell
+
+REPORT: Final = "report.json"
+PAGE: Final = "report.html"
+
+
+def labelled(audit: Audit, library: Library, path: Path | None) -> Labelled:
+    """The images to attack. Without a path, generated ones, for a smoke test alone."""
+    if path is not None:
+        return sets.read_data(path, library.classes, images_of(audit))
+    if audit.profile != "smoke":
+        raise DataRejected(f"profile {audit.profile} needs labelled images; only smoke can run on generated ones")
+    return sets.generated(images_of(audit), audit.seed, lambda pixels: majority(library, pixels))
+
+
+def majority(library: Library, pixels: Tensor) -> Tensor:
+    """What the ensemble says most often, int64 [N]."""
+    bench = bench_of(library)
+    draws = scoring_draws(systems.ours(bench), 0)
+    said = predictions(combine(logits_of(bench.members, pixels, bench.device), draws.rows))
+    classes = len(library.classes)
+    shares = torch.stack([draws.weights @ (said == label).double() for label in range(classes)])
+    return shares.argmax(dim=0)
+
+
+def audit(
+    folder: Path,
+    asked: Audit,
+    library: Library,
+    data: Labelled,
+    *,
+    device: str = "cpu",
+    url: str | None = None,
+    key: str | None = None,
+    tell: Tell = lambda _: None,
+) -> Json:
+    """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was."""
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, asked, library, data, device=device, url=url, key=key, tell=tell)
+    tell({"event": "cost", **cost(run)})
+    run.attack()
+    checks = sanity.inspect(run)
+    report = summary.summary(run, checks, time.monotonic() - began)
+    write_atomically(folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
+    text = page.page(report, figures.all_figures(report), figures.examples(run))
+    write_atomically(folder / PAGE, text.encode())
+    return report
+
+
+def cost(run: Run) -> dict[str, Any]:
+    giga = sum(run.costs)
+    return {"attacks": len(run.steps), "giga_multiply_adds": round(giga, 1), "seconds": round(estimated_seconds(giga))}

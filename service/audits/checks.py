@@ -1,0 +1,142 @@
+"""A sanity check: something that must hold if the figures mean anything, its criterion, and what was found."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from model_store.attacks import ThreatModel
+from service.audits.attacks import eot
+from service.audits.attacks.eot import Ascent, Found
+from service.audits.config import ProfileName
+from service.audits.evaluate import System, Target, as_floats, logits_of, on_grid, scores
+from service.audits.profiles import PROFILES, Profile
+from service.audits.runner import Outcome, Run, seed_of
+from service.audits.stats import standard_error
+
+Result = Literal["pass", "warn", "fail", "skipped"]
+RANK: Final[dict[ProfileName, int]] = {"smoke": 0, "standard": 1, "full": 2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """ok: None where there was nothing to judge.  value: what was found, in words with its numbers."""
+
+    ok: bool | None
+    value: str
+    warn: bool = False  # not ok, but only a warning here
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table. hard: whether a failure makes the audit invalid."""
+
+    id: int
+    name: str
+    criterion: str
+    hard: bool
+    least: ProfileName
+    run: Callable[["Lab"], Finding]
+
+
+@dataclass
+class Lab:
+    """What checks share: a run, the first few images, and the attacks made on them so far."""
+
+    run: Run
+    cache: dict[str, Found] = field(default_factory=dict)
+
+    @property
+    def profile(self) -> Profile:
+        return PROFILES[self.run.audit.profile]
+
+    @property
+    def full(self) -> bool:
+        return self.run.audit.profile == "full"
+
+    @property
+    def count(self) -> int:
+        return min(len(self.run.data), self.profile.check_images)
+
+    @property
+    def pixels(self) -> Tensor:
+        """uint8 [count, 3, 32, 32]."""
+        return self.run.data.pixels[: self.count]
+
+    @property
+    def images(self) -> Tensor:
+        return as_floats(self.pixels, self.run.bench.device)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.run.data.labels[: self.count]
+
+    @property
+    def ours(self) -> System:
+        return self.run.systems[0]
+
+    @property
+    def target(self) -> Target:
+        return self.run.target(self.ours.name)
+
+    def generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of("check", self.run.audit.seed, name))
+
+    def attack(
+        self, ascent: Ascent, name: str = "", target: Target | None = None, epsilon: float | None = None
+    ) -> Found:
+        """On the first few images at the headline epsilon, remembered by its settings."""
+        key = repr((ascent, name, epsilon))
+        if key not in self.cache:
+            threat = self.threat(epsilon)
+            device = self.run.bench.device
+            self.cache[key] = eot.attack(
+                target or self.target, self.images, self.labels.to(device), threat, ascent, self.generator(name)
+            )
+        return self.cache[key]
+
+    def threat(self, epsilon: float | None = None) -> ThreatModel:
+        size = self.run.audit.headline if epsilon is None else epsilon
+        return ThreatModel(self.run.audit.norm, size / 255)
+
+    def right(self, images: Tensor, system: System | None = None, epsilon: float | None = None) -> Tensor:
+        """float64 [count]: p_i of images on the grid, under the scoring draws."""
+        threat = self.threat(epsilon)
+        pixels = on_grid(images, self.pixels, threat.norm, threat.epsilon)
+        logits = logits_of(self.run.bench.members, pixels, self.run.bench.device)
+        return scores(logits, self.labels, self.run.scoring(system or self.ours)).right
+
+    def attacks(self, *names: str, epsilon: float | None = None) -> list[Outcome]:
+        """Ours, at the headline epsilon, by the attacks' names."""
+        size = self.run.audit.headline if epsilon is None else epsilon
+        return [
+            o
+            for o in self.run.outcomes
+            if o.step.system == self.ours.name and o.step.epsilon == size and (not names or o.step.name in names)
+        ]
+
+
+def tolerance(first: Tensor, second: Tensor) -> float:
+    """Two images, or two standard errors of the paired difference, whichever is more."""
+    return max(2 / len(first), 2 * standard_error(first.numpy(), second.numpy()))
+
+
+def points(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def judged(check: Check, lab: Lab) -> dict[str, Any]:
+    """The row of the table."""
+    row = {"id": check.id, "name": check.name, "criterion": check.criterion, "hard": check.hard}
+    if RANK[lab.run.audit.profile] < RANK[check.least]:
+        return {**row, "outcome": "skipped", "value": f"runs from profile {check.least} on"}
+    found = check.run(lab)
+    if found.ok is None:
+        result: Result = "skipped"
+    elif found.ok:
+        result = "pass"
+    else:
+        result = "fail" if check.hard and not found.warn else "warn"
+    return {**row, "outcome": result, "value": found.value}

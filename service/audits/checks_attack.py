@@ -1,0 +1,440 @@
+"""Checks 9 to 27: are the attacks as strong as they look? A defence that only looks strong fails here first."""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from model_store.attacks import fgsm, l1_unit, project, random_start, unit
+from model_store.theta import draw_theta
+from service.audits import systems
+from service.audits.attacks.eot import CERTAIN, gradient_of
+from service.audits.attacks.libraries import ExpectedLogits, Standard
+from service.audits.attacks.libraries import attack as library_attack
+from service.audits.attacks.losses import LOSSES, Stage
+from service.audits.checks import Check, Finding, Lab, points, tolerance
+from service.audits.checks_model import PROBE
+from service.audits.config import ATTACKS, ProfileName
+from service.audits.evaluate import Draws, Member, Target, failure, logits_of, on_grid, worst
+from service.audits.runner import Outcome, Run, seed_of
+
+GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))
+BLACK_BOX: Final = ("square", "square-queries")
+FIXED_DRAWS: Final = 20
+
+
+def accuracy(run: Run, outcome: Outcome) -> Tensor:
+    """float64 [n]: ours under one attack's images."""
+    return run.scores(run.systems[0], outcome).right
+
+
+def strongest(run: Run, outcomes: list[Outcome], images: int) -> Tensor:
+    """float64 [images]: ours under the worst of these, which must cover the images."""
+    index = torch.arange(images)
+    found = [run.clean(run.systems[0]).pick(index)]
+    found += [run.scores(run.systems[0], o).pick(index) for o in outcomes if o.step.images >= images]
+    return worst(found).right
+
+
+def converged(lab: Lab) -> Finding:
+    shares = {
+        o.step.id: o.extra["converged"]
+        for o in lab.attacks(*GRADIENT_ATTACKS)
+        if "converged" in o.extra and getattr(o.step.settings, "loss", "") != "risk"
+    }
+    if not shares:
+        return Finding(None, "no gradient attack ran")
+    best = max(shares.values())
+    return Finding(best >= 0.95, f"{points(best)} of the images in the best-converged attack")
+
+
+def more_steps(lab: Lab) -> Finding:
+    once, twice = (
+        lab.right(lab.attack(replace(PROBE, steps=n), "steps").images) for n in (PROBE.steps, 2 * PROBE.steps)
+    )
+    limit = max(0.005, tolerance(once, twice))
+    gained = float(once.mean() - twice.mean())
+    return Finding(gained <= limit, f"{PROBE.steps} to {2 * PROBE.steps} steps: {points(gained)} lower")
+
+
+def more_restarts(lab: Lab) -> Finding:
+    counts = (1, 5, 10) if lab.full else (1, 2, 4)
+    found = [float(lab.right(lab.attack(replace(PROBE, restarts=n), "restarts").images).mean()) for n in counts]
+    said = ", ".join(f"{n}: {points(value)}" for n, value in zip(counts, found, strict=True))
+    return Finding(found[-2] - found[-1] <= max(0.005, 1 / lab.count), said)
+
+
+def more_draws(lab: Lab) -> Finding:
+    """An attacker who samples m draws for each step, against the factored one; all scored exactly."""
+    counts = (1, 5, 20)
+    found = [lab.right(sampled_attack(lab, m)) for m in counts] + [lab.right(lab.attack(PROBE, "probe").images)]
+    means = [float(value.mean()) for value in found]
+    said = ", ".join(f"{m}: {points(value)}" for m, value in zip((*map(str, counts), "exact"), means, strict=True))
+    ordered = all(
+        after <= before + tolerance(one, other)
+        for before, after, one, other in zip(means, means[1:], found, found[1:], strict=False)
+    )
+    masks = means[0] - means[-1] > 0.05
+    return Finding(ordered and not masks, said + ("; randomness masks gradients" if masks else ""))
+
+
+def sampled_attack(lab: Lab, draws: int) -> Tensor:
+    """PGD whose gradients come from fresh draws at every step, as one without the factored form would do it."""
+    rng, threat = random.Random(f"eot {lab.run.audit.seed} {draws}"), lab.threat()
+    images, labels = random_start(lab.images, threat, lab.generator("sampled")), lab.labels.to(lab.run.bench.device)
+    velocity = torch.zeros_like(images)
+    for _ in range(PROBE.steps):
+        gradient = torch.zeros_like(images)
+        for _ in range(draws):
+            gradient += gradient_of(drawn_alone(lab, rng), images, labels, LOSSES["mean-loss"], Stage(1.0, 0.0))[2]
+        velocity = PROBE.momentum * velocity + l1_unit(gradient)
+        images = project(images + PROBE.step * threat.epsilon * unit(velocity, threat.norm), lab.images, threat)
+    return images
+
+
+def drawn_alone(lab: Lab, rng: random.Random) -> Target:
+    """One theta, known."""
+    members = tuple(lab.run.bench.members[index] for index in draw_theta(lab.ours.policy, rng).members)
+    draws = Draws(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), counted=True)
+    return Target(members, draws.to(lab.run.bench.device))
+
+
+def iterative_below_single_step(lab: Lab) -> Finding:
+    rows = []
+    for index in range(lab.run.bench.tickets):
+        own = systems.single(lab.run.bench, index)
+        by_name = {o.step.name: lab.run.scores(own, o).right for o in lab.run.outcomes if o.step.system == own.name}
+        if {"fgsm", "pgd-20"} <= set(by_name):
+            excess = float((by_name["pgd-20"] - by_name["fgsm"]).mean()) - tolerance(by_name["pgd-20"], by_name["fgsm"])
+            rows.append((excess, own.name))
+    if not rows:
+        return Finding(None, "FGSM and PGD-20 did not both run")
+    return Finding(max(rows)[0] <= 0, f"{len(rows)} tickets; closest: {max(rows)[1]}, {points(-max(rows)[0])} to spare")
+
+
+def same_attack_by_epsilon(run: Run) -> list[tuple[float, Tensor]]:
+    """Ours under eot-mean-loss at each epsilon, on the images that all of them saw."""
+    found = [o for o in run.outcomes if o.step.system == run.systems[0].name and o.step.name == "eot-mean-loss"]
+    least = min((o.step.images for o in found), default=0)
+    lowest: dict[float, Tensor] = {0.0: run.clean(run.systems[0]).right[:least]}
+    for outcome in found:
+        right = accuracy(run, outcome)[:least]
+        epsilon = outcome.step.epsilon
+        lowest[epsilon] = torch.minimum(lowest.get(epsilon, right), right)
+    return sorted(lowest.items())
+
+
+def monotone(lab: Lab) -> Finding:
+    curve = same_attack_by_epsilon(lab.run)
+    if len(curve) < 3:
+        return Finding(None, "fewer than two epsilons above 0")
+    rises = [
+        float((after - before).mean()) - tolerance(before, after)
+        for (_, before), (_, after) in itertools.pairwise(curve)
+    ]
+    said = ", ".join(f"{epsilon:g}: {points(float(right.mean()))}" for epsilon, right in curve)
+    return Finding(max(rises) <= 0, said)
+
+
+def at(lab: Lab, epsilon: float) -> float | None:
+    found = lab.attacks("eot-mean-loss", epsilon=epsilon)
+    return float(accuracy(lab.run, found[0]).mean()) if found else None
+
+
+def reaches_zero(lab: Lab) -> Finding:
+    near, far = at(lab, 64.0), at(lab, 128.0)
+    if near is None or far is None:
+        return Finding(None, "the far end did not run")
+    return Finding(near <= 0.01 and far <= 0.005, f"64/255: {points(near)}, 128/255: {points(far)}")
+
+
+def unbounded(lab: Lab) -> Finding:
+    found = at(lab, 255.0)
+    return Finding(None, "did not run") if found is None else Finding(found == 0, points(found))
+
+
+def below_transfer(lab: Lab) -> Finding:
+    """The adaptive attack against every image made on another model. Images only transfer breaks must be rare."""
+    others = [
+        o for o in lab.run.outcomes if o.step.name in ("fgsm", "pgd-20") and o.step.epsilon == lab.run.audit.headline
+    ]
+    mine = lab.attacks(*GRADIENT_ATTACKS)
+    if not others or not mine:
+        return Finding(None, "transfer or the adaptive attack did not run")
+    count = min(o.step.images for o in (*others, *mine))
+    white = strongest(lab.run, mine, count)
+    transfers = torch.stack([accuracy(lab.run, o)[:count] for o in others])
+    best = transfers[transfers.mean(dim=1).argmin()]
+    only = float(((transfers.amin(dim=0) < 0.5) & (white >= 0.5)).double().mean())
+    holds = float((white - best).mean()) <= tolerance(white, best) and only <= max(0.01, 1 / count)
+    said = f"adaptive {points(float(white.mean()))}, best transfer {points(float(best.mean()))}"
+    return Finding(holds, f"{said}; only transfer: {points(only)}")
+
+
+def below_black_box(lab: Lab) -> Finding:
+    black, mine = lab.attacks(*BLACK_BOX), lab.attacks(*GRADIENT_ATTACKS)
+    if not black or not mine:
+        return Finding(None, "Square did not run")
+    count = min(o.step.images for o in (*black, *mine))
+    white, square = strongest(lab.run, mine, count), strongest(lab.run, black, count)
+    lower = float((white - torch.minimum(white, square)).mean())
+    holds = float((white - square).mean()) <= tolerance(white, square)
+    said = (
+        f"white box {points(float(white.mean()))}, Square {points(float(square.mean()))}, lowers it by {points(lower)}"
+    )
+    return Finding(holds and lower <= 0.002, said, warn=holds)
+
+
+def below_hard_label(lab: Lab) -> Finding:
+    labels, mine = lab.attacks("hopskipjump-queries"), lab.attacks(*GRADIENT_ATTACKS)
+    if not labels or not mine:
+        return Finding(None, "HopSkipJump did not run")
+    count = min(o.step.images for o in (*labels, *mine))
+    white, hard = strongest(lab.run, mine, count), strongest(lab.run, labels, count)
+    only = float(((hard < 0.5) & (white >= 0.5)).double().mean())
+    return Finding(only <= 0.05, f"broken by HopSkipJump alone: {points(only)}")
+
+
+def above_noise(lab: Lab) -> Finding:
+    noise, mine = lab.attacks("noise"), lab.attacks(*GRADIENT_ATTACKS)
+    if not noise or not mine:
+        return Finding(None, "noise did not run")
+    count = min(o.step.images for o in (*noise, *mine))
+    white, random_corners = strongest(lab.run, mine, count), strongest(lab.run, noise, count)
+    only = float(((random_corners < 0.5) & (white >= 0.5)).double().mean())
+    return Finding(only <= 0.005, f"broken by random corners alone: {points(only)}")
+
+
+def known_theta(lab: Lab) -> Finding:
+    """Knowing theta can only help, a theorem: the mean over drawn thetas of the accuracy left is a floor for ours."""
+    rng = random.Random(f"known {lab.run.audit.seed}")
+    rows = []
+    for place in range(FIXED_DRAWS if lab.full else 8):
+        alone = drawn_alone(lab, rng)
+        found = lab.attack(PROBE, f"known {place}", alone)
+        pixels = on_grid(found.images, lab.pixels, lab.threat().norm, lab.threat().epsilon)
+        logits = logits_of(alone.members, pixels, lab.run.bench.device)
+        rows.append(1 - failure(logits, lab.labels, alone.draws))
+    known = torch.stack(rows).mean(dim=0)
+    secret = strongest(lab.run, lab.attacks(*GRADIENT_ATTACKS), lab.count)
+    said = f"theta known {points(float(known.mean()))}, secret {points(float(secret.mean()))}"
+    return Finding(float((known - secret).mean()) <= tolerance(known, secret), f"{said}, {len(rows)} thetas")
+
+
+def baselines_present(lab: Lab) -> Finding:
+    names = [system.name for system in lab.run.systems]
+    there = {systems.MEAN, systems.BEST, systems.COST} <= set(names)
+    attacked = {o.step.system for o in lab.run.outcomes if o.step.epsilon == lab.run.audit.headline}
+    missing = [name for name in names if name not in attacked and not lab.run.audit.attacks]
+    return Finding(there and not missing, f"{len(names) - 1} systems beside ours under the same attacks")
+
+
+def no_masked_ticket(lab: Lab) -> Finding:
+    """PGD-20 against AutoAttack's APGD on each ticket: a wide gap is a masked gradient, FGSM above clean an overfit."""
+    overfit, gaps = [], {}
+    for index, member in enumerate(lab.run.bench.members[: lab.run.bench.tickets]):
+        own = systems.single(lab.run.bench, index)
+        by_name = {o.step.name: lab.run.scores(own, o).right for o in lab.run.outcomes if o.step.system == own.name}
+        if not {"fgsm", "pgd-20"} <= set(by_name):
+            return Finding(None, "FGSM and PGD-20 did not both run")
+        single_step, iterated = float(by_name["fgsm"].mean()), float(by_name["pgd-20"].mean())
+        if single_step - iterated > 0.25 or single_step > float(lab.run.clean(own).right.mean()) + 0.02:
+            overfit.append(member.name)
+        gaps[member.name] = float(by_name["pgd-20"][: lab.count].mean()) - against_library(lab, member)
+    wide = [name for name, gap in gaps.items() if gap > max(0.1, 1.5 / lab.count)]
+    said = f"largest gap {points(max(gaps.values()))} on {lab.count} images"
+    if overfit:
+        return Finding(False, f"catastrophic overfitting: {', '.join(overfit)}; {said}")
+    return Finding(not wide, said + (f"; wide: {', '.join(wide)}" if wide else ""), warn=True)
+
+
+def against_library(lab: Lab, member: Member) -> float:
+    """A ticket's accuracy under AutoAttack's untargeted APGD on the DLR loss."""
+    alone = Target((member,), Draws(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True))
+    standard = Standard("apgd-dlr" if lab.run.library.classes[3:] else "apgd-ce", "mean-logits", 20)
+    labels = lab.labels.to(lab.run.bench.device)
+    seed = seed_of("masked", lab.run.audit.seed, member.name)
+    found = library_attack(alone, lab.images, labels, lab.threat(), standard, seed)
+    pixels = on_grid(found, lab.pixels, lab.threat().norm, lab.threat().epsilon)
+    right = logits_of((member,), pixels, lab.run.bench.device)[0].argmax(dim=1) == lab.labels
+    return float(right.double().mean())
+
+
+def no_label_leak(lab: Lab) -> Finding:
+    """FGSM with the true labels against FGSM with the predicted ones, mean over tickets (Kurakin et al., 2017)."""
+    rows = []
+    for member in lab.target.members:
+        with torch.no_grad():
+            predicted = member(lab.images).argmax(dim=1)
+        one, other = (member_accuracy(lab, member, labels) for labels in (lab.labels.to(predicted.device), predicted))
+        rows.append(one - other)
+    gap = torch.stack(rows).mean(dim=0)
+    limit = max(0.02, 1 / lab.count)
+    return Finding(float(gap.mean()) <= limit, f"true labels leave {points(float(gap.mean()))} more")
+
+
+def member_accuracy(lab: Lab, member: Member, labels: Tensor) -> Tensor:
+    found = fgsm(member, lab.images, labels, lab.threat())
+    with torch.no_grad():
+        return (member(found).argmax(dim=1).cpu() == lab.labels).double()
+
+
+def smooth_landscape(lab: Lab) -> Finding:
+    """Losses on a grid spanned by the gradient's sign and a random one: few points above what the attack reached."""
+    side, count = (21, 16) if lab.full else (11, 4)
+    count = min(count, lab.count)
+    probe, loss = lab.attack(PROBE, "probe"), LOSSES["mean-loss"]
+    open_still = (probe.risk < CERTAIN).nonzero().flatten()[:count].cpu()  # on the others the attack has stopped
+    if not len(open_still):
+        return Finding(None, "the attack left no image to look at")
+    found, images, threat = probe.images[open_still], lab.images[open_still], lab.threat()
+    labels, count = lab.labels[open_still].to(lab.run.bench.device), len(open_still)
+    stage, target = Stage(1.0, 0.0), lab.target
+    _, _, gradient = gradient_of(target, images, labels, loss, stage)
+    noise = torch.randn(images.shape, generator=lab.generator("landscape")).to(images)
+    with torch.no_grad():
+        reached = loss(target(found), labels, target.draws, stage)
+        above = []
+        for a in torch.linspace(-1, 1, side).tolist():
+            for b in torch.linspace(-1, 1, side).tolist():
+                moved = images + threat.epsilon * (a * unit(gradient, threat.norm) + b * unit(noise, threat.norm))
+                now = loss(target(project(moved, images, threat)), labels, target.draws, stage)
+                above.append(now > reached * (1 + 1e-4) + 1e-4)
+    share = float(torch.stack(above).double().mean())
+    return Finding(share <= 0.005, f"{points(share)} of {side}x{side} points for {count} images above the attack")
+
+
+def targeted_too(lab: Lab) -> Finding:
+    targeted, mine = lab.attacks("apgd-t"), lab.attacks(*GRADIENT_ATTACKS)
+    if not targeted or not mine:
+        return Finding(None, "the targeted attack did not run")
+    count = min(o.step.images for o in (*targeted, *mine))
+    white, aimed = strongest(lab.run, mine, count), strongest(lab.run, targeted, count)
+    only = float(((aimed < 0.5) & (white >= 0.5)).double().mean())
+    return Finding(only <= 0.02, f"broken by targets alone: {points(only)} of {count} images")
+
+
+def output_range(lab: Lab) -> Finding:
+    """Logits, no probabilities, of a size that cross-entropy can tell apart; no temperature makes attacks better."""
+    with torch.no_grad():
+        logits = lab.target(lab.images)
+        proxy = ExpectedLogits(lab.target, "mean-logits")(lab.images)
+    shares = bool(((proxy.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((proxy >= 0).all())
+    largest = float(logits.abs().max())
+    base = lab.right(lab.attack(PROBE, "probe").images)
+    rows = {heat: lab.right(lab.attack(PROBE, f"heat {heat}", heated(lab.target, heat)).images) for heat in (0.1, 10.0)}
+    gain = max(float((base - right).mean()) for right in rows.values())
+    within = gain <= max(0.005, 1.5 / lab.count)
+    said = f"largest logit {largest:.1f}; temperature 0.1 and 10 lower accuracy by at most {points(max(0.0, gain))}"
+    return Finding(not shares and largest <= 50 and within, said + ("; these are probabilities" if shares else ""))
+
+
+def heated(target: Target, factor: float) -> Target:
+    members = tuple(replace(member, temperature=member.temperature * factor) for member in target.members)
+    return Target(members, target.draws)
+
+
+Row = tuple[int, str, str, bool, ProfileName, Callable[[Lab], Finding]]
+ROWS: Final[tuple[Row, ...]] = (
+    (
+        9,
+        "convergence",
+        "the rescaled loss moves at most 0.05 in the last 10 steps on 95 % of images",
+        False,
+        "standard",
+        converged,
+    ),
+    (10, "steps doubled", "lowers accuracy by at most 0.5 points or the tolerance", True, "standard", more_steps),
+    (
+        11,
+        "restarts",
+        "the last doubling lowers accuracy by at most 0.5 points or 1 image",
+        False,
+        "standard",
+        more_restarts,
+    ),
+    (
+        12,
+        "draws of the attacker",
+        "1, 5, 20, exact: not weaker; from 1 to exact at most 5 points",
+        False,
+        "standard",
+        more_draws,
+    ),
+    (
+        13,
+        "iterative below single-step",
+        "PGD-20 at most FGSM + tolerance on each ticket",
+        True,
+        "smoke",
+        iterative_below_single_step,
+    ),
+    (14, "monotone in epsilon", "accuracy does not rise by more than the tolerance", True, "smoke", monotone),
+    (15, "reaches zero", "at most 1 % at 64/255 and 0.5 % at 128/255", True, "smoke", reaches_zero),
+    (16, "unbounded", "0 % at 255/255", True, "smoke", unbounded),
+    (
+        17,
+        "white box below transfer",
+        "by the tolerance; images only transfer breaks at most 1 % or 1 image",
+        True,
+        "smoke",
+        below_transfer,
+    ),
+    (
+        18,
+        "white box below black box",
+        "Square, no early stop, answers averaged; it lowers accuracy by at most 0.2 points (else a warning)",
+        True,
+        "standard",
+        below_black_box,
+    ),
+    (19, "hard label", "images that HopSkipJump breaks alone at most 5 %", False, "full", below_hard_label),
+    (20, "random noise", "images that random corners break alone at most 0.5 %", True, "standard", above_noise),
+    (21, "randomness fixed", "mean accuracy with theta known at most ours + tolerance", True, "standard", known_theta),
+    (
+        22,
+        "deterministic baselines",
+        "mean of all, best ticket, fixed of equal cost, R2S: same attacks",
+        True,
+        "smoke",
+        baselines_present,
+    ),
+    (
+        23,
+        "masking of single tickets",
+        "PGD-20 less APGD-DLR at most 10 points (warning); FGSM neither 25 points above PGD-20 nor above clean",
+        True,
+        "standard",
+        no_masked_ticket,
+    ),
+    (
+        24,
+        "label leaking",
+        "FGSM with true and predicted labels differ by at most 2 points or 1 image",
+        False,
+        "standard",
+        no_label_leak,
+    ),
+    (
+        25,
+        "loss landscape",
+        "at most 0.5 % of the grid's points above the attack's loss",
+        False,
+        "standard",
+        smooth_landscape,
+    ),
+    (26, "targeted too", "images only targeted attacks break at most 2 %", False, "standard", targeted_too),
+    (
+        27,
+        "output range",
+        "logits within 50, no probabilities; other temperatures gain at most 0.5 points or 1 image",
+        True,
+        "standard",
+        output_range,
+    ),
+)
+CHECKS: Final = tuple(Check(i, name, text, hard, least, run) for i, name, text, hard, least, run in ROWS)

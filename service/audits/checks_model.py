@@ -1,0 +1,238 @@
+"""Checks 1 to 8: is what was evaluated the served model, by the right algebra, with chance that nobody steers?"""
+
+import math
+import random
+import secrets
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from model_store.attacks import cross_entropy, random_start
+from model_store.ensemble import calibrated
+from model_store.theta import draw_theta, inclusion_probabilities, size_probabilities, states
+from service.audits.attacks.eot import Ascent, gradient_of
+from service.audits.attacks.libraries import isolated
+from service.audits.attacks.losses import LOSSES, Stage
+from service.audits.checks import Check, Finding, Lab, points
+from service.audits.evaluate import Draws, Member, Target, as_floats, failure
+from service.audits.runner import fingerprint, inside
+
+PROBE: Final = Ascent("mean-loss", steps=20, step=0.125, momentum=0.75)
+STAGE: Final = Stage(scale=1.0, progress=0.0)
+SIGMAS: Final = 5.0  # of a binomial count: a false alarm in less than a million
+
+
+def feasible(lab: Lab) -> Finding:
+    over = max((inside(o, lab.run.data.pixels) - o.step.threat.epsilon for o in lab.run.outcomes), default=0.0)
+    kinds = {o.pixels.dtype for o in lab.run.outcomes}
+    return Finding(over <= 1e-6 and kinds <= {torch.uint8}, f"furthest outside by {max(0.0, over):.1e}, all uint8")
+
+
+def deliverable(lab: Lab) -> Finding:
+    """The figures are on the grid by construction; this is what rounding cost the attacker."""
+    found = lab.attack(PROBE, "probe")
+    with torch.no_grad():
+        raw = 1 - failure(lab.target(found.images), lab.labels, lab.target.draws)
+    change = abs(float(raw.mean()) - float(lab.right(found.images).mean()))
+    limit = max(0.01, 1 / lab.count)
+    return Finding(change <= limit, f"rounding to 8 bits moves accuracy by {points(change)}", warn=change <= 0.1)
+
+
+def same_model(lab: Lab) -> Finding:
+    """Against the store's own calibrated tickets, and from `standard` on against the engine that serves."""
+    pixels = lab.run.data.pixels[:64]
+    images, worst = as_floats(pixels, lab.run.bench.device), 0.0
+    for member, ticket in zip(lab.run.bench.members, lab.run.library.tickets, strict=False):
+        with torch.no_grad():
+            worst = max(worst, relative(member(images), calibrated(ticket, lab.run.bench.device)(images)))
+    engine = "not compared" if lab.run.audit.profile == "smoke" else against_engine(lab, pixels)
+    worst = max(worst, engine) if isinstance(engine, float) else worst
+    shown = f"{engine:.1e}" if isinstance(engine, float) else engine
+    return Finding(worst <= 1e-5, f"largest relative difference {worst:.1e} over {len(pixels)} images; engine {shown}")
+
+
+def relative(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().max() / second.abs().max().clamp_min(1.0))
+
+
+def against_engine(lab: Lab, pixels: Tensor) -> float | str:
+    from service.engine import EngineRejected, open_engine
+    from service.settings import Settings
+
+    try:
+        engine = open_engine(lab.run.library, Settings(state_dir=lab.run.folder, threads=1))
+    except EngineRejected as error:
+        return f"refused: {error!s:.80}"
+    images = as_floats(pixels, lab.run.bench.device)
+    worst = 0.0
+    for index, member in enumerate(lab.run.bench.members[: lab.run.bench.tickets]):
+        with torch.no_grad():
+            ours = member(images).cpu()
+        worst = max(worst, relative(torch.from_numpy(engine.forward(index, pixels.numpy())), ours))
+    return worst
+
+
+def no_side_effects(lab: Lab) -> Finding:
+    members = lab.run.bench.members
+    same = fingerprint(members) == lab.run.fingerprint
+    training = sum(module.training for member in members for module in member.network.modules())
+    gradients = sum(p.grad is not None for member in members for p in member.network.parameters())
+    said = f"weights and statistics {'unchanged' if same else 'CHANGED'}, {training} modules in train mode"
+    return Finding(same and not training and not gradients, f"{said}, {gradients} gradients left behind")
+
+
+def start(lab: Lab) -> Tensor:
+    return random_start(lab.images, lab.threat(), lab.generator("start"))
+
+
+def no_zero_gradients(lab: Lab) -> Finding:
+    """Of the ensemble's loss, and of each member's own: one masked member is enough to hide."""
+    point, labels = start(lab), lab.labels.to(lab.run.bench.device)
+    _, _, gradient = gradient_of(lab.target, point, labels, LOSSES["mean-loss"], STAGE)
+    zero = float((gradient.flatten(1).abs().amax(dim=1) == 0).double().mean())
+    shares = {member.name: zero_share(member, point, labels) for member in lab.target.members}
+    worst = max(shares, key=lambda name: shares[name])
+    said = f"{points(zero)} of the ensemble's, {points(shares[worst])} of {worst}'s"
+    return Finding(zero <= 0.01 and shares[worst] <= 0.01, said)
+
+
+def zero_share(member: Member, images: Tensor, labels: Tensor) -> float:
+    with torch.enable_grad():
+        point = images.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(cross_entropy(member(point), labels).sum(), point)
+    return float((gradient.flatten(1).abs().amax(dim=1) == 0).double().mean())
+
+
+def right_gradients(lab: Lab) -> Finding:
+    """Central differences in float64, in the full direction of random signs, against autograd's."""
+    target = in_doubles(lab.target)
+    point, labels, draws = start(lab).double(), lab.labels.to(lab.run.bench.device), 4
+    _, _, gradient = gradient_of(target, point, labels, LOSSES["mean-loss"], STAGE)
+    generator, good = lab.generator("directions"), []
+    for _ in range(draws):
+        direction = torch.randn(point.shape, generator=generator, dtype=torch.float64).to(point)
+        ahead, behind = (loss_at(target, point + side * STEP * direction, labels) for side in (1, -1))
+        slope = (ahead - behind) / (2 * STEP)
+        expected = (gradient * direction).flatten(1).sum(dim=1)
+        good.append((slope - expected).abs() <= 0.05 * expected.abs() + 1e-9)
+    share = float(torch.stack(good).double().mean())
+    return Finding(share >= 0.95, f"{points(share)} of {draws * lab.count} within 5 %")
+
+
+STEP: Final = 1e-7  # small enough that few rectifiers switch in between; float64 keeps 9 digits of the loss
+
+
+@torch.no_grad()
+def loss_at(target: Target, images: Tensor, labels: Tensor) -> Tensor:
+    return LOSSES["mean-loss"](target(images), labels, target.draws, STAGE)
+
+
+def in_doubles(target: Target) -> Target:
+    members = tuple(replace(member, network=deepcopy(member.network).double()) for member in target.members)
+    return Target(members, target.draws)
+
+
+def factored_is_sampled(lab: Lab) -> Finding:
+    """Against the plain way: draw theta, run its members, add up; as the service does it."""
+    rng = random.Random(f"sampled {lab.run.audit.seed}")
+    used, count = list(lab.ours.used), 2000
+    exact = 1 - lab.right(lab.images)
+    failed = torch.zeros(lab.count, dtype=torch.float64)
+    with torch.no_grad():
+        own = lab.target(lab.images).cpu()
+    for _ in range(count):
+        members = draw_theta(lab.ours.policy, rng).members
+        total = sum((own[used.index(member)] for member in members), start=torch.zeros_like(own[0]))
+        failed += (total.argmax(dim=1) != lab.labels).double() / count
+    error = (exact * (1 - exact) / count).sqrt()
+    excess = float(((failed - exact).abs() - SIGMAS * error).max())
+    cosine = sampled_cosine(lab, rng) if lab.run.audit.profile != "smoke" else None
+    said = f"p within {SIGMAS:g} standard errors of 2,000 draws" if excess <= 1e-9 else f"p off by {excess:.4f} beyond"
+    agree = cosine is None or cosine >= 0.95
+    return Finding(excess <= 1e-9 and agree, f"{said}; gradients' cosine {cosine or 'not run'}")
+
+
+def sampled_cosine(lab: Lab, rng: random.Random) -> float:
+    """The median over images of the cosine between the factored gradient and one of sampled draws, run one by one."""
+    images, labels = start(lab)[:4], lab.labels[:4].to(lab.run.bench.device)
+    _, _, exact = gradient_of(lab.target, images, labels, LOSSES["mean-loss"], STAGE)
+    total = torch.zeros_like(images)
+    for _ in range(512 if lab.full else 128):
+        members = tuple(lab.run.bench.members[index] for index in draw_theta(lab.ours.policy, rng).members)
+        alone = Target(members, Draws(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), counted=True))
+        total += gradient_of(alone, images, labels, LOSSES["mean-loss"], STAGE)[2]
+    return round(float(torch.cosine_similarity(exact.flatten(1), total.flatten(1)).median()), 4)
+
+
+def independent_chance(lab: Lab) -> Finding:
+    policy, count = lab.ours.policy, 100_000 if lab.run.audit.profile != "smoke" else 10_000
+    with isolated(0):
+        first = [draw_theta(policy, secrets.SystemRandom()) for _ in range(100)]
+    with isolated(0):
+        second = [draw_theta(policy, secrets.SystemRandom()) for _ in range(100)]
+    steered = first == second and states(policy) > 1
+    rng = random.Random(f"law {lab.run.audit.defender_seed}")
+    thetas = [draw_theta(policy, rng) for _ in range(count)]
+    sizes, members = Counter(len(t.members) for t in thetas), Counter(m for t in thetas for m in set(t.members))
+    worst = max(
+        *(off(sizes[n], count, p) for n, p in size_probabilities(policy).items()),
+        *(off(members[m], count, p) for m, p in enumerate(inclusion_probabilities(policy))),
+    )
+    said = f"largest deviation {worst:.2f} standard errors over {count} draws"
+    return Finding(worst <= SIGMAS and not steered, said + (", and a seed FIXES theta" if steered else ""))
+
+
+def off(found: int, count: int, p: float) -> float:
+    spread = math.sqrt(count * p * (1 - p))
+    return abs(found - count * p) / spread if spread > 0 else float(found != round(count * p)) * math.inf
+
+
+CHECKS: Final = (
+    Check(1, "feasible set", "every image inside epsilon + 1e-6 and on the 8-bit grid", True, "smoke", feasible),
+    Check(
+        2,
+        "deliverable",
+        "rounding to 8 bits changes accuracy by at most 1 point or 1 image",
+        True,
+        "smoke",
+        deliverable,
+    ),
+    Check(3, "same model", "audit, store and service agree to 1e-5 of the largest logit", True, "smoke", same_model),
+    Check(
+        4,
+        "no side effects",
+        "weights and statistics unchanged, eval mode, no gradients left",
+        True,
+        "smoke",
+        no_side_effects,
+    ),
+    Check(
+        5,
+        "zero gradients",
+        "at most 1 % of the images, at a random start, for ensemble and members",
+        True,
+        "smoke",
+        no_zero_gradients,
+    ),
+    Check(6, "right gradients", "central differences within 5 % on at least 95 %", True, "smoke", right_gradients),
+    Check(
+        7,
+        "factored = sampled",
+        "p within 5 standard errors; cosine of the gradients at least 0.95",
+        True,
+        "smoke",
+        factored_is_sampled,
+    ),
+    Check(
+        8,
+        "independent chance",
+        "seeding global generators fixes nothing; members and sizes follow the law",
+        True,
+        "smoke",
+        independent_chance,
+    ),
+)

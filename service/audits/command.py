@@ -1,0 +1,210 @@
+"""python -m service audit: the audit of a library from the command line, or of a running service."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from service.audits.errors import AuditError
+
+if TYPE_CHECKING:
+    from service.audits.data import Labelled
+
+Json = dict[str, Any]
+BELOW: Final = 3  # exit code: the figure is below --fail-under
+INVALID: Final = 4  # exit code: a hard check failed
+EPILOG: Final = """\
+examples:
+  python -m service audit --profile smoke
+  python -m service audit my/library --data cifar10.zip --profile standard --out audit
+  python -m service audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
+  python -m service audit --url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
+  python -m service audit --compare old/report.json new/report.json
+  python -m service audit --tables service/audits/results/report.json --out service/audits/results
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "audit",
+        help="attack a library and check the attacks",
+        description=run.__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("library", nargs="?", type=Path, help="folder of the library (the embedded one)")
+    parser.add_argument("--profile", default="standard", help="smoke, standard or full (standard)")
+    parser.add_argument("--data", help="zip, npz or folder of labelled images; with --url, the name of a data set")
+    parser.add_argument("--attacks", nargs="*", help="only these (all of the profile's)")
+    parser.add_argument("--epsilons", nargs="*", type=float, help="in 255ths (0 2 4 8 12 20)")
+    parser.add_argument("--norm", help="linf or l2 (linf)")
+    parser.add_argument("--images", type=int, help="how many images (the profile's number)")
+    parser.add_argument("--seed", type=int, help="of the attacker (0)")
+    parser.add_argument("--defender-seed", type=int, help="of the draws that score (0)")
+    parser.add_argument("--out", type=Path, default=Path("audit"), help="folder of the report; a rerun resumes (audit)")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (the cores of this container)")
+    parser.add_argument("--service", help="public URL of a service of the same library, for black-box attacks")
+    parser.add_argument("--key", help="API key for --service")
+    parser.add_argument("--fail-under", type=float, metavar="FRACTION", help="exit code 3 if accuracy is below it")
+    parser.add_argument("--url", help="admin URL of a running service: audit there, and wait")
+    parser.add_argument("--token-file", type=Path, help="file with the admin token, for --url")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="two report.json: what changed")
+    parser.add_argument("--tables", type=Path, metavar="REPORT", help="print its Table 2, write its figures to --out")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Attacks a library as its critics would, checks the attacks, and writes report.json and report.html."""
+    try:
+        if given.compare:
+            return run_compare(*given.compare)
+        if given.tables:
+            return run_tables(given.tables, given.out)
+        report = remote(given) if given.url else local(given)
+    except AuditError as error:
+        print(f"tombola: {error}", file=sys.stderr)
+        return 2
+    return conclude(report, given.fail_under)
+
+
+def conclude(report: Json, fail_under: float | None) -> int:
+    from service.audits.page import headline
+
+    print(f"report {report['digest'][:12]} ({report['verdict']}): {headline(report)}")
+    value = report["systems"]["tombola"]["robust"]["expected"]["value"]
+    if report["verdict"] == "invalid":
+        return INVALID
+    return BELOW if fail_under is not None and value < fail_under else 0
+
+
+def request_of(given: argparse.Namespace) -> Json:
+    names = ("profile", "attacks", "epsilons", "norm", "images", "seed", "defender_seed")
+    return {name: value for name in names if (value := getattr(given, name)) not in (None, [])}
+
+
+def local(given: argparse.Namespace) -> Json:
+    import torch
+
+    from model_store.library import open_library
+    from service.audits.audit import audit, labelled
+    from service.audits.config import read_audit
+    from service.engine.cores import usable_cores
+
+    torch.set_num_threads(given.threads or usable_cores())
+    asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
+    library = open_library(given.library)
+    data: Labelled = labelled(asked, library, Path(given.data) if given.data else None)
+    print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
+    print(f"device {given.device}, {torch.get_num_threads()} threads, seed {asked.seed}, profile {asked.profile}")
+    with Shown() as shown:
+        return audit(
+            given.out, asked, library, data, device=given.device, url=given.service, key=given.key, tell=shown.tell
+        )
+
+
+class Shown:
+    """The progress bar: one line a finished attack or check, and how long it will take."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+        self.task = self.bar.add_task("attacks", total=1.0)
+
+    def __enter__(self) -> "Shown":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def tell(self, event: Json) -> None:
+        if event["event"] == "step":
+            self.bar.console.print(f"{100 * event['accuracy']:5.1f} %  {event['id']}", highlight=False)
+            left = f"attacks, about {event['seconds_left'] / 60:.0f} min left"
+            self.bar.update(self.task, completed=event["share"], description=left)
+        elif event["event"] == "check":
+            text = f"check {event['id']:2d} {event['outcome']:7s} {event['name']}: {event['value']}"
+            self.bar.console.print(text, highlight=False, markup=False)
+        elif event["event"] == "cost":
+            text = (
+                f"at most {event['giga_multiply_adds']:.0f} giga-multiply-adds, about {event['seconds'] / 60:.0f} min"
+            )
+            self.bar.console.print(text, highlight=False)
+
+
+# A running service
+
+
+def remote(given: argparse.Namespace) -> Json:
+    """Starts an audit on the admin plane and waits for its report."""
+    import httpx
+
+    headers = {}
+    if given.token_file:
+        headers["authorization"] = f"Bearer {given.token_file.read_text(encoding='ascii').strip()}"
+    with httpx.Client(base_url=given.url, headers=headers, timeout=60) as client:
+        asked = {**request_of(given), **({"data": given.data} if given.data else {})}
+        job = answered(client.post("/admin/audits", json=asked))
+        print(f"audit {job['id']}: about {job['cost']['seconds'] / 60:.0f} min")
+        while (state := answered(client.get(f"/admin/audits/{job['id']}")))["state"] in ("queued", "running"):
+            time.sleep(2.0)
+        if state["state"] != "done":
+            raise AuditError(f"audit {job['id']}: {state['state']}: {state.get('why', '')}")
+        return answered(client.get(f"/admin/audits/{job['id']}/report.json"))
+
+
+def answered(response: Any) -> Json:
+    found = response.json()
+    if response.is_error:
+        raise AuditError(f"{response.url}: {response.status_code}: {found.get('error', found)}")
+    return dict(found)
+
+
+# Reports that are there
+
+
+def read_report(path: Path) -> Json:
+    """Raises AuditError if it is no report, or has been changed since it was written."""
+    from service.audits.summary import digest_holds
+
+    try:
+        report: Json = json.loads(path.read_text(encoding="utf-8"))
+        holds = digest_holds(report)
+    except (OSError, ValueError, AttributeError) as error:
+        raise AuditError(f"{path}: not a report of an audit ({error!r:.100})") from None
+    if not holds:
+        raise AuditError(f"{path}: its digest does not hold: no report, or one that was changed")
+    return report
+
+
+def run_tables(path: Path, folder: Path) -> int:
+    from service.audits.tables import table, write_figures
+
+    report = read_report(path)
+    print(table(report))
+    for written in write_figures(report, folder):
+        print(f"written: {written}", file=sys.stderr)
+    return 0
+
+
+def run_compare(first: Path, second: Path) -> int:
+    from service.audits.summary import compare
+
+    found = compare(read_report(first), read_report(second))
+    for name, pair in found["changed"].items():
+        print(f"{name}: {pair[0]} -> {pair[1]}")
+    for name, row in found["systems"].items():
+        for kind, change in row.items():
+            print(f"{name:24s} {kind:7s} {said(change)}")
+    return 0
+
+
+def said(change: Json | None) -> str:
+    if change is None:
+        return "other images: not paired"
+    value, low, high = (100 * change[name] for name in ("value", "low", "high"))
+    return f"{value:+.2f} points [{low:+.2f}, {high:+.2f}]"

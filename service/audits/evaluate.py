@@ -1,0 +1,268 @@
+"""The quantity: p_i(x'), the chance over theta that image i is classified rightly. Each ticket runs once, then algebra.
+
+An attacker chooses x' knowing the library and the law of theta, before theta is drawn. x' is chosen on one set of
+draws and scored on another, on the uint8 grid, unless the law has few enough states to be counted through.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from model_store.ensemble import combine, predictions
+from model_store.library import Library
+from model_store.structures import fold
+from model_store.theta import Policy, Theta, draw_matrix, group_sizes, inclusion_probabilities, matrix, states
+from model_store.ticket import Ticket
+
+SCORING_DRAWS: Final = 10_000
+ATTACK_DRAWS: Final = 2_000
+COUNTED: Final = 4_096  # laws of at most so many states are enumerated instead of sampled
+MAX_CHUNK: Final = 2**22  # floats of ensemble logits held at once
+PASS_IMAGES: Final = 64  # images of one forward
+GRAPH_IMAGES: Final = 320  # images times members whose activations are held for a backward pass, about 1.5 GB
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One ticket or baseline on a device. images [N, 3, 32, 32] in [0, 1] -> calibrated logits [N, classes]."""
+
+    name: str
+    network: nn.Module
+    temperature: float
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return cast("Tensor", self.network(images)) / self.temperature
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Everything that can be a member: the tickets, in the library's order, and behind them its baselines."""
+
+    members: tuple[Member, ...]
+    tickets: int
+    structures: tuple[str, ...]
+    policy: Policy
+    device: torch.device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.members)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """rows: float32 [R, M], one theta a row.  weights: float64 [R], their probabilities, summing to 1.
+    counted: whether the rows are all the states there are, so that the figures are exact."""
+
+    rows: Tensor
+    weights: Tensor
+    counted: bool
+
+    @property
+    def sizes(self) -> Tensor:
+        """[R]: n, the members of each draw."""
+        return self.rows.sum(dim=1)
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(self.rows.to(device), self.weights.to(device), self.counted)
+
+
+@dataclass(frozen=True)
+class System:
+    """A randomised (or fixed) classifier over a bench: its law, and why it is here."""
+
+    name: str
+    about: str
+    policy: Policy
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The members that can be drawn at all."""
+        return tuple(index for index, p in enumerate(inclusion_probabilities(self.policy)) if p > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What an attack sees: the members that a system can draw, and the attacker's own draws over them."""
+
+    members: tuple[Member, ...]
+    draws: Draws
+
+    @property
+    def batch(self) -> int:
+        """Images whose graphs through all members fit into memory together."""
+        return max(4, min(PASS_IMAGES, GRAPH_IMAGES // len(self.members)))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[M, N, classes], differentiable."""
+        return torch.stack([member(images) for member in self.members])
+
+
+def bench_of(library: Library, device: torch.device | str = "cpu") -> Bench:
+    where = torch.device(device)
+    everything = (*library.tickets, *library.baselines)
+    names = [entry.name for entry in (*library.entries, *library.baseline_entries)]
+    members = tuple(member_of(ticket, name, where) for ticket, name in zip(everything, names, strict=True))
+    structures = tuple(ticket.structure.name for ticket in everything)
+    return Bench(members, len(library.tickets), structures, library.policy, where)
+
+
+def member_of(ticket: Ticket, name: str, device: torch.device) -> Member:
+    network = fold(ticket.network()).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Member(name, network, ticket.temperature)
+
+
+def widened(policy: Policy, members: int) -> Policy:
+    """The same law over a matrix of more columns."""
+    return Policy(policy.groups, members, policy.sizes, policy.every, policy.replacement)
+
+
+# Draws
+
+
+def draws_of(policy: Policy, count: int, rng: random.Random) -> Draws:
+    """All the states of a small law, with their probabilities; `count` draws of a large one."""
+    if not policy.replacement and states(policy) <= COUNTED:
+        return enumerated(policy)
+    rows = draw_matrix(policy, count, rng)
+    return Draws(rows, torch.full((count,), 1 / count, dtype=torch.float64), counted=False)
+
+
+def enumerated(policy: Policy) -> Draws:
+    found = list(every_state(policy))
+    rows = matrix([theta for theta, _ in found], policy.tickets)
+    weights = torch.tensor([p for _, p in found], dtype=torch.float64)
+    return Draws(rows, weights / weights.sum(), counted=True)
+
+
+def every_state(policy: Policy) -> Iterator[tuple[Theta, float]]:
+    """Each theta of a law without replacement, with a number proportional to its probability."""
+    options: list[list[tuple[tuple[int, ...], float]]] = []
+    for group, law in zip(policy.groups, group_sizes(policy), strict=True):
+        chosen = [
+            (members, p / math.comb(len(group), n))
+            for n, p in enumerate(law, start=1)
+            if p > 0
+            for members in itertools.combinations(group, n)
+        ]
+        options.append(chosen if policy.every else [((), 1.0), *chosen])
+    for state in itertools.product(*options):
+        members = tuple(sorted(itertools.chain.from_iterable(part for part, _ in state)))
+        if members:
+            yield Theta(members), math.prod(p for _, p in state)
+
+
+def target_of(bench: Bench, system: System, seed: str) -> Target:
+    """seed: of the attacker's own draws (set A). Scoring never sees them."""
+    used = system.used
+    draws = draws_of(system.policy, ATTACK_DRAWS, random.Random(seed)).to(bench.device)
+    return Target(
+        tuple(bench.members[index] for index in used), Draws(draws.rows[:, list(used)], draws.weights, draws.counted)
+    )
+
+
+def scoring_draws(system: System, seed: int) -> Draws:
+    """Set B: the defender's draws, which depend on nothing of the attacker's."""
+    return draws_of(system.policy, SCORING_DRAWS, random.Random(f"defender {seed} {system.name}"))
+
+
+# Logits and scores
+
+
+@torch.no_grad()
+def logits_of(members: Sequence[Member], pixels: Tensor, device: torch.device) -> Tensor:
+    """Of images on the uint8 grid: uint8 [N, 3, 32, 32] -> float32 [M, N, classes] on the CPU."""
+    parts = [as_floats(part, device) for part in torch.split(pixels, PASS_IMAGES)]
+    return torch.stack([torch.cat([member(part).cpu() for part in parts]) for member in members])
+
+
+def as_floats(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 0..255 -> float32 in [0, 1]."""
+    floats = pixels.to(device=device, dtype=torch.float32) / 255
+    return floats.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def wrong(logits: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+    """bool [R, N]: under which draws which images are misclassified.
+
+    logits: [M, N, classes]. Raises ValueError on a logit that is not finite: its argmax would mean nothing.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("a member's logits are not finite: nothing can be scored with them")
+    at_once = max(1, MAX_CHUNK // max(1, logits[0].numel()))
+    parts = [predictions(combine(logits, some)) != labels for some in torch.split(draws.rows, at_once)]
+    return torch.cat(parts)
+
+
+def failure(logits: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+    """float64 [N]: 1 - p_i, the chance over theta that the image is misclassified."""
+    return draws.weights @ wrong(logits, labels, draws).to(torch.float64)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one system does on the images of one attack. right: float64 [N], p_i.
+
+    any_wrong: bool [N], whether any draw of the scoring set fails.  by_size: n -> float64 [N], p_i given n members.
+    """
+
+    right: Tensor
+    any_wrong: Tensor
+    by_size: dict[int, Tensor]
+
+    def pick(self, index: Tensor) -> "Scores":
+        sizes = {n: right[index] for n, right in self.by_size.items()}
+        return Scores(self.right[index], self.any_wrong[index], sizes)
+
+
+def scores(logits: Tensor, labels: Tensor, draws: Draws) -> Scores:
+    failed = wrong(logits, labels, draws)
+    by_size = {}
+    for n in sorted({int(size) for size in draws.sizes.tolist()}):
+        rows = draws.sizes == n
+        share = draws.weights[rows]
+        by_size[n] = 1 - (share @ failed[rows].to(torch.float64)) / share.sum()
+    right = (1 - draws.weights @ failed.to(torch.float64)).clamp(0, 1)
+    return Scores(right, failed.any(dim=0), by_size)
+
+
+def worst(several: Sequence[Scores]) -> Scores:
+    """For each image the attack that leaves it the least chance: the mean of minima, not the minimum of means."""
+    rights = torch.stack([one.right for one in several])
+    pick = rights.argmin(dim=0)
+    sizes = {n: torch.stack([one.by_size[n] for one in several]).gather(0, pick[None])[0] for n in several[0].by_size}
+    any_wrong = torch.stack([one.any_wrong for one in several]).any(dim=0)
+    return Scores(rights.amin(dim=0), any_wrong, sizes)
+
+
+# The grid that an image file can carry
+
+
+def on_grid(images: Tensor, clean: Tensor, norm: str, epsilon: float) -> Tensor:
+    """uint8 [N, 3, 32, 32]: the nearest images an 8-bit file can hold that are still inside the threat model.
+
+    images: floats in [0, 1].  clean: uint8.
+    """
+    offset = images.detach().cpu() * 255 - clean
+    rounded = offset.round()
+    if norm == "linf":
+        most = math.floor(epsilon * 255 + 1e-6)
+        rounded = rounded.clamp(-most, most)
+    else:
+        length = rounded.flatten(1).norm(dim=1) / 255
+        shrunk = offset.trunc()  # towards the clean image: never further than before rounding
+        rounded = torch.where((length <= epsilon + 1e-9)[:, None, None, None], rounded, shrunk)
+    return (clean + rounded).clamp(0, 255).to(torch.uint8)
+
+
+def distance(pixels: Tensor, clean: Tensor, norm: str) -> Tensor:
+    """float64 [N], in pixel units of [0, 1]."""
+    offset = (pixels.to(torch.float64) - clean.to(torch.float64)).flatten(1) / 255
+    return offset.abs().amax(dim=1) if norm == "linf" else offset.norm(dim=1)

@@ -1,0 +1,286 @@
+"""Audits as jobs: one at a time in a process of its own, a bounded queue, state on disk, resumed after a restart."""
+
+import json
+import logging
+import os
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from model_store.library import Library
+from model_store.ticket import write_atomically
+from service.audits import systems
+from service.audits.config import Audit, read_audit
+from service.audits.datasets import Datasets
+from service.audits.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
+from service.audits.evaluate import Bench, Member
+from service.audits.profiles import estimated_seconds, giga_multiply_adds, multiply_adds_of, plan
+from service.metrics import Metrics
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ID: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
+ATTEMPTS: Final = 3  # starts of one audit before it stays interrupted
+WAIT_S: Final = 2.0  # between looks at the queue where nothing tells of a new audit
+NICENESS: Final = 19  # serving keeps its latency: an audit gets what is left
+PATIENCE_S: Final = 5.0  # from SIGTERM to SIGKILL
+WAITING: Final = ("queued", "running")
+REPORT: Final = "report.json"
+PAGE: Final = "report.html"
+Json = dict[str, Any]
+
+
+class Jobs:
+    """Handlers call submit, get, cancel; a thread of its own starts and watches the processes."""
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, library: Callable[[], Library], url: str | None = None
+    ) -> None:
+        """library: the one being served.  url: of the public plane, for black-box attacks."""
+        self.settings, self.metrics, self.library = settings, metrics, library
+        self.url = None if url is None else reachable(url)
+        self.datasets = Datasets(settings)
+        self.folder = settings.state_dir / "audits"
+        self.lock = threading.Lock()
+        self.changed = threading.Event()
+        self.stopping = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self.thread: threading.Thread | None = None
+
+    # The process's life
+
+    def start(self) -> None:
+        """Takes up what an earlier process left, then runs the queue."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.recover()
+        self.thread = threading.Thread(target=self.loop, name="audits", daemon=True)
+        self.thread.start()
+
+    def recover(self) -> None:
+        for job in self.all():
+            if job["state"] in ("running", "interrupted"):
+                again = job["attempts"] < ATTEMPTS
+                self.save({**job, "state": "queued" if again else "interrupted"})
+
+    def stop(self) -> None:
+        """Ends the running audit; what it finished is kept, and the next start resumes it."""
+        with self.lock:
+            self.stopping = True
+            process = self.process
+        self.changed.set()
+        if process is not None:
+            end(process)
+        if self.thread is not None:
+            self.thread.join()
+
+    def loop(self) -> None:
+        while not self.stopping:
+            self.changed.clear()
+            job = self.next()
+            if job is None:
+                self.changed.wait(WAIT_S)
+                continue
+            try:
+                self.run(job)
+            except Exception:
+                log.exception("audit %s: its bookkeeping failed", job["id"])
+                self.save({**job, "state": "failed", "finished": time.time(), "why": "see the server's log"})
+
+    def next(self) -> Json | None:
+        queued = [job for job in self.all() if job["state"] == "queued"]
+        return min(queued, key=lambda job: job["created"], default=None)
+
+    def run(self, job: Json) -> None:
+        folder = self.folder / job["id"]
+        with self.lock:
+            if self.stopping or self.get(job["id"])["state"] != "queued":
+                return
+            self.save({**job, "state": "running", "attempts": job["attempts"] + 1, "started": time.time(), "why": ""})
+            mend(folder / "events.jsonl")
+            self.process = spawn(folder, job["threads"])
+        code = self.process.wait()
+        with self.lock:
+            self.process = None
+            self.finish(job["id"], code)
+
+    def finish(self, id: str, code: int) -> None:
+        job = self.get(id)
+        if job["state"] == "cancelled":
+            state = "cancelled"
+        elif code == 0 and (self.folder / id / REPORT).exists():
+            state = "done"
+        elif self.stopping or code < 0 or code == 143:
+            state = "interrupted"
+        else:
+            state = "failed"
+        why = "" if state == "done" else self.reason(id, code)
+        self.save({**job, "state": state, "finished": time.time(), "why": why})
+        self.metrics.inc("audit_runs_total", kind=job["request"]["profile"], outcome=state)
+        log.info("audit %s: %s", id, state)
+        if state == "done":
+            self.publish(json.loads((self.folder / id / REPORT).read_text(encoding="utf-8")))
+
+    def reason(self, id: str, code: int) -> str:
+        told = [event["why"] for event in self.events(id) if event["event"] == "failed"]
+        return told[-1] if told else f"its process ended with code {code}; {self.folder / id / 'worker.log'} says more"
+
+    def publish(self, report: Json) -> None:
+        """The last figures as gauges."""
+        self.metrics.forget("audit_accuracy")
+        for point in report["systems"][systems.OURS]["curve"]:
+            self.metrics.set("audit_accuracy", point["value"], attack="all", epsilon=f"{point['epsilon']:g}")
+        for row in report["attacks"]:
+            if row["system"] == systems.OURS:
+                value, epsilon = row["expected"]["value"], f"{row['epsilon']:g}"
+                self.metrics.set("audit_accuracy", value, attack=row["name"], epsilon=epsilon)
+
+    # What handlers ask for
+
+    def submit(self, fields: Any) -> Json:
+        """Queues an audit. Raises AuditRejected, AuditUnknown, CostRejected, QueueFull."""
+        asked, library = read_audit(fields), self.library()
+        path = self.datasets.path(asked.data, asked.profile)
+        cost = self.cost(asked, library)
+        with self.lock:
+            waiting = sum(job["state"] == "queued" for job in self.all())
+            if waiting >= self.settings.audits_queue:
+                raise QueueFull(f"{waiting} audits wait already; at most {self.settings.audits_queue} may")
+            job = self.described(asked, library, path, cost, dict(fields))
+            (self.folder / job["id"]).mkdir(parents=True)
+            self.save(job)
+        self.changed.set()
+        return job
+
+    def described(self, asked: Audit, library: Library, path: Path | None, cost: Json, request: Json) -> Json:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        return {
+            "id": f"{stamp}-{secrets.token_hex(4)}",
+            "state": "queued",
+            "created": time.time(),
+            "attempts": 0,
+            "request": {**request, "profile": asked.profile},
+            "cost": cost,
+            "digest": library.digest,
+            "library": None if self.settings.library is None else str(self.settings.library.resolve()),
+            "data": None if path is None else str(path.resolve()),
+            "threads": self.settings.audits_threads,
+            "device": device_of(self.settings.device),
+            "url": None if self.settings.api_keys_file else self.url,
+            "why": "",
+        }
+
+    def cost(self, asked: Audit, library: Library) -> Json:
+        """The most it can cost, before it starts. Raises CostRejected."""
+        bench = outline(library)
+        compared = systems.compared(bench, systems.strengths(library))
+        steps, each = plan(asked, bench, compared), multiply_adds_of(library)
+        by_name = {s.name: s for s in (*compared, *(systems.single(bench, j) for j in range(len(bench.members))))}
+        giga = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
+        seconds = estimated_seconds(giga, self.settings.audits_threads)
+        if seconds > 3600 * self.settings.audits_max_hours:
+            raise CostRejected(
+                f"about {seconds / 3600:.1f} hours ({giga:,.0f} giga-multiply-adds); at most "
+                f"{self.settings.audits_max_hours:g}. Ask for fewer images, attacks or epsilons, or another profile"
+            )
+        return {"attacks": len(steps), "giga_multiply_adds": round(giga, 1), "seconds": round(seconds)}
+
+    def all(self) -> list[Json]:
+        """Every job on disk, the newest first."""
+        found = [path for path in self.folder.glob("*/job.json") if ID.fullmatch(path.parent.name)]
+        jobs = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+        return sorted(jobs, key=lambda job: -job["created"])
+
+    def get(self, id: str) -> Json:
+        """Raises AuditUnknown."""
+        path = self.folder / id / "job.json"
+        if not ID.fullmatch(id) or not path.exists():
+            raise AuditUnknown("no such audit")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def shown(self, id: str) -> Json:
+        """A job without its paths, with its last progress."""
+        job = self.get(id)
+        steps = [event for event in self.events(id) if event["event"] == "step"]
+        hidden = ("library", "data", "url", "threads", "device")
+        said = {name: value for name, value in job.items() if name not in hidden}
+        return {**said, "progress": steps[-1] if steps else None}
+
+    def events(self, id: str) -> list[Json]:
+        """What the worker told so far. A line that is still being written is left for the next time."""
+        path = self.folder / id / "events.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def cancel(self, id: str) -> Json:
+        """Raises AuditUnknown, AuditConflict."""
+        with self.lock:
+            job = self.get(id)
+            if job["state"] not in WAITING:
+                raise AuditConflict(f"the audit is {job['state']}; only one that is queued or running can be cancelled")
+            self.save({**job, "state": "cancelled", "finished": time.time()})
+            process = self.process if job["state"] == "running" else None
+        if process is not None:
+            end(process)
+        else:
+            self.metrics.inc("audit_runs_total", kind=job["request"]["profile"], outcome="cancelled")
+        return self.get(id)
+
+    def file(self, id: str, name: str) -> bytes:
+        """A finished audit's report. Raises AuditUnknown, AuditConflict."""
+        job = self.get(id)
+        if job["state"] != "done":
+            raise AuditConflict(f"the audit is {job['state']}; it has no report yet")
+        return (self.folder / id / name).read_bytes()
+
+    def save(self, job: Json) -> None:
+        write_atomically(self.folder / job["id"] / "job.json", json.dumps(job, indent=1).encode())
+
+
+def mend(path: Path) -> None:
+    """Takes away the line that a killed worker began, so that the next one's begins on its own."""
+    if path.exists():
+        text = path.read_bytes()
+        write_atomically(path, text[: text.rfind(b"\n") + 1])
+
+
+def spawn(folder: Path, threads: int) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
+    environment = {name: value for name, value in environment.items() if not name.startswith("TOMBOLA_ADMIN_TOKEN")}
+    command = [sys.executable, "-m", "service.audits.worker", str(folder), str(NICENESS)]
+    with (folder / "worker.log").open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)  # noqa: S603
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def reachable(url: str) -> str:
+    """From this machine, where the service listens on all addresses."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+def device_of(name: str) -> str:
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def outline(library: Library) -> Bench:
+    """A bench without its networks: enough to plan on."""
+    entries = (*library.entries, *library.baseline_entries)
+    members = tuple(Member(entry.name, nn.Identity(), 1.0) for entry in entries)
+    structures = tuple(entry.structure.name for entry in entries)
+    return Bench(members, len(library.tickets), structures, library.policy, torch.device("cpu"))

@@ -1,0 +1,338 @@
+"""Runs an audit's attacks one by one. Each finished one is on disk, whole, before the next begins; a rerun resumes."""
+
+import hashlib
+import io
+import json
+import random
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_store.library import Library
+from model_store.ticket import write_atomically
+from service.audits import systems
+from service.audits.attacks import arc, eot, libraries, query, simple
+from service.audits.attacks.arc import Sweeps
+from service.audits.attacks.eot import Ascent
+from service.audits.attacks.libraries import Standard
+from service.audits.attacks.query import BlackBox, HttpOracle, LocalOracle
+from service.audits.attacks.simple import Corners, Single, Universal
+from service.audits.config import ATTACKS, Audit, Step, digest_of
+from service.audits.data import Labelled
+from service.audits.evaluate import (
+    Bench,
+    Draws,
+    Member,
+    Scores,
+    System,
+    Target,
+    as_floats,
+    bench_of,
+    distance,
+    logits_of,
+    on_grid,
+    scores,
+    scoring_draws,
+    target_of,
+    worst,
+)
+from service.audits.profiles import giga_multiply_adds, multiply_adds_of, plan
+
+CODE: Final = 1  # of the attacks: a change that changes results makes stored ones stale
+Json = dict[str, Any]
+Tell = Callable[[Json], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished attack. pixels: uint8 [n, 3, 32, 32], inside the threat model.  logits: float32 [M, n, classes].
+
+    trace: curves by step (mean best risk and loss so far).  extra: what only this attack says.  passes: image-steps.
+    """
+
+    step: Step
+    pixels: Tensor
+    logits: Tensor
+    trace: dict[str, list[float]]
+    extra: Json
+    passes: int
+    seconds: float
+
+
+@dataclass
+class Attacked:
+    """What an attack hands back, before it is put on the grid and scored."""
+
+    images: Tensor
+    trace: dict[str, list[float]] = field(default_factory=dict)
+    extra: Json = field(default_factory=dict)
+    passes: int = 0
+
+
+class Run:
+    """One audit of one library on one set of images, and its folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        audit: Audit,
+        library: Library,
+        data: Labelled,
+        *,
+        device: str = "cpu",
+        url: str | None = None,
+        key: str | None = None,
+        tell: Tell = lambda _: None,
+        bench: Bench | None = None,
+    ) -> None:
+        """bench: other networks than the library's own, to try the checks on."""
+        self.folder = folder
+        self.audit = audit
+        self.library = library
+        self.data = data
+        self.url, self.key = url, key
+        self.tell = tell
+        self.bench = bench or bench_of(library, device)
+        self.fingerprint = fingerprint(self.bench.members)
+        self.strength = systems.strengths(library)
+        self.systems = systems.compared(self.bench, self.strength)
+        singles = [systems.single(self.bench, index) for index in range(len(self.bench.members))]
+        self.by_name = {system.name: system for system in (*singles, *self.systems)}
+        self.steps = plan(audit, self.bench, self.systems)
+        self.multiply_adds = multiply_adds_of(library)
+        self.costs = [self.cost(step) for step in self.steps]
+        self.outcomes: list[Outcome] = []
+        self.draws: dict[str, Draws] = {}
+        self.scored: dict[tuple[str, int], tuple[Outcome, Scores]] = {}
+        self.scored_clean: dict[str, Scores] = {}
+        self.clean_logits = logits_of(self.bench.members, data.pixels, self.bench.device)
+
+    def system(self, name: str) -> System:
+        return self.by_name[name]
+
+    def cost(self, step: Step) -> float:
+        return giga_multiply_adds(step, self.system(step.system), self.multiply_adds)
+
+    def target(self, name: str) -> Target:
+        """A system as the attacker sees it."""
+        return target_of(self.bench, self.system(name), f"attacker {self.audit.seed} {name}")
+
+    def scoring(self, system: System) -> Draws:
+        if system.name not in self.draws:
+            self.draws[system.name] = scoring_draws(system, self.audit.defender_seed)
+        return self.draws[system.name]
+
+    def scores(self, system: System, outcome: Outcome) -> Scores:
+        key = (system.name, id(outcome))
+        if key not in self.scored:
+            labels = self.data.labels[: outcome.step.images]
+            self.scored[key] = (outcome, scores(outcome.logits, labels, self.scoring(system)))
+        return self.scored[key][1]
+
+    def clean(self, system: System) -> Scores:
+        if system.name not in self.scored_clean:
+            self.scored_clean[system.name] = scores(self.clean_logits, self.data.labels, self.scoring(system))
+        return self.scored_clean[system.name]
+
+    # Running
+
+    def attack(self) -> None:
+        """All steps, from disk where they are there already."""
+        done = 0.0
+        began, paid = time.monotonic(), 0.0
+        for step, cost in zip(self.steps, self.costs, strict=True):
+            outcome, fresh = self.outcome(step)
+            self.outcomes.append(outcome)
+            done += cost
+            paid += cost if fresh else 0.0
+            rate = (time.monotonic() - began) / paid if paid else 0.0
+            left = round(rate * (sum(self.costs) - done), 1)
+            self.tell(self.progress(outcome, done / sum(self.costs), left))
+
+    def progress(self, outcome: Outcome, share: float, left: float) -> Json:
+        """One finished attack, as the events stream tells it."""
+        step = outcome.step
+        right = float(self.scores(self.system(step.system), outcome).right.mean())
+        named = {"attack": step.name, "system": step.system, "epsilon": step.epsilon, "images": step.images}
+        told = {"event": "step", "id": step.id, "share": round(share, 4), "seconds_left": left}
+        return told | named | {"accuracy": round(right, 4)}
+
+    def outcome(self, step: Step) -> tuple[Outcome, bool]:
+        path = self.folder / "attacks" / f"{self.key_of(step)}.npz"
+        if path.exists():
+            return load(path, step), False
+        began = time.monotonic()
+        found = self.run(step)
+        pixels = on_grid(found.images, self.data.pixels[: step.images], step.norm, step.threat.epsilon)
+        logits = logits_of(self.bench.members, pixels, self.bench.device)
+        seconds = time.monotonic() - began
+        outcome = Outcome(step, pixels, logits, found.trace, found.extra, found.passes, seconds)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump(outcome))
+        return outcome, True
+
+    def key_of(self, step: Step) -> str:
+        """Changes with anything that changes the attack's result."""
+        part = self.data.first(step.images)
+        warm = [self.key_of(other) for other in self.before(step)] if step.warm else []
+        service = self.url if isinstance(step.settings, BlackBox) else None
+        return digest_of([CODE, step.as_dict(), self.library.digest, part.digest, self.audit.seed, warm, service])[:32]
+
+    def before(self, step: Step) -> list[Step]:
+        """The earlier attacks whose images are inside this one's threat model."""
+        place = self.steps.index(step) if step in self.steps else len(self.steps)
+        return [s for s in self.steps[:place] if s.norm == step.norm and s.epsilon <= step.epsilon]
+
+    def run(self, step: Step) -> Attacked:
+        target = self.target(step.system)
+        part = self.data.first(step.images)
+        images, labels = as_floats(part.pixels, self.bench.device), part.labels.to(self.bench.device)
+        generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
+        warm = [as_floats(self.riskiest(step), self.bench.device)] if step.warm else []
+        match step.settings:
+            case Ascent():
+                return ascended(eot.attack(target, images, labels, step.threat, step.settings, generator, warm))
+            case Sweeps():
+                found, _ = arc.attack(target, images, labels, step.threat, step.settings, generator, warm)
+                return Attacked(found)
+            case Standard():
+                seed = seed_of("library", self.audit.seed, step.id)
+                return Attacked(libraries.attack(target, images, labels, step.threat, step.settings, seed))
+            case Single():
+                member = target.members[0]
+                return Attacked(simple.attack_member(member, images, labels, step.threat, step.settings, generator))
+            case Universal():
+                return Attacked(simple.universal(target, images, labels, step.threat, step.settings, generator))
+            case Corners():
+                found, _ = simple.corners(target, images, labels, step.threat, step.settings.count, generator)
+                return Attacked(found)
+            case BlackBox():
+                return self.query(step, step.settings, part)
+
+    def riskiest(self, step: Step) -> Tensor:
+        """For each image the worst for the system, on the attacker's draws, of all attacks so far in reach."""
+        system, labels = self.system(step.system), self.data.labels[: step.images]
+        draws = target_of(self.bench, system, f"attacker {self.audit.seed} {step.system}").draws
+        used = list(system.used)
+        best, lowest = self.data.pixels[: step.images].clone(), None
+        reachable = set(self.before(step))
+        candidates = [(self.data.pixels, self.clean_logits)]
+        candidates += [(o.pixels, o.logits) for o in self.outcomes if o.step in reachable]
+        for pixels, logits in candidates:
+            n = min(step.images, len(pixels))
+            right = scores(logits[used][:, :n], labels[:n], draws).right
+            lowest = right.clone() if lowest is None else lowest
+            better = right < lowest[:n]
+            best[:n][better] = pixels[:n][better]
+            lowest[:n] = torch.minimum(right, lowest[:n])
+        return best
+
+    def query(self, step: Step, settings: BlackBox, part: Labelled) -> Attacked:
+        seed = seed_of("query", self.audit.seed, step.id, settings)
+        with self.oracle(step) as oracle:
+            stops = query.attack(oracle, part.pixels, part.labels, step.threat, settings, seed)
+        curve = [[stop.queries, self.accuracy(step.system, stop.pixels, part)] for stop in stops]
+        where = "service" if isinstance(oracle, HttpOracle) else "in-process"
+        extra = {"oracle": where, "averages": settings.averages, "queries": oracle.queries, "curve": curve}
+        return Attacked(stops[-1].pixels.float() / 255, extra=extra)
+
+    def oracle(self, step: Step) -> HttpOracle | LocalOracle:
+        system = self.system(step.system)
+        if self.url is not None and step.system == systems.OURS:
+            return HttpOracle(self.url, len(self.library.classes), self.key)
+        rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
+        return LocalOracle(self.bench.members, system.policy, self.bench.device, rng)
+
+    def accuracy(self, name: str, pixels: Tensor, part: Labelled) -> float:
+        system = self.system(name)
+        logits = logits_of(self.bench.members, pixels, self.bench.device)
+        return float(scores(logits, part.labels, self.scoring(system)).right.mean())
+
+    # What the attacks add up to
+
+    def robust(self, system: System, epsilon: float, images: int, names: Collection[str] = ATTACKS) -> Scores:
+        """Each image under the worst of everything tried on it within epsilon (255ths), whatever system it was aimed
+        at; the clean image is one of them. An attack on fewer images counts for those."""
+        reached = [self.clean(system).pick(torch.arange(images))]
+        for outcome in self.outcomes:
+            if outcome.step.epsilon <= epsilon and outcome.step.name in names:
+                found = self.scores(system, outcome)
+                count = min(images, outcome.step.images)
+                reached.append(padded(found.pick(torch.arange(count)), images))
+        return worst(reached)
+
+
+def padded(found: Scores, images: int) -> Scores:
+    """Images that the attack left out count as right."""
+
+    def longer(values: Tensor, fill: float) -> Tensor:
+        return torch.cat([values, torch.full((images - len(values),), fill, dtype=values.dtype)])
+
+    sizes = {n: longer(right, 1) for n, right in found.by_size.items()}
+    return Scores(longer(found.right, 1), longer(found.any_wrong, 0), sizes)
+
+
+def ascended(found: eot.Found) -> Attacked:
+    trace = {
+        "accuracy": [round(1 - risk, 6) for risk in found.risks.mean(dim=1).tolist()],
+        "loss": [round(loss, 6) for loss in found.losses.mean(dim=1).tolist()],
+    }
+    return Attacked(found.images, trace, {"converged": converged(found)}, found.passes)
+
+
+def converged(found: eot.Found) -> float:
+    """The share of images whose loss, rescaled to its own range, moved at most 0.05 over the last ten steps."""
+    losses = found.losses
+    low, high = losses.amin(dim=0), losses.amax(dim=0)
+    tail = losses[-min(10, len(losses)) :]
+    moved = (tail.amax(dim=0) - tail.amin(dim=0)) / (high - low).clamp_min(1e-12)
+    certain = found.risk >= eot.CERTAIN
+    return round(float(((moved <= 0.05) | certain).double().mean()), 6)
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed of its own for each use, so that attacks can be left out or added without moving the others."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+# On disk
+
+
+def dump(outcome: Outcome) -> bytes:
+    about = {"trace": outcome.trace, "extra": outcome.extra, "passes": outcome.passes, "seconds": outcome.seconds}
+    stream = io.BytesIO()
+    np.savez(
+        stream,
+        pixels=outcome.pixels.numpy(),
+        logits=outcome.logits.numpy(),
+        about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+    )
+    return stream.getvalue()
+
+
+def load(path: Path, step: Step) -> Outcome:
+    with np.load(path, allow_pickle=False) as arrays:
+        about = json.loads(bytes(arrays["about"]))
+        pixels, logits = torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["logits"])
+    return Outcome(step, pixels, logits, about["trace"], about["extra"], about["passes"], about["seconds"])
+
+
+def fingerprint(members: Sequence[Member]) -> str:
+    """SHA-256 of all weights and statistics: nothing that an audit does may change it."""
+    state = hashlib.sha256()
+    for member in members:
+        for name, tensor in sorted(member.network.state_dict().items()):
+            state.update(name.encode())
+            state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def inside(outcome: Outcome, clean: Tensor) -> float:
+    """The largest distance of an image from its clean one, in pixel units."""
+    return float(distance(outcome.pixels, clean[: outcome.step.images], outcome.step.norm).max())

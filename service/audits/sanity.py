@@ -1,0 +1,38 @@
+"""All thirty-four checks, in order, each finished one kept on disk; from Carlini et al. (2019), Pintor et al. (2022),
+AutoAttack's flags and Athalye et al. (2018). The list is neither necessary nor sufficient."""
+
+import json
+import time
+from typing import Final
+
+from model_store.ticket import write_atomically
+from service.audits import checks_attack, checks_model, checks_report
+from service.audits.checks import Check, Lab, judged
+from service.audits.config import digest_of
+from service.audits.runner import Json, Run
+
+CHECKS: Final[tuple[Check, ...]] = (*checks_model.CHECKS, *checks_attack.CHECKS, *checks_report.CHECKS)
+
+
+def inspect(run: Run) -> list[Json]:
+    """The table, for the attacks that a run has made."""
+    lab, rows = Lab(run), []
+    for check in CHECKS:
+        began = time.monotonic()
+        path = run.folder / "checks" / f"{key_of(run, check)}.json"
+        if path.exists():
+            row: Json = json.loads(path.read_text())
+        else:
+            row = judged(check, lab)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(row).encode())
+        rows.append(row)
+        told = {"event": "check", "id": check.id, "name": check.name, "outcome": row["outcome"], "value": row["value"]}
+        run.tell({**told, "seconds": round(time.monotonic() - began, 2)})
+    return rows
+
+
+def key_of(run: Run, check: Check) -> str:
+    """Changes with anything that changes the check's result: the attacks it looks at above all."""
+    about = [run.library.digest, run.fingerprint, run.data.digest, str(run.audit), [run.key_of(s) for s in run.steps]]
+    return f"{check.id:02d}-{digest_of(about)[:24]}"

@@ -1,0 +1,75 @@
+"""Intervals: bootstrap over images for means of probabilities, Clopper-Pearson for counts. All at 95 %."""
+
+import math
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES: Final = 4000
+TAIL: Final = 0.025
+
+
+class Interval(NamedTuple):
+    """A figure and its 95 % interval, fractions or differences of fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+def resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Means over RESAMPLES samples, with replacement, of the images."""
+    index = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    return np.asarray(values[index].mean(axis=1), dtype=np.float64)
+
+
+def bootstrap(values: ArrayLike, seed: int = 0) -> Interval:
+    """Percentile bootstrap of a mean over images. Where all are 0 or all 1: Clopper-Pearson."""
+    found = np.asarray(values, dtype=np.float64)
+    mean = float(found.mean())
+    if float(np.ptp(found)) == 0 and mean in (0.0, 1.0):
+        return clopper_pearson(round(mean * len(found)), len(found))
+    low, high = np.quantile(resampled_means(found, seed), [TAIL, 1 - TAIL])
+    return Interval(mean, min(mean, float(low)), max(mean, float(high)))
+
+
+def paired(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Interval:
+    """The mean difference first - second of two systems on the same images, image by image."""
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    low, high = np.quantile(resampled_means(difference, seed), [TAIL, 1 - TAIL])
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+def standard_error(first: ArrayLike, second: ArrayLike) -> float:
+    """Of the mean paired difference."""
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    return float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
+
+
+def clopper_pearson(count: int, images: int) -> Interval:
+    """The exact interval of a count of 0/1 outcomes (Clopper and Pearson, 1934)."""
+    low = 0.0 if count == 0 else bisect(lambda p: at_least(count, images, p) - TAIL)
+    high = 1.0 if count == images else bisect(lambda p: TAIL - at_least(count + 1, images, p, below=True))
+    return Interval(count / images, low, high)
+
+
+def at_least(count: int, images: int, p: float, *, below: bool = False) -> float:
+    """P(X >= count) of X ~ Binomial(images, p); with `below`, P(X < count)."""
+    terms = range(count) if below else range(count, images + 1)
+    return math.fsum(math.exp(log_mass(k, images, p)) for k in terms)
+
+
+def log_mass(k: int, images: int, p: float) -> float:
+    ways = math.lgamma(images + 1) - math.lgamma(k + 1) - math.lgamma(images - k + 1)
+    return ways + k * math.log(p) + (images - k) * math.log1p(-p)
+
+
+def bisect(increasing: Callable[[float], float]) -> float:
+    """The zero of an increasing function inside (0, 1)."""
+    low, high = 1e-12, 1 - 1e-12
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if increasing(middle) > 0 else (middle, high)
+    return (low + high) / 2

@@ -1,0 +1,349 @@
+"""An audit's figures as one JSON object: everything but timings is fixed by library, images, seeds and code."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from model_store import theta
+from service.audits import systems
+from service.audits.config import NOT_COVERED, digest_of, threat_model
+from service.audits.evaluate import Scores, System
+from service.audits.profiles import PROFILES, left_out
+from service.audits.runner import Outcome, Run
+from service.audits.stats import Interval, bootstrap, clopper_pearson, paired
+
+FORMAT: Final = "tombola-audit"
+VERSION: Final = 1
+TRIES: Final = (1, 10, 100)
+UNTOUCHED: Final = ("digest", "timings")  # the digest is over everything else
+PACKAGES: Final = ("torch", "numpy", "pyautoattack", "adversarial-robustness-toolbox", "tombola")
+Json = dict[str, Any]
+
+
+def interval(found: Interval) -> Json:
+    return {name: round(value, 6) for name, value in found._asdict().items()}
+
+
+def figures(found: Scores) -> Json:
+    """The four definitions of accuracy, and by ensemble size, with 95 % intervals."""
+    right = found.right.numpy()
+    tries = {f"k{k}": interval(bootstrap(right**k)) for k in TRIES}
+    images = len(right)
+    return {
+        "images": images,
+        "expected": interval(bootstrap(right)),
+        "tries": tries,
+        "no_failing_draw": interval(clopper_pearson(images - int(found.any_wrong.sum()), images)),
+        "majority": interval(clopper_pearson(int((found.right > 0.5).sum()), images)),
+        "by_size": {str(n): round(float(p.mean()), 6) for n, p in found.by_size.items()},
+    }
+
+
+def summary(run: Run, checks: Sequence[Json], seconds: float) -> Json:
+    """The whole report. `digest` covers all but itself and the timings."""
+    body: Json = {
+        "format": FORMAT,
+        "version": VERSION,
+        **verdict(checks),
+        "audit": {**asdict(run.audit), "images": len(run.data), "headline": run.audit.headline},
+        "profile": {"about": PROFILES[run.audit.profile].about, "left_out": left_out(run.steps)},
+        "threat_model": threat_model(run.audit),
+        "not_covered": list(NOT_COVERED),
+        "library": library_of(run),
+        "data": data_of(run),
+        "versions": versions(),
+        "systems": {system.name: system_of(run, system) for system in run.systems},
+        "attacks": [attack_of(run, outcome) for outcome in run.outcomes],
+        "tickets": tickets_of(run),
+        "transfer": transfer_of(run),
+        "comparisons": comparisons(run),
+        "universal": universal_of(run),
+        "checks": list(checks),
+        "per_image": per_image(run),
+    }
+    timings = {"seconds": round(seconds, 2), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    timings |= {"attacks": {o.step.id: round(o.seconds, 3) for o in run.outcomes}}
+    return {**body, "digest": digest_of(body), "timings": timings}
+
+
+def digest_holds(report: Json) -> bool:
+    return digest_of({k: v for k, v in report.items() if k not in UNTOUCHED}) == report.get("digest")
+
+
+def verdict(checks: Sequence[Json]) -> Json:
+    failed = [c for c in checks if c["outcome"] == "fail"]
+    warned = [c for c in checks if c["outcome"] == "warn"]
+    word = "invalid" if failed else "warnings" if warned else "valid"
+    return {"verdict": word, "failed": [c["id"] for c in failed], "warned": [c["id"] for c in warned]}
+
+
+def library_of(run: Run) -> Json:
+    policy = run.library.policy
+    return {
+        "digest": run.library.digest,
+        "classes": list(run.library.classes),
+        "tickets": list(run.bench.names[: run.bench.tickets]),
+        "baselines": list(run.bench.names[run.bench.tickets :]),
+        "states": theta.states(policy),
+        "effective_states": round(theta.effective_states(policy), 3),
+        "entropy_bits": round(theta.entropy_bits(policy), 4),
+        "expected_size": round(theta.expected_size(policy), 6),
+    }
+
+
+def data_of(run: Run) -> Json:
+    return {
+        "name": run.data.name,
+        "origin": run.data.origin,
+        "held_out": run.data.held_out,
+        "images": len(run.data),
+        "digest": run.data.digest,
+        "ids_digest": digest_of(list(run.data.ids)),
+        "ids": list(run.data.ids),
+    }
+
+
+def versions() -> Json:
+    found = {"python": platform.python_version(), "commit": commit()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit of the code that runs; TOMBOLA_COMMIT where it was copied out of its repository, else "unknown"."""
+    if given := os.environ.get("TOMBOLA_COMMIT"):
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- a fixed command
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+# Parts
+
+
+def system_of(run: Run, system: System) -> Json:
+    curve = []
+    for epsilon in epsilons(run):
+        images = covered(run, epsilon)
+        found = run.robust(system, epsilon, images)
+        curve.append({"epsilon": epsilon, **interval(bootstrap(found.right.numpy())), "images": images})
+    return {
+        "about": system.about,
+        "members": [run.bench.names[index] for index in system.used],
+        "scored_on": scored_on(run, system),
+        "clean": figures(run.clean(system)),
+        "robust": figures(run.robust(system, run.audit.headline, len(run.data))),
+        "curve": curve,
+    }
+
+
+def scored_on(run: Run, system: System) -> str:
+    draws = run.scoring(system)
+    return f"all {len(draws.rows)} states" if draws.counted else f"{len(draws.rows)} draws"
+
+
+def epsilons(run: Run) -> list[float]:
+    return sorted({0.0} | {step.epsilon for step in run.steps if step.epsilon in (*run.audit.epsilons,)})
+
+
+def covered(run: Run, epsilon: float) -> int:
+    """The images that every system was attacked on at this epsilon."""
+    counts = [step.images for step in run.steps if step.epsilon == epsilon and step.name.startswith("eot")]
+    return max(counts, default=len(run.data))
+
+
+def attack_of(run: Run, outcome: Outcome) -> Json:
+    step = outcome.step
+    own = run.system(step.system)
+    labels = run.data.labels[: step.images]
+    found = run.scores(own, outcome)
+    broken = (found.right < 0.5) & (run.clean(own).right[: step.images] >= 0.5)
+    return {
+        "id": step.id,
+        **step.as_dict(),
+        "expected": interval(bootstrap(found.right.numpy())),
+        "tombola": round(float(run.scores(run.systems[0], outcome).right.mean()), 6),
+        "broken": int(broken.sum()),
+        "broken_by_no_other": alone(run, outcome, broken),
+        "images_seen": len(labels),
+        "image_steps": outcome.passes,
+        "trace": outcome.trace,
+        **outcome.extra,
+    }
+
+
+def alone(run: Run, outcome: Outcome, broken: Tensor) -> int:
+    """Images whose majority only this attack, of those on the same system within its epsilon, turns."""
+    own = run.system(outcome.step.system)
+    left = broken.clone()
+    for other in run.outcomes:
+        if other is outcome or other.step.system != own.name or other.step.epsilon > outcome.step.epsilon:
+            continue
+        count = min(len(left), other.step.images)
+        left[:count] &= run.scores(own, other).right[:count] >= 0.5
+    return int(left.sum())
+
+
+def singles(run: Run, attack: str) -> dict[str, Outcome]:
+    """The outcomes of an attack on each member alone, by the member's name."""
+    return {o.step.system.split(" ", 1)[1]: o for o in run.outcomes if o.step.name == attack}
+
+
+def tickets_of(run: Run) -> list[Json]:
+    """Table 1: each ticket and baseline alone."""
+    rows = []
+    attacked = {name: singles(run, name) for name in ("fgsm", "pgd-20")}
+    for index, name in enumerate(run.bench.names):
+        own = systems.single(run.bench, index)
+        row: Json = {"name": name, "structure": run.bench.structures[index], "role": own.name.split(" ")[0]}
+        row["clean"] = interval(bootstrap(run.clean(own).right.numpy()))
+        for attack, outcomes in attacked.items():
+            if name in outcomes:
+                row[attack] = interval(bootstrap(run.scores(own, outcomes[name]).right.numpy()))
+        rows.append(row)
+    return rows
+
+
+def transfer_of(run: Run) -> Json | None:
+    """Fig. 1: row = the ticket attacked, column = the ticket that answers; means over blocks of structures."""
+    outcomes = singles(run, "pgd-20") or singles(run, "fgsm")
+    names = run.bench.names
+    if not all(name in outcomes for name in names):
+        return None
+    labels = run.data.labels
+    rows = []
+    for name in names:
+        outcome = outcomes[name]
+        right = outcome.logits.argmax(dim=2) == labels[: outcome.step.images]
+        rows.append([round(value, 6) for value in right.double().mean(dim=1).tolist()])
+    attack = next(iter(outcomes.values())).step.name
+    return {"attack": attack, "names": list(names), "accuracy": rows, **blocks(run, torch.tensor(rows))}
+
+
+def blocks(run: Run, matrix: Tensor) -> Json:
+    """Means without the diagonal, where the attacker holds the very ticket that answers."""
+    count = run.bench.tickets
+    structures = list(dict.fromkeys(run.bench.structures[:count]))
+    off = ~torch.eye(count, dtype=torch.bool)
+    means = {}
+    for first in structures:
+        for second in structures:
+            inside = [
+                (i, j)
+                for i in range(count)
+                for j in range(count)
+                if (run.bench.structures[i], run.bench.structures[j]) == (first, second) and i != j
+            ]
+            if inside:
+                means[f"{first} -> {second}"] = round(float(torch.stack([matrix[i, j] for i, j in inside]).mean()), 6)
+    square = matrix[:count, :count]
+    naive = round(float(square.mean()), 6)
+    diagonal = round(float(square.diagonal().mean()), 6)
+    outside = round(float(square[off].mean()), 6) if count > 1 else None
+    return {"blocks": means, "diagonal": diagonal, "off_diagonal": outside, "naive_random_against_random": naive}
+
+
+def shared_names(run: Run) -> set[str]:
+    """The attacks that every compared system faces alike."""
+    profile = PROFILES[run.audit.profile]
+    return {name for name, _ in (*profile.shared, *profile.each)} & {step.name for step in run.steps}
+
+
+def comparisons(run: Run) -> list[Json]:
+    """Ours less each other system, on the same images under the same attacks, paired; words only where the interval
+    allows them."""
+    names, count = shared_names(run), len(run.data)
+    ours, *others = run.systems
+    own = run.robust(ours, run.audit.headline, count, names).right.numpy()
+    own_clean = run.clean(ours).right.numpy()
+    rows = []
+    for other in others:
+        theirs = run.robust(other, run.audit.headline, count, names).right.numpy()
+        robust = paired(own, theirs)
+        clean = paired(own_clean, run.clean(other).right.numpy())
+        rows.append(
+            {
+                "against": other.name,
+                "robust": interval(robust),
+                "clean": interval(clean),
+                "words": words(robust, randomness=other.name in (systems.MEAN, systems.COST)),
+            }
+        )
+    return rows
+
+
+def words(difference: Interval, *, randomness: bool) -> str:
+    what = "randomisation" if randomness else "the served law"
+    if difference.low > 0:
+        return f"{what} helps"
+    if difference.high < 0:
+        return f"{what} does not help: it loses"
+    return "no difference shown: the interval holds 0"
+
+
+def universal_of(run: Run) -> Json | None:
+    """One perturbation for all images: each system on the half of the images that it was not made from."""
+    found = next((o for o in run.outcomes if o.step.name == "universal"), None)
+    if found is None:
+        return None
+    unseen = torch.arange(max(1, found.step.images // 2), found.step.images)
+    rows = {}
+    for system in run.systems:
+        after, before = run.scores(system, found).pick(unseen), run.clean(system).pick(unseen)
+        rows[system.name] = {
+            "clean": interval(bootstrap(before.right.numpy())),
+            "attacked": interval(bootstrap(after.right.numpy())),
+        }
+    return {"made_against": found.step.system, "images": len(unseen), "systems": rows}
+
+
+def per_image(run: Run) -> Json:
+    """p_i of every system, clean and at the headline: what two reports are compared by."""
+
+    def row(found: Scores) -> list[float]:
+        return [round(p, 6) for p in found.right.tolist()]
+
+    headline, count = run.audit.headline, len(run.data)
+    return {
+        system.name: {"clean": row(run.clean(system)), "robust": row(run.robust(system, headline, count))}
+        for system in run.systems
+    }
+
+
+def compare(first: Json, second: Json) -> Json:
+    """What changed from one report to another, with paired intervals where the images are the same."""
+    changed = {
+        field: [first[field]["digest"], second[field]["digest"]]
+        for field in ("library", "data")
+        if first[field]["digest"] != second[field]["digest"]
+    }
+    changed |= {
+        f"audit.{name}": [first["audit"][name], second["audit"].get(name)]
+        for name in first["audit"]
+        if first["audit"][name] != second["audit"].get(name)
+    }
+    same = first["data"]["ids_digest"] == second["data"]["ids_digest"]
+    rows = {}
+    for name in first["per_image"]:
+        if name in second["per_image"]:
+            one, other = first["per_image"][name], second["per_image"][name]
+            rows[name] = {
+                kind: interval(paired(other[kind], one[kind])) if same else None for kind in ("clean", "robust")
+            }
+    return {"paired": same, "changed": changed, "verdicts": [first["verdict"], second["verdict"]], "systems": rows}

@@ -1,0 +1,65 @@
+"""The process of one audit: low priority, its folder for everything, and it ends when the service does."""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+FAILED: Final = 2
+Json = dict[str, Any]
+
+
+def main(folder: Path, niceness: int) -> int:
+    """Runs the audit that job.json asks for. Its events, and why it failed, go to events.jsonl."""
+    end_with_the_parent()
+    os.nice(niceness)
+    events = folder / "events.jsonl"
+
+    def tell(event: Json) -> None:
+        line = json.dumps({**event, "time": round(time.time(), 3)}) + "\n"
+        with events.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    from model_store.errors import StoreError
+    from service.audits.errors import AuditError
+
+    try:
+        work(folder, json.loads((folder / "job.json").read_text(encoding="utf-8")), tell)
+    except (AuditError, StoreError) as error:
+        tell({"event": "failed", "why": str(error)})
+        return FAILED
+    return 0
+
+
+def work(folder: Path, job: Json, tell: Any) -> None:
+    import torch
+
+    from model_store.library import open_library
+    from service.audits.audit import audit, labelled
+    from service.audits.config import read_audit
+    from service.audits.errors import AuditConflict
+
+    torch.set_num_threads(job["threads"])
+    asked = read_audit(job["request"])
+    library = open_library(Path(job["library"]) if job["library"] else None)
+    if library.digest != job["digest"]:
+        raise AuditConflict(f"the library is {library.digest[:12]} now; the audit was asked of {job['digest'][:12]}")
+    data = labelled(asked, library, Path(job["data"]) if job["data"] else None)
+    audit(folder, asked, library, data, device=job["device"], url=job["url"], tell=tell)
+
+
+def end_with_the_parent() -> None:
+    """A service that is killed takes its audit with it; the next one resumes it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,133 @@
+"""The quantity and its intervals: by hand, by brute force, and against scipy."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from model_store.theta import Policy, inclusion_probabilities, size_probabilities, states
+from service.audits.evaluate import (
+    Draws,
+    Scores,
+    distance,
+    draws_of,
+    enumerated,
+    failure,
+    on_grid,
+    scores,
+    scoring_draws,
+    worst,
+)
+from service.audits.stats import bootstrap, clopper_pearson, paired, resampled_means
+from tests.audit_models import system
+
+GROUPS = ["a", "a", "a", "b", "b", "c"]
+LAWS = [
+    Policy.over(GROUPS),
+    Policy.switching([0, 2, 4], 6),
+    Policy.fixed([1, 5], 6),
+    Policy.all(6),
+    Policy.over(GROUPS, every=True),
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_enumeration_is_the_law(law: Policy) -> None:
+    draws = enumerated(law)
+    assert len(draws.rows) == states(law) == len({tuple(row) for row in draws.rows.tolist()})
+    assert (draws.weights @ draws.rows.double()).tolist() == pytest.approx(inclusion_probabilities(law))
+    for n, p in size_probabilities(law).items():
+        assert float(draws.weights[draws.sizes == n].sum()) == pytest.approx(p)
+
+
+def test_large_laws_are_sampled_and_small_ones_counted() -> None:
+    large = Policy.over([name for name in "abcd" for _ in range(10)])
+    assert not draws_of(large, 50, random.Random(0)).counted
+    assert draws_of(LAWS[0], 50, random.Random(0)).counted
+
+
+def test_failure_by_hand() -> None:
+    """Member 0 is right by 1 on both images; member 1 is wrong by 3 on the second. The draws: 0, 1, both."""
+    logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]]])
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    draws = Draws(rows, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), counted=True)
+    labels = torch.tensor([0, 0])
+    assert failure(logits, labels, draws).tolist() == [0.0, 0.5]
+    found = scores(logits, labels, draws)
+    assert found.right.tolist() == [1.0, 0.5]
+    assert found.any_wrong.tolist() == [False, True]
+    assert {n: p.tolist() for n, p in found.by_size.items()} == {1: [1.0, pytest.approx(2 / 3)], 2: [1.0, 0.0]}
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits = torch.tensor([[[math.nan, 0.0]]])
+    with pytest.raises(ValueError, match="not finite"):
+        failure(logits, torch.tensor([0]), enumerated(Policy.all(1)))
+
+
+def told(*right: float) -> Scores:
+    values = torch.tensor(right, dtype=torch.float64)
+    return Scores(values, values < 1, {1: values})
+
+
+def test_the_mean_of_minima_is_below_the_minimum_of_means() -> None:
+    found = worst([told(0.2, 0.9), told(0.8, 0.1)])
+    assert found.right.tolist() == [0.2, 0.1]
+    assert found.by_size[1].tolist() == [0.2, 0.1]
+
+
+def test_the_defenders_draws_depend_on_nothing_of_the_attackers() -> None:
+    large = system(Policy.over([name for name in "abcd" for _ in range(10)]))
+    first, again, other = scoring_draws(large, 0), scoring_draws(large, 0), scoring_draws(large, 1)
+    assert torch.equal(first.rows, again.rows)
+    assert not torch.equal(first.rows, other.rows)
+    assert len(first.rows) >= 10_000
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@given(seed=st.integers(0, 2**16), epsilon=st.sampled_from([0.0, 1 / 255, 2.5 / 255, 8 / 255, 0.5]))
+def test_the_grid_stays_inside_the_threat_model(norm: str, seed: int, epsilon: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(0, 256, (3, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    offset = torch.randn(3, 3, 4, 4, generator=generator)
+    length = offset.flatten(1).abs().amax(1) if norm == "linf" else offset.flatten(1).norm(dim=1)
+    moved = (clean / 255 + epsilon * offset / length.view(-1, 1, 1, 1)).clamp(0, 1)
+    assert float(distance(on_grid(moved, clean, norm, epsilon), clean, norm).max()) <= epsilon + 1e-9
+
+
+def test_a_corner_of_the_ball_is_on_the_grid() -> None:
+    clean = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
+    assert on_grid(clean / 255 + 8 / 255, clean, "linf", 8 / 255).flatten().tolist() == [108] * 12
+
+
+@pytest.mark.parametrize(("count", "images"), [(0, 10), (3, 10), (8, 10), (10, 10), (37, 500)])
+def test_clopper_pearson_is_scipys(count: int, images: int) -> None:
+    theirs = binomtest(count, images).proportion_ci(method="exact")
+    ours = clopper_pearson(count, images)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+def test_a_bootstrap_interval_has_the_width_of_the_normal_one() -> None:
+    """Of 400 images at p = 1/2: 1.96 * 0.5 / 20 = 4.9 points each way."""
+    values = np.arange(400) % 2
+    found = bootstrap(values)
+    assert found.value == 0.5
+    assert found.high - found.low == pytest.approx(2 * 0.049, rel=0.1)
+    assert resampled_means(values.astype(float), 3).std() == pytest.approx(0.025, rel=0.1)
+
+
+def test_paired_differences_are_tighter_than_two_intervals() -> None:
+    """Two systems that disagree on five of a hundred images differ significantly; their own intervals overlap."""
+    first = np.r_[np.ones(55), np.zeros(45)]
+    second = np.r_[np.ones(47), np.zeros(53)]
+    assert paired(first, second).low > 0
+    assert bootstrap(first).low < bootstrap(second).high
+
+
+def test_where_all_images_agree_the_interval_is_not_empty() -> None:
+    assert bootstrap(np.zeros(10)).high == pytest.approx(0.3085, abs=1e-3)

@@ -1,0 +1,337 @@
+"""Whole audits: what repeats, what resumes, what is refused, and which defences the checks see through."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from service.audits import checks, checks_attack, checks_model, sanity, systems
+from service.audits.audit import audit, labelled
+from service.audits.checks import Finding, Lab
+from service.audits.command import BELOW, INVALID, add_parser, conclude
+from service.audits.config import Audit, Step
+from service.audits.errors import DataRejected
+from service.audits.evaluate import bench_of
+from service.audits.profiles import PROFILES, images_of, plan
+from service.audits.runner import Outcome, Run
+from service.audits.stats import Interval
+from service.audits.summary import compare, digest_holds, words
+from tests.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
+
+Json = dict[str, Any]
+SMALL = Audit("smoke", epsilons=(0.0, 2.0, 8.0), images=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audits")
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Any:
+    return tiny(folder / "library")
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path, library: Any) -> Json:
+    """A smoke audit of four random tickets on images that they label themselves."""
+    torch.set_num_threads(1)
+    return audit(folder / "first", SMALL, library, labelled(SMALL, library, None))
+
+
+def without_timings(report: Json) -> Json:
+    return {name: value for name, value in report.items() if name != "timings"}
+
+
+def test_a_smoke_audit_is_whole(report: Json) -> None:
+    assert digest_holds(report)
+    assert len(report["checks"]) == 34
+    assert [row["id"] for row in report["checks"]] == list(range(1, 35))
+    assert not report["failed"], [row for row in report["checks"] if row["outcome"] == "fail"]
+    assert {"tombola", "mean-of-all", "best-ticket", "fixed-equal-cost", "r2s resnet18", "r2s resnet34"} == set(
+        report["systems"]
+    )
+    assert "no measure of accuracy" in report["data"]["origin"]
+
+
+def test_the_figures_follow_from_the_definitions(report: Json) -> None:
+    for name, system in report["systems"].items():
+        robust, per_image = system["robust"], report["per_image"][name]["robust"]
+        assert robust["expected"]["value"] == pytest.approx(np.mean(per_image), abs=1e-5)
+        assert robust["tries"]["k10"]["value"] == pytest.approx(np.mean(np.array(per_image) ** 10), abs=1e-4)
+        assert robust["majority"]["value"] == np.mean(np.array(per_image) > 0.5)
+        assert robust["no_failing_draw"]["value"] <= robust["tries"]["k100"]["value"] + 1e-6
+        assert robust["expected"]["value"] <= system["clean"]["expected"]["value"]
+
+
+def test_the_attack_bites(report: Json) -> None:
+    """The labels are the ensemble's own most frequent answers, so that epsilon 8/255 must cost something."""
+    ours = report["systems"]["tombola"]
+    assert ours["clean"]["expected"]["value"] > 0.1
+    assert ours["robust"]["expected"]["value"] < ours["clean"]["expected"]["value"]
+
+
+def test_another_attackers_seed_leaves_the_defender_alone(report: Json, library: Any, folder: Path) -> None:
+    one, other = (Run(folder / "unused", Audit("smoke", images=4, seed=s), library, faint_digits(4)) for s in (0, 1))
+    for system in one.systems:
+        assert torch.equal(one.scoring(system).rows, other.scoring(system).rows)
+        assert torch.equal(one.clean(system).right, other.clean(system).right)
+    step = one.steps[-1]
+    assert one.key_of(step) != other.key_of(step)
+
+
+def test_a_finished_attack_is_never_run_again(report: Json, folder: Path, library: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Run, "run", lambda *_: pytest.fail("an attack ran again"))
+    assert audit(folder / "first", SMALL, library, labelled(SMALL, library, None))["digest"] == report["digest"]
+
+
+def test_an_interrupted_audit_goes_on_where_it_was(
+    report: Json, folder: Path, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another folder, cut off after five attacks: the rest alone is run, and the report is the same to the digest,
+    as with equal seeds it must be."""
+    told: list[Json] = []
+
+    def cut(event: Json) -> None:
+        told.append(event)
+        if sum(e["event"] == "step" for e in told) == 5:
+            raise KeyboardInterrupt
+
+    data = labelled(SMALL, library, None)
+    with pytest.raises(KeyboardInterrupt):
+        audit(folder / "cut", SMALL, library, data, tell=cut)
+    ran: list[Step] = []
+    plain = Run.run
+
+    def counted(run: Run, step: Step) -> Any:
+        ran.append(step)
+        return plain(run, step)
+
+    monkeypatch.setattr(Run, "run", counted)
+    found = audit(folder / "cut", SMALL, library, data)
+    assert found["digest"] == report["digest"]
+    assert without_timings(found) == without_timings(report)
+    repeated = 1  # check 32 runs one attack again to compare
+    assert len(ran) == len(report["attacks"]) - 5 + repeated
+
+
+def test_the_page_needs_nothing_but_itself(report: Json, folder: Path) -> None:
+    page = (folder / "first/report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "<script" not in page
+    assert 'src="http' not in page
+    assert "@import" not in page
+    assert page.count('<img src="data:image/png') == 3 * 4
+    assert page.count("<svg") >= 3
+    assert "upper bound" in page
+    for row in report["checks"]:
+        assert row["name"] in page
+
+
+def test_names_from_a_library_cannot_break_the_page(report: Json) -> None:
+    from service.audits.page import page
+
+    evil = json.loads(json.dumps(report).replace("generated smooth colours", "<script>alert(1)</script>"))
+    assert "<script>" not in page(evil, {}, [{"label": "<b>", "clean": 1, "attacked": 0, "pictures": []}])
+
+
+def test_two_reports_compare(report: Json) -> None:
+    same = compare(report, report)
+    assert same["paired"]
+    assert not same["changed"]
+    assert same["systems"]["tombola"]["robust"] == {"value": 0, "low": 0, "high": 0}
+    worse = json.loads(json.dumps(report))
+    worse["per_image"]["tombola"]["clean"] = [0.0] * 4
+    assert compare(report, worse)["systems"]["tombola"]["clean"]["value"] < 0
+    other = json.loads(json.dumps(report))
+    other["data"]["ids_digest"] = "0" * 64
+    assert compare(report, other)["systems"]["tombola"]["robust"] is None
+
+
+def test_words_are_said_only_where_the_interval_says_them() -> None:
+    assert words(Interval(0.1, 0.01, 0.2), randomness=True) == "randomisation helps"
+    assert words(Interval(-0.1, -0.2, -0.01), randomness=True).startswith("randomisation does not help")
+    assert words(Interval(0.1, -0.01, 0.2), randomness=True).startswith("no difference shown")
+
+
+# The command
+
+
+def command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    given = parser.parse_args(["audit", *arguments])
+    code: int = given.run(given)
+    return code
+
+
+def test_the_command_audits_and_gates(report: Json, folder: Path, library: Any, capsys: Any) -> None:
+    """--out is the first audit's folder: everything is there already."""
+    words = ["--profile", "smoke", "--images", "4", "--epsilons", "0", "2", "8", "--threads", "1"]
+    words += ["--out", str(folder / "first"), str(library.path)]
+    assert command(*words, "--fail-under", "1.0") == BELOW
+    assert report["digest"][:12] in capsys.readouterr().out
+    assert conclude(report, None) == conclude(report, 0.0) == 0
+    assert conclude({**report, "verdict": "invalid"}, None) == INVALID
+    capsys.readouterr()
+    first = str(folder / "first/report.json")
+    assert command("--compare", first, first) == 0
+    assert "+0.00 points" in capsys.readouterr().out
+
+
+def test_the_readme_s_table_and_figures_are_made_from_a_report(
+    report: Json, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert command("--tables", str(folder / "first/report.json"), "--out", str(tmp_path / "figures")) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\n| ") == len(report["systems"])
+    assert report["digest"][:12] in shown
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"transfer.svg", "accuracy.svg"}
+    changed = {**report, "verdict": "perfect"}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    assert command("--tables", str(tmp_path / "changed.json")) == 2
+    assert "digest does not hold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--profile", "quick"], "expected one of smoke, standard, full"),
+        (["--profile", "standard"], "needs labelled images"),
+        (["--profile", "smoke", "--epsilons", "0.03"], "8 is 8/255"),
+        (["--profile", "smoke", "--data", "nothing.zip"], "no such file"),
+        (["--compare", "a", "b"], "not a report of an audit"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words: list[str], text: str, library: Any, tmp_path: Path, capsys: Any) -> None:
+    assert command(*words, "--threads", "1", "--out", str(tmp_path / "out"), str(library.path)) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_generated_images_are_for_smoke_alone(library: Any) -> None:
+    with pytest.raises(DataRejected, match="needs labelled images"):
+        labelled(Audit("standard"), library, None)
+
+
+# Plans and costs
+
+
+def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> None:
+    costs = []
+    for profile in PROFILES:
+        asked = Audit(profile)
+        bench = bench_of(library)
+        steps = plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+        assert len({step.id for step in steps}) == len(steps)
+        assert all(step.images <= images_of(asked) for step in steps)
+        costs.append(sum(Run(folder / "unused", asked, library, faint_digits(2)).costs))
+    assert costs == sorted(costs)
+    assert costs[1] > 10 * costs[0]
+
+
+def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
+    bench = bench_of(library)
+    asked = Audit("standard", attacks=("arc", "fgsm"))
+    steps = plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+    assert {step.name for step in steps} == {"arc", "fgsm"}
+
+
+# Defences that only look strong
+
+
+def lab_of(network: nn.Module, folder: Path) -> Lab:
+    return Lab(run_on(network, folder, Audit("smoke", images=12), 12))
+
+
+def test_the_undefended_network_raises_no_flag_and_falls(tmp_path: Path) -> None:
+    lab = lab_of(undefended(), tmp_path)
+    assert checks_model.no_zero_gradients(lab).ok
+    assert checks_model.right_gradients(lab).ok
+    found = lab.right(lab.attack(checks_model.PROBE, "probe").images)
+    assert float(found.mean()) <= 0.01
+
+
+def test_saturated_logits_raise_the_flags(tmp_path: Path) -> None:
+    lab = lab_of(Scaled(undefended(), 1e4), tmp_path)
+    assert checks_model.no_zero_gradients(lab).ok is False
+    assert checks_attack.output_range(lab).ok is False
+
+
+def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
+    """No gradient at all: the white box finds nothing, Square does, and both checks say so."""
+    lab = lab_of(Quantised(undefended(), 64), tmp_path)
+    assert checks_model.no_zero_gradients(lab).ok is False
+    square = Audit("standard", attacks=("eot-mean-loss", "square"), images=12)
+    run = run_on(Quantised(undefended(), 64), tmp_path / "square", square, 12)
+    run.steps = [s for s in run.steps if s.system == "tombola" and s.epsilon == 8 and s.name in square.attacks][:1] + [
+        s for s in run.steps if s.name == "square"
+    ]
+    run.costs = [1.0] * len(run.steps)
+    run.attack()
+    finding = checks_attack.below_black_box(Lab(run))
+    assert finding.ok is False, finding.value
+    assert not finding.warn
+
+
+def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
+    network = undefended()
+    lab = lab_of(network, tmp_path)
+    assert checks_model.no_side_effects(lab).ok
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    last.bias[0] += 1e-3
+    try:
+        assert checks_model.no_side_effects(lab).ok is False
+    finally:
+        last.bias[0] -= 1e-3
+
+
+def test_an_image_outside_the_ball_is_noticed(tmp_path: Path) -> None:
+    lab = lab_of(undefended(), tmp_path)
+    step = next(step for step in lab.run.steps if step.epsilon == 8)
+    pixels = lab.run.data.pixels.clone()
+    pixels[0, 0, 0, 0] += 9
+    lab.run.outcomes = [Outcome(step, pixels, lab.run.clean_logits, {}, {}, 0, 0.0)]
+    assert checks_model.feasible(lab).ok is False
+
+
+def test_a_hard_failure_makes_the_audit_invalid_and_a_warning_heads_it() -> None:
+    from service.audits.summary import verdict
+
+    row: Json = {"id": 5, "hard": True}
+    assert verdict([{**row, "outcome": "pass"}])["verdict"] == "valid"
+    assert verdict([{**row, "outcome": "warn"}]) == {"verdict": "warnings", "failed": [], "warned": [5]}
+    assert verdict([{**row, "outcome": "fail"}, {**row, "outcome": "warn"}])["verdict"] == "invalid"
+
+
+def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
+    lab = lab_of(undefended(), tmp_path)
+
+    def judged(ok: bool | None, hard: bool, warn: bool = False, least: Any = "smoke") -> str:
+        check = checks.Check(1, "name", "criterion", hard, least, lambda _: Finding(ok, "value", warn))
+        return str(checks.judged(check, lab)["outcome"])
+
+    assert judged(True, True) == "pass"
+    assert judged(False, True) == "fail"
+    assert judged(False, True, warn=True) == "warn"
+    assert judged(False, False) == "warn"
+    assert judged(None, True) == "skipped"
+    assert judged(False, True, least="full") == "skipped"
+
+
+def test_all_thirty_four_checks_are_there_once() -> None:
+    assert [check.id for check in sanity.CHECKS] == list(range(1, 35))
