@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,10 @@ pytestmark = [
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("TRAINING_CHECKPOINT_SECONDS", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    yield
 
 
 def equal(first: Ticket, second: Ticket) -> bool:

@@ -189,7 +189,7 @@ def climb(
 def begin(clean: Tensor, labels: Tensor, start: Tensor, threat: ThreatModel, ascent: Ascent) -> State:
     zeros = torch.zeros(len(clean), device=clean.device)
     return State(
-        rows=torch.arange(len(clean)),
+        rows=torch.arange(len(clean), device=clean.device),
         clean=clean,
         labels=labels,
         images=start,
