@@ -27,9 +27,12 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of a shell block of any page that runs one of our programs, without its variables and comments."""
+    """Every command of a shell block of any page that runs one of our programs; a backslash joins two lines to one."""
     lines = [
-        line for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "sh") for line in block.split("\n")
+        line
+        for page in PAGES
+        for block in blocks(page.read_text(encoding="utf-8"), "sh")
+        for line in block.replace("\\\n", " ").split("\n")
     ]
     return [line for line in lines if re.search(r"python -m (training|service)\b", line)]
 
