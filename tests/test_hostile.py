@@ -6,6 +6,7 @@ import hmac
 import http.client
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from fastapi import FastAPI
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
@@ -393,10 +394,39 @@ def replaced(content: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 def judged(response: httpx.Response) -> None:
     if response.status_code == 200:
-        right(response.json())
+        right(answered(response))
     else:
         assert 400 <= response.status_code < 500
         assert one_of_the_catalogue(refused(response, response.status_code))
+
+
+def answered(response: httpx.Response) -> Any:
+    """The answer's JSON; where a client asked for binary tensors, with the numbers that follow it in their places."""
+    if LENGTH not in response.headers:
+        return response.json()
+    end = int(response.headers[LENGTH])
+    content, tail = json.loads(response.content[:end]), response.content[end:]
+    for output in content["outputs"]:
+        size = output.get("parameters", {}).get("binary_data_size")
+        if size is not None:
+            assert len(tail) >= size
+            assert "data" not in output
+            output["data"], tail = unpacked(output["datatype"], tail[:size]), tail[size:]
+    assert tail == b""
+    return content
+
+
+def unpacked(datatype: str, data: bytes) -> list[Any]:
+    """A tensor's binary form as a list: little-endian numbers, or elements after their lengths."""
+    if datatype != "BYTES":
+        return list(np.frombuffer(data, {"FP32": "<f4", "INT64": "<i8"}[datatype]))
+    found = []
+    while data:
+        size = 4 + struct.unpack_from("<I", data)[0]
+        assert len(data) >= size
+        found.append(data[4:size].decode())
+        data = data[size:]
+    return found
 
 
 def right(content: Any) -> None:
@@ -406,6 +436,7 @@ def right(content: Any) -> None:
         return
     for output in content["outputs"]:
         assert output["shape"][0] == 1
+        assert len(output["data"]) == math.prod(output["shape"])
         if output["name"] == "index":
             assert output["data"] == [4]
 
@@ -430,6 +461,8 @@ class TestFuzz:
 
     @example_settings(max_examples=300)
     @given(place=st.sampled_from(sorted(places(valid()), key=str)), value=JSON_VALUES)
+    @example(place=("outputs", 0, "parameters", "binary_data"), value=True)
+    @example(place=("outputs", 0), value={"name": "label", "parameters": {"binary_data": True}})
     def test_a_valid_request_with_any_part_replaced(self, post: Any, place: tuple[Any, ...], value: Any) -> None:
         judged(post(INFER, content=json.dumps(replaced(valid(), place, value)).encode()))
 
