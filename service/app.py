@@ -23,7 +23,7 @@ from fastapi import APIRouter, FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_store.errors import StoreError
-from service import admin, errors, public, v2
+from service import admin, console_routes, errors, overview, public, v2
 from service.audits import routes as audits
 from service.audits.jobs import Jobs
 from service.auth import AdminGate, Keys
@@ -243,7 +243,8 @@ def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] =
     holder = Holder(settings, metrics)
     jobs = Jobs(settings, metrics, holder.library, url(front))
     outer = create_public_app(holder, settings, metrics, keys)
-    inner = create_admin_app(holder, settings, metrics, token, (audits.router(jobs), *routers(holder)))
+    console = (console_routes.router(), overview.router(holder, settings, metrics, jobs))
+    inner = create_admin_app(holder, settings, metrics, token, (*console, audits.router(jobs), *routers(holder)))
     planes = (plane(outer, settings, front), plane(inner, settings, back))
     service = Service(settings, holder, keys, planes, url(front), url(back), jobs)
     holder.workers.on_broken = service.on_broken

@@ -1,0 +1,107 @@
+// What is served, ticket by ticket, and how another takes its place.
+
+import { get, post, Refused } from "./api.js";
+import { ask, by, duration, h, percent, say, short, table, whole } from "./dom.js";
+
+export async function show() {
+  const place = by("library-body");
+  try {
+    const [library, policy] = await Promise.all([get("/admin/library"), get("/admin/policy")]);
+    place.replaceChildren(summary(library, policy), tickets(library));
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    if (error.status !== 0) place.replaceChildren(h("p", { class: "empty" }, waiting(error)));
+  }
+}
+
+const waiting = (error) => (error.status === 503 ? "No library is loaded yet." : error.message);
+
+function summary(library, policy) {
+  const pairs = [
+    ["Digest", h("code", { class: "break", id: "digest" }, library.digest)],
+    ["Holds", `${library.tickets} tickets, ${library.baselines} baselines, ${library.classes.length} classes`],
+    ["Searched on", library.data],
+    ["Ensembles", `${whole(policy.states)} (${policy.entropy_bits.toFixed(1)} bits); ${policy.expected_size.toFixed(2)} members on average`],
+  ];
+  return h("dl", { class: "pairs" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+}
+
+function tickets(library) {
+  const heads = ["Ticket", { text: "Kept", number: true }, { text: "Clean", number: true },
+    { text: "Under attack", number: true }, "SHA-256", "Where it comes from"];
+  return table("Tickets of the library", heads, library.entries.map(ticket), "tickets stack");
+}
+
+function ticket(entry) {
+  return [
+    h("span", {}, h("strong", {}, entry.name), h("br"), h("small", {}, `${entry.kind}, width ${entry.structure.width}`,
+      entry.role === "ticket" ? "" : `, ${entry.role}`)),
+    percent(entry.density, 0),
+    claim(entry, "clean"),
+    claim(entry, "pgd"),
+    h("code", { title: entry.sha256 }, short(entry.sha256)),
+    origin(entry),
+  ];
+}
+
+// The claim on test images, or else any, with its interval and conditions.
+function claim(entry, metric) {
+  const all = entry.claims.filter((one) => one.metric === metric);
+  const best = all.find((one) => one.data.split === "test") ?? all[0];
+  if (!best) return h("span", { class: "fine" }, "no claim");
+  const conditions = [`n = ${whole(best.images)}`, best.data.split];
+  if (best.attack) {
+    const { norm, epsilon, steps, restarts } = best.attack;
+    conditions.unshift(`${norm} ${+(255 * epsilon).toFixed(2)}/255, ${steps} steps × ${restarts}`);
+  }
+  return h("span", {}, percent(best.value), h("br"),
+    h("small", {}, `[${percent(best.low)}, ${percent(best.high)}]`, h("br"), conditions.join(", ")));
+}
+
+function origin({ provenance, claims }) {
+  const recipe = provenance.recipe;
+  const pairs = {
+    "searched for": duration(provenance.seconds),
+    commit: provenance.commit,
+    seed: provenance.seed,
+    data: provenance.data_digest,
+    "continued from": provenance.parent ?? "nothing",
+    packages: Object.entries(provenance.packages).map(([name, found]) => `${name} ${found}`).join(", "),
+    recipe: Object.entries(recipe).filter(([, value]) => typeof value !== "object").map(([name, value]) => `${name} ${value}`).join(", "),
+    claims: claims.map((one) => `${one.metric} ${percent(one.value)} on ${one.data.split} (${one.images}), ${one.measured}`).join("; "),
+  };
+  return h("details", {},
+    h("summary", {}, `commit ${provenance.commit.slice(0, 8)}, seed ${provenance.seed}`),
+    h("dl", { class: "small-pairs" }, Object.entries(pairs).map(([name, value]) =>
+      h("div", {}, h("dt", {}, name), h("dd", { class: "break" }, String(value))))));
+}
+
+// Swap
+
+const QUESTION = "The server opens its configured library again, verifies and warms it beside the present one, and then " +
+  "serves it. Requests are answered throughout. If anything is wrong with it, the present one stays.";
+
+async function swap() {
+  if (!(await ask("Swap the library?", QUESTION, "Swap it"))) return;
+  const button = by("swap");
+  button.disabled = true;
+  say(by("swap-said"), "Reading, verifying and warming up…");
+  try {
+    say(by("swap-said"), swapped(await post("/admin/library", {}, { patience: 600000 })));
+    await show();
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    say(by("swap-said"), error.message);
+  } finally {
+    button.disabled = false;
+  }
+}
+
+function swapped({ digest, before }) {
+  if (digest === before) return `Read again: it is the same library, ${short(digest)}.`;
+  return `Now serving ${short(digest)}; before it was ${short(before)}.`;
+}
+
+export function begin() {
+  by("swap").addEventListener("click", swap);
+}

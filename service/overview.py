@@ -1,0 +1,224 @@
+"""What the console needs beyond the other admin routes: the state at a glance, a picture tried, an audit's cost.
+
+All of it is behind the admin token. Of theta it tells what the metrics tell, sums over many images, and no more.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from model_store.theta import inclusion_probabilities, size_probabilities
+from service import v2
+from service.audits.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
+from service.audits.jobs import Jobs
+from service.audits.profiles import PROFILES, Profile
+from service.audits.routes import limited, read_json, told
+from service.body import unless_gone
+from service.errors import ClientGone, NotReady
+from service.front import PlainRoute, Probabilities, as_json
+from service.holder import Holder, Serving
+from service.images import Decoder
+from service.metrics import LOT, OUTCOMES, PREFIX, REASONS, SECONDS, Metrics
+from service.public import PATH
+from service.settings import Settings
+
+DRAWS: Final = 20  # of theta, for a picture that is tried
+CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
+DIGITS: Final = 4
+ROUTES: Final = frozenset((PATH, *v2.INFER_PATHS))
+DURATION: Final = "http_request_duration_seconds"
+Json = dict[str, Any]
+
+
+class Handlers:
+    """One method per route."""
+
+    def __init__(self, holder: Holder, settings: Settings, metrics: Metrics, jobs: Jobs) -> None:
+        self.holder = holder
+        self.settings = settings
+        self.metrics = metrics
+        self.jobs = jobs
+        self.decoder = Decoder(settings, metrics)
+        self.began = time.monotonic()
+
+    async def overview(self, _: Request) -> Response:
+        """Counters as they stand: whoever asks twice has the rates."""
+        serving = self.holder.current
+        return as_json(
+            {
+                "ready": self.holder.ready,
+                "reason": self.holder.reason,
+                "version": v2.product_version(),
+                "commit": self.settings.commit,
+                "uptime_s": round(time.monotonic() - self.began, 3),
+                "traffic": traffic(self.metrics),
+                "queue": self.queue(),
+                "engine": None if serving is None else self.engine(serving),
+                "library": None if serving is None else brief(serving),
+                "draws": None if serving is None else draws(serving, self.metrics),
+            }
+        )
+
+    def queue(self) -> Json:
+        value = self.metrics.value
+        return {
+            "depth": value("queue_depth"),
+            "limit": self.settings.queue_rows,
+            "in_flight": value("http_requests_in_flight"),
+            "in_flight_limit": self.settings.max_requests,
+        }
+
+    def engine(self, serving: Serving) -> Json:
+        engine = serving.engine
+        return {
+            "name": engine.name,
+            "device": engine.device,
+            "threads": engine.threads,
+            "note": engine.note,
+            "restarts": self.metrics.value("engine_restarts_total"),
+        }
+
+    async def attempt(self, request: Request) -> Response:
+        """The picture of the body, asked about DRAWS times: every draw is a fresh theta, and none of them is told."""
+        serving = self.holder.current
+        if serving is None or not self.holder.ready:
+            raise NotReady
+        began = time.perf_counter()
+        found = await self.answers(request, serving)
+        said = spread(found, serving.library.classes)
+        seconds = round(time.perf_counter() - began, 4)
+        return as_json({"library": serving.library.digest, "draws": DRAWS, "seconds": seconds, **said})
+
+    async def answers(self, request: Request, serving: Serving) -> Probabilities:
+        """[DRAWS, classes]"""
+        body = await received(request, self.settings.max_body_bytes)
+        rows = np.repeat(await self.decoder.rows([body]), DRAWS, axis=0)
+        answer = serving.scheduler.submit(rows, client=CLIENT, deadline=None)
+        return await unless_gone(request.receive, answer)
+
+    async def profiles(self, _: Request) -> Response:
+        """What an audit can be asked for."""
+        return as_json(
+            {
+                "profiles": [{"name": name, **summary(profile)} for name, profile in PROFILES.items()],
+                "attacks": list(ATTACKS),
+                "epsilons": list(EPSILONS),
+                "headline": HEADLINE,
+                "max_images": MAX_IMAGES,
+            }
+        )
+
+    async def cost(self, request: Request) -> Response:
+        """The estimate that submitting the same body would come to; nothing is started."""
+        return as_json(await asyncio.to_thread(self.estimate, await read_json(request)))
+
+    def estimate(self, wanted: Any) -> Json:
+        """Raises AuditRejected, AuditUnknown, CostRejected."""
+        asked = read_audit(wanted)
+        self.jobs.datasets.path(asked.data, asked.profile)
+        return self.jobs.cost(asked, self.holder.library())
+
+
+async def received(request: Request, limit: int) -> bytes:
+    """The body. Raises AuditRejected beyond `limit` bytes, ClientGone."""
+    try:
+        return b"".join([chunk async for chunk in limited(request, limit)])
+    except ClientDisconnect:
+        raise ClientGone from None
+
+
+def summary(profile: Profile) -> Json:
+    groups = (profile.each, profile.shared, profile.ours, profile.few)
+    names = dict.fromkeys(name for group in groups for name, _ in group)
+    return {"about": profile.about, "images": profile.images, "attacks": list(names)}
+
+
+def traffic(metrics: Metrics) -> Json:
+    value = metrics.value
+    return {
+        "outcomes": {name: value("inference_requests_total", outcome=name) for name in OUTCOMES},
+        "shed": {name: value("shed_total", reason=name) for name in REASONS},
+        "images": value("inference_images_total"),
+        "latency": latency(metrics),
+    }
+
+
+def latency(metrics: Metrics) -> Json:
+    """Of classifications that were answered, on both protocols: how many took at most so many seconds. The last count
+    is of all of them."""
+    bounds = (*SECONDS, float("inf"))
+    counts = dict.fromkeys(bounds, 0.0)
+    for labels, amount in buckets(metrics):
+        if labels["route"] in ROUTES and labels["code"].startswith("2"):
+            counts[float(labels["le"])] += amount
+    return {"bounds": list(SECONDS), "counts": [counts[bound] for bound in bounds]}
+
+
+def buckets(metrics: Metrics) -> Iterator[tuple[dict[str, str], float]]:
+    for family in metrics.instruments[DURATION].collect():
+        for sample in family.samples:
+            if sample.name == f"{PREFIX}{DURATION}_bucket":
+                yield sample.labels, sample.value
+
+
+def brief(serving: Serving) -> Json:
+    library = serving.library
+    return {
+        "digest": library.digest,
+        "tickets": len(library.tickets),
+        "baselines": len(library.baselines),
+        "classes": len(library.classes),
+    }
+
+
+def draws(serving: Serving, metrics: Metrics) -> Json:
+    """Members drawn since the process began, against what the law expects, a lot of LOT images at a time."""
+    library = serving.library
+    rows = []
+    for ticket, probability in zip(library.tickets, inclusion_probabilities(library.policy), strict=True):
+        labels = {"structure": ticket.structure.name, "density": f"{ticket.density:g}"}
+        drawn, expected = metrics.value("draws_total", **labels), metrics.value("draws_expected_total", **labels)
+        rows.append({**labels, "probability": probability, "drawn": drawn, "expected": expected})
+    sizes = {str(n): probability for n, probability in size_probabilities(library.policy).items()}
+    return {"lot": LOT, "tickets": rows, "size_law": sizes, "sizes": drawn_sizes(metrics)}
+
+
+def drawn_sizes(metrics: Metrics) -> list[float]:
+    """Images whose ensemble had at most 1, 2, ... members."""
+    bounds = metrics.rows["ensemble_size"].buckets
+    value = metrics.registry.get_sample_value
+    return [value(f"{PREFIX}ensemble_size_bucket", {"le": f"{float(bound)}"}) or 0.0 for bound in bounds]
+
+
+def spread(found: Probabilities, classes: tuple[str, ...]) -> Json:
+    """What draws [draws, classes] say of one image. votes: how many draws chose a class.  low, mean, high: of its
+    probability over the draws.  agreement: the part of the draws that chose the commonest label."""
+    votes = np.bincount(found.argmax(axis=1), minlength=len(classes))
+    mean, low, high = found.mean(axis=0), found.min(axis=0), found.max(axis=0)
+    order = sorted(range(len(classes)), key=lambda index: (-votes[index], -mean[index]))
+    rows = [
+        {
+            "label": classes[index],
+            "votes": int(votes[index]),
+            **{name: round(float(a[index]), DIGITS) for name, a in (("mean", mean), ("low", low), ("high", high))},
+        }
+        for index in order
+    ]
+    return {"label": rows[0]["label"], "agreement": round(float(votes.max() / len(found)), DIGITS), "classes": rows}
+
+
+def router(holder: Holder, settings: Settings, metrics: Metrics, jobs: Jobs) -> APIRouter:
+    """Before the audits' router, whose /admin/audits/{id} would take the name `cost` for an audit's."""
+    here = Handlers(holder, settings, metrics, jobs)
+    routes = APIRouter(route_class=PlainRoute, tags=["Console"])
+    routes.add_api_route("/admin/overview", here.overview, methods=["GET"])
+    routes.add_api_route("/admin/try", told(here.attempt), methods=["POST"])
+    routes.add_api_route("/admin/profiles", here.profiles, methods=["GET"])
+    routes.add_api_route("/admin/audits/cost", told(here.cost), methods=["POST"])
+    return routes
