@@ -23,7 +23,7 @@ from fastapi import APIRouter, FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_store.errors import StoreError
-from service import admin, console_routes, errors, overview, public, v2
+from service import admin, console_routes, errors, overview, public, tracing, v2
 from service.audits import routes as audits
 from service.audits.jobs import Jobs
 from service.auth import AdminGate, Keys
@@ -41,19 +41,27 @@ LINGER_S: Final = 1.0  # between closing a port and closing its idle connections
 SWITCH_S: Final = 0.0005  # after so long an engine thread that waits for the interpreter gets it; Python's own is 5 ms
 
 
+def plain(**words: Any) -> FastAPI:
+    """Without pages that load scripts from elsewhere, and without telemetry but our own."""
+    return FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=tracing.SILENT, **words)
+
+
 def create_public_app(holder: Holder, settings: Settings, metrics: Metrics, keys: Keys) -> FastAPI:
     """Classification, health, and the Open Inference Protocol."""
-    app = FastAPI(title="Tombola", version=v2.product_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = plain(title="Tombola", version=v2.product_version())
     public.install(app, Front(holder, settings, metrics, keys))
     app.add_middleware(Crowd, limit=settings.max_requests, metrics=metrics)  # around the shortcut, too
-    return finished(app, holder, settings, metrics, "public")
+    finished(app, holder, settings, metrics, "public")
+    if settings.tracing:
+        tracing.install(app, v2.product_version())
+    return app
 
 
 def create_admin_app(
     holder: Holder, settings: Settings, metrics: Metrics, token: str, routers: Sequence[APIRouter] = ()
 ) -> FastAPI:
     """Metrics and the library, and what `routers` add; all but metrics and health behind the token."""
-    app = FastAPI(title="Tombola, admin plane", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = plain(title="Tombola, admin plane")
     for router in (admin.router(holder, metrics), *routers):
         app.include_router(router)
     app.add_middleware(AdminGate, token=token, metrics=metrics, metrics_open=settings.metrics_open)

@@ -21,6 +21,7 @@ from service.errors import BadRequest, ClientGone, NotReady, ServiceError, Text,
 from service.images import Decoder, Pixels
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import stage
 
 Detail = Literal["rounded", "label", "full"]
 DIGITS: Final = 2  # of a rounded probability
@@ -167,13 +168,15 @@ class Front:
         return await unless_gone(visit.receive, self.submit(visit, images, deadline))
 
     async def submit(self, visit: Visit, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
-        rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images)
+        with stage("decode"):
+            rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images)
         return await visit.serving.scheduler.submit(rows, client=visit.client, deadline=deadline)
 
     def encode(self, make: Callable[[], Response]) -> Response:
         """What `make` makes of an answer, timed."""
         began = time.perf_counter()
-        response = make()
+        with stage("encode"):
+            response = make()
         self.metrics.observe("compute_seconds", time.perf_counter() - began, stage="encode")
         return response
 

@@ -21,6 +21,7 @@ from service.engine import Engine, Rows
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.metrics import LOT, Metrics
 from service.settings import Settings
+from service.tracing import waited
 from service.window import Model, Probabilities, Request, Window
 from service.workers import Workers
 
@@ -91,6 +92,7 @@ class Scheduler:
         finally:
             timer.cancel()
             self.leave(request)
+            waited(request.admitted, request.taken)
         return found
 
     def admitted(self, rows: Rows, client: str, left_s: float) -> Request:
@@ -141,6 +143,7 @@ class Scheduler:
         metrics.inc("inference_images_total", len(window.places) - len(window.failed))
         for request, index in window.places:
             if index == 0:
+                request.taken = window.begun
                 metrics.observe("queue_wait_seconds", window.begun - request.admitted)
         for task in window.tasks:
             if task.logits is not None:

@@ -185,6 +185,12 @@ class Settings(BaseSettings):
     log_requests: bool = knob(
         False, "yes/no", "Log every request, not only failing ones", "Costs a few per cent of throughput"
     )
+    tracing: bool = knob(
+        False,
+        "yes/no",
+        "Send a trace of each classification request to an OpenTelemetry collector (extra `tracing`)",
+        "Off: the service calls nobody. Where to and how many: the standard OTEL_* variables",
+    )
     commit: str = knob(
         "unknown", "hash", "Commit of the running source, shown in build_info", "The image's build sets it"
     )

@@ -41,13 +41,15 @@ class Model:
 class Request:
     """The rows of one call of submit. Its answer is filled in by windows; only the event loop's thread touches that.
 
-    live: somebody still waits for it. Engine threads read it to skip rows.
+    live: somebody still waits for it. Engine threads read it to skip rows.  taken: when the window of its first row
+    was begun, known once that row is answered.
     """
 
     rows: Rows
     client: str
     answer: asyncio.Future[Probabilities]
     admitted: float
+    taken: float | None = None
     next: int = 0
     live: bool = True
     found: Probabilities | None = None
