@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from torch import nn
 
 from model_store.theta import Policy, inclusion_probabilities, size_probabilities, states
 from service.audits.evaluate import (
@@ -24,7 +25,7 @@ from service.audits.evaluate import (
     worst,
 )
 from service.audits.stats import bootstrap, clopper_pearson, paired, resampled_means
-from tests.audit_models import system
+from tests.audit_models import alone, system
 
 GROUPS = ["a", "a", "a", "b", "b", "c"]
 LAWS = [
@@ -131,3 +132,28 @@ def test_paired_differences_are_tighter_than_two_intervals() -> None:
 
 def test_where_all_images_agree_the_interval_is_not_empty() -> None:
     assert bootstrap(np.zeros(10)).high == pytest.approx(0.3085, abs=1e-3)
+
+
+def test_members_side_by_side_give_what_one_after_another_gives() -> None:
+    """Logits to the bit and gradients to rounding, whatever the number of threads."""
+    networks = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)) for _ in range(3)]
+    target, images = alone(*networks), torch.rand(4, 3, 8, 8)
+    with torch.no_grad():
+        plain = torch.stack([network(images) for network in networks])
+    weights, found, threads = torch.rand(3, 4, 5), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            ours = images.clone().requires_grad_(True)
+            logits = target(ours)
+            assert torch.equal(logits, plain)
+            assert torch.equal(target(images), plain)
+            found.append(torch.autograd.grad((logits * weights).sum(), ours)[0])
+    finally:
+        torch.set_num_threads(threads)
+    ours = images.clone().requires_grad_(True)
+    outputs = torch.stack([network(ours) for network in networks])
+    (expected,) = torch.autograd.grad((outputs * weights).sum(), ours)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+    assert torch.allclose(found[0], expected, atol=1e-6)

@@ -335,3 +335,16 @@ def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
 
 def test_all_thirty_four_checks_are_there_once() -> None:
     assert [check.id for check in sanity.CHECKS] == list(range(1, 35))
+
+
+def test_a_warm_start_comes_from_earlier_stages_alone(library: Any, folder: Path) -> None:
+    """So that every system's refined attack starts from the same images, and a key costs one look at each attack."""
+    run = Run(folder / "unused", Audit("standard"), library, faint_digits(8))
+    warm = [step for step in run.steps if step.stage]
+    assert {"eot-risk", "arc"} <= {step.name for step in warm}
+    for step in warm:
+        assert all(other.stage < step.stage and other.epsilon <= step.epsilon for other in run.before(step))
+    refined = [step for step in warm if step.name == "eot-risk" and step.epsilon == 8]
+    assert len({tuple(run.before(step)) for step in refined}) == 1
+    assert [step.stage for step in run.steps] == sorted(step.stage for step in run.steps)
+    assert len({run.key_of(step) for step in run.steps}) == len(run.steps)

@@ -86,7 +86,8 @@ class Audit:
 
 @dataclass(frozen=True)
 class Step:
-    """One attack on one system at one size. name: of ATTACKS.  warm: starts from the riskiest images found before."""
+    """One attack on one system at one size. name: of ATTACKS.  stage: 0 starts by itself; a later one starts from the
+    riskiest images that the stages before it found, for whichever system they were made."""
 
     name: str
     system: str
@@ -94,7 +95,7 @@ class Step:
     epsilon: float
     images: int
     settings: Settings
-    warm: bool = False
+    stage: int = 0
 
     @property
     def id(self) -> str:

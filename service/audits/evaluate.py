@@ -8,8 +8,10 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, cast
+from functools import lru_cache
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +103,50 @@ class Target:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[M, N, classes], differentiable."""
-        return torch.stack([member(images) for member in self.members])
+        if len(self.members) == 1 or images.device.type != "cpu":
+            return torch.stack([member(images) for member in self.members])
+        if torch.is_grad_enabled() and images.requires_grad:
+            return cast("Tensor", SideBySide.apply(images, self.members))
+        return torch.stack(
+            list(workers(torch.get_num_threads()).map(lambda member: plain(member, images), self.members))
+        )
+
+
+# Members on all cores. They are too small to be split over threads one at a time, and independent of each other.
+
+
+@lru_cache(maxsize=1)
+def workers(threads: int) -> ThreadPoolExecutor:
+    """As many threads, each of which runs its operations on itself alone."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="members", initializer=torch.set_num_threads, initargs=(1,))
+
+
+@torch.no_grad()
+def plain(member: Member, images: Tensor) -> Tensor:
+    return member(images)
+
+
+class SideBySide(torch.autograd.Function):
+    """All members' logits, [M, N, classes], forwards and backwards in threads; summed in the members' order."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, members: Sequence[Member]) -> Tensor:
+        def run(member: Member) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                own = images.detach().requires_grad_(True)
+                return own, member(own)
+
+        ctx.graphs = list(workers(torch.get_num_threads()).map(run, members))
+        return torch.stack([logits.detach() for _, logits in ctx.graphs])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        def run(graph: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
+            own, logits = graph
+            return torch.autograd.grad(logits, own, gradient)[0]
+
+        found = workers(torch.get_num_threads()).map(run, ctx.graphs, gradients[0])
+        return torch.stack(list(found)).sum(dim=0), None
 
 
 def bench_of(library: Library, device: torch.device | str = "cpu") -> Bench:
@@ -179,7 +224,13 @@ def scoring_draws(system: System, seed: int) -> Draws:
 def logits_of(members: Sequence[Member], pixels: Tensor, device: torch.device) -> Tensor:
     """Of images on the uint8 grid: uint8 [N, 3, 32, 32] -> float32 [M, N, classes] on the CPU."""
     parts = [as_floats(part, device) for part in torch.split(pixels, PASS_IMAGES)]
-    return torch.stack([torch.cat([member(part).cpu() for part in parts]) for member in members])
+
+    def run(member: Member) -> Tensor:
+        return torch.cat([plain(member, part).cpu() for part in parts])
+
+    if len(members) == 1 or device.type != "cpu":
+        return torch.stack([run(member) for member in members])
+    return torch.stack(list(workers(torch.get_num_threads()).map(run, members)))
 
 
 def as_floats(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:

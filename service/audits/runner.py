@@ -44,7 +44,7 @@ from service.audits.evaluate import (
 )
 from service.audits.profiles import giga_multiply_adds, multiply_adds_of, plan
 
-CODE: Final = 1  # of the attacks: a change that changes results makes stored ones stale
+CODE: Final = 2  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
 Tell = Callable[[Json], None]
 
@@ -107,6 +107,8 @@ class Run:
         self.steps = plan(audit, self.bench, self.systems)
         self.multiply_adds = multiply_adds_of(library)
         self.costs = [self.cost(step) for step in self.steps]
+        self.keys: dict[Step, str] = {}
+        self.parts: dict[int, str] = {}
         self.outcomes: list[Outcome] = []
         self.draws: dict[str, Draws] = {}
         self.scored: dict[tuple[str, int], tuple[Outcome, Scores]] = {}
@@ -179,22 +181,29 @@ class Run:
 
     def key_of(self, step: Step) -> str:
         """Changes with anything that changes the attack's result."""
-        part = self.data.first(step.images)
-        warm = [self.key_of(other) for other in self.before(step)] if step.warm else []
-        service = self.url if isinstance(step.settings, BlackBox) else None
-        return digest_of([CODE, step.as_dict(), self.library.digest, part.digest, self.audit.seed, warm, service])[:32]
+        if step not in self.keys:
+            warm = [self.key_of(other) for other in self.before(step)]
+            service = self.url if isinstance(step.settings, BlackBox) else None
+            part = self.part_digest(step.images)
+            parts = [CODE, step.as_dict(), self.library.digest, part, self.audit.seed, warm, service]
+            self.keys[step] = digest_of(parts)[:32]
+        return self.keys[step]
+
+    def part_digest(self, images: int) -> str:
+        if images not in self.parts:
+            self.parts[images] = self.data.first(images).digest
+        return self.parts[images]
 
     def before(self, step: Step) -> list[Step]:
-        """The earlier attacks whose images are inside this one's threat model."""
-        place = self.steps.index(step) if step in self.steps else len(self.steps)
-        return [s for s in self.steps[:place] if s.norm == step.norm and s.epsilon <= step.epsilon]
+        """The attacks of earlier stages whose images are inside this one's threat model."""
+        return [s for s in self.steps if s.stage < step.stage and s.epsilon <= step.epsilon]
 
     def run(self, step: Step) -> Attacked:
         target = self.target(step.system)
         part = self.data.first(step.images)
         images, labels = as_floats(part.pixels, self.bench.device), part.labels.to(self.bench.device)
         generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
-        warm = [as_floats(self.riskiest(step), self.bench.device)] if step.warm else []
+        warm = [as_floats(self.riskiest(step), self.bench.device)] if step.stage else []
         match step.settings:
             case Ascent():
                 return ascended(eot.attack(target, images, labels, step.threat, step.settings, generator, warm))

@@ -18,6 +18,7 @@ from service.audits.evaluate import Target, failure
 DAMPING: Final = 0.75  # APGD's alpha
 RISING: Final = 0.75  # APGD's rho: the share of steps that must raise the loss
 FIRST_CHECK, LEAST_GAP, GAP_SHRINKS = 0.22, 0.06, 0.03  # APGD's checkpoints, as shares of the steps
+SCALED_ON: Final = 256  # images that the typical margin is taken from
 CERTAIN: Final = 1 - 1e-9  # a risk above which nothing can be gained
 
 
@@ -48,7 +49,7 @@ class Found:
 
 @dataclass
 class State:
-    """One start under way; row i belongs to image `rows[i]` of the batch. All tensors have the images first."""
+    """One start under way; row i belongs to image `rows[i]`. All tensors have the images first."""
 
     rows: Tensor
     clean: Tensor
@@ -94,52 +95,40 @@ def attack(
     warm: Sequence[Tensor] = (),
 ) -> Found:
     """images: float [N, 3, 32, 32] in [0, 1].  warm: starts of the same shape, tried before the random ones."""
-    scale = typical_margin(logits_by_parts(target, images), labels, target.draws)
-    parts = []
-    for index in torch.split(torch.arange(len(images)), target.batch):
-        starts = [project(start[index], images[index], threat) for start in warm]
-        parts.append(attack_batch(target, images[index], labels[index], threat, ascent, generator, starts, scale))
-    return joined(parts)
-
-
-@torch.no_grad()
-def logits_by_parts(target: Target, images: Tensor) -> Tensor:
-    return torch.cat([target(part) for part in torch.split(images, target.batch)], dim=1)
-
-
-def joined(parts: Sequence[Found]) -> Found:
-    def cat(name: str, dim: int) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts], dim=dim)
-
-    passes = sum(part.passes for part in parts)
-    return Found(cat("images", 0), cat("risk", 0), cat("risks", 1), cat("losses", 1), passes)
-
-
-def attack_batch(
-    target: Target,
-    clean: Tensor,
-    labels: Tensor,
-    threat: ThreatModel,
-    ascent: Ascent,
-    generator: torch.Generator,
-    warm: Sequence[Tensor],
-    scale: float,
-) -> Found:
-    best = judged(target, clean, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
-    starts = [*warm, *[None] * ascent.restarts]
-    traces, passes = [], len(clean)
-    for start in starts:
-        fresh = random_start(clean, threat, generator) if start is None else start  # drawn even if nothing is left
-        trace, cost = climb(target, clean, labels, threat, ascent, fresh, best, scale)
+    scale = typical_margin(logits_of_some(target, images), labels[:SCALED_ON], target.draws)
+    best = judged(target, images, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
+    traces, passes = [], len(images)
+    for start in [*(project(start, images, threat) for start in warm), *[None] * ascent.restarts]:
+        fresh = random_start(images, threat, generator) if start is None else start  # drawn even if nothing is left
+        trace, cost = climb(target, images, labels, threat, ascent, fresh, best, scale)
         traces.append(trace)
         passes += cost
     return Found(best.images, best.risk, *traces[0], passes=passes)
 
 
 @torch.no_grad()
+def logits_of_some(target: Target, images: Tensor) -> Tensor:
+    return torch.cat([target(part) for part in torch.split(images[:SCALED_ON], target.batch)], dim=1)
+
+
+@torch.no_grad()
 def judged(target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
-    logits = target(images)
-    return Best(images.clone(), failure(logits, labels, target.draws), loss(logits, labels, target.draws, stage))
+    risks, losses = [], []
+    for some, right in zip(torch.split(images, target.batch), torch.split(labels, target.batch), strict=True):
+        logits = target(some)
+        risks.append(failure(logits, right, target.draws))
+        losses.append(loss(logits, right, target.draws, stage))
+    return Best(images.clone(), torch.cat(risks), torch.cat(losses))
+
+
+def gradients_of(
+    target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as gradient_of, for as many images as there are: in even parts, each of which fits into memory."""
+    parts = torch.arange(len(images), device=images.device).tensor_split(-(-len(images) // target.batch))
+    found = [gradient_of(target, images[part], labels[part], loss, stage) for part in parts]
+    risk, losses, gradient = (torch.cat(values) for values in zip(*found, strict=True))
+    return risk, losses, gradient
 
 
 def gradient_of(
@@ -173,7 +162,7 @@ def climb(
         state.keep(best.risk[state.rows] < CERTAIN)
         if len(state.rows):
             stage = stage.at(step / max(1, ascent.steps))
-            risk, now, gradient = gradient_of(target, state.images, state.labels, loss, stage)
+            risk, now, gradient = gradients_of(target, state.images, state.labels, loss, stage)
             passes += len(state.rows)
             best.take(state.rows, state.images, risk, now)
             note(state, now, gradient, step)
