@@ -166,8 +166,10 @@ def test_our_proxy_is_what_pyautoattack_would_attack_itself() -> None:
     """Through ExpectedLogits, on one network: to the bit what their class does with the bare network."""
     from pyautoattack.autopgd_base import APGDAttack
 
-    _, images, labels = some(10)
-    images = images.contiguous()
+    _, images, labels = some(12)
+    with torch.no_grad():
+        right = undefended()(images).argmax(dim=1) == labels
+    images, labels = images[right].contiguous(), labels[right]
     through = libraries.attack(alone(undefended()), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 10), 5)
     with isolated(5):
         bare = APGDAttack(undefended(), n_iter=10, norm="Linf", eps=EIGHT.epsilon, seed=5, device=images.device)
@@ -203,6 +205,51 @@ def test_autoattacks_parts_bite_and_leave_our_generators_alone(method: Any) -> N
     assert before[1:] == after[1:]
     assert float((found - images).abs().max()) <= EIGHT.epsilon + 1e-6
     assert accuracy(undefended(), found, labels) <= 0.5
+
+
+def test_autoattack_takes_members_that_are_laid_out_channels_last() -> None:
+    """As every ticket is: the gradients of one alone come out in its layout, and the library's own check views them."""
+    _, images, labels = some(4)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    network(images)
+    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    logits = ExpectedLogits(alone(network), "mean-logits")
+    asked = images.contiguous().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(logits(asked).sum(), asked)
+    assert gradient.is_contiguous()
+    libraries.attack(alone(network), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 3), 0)
+
+
+def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
+    """A targeted attack that never fools its proxy returns the clean images; what it tried was riskier than those."""
+    networks, (_, images, labels) = random_networks(4), some(16)
+    target = Target(alone(*networks).members, draws_of(Policy.over(["a", "a", "b", "b"]), 9, random.Random(0)))
+    with torch.no_grad():
+        clean = failure(target(images), labels, target.draws)
+    tried: list[Tensor] = []
+    kept = libraries.Riskiest(target, images, labels, THREE)
+
+    def see(asked: Tensor, logits: Tensor) -> None:
+        tried.append(asked)
+        kept.see(asked, logits)
+
+    classifier = ExpectedLogits(target, "mean-logits", see)
+    with isolated(0):
+        libraries.built(classifier, THREE, Standard("apgd-t", "mean-logits", 8, targets=3), 0)(
+            images.contiguous(), labels
+        )
+    assert len(tried) > 8
+    assert bool((kept.risk >= clean).all())
+    assert float((kept.images - images).abs().max()) <= THREE.epsilon + 1e-6
+    with torch.no_grad():
+        assert torch.equal(failure(target(kept.images), labels, target.draws), kept.risk)
+        highest = kept.risk.clone()
+        for asked in tried:
+            near = (asked[:, None] - images[None]).abs().flatten(2).amax(dim=2)
+            for place, row in enumerate(near.argmin(dim=1).tolist()):
+                risk = failure(target(asked[place : place + 1]), labels[row : row + 1], target.draws)
+                highest[row] = torch.maximum(highest[row], risk[0])
+    assert torch.allclose(highest, kept.risk, atol=1e-9)
 
 
 def test_proxies_are_deterministic_and_normalised() -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from model_store.attacks import fgsm, l1_unit, project, random_start, unit
 from model_store.theta import draw_theta
 from service.audits import systems
-from service.audits.attacks.eot import CERTAIN, gradient_of
+from service.audits.attacks.eot import gradient_of
 from service.audits.attacks.libraries import ExpectedLogits, Standard
 from service.audits.attacks.libraries import attack as library_attack
 from service.audits.attacks.losses import LOSSES, Stage
 from service.audits.checks import Check, Finding, Lab, points, tolerance
 from service.audits.checks_model import PROBE
 from service.audits.config import ATTACKS, ProfileName
-from service.audits.evaluate import Draws, Member, Target, failure, logits_of, on_grid, worst
+from service.audits.evaluate import CERTAIN, Draws, Member, Target, failure, logits_of, on_grid, worst
 from service.audits.runner import Outcome, Run, seed_of
 
 GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))

@@ -25,6 +25,7 @@ from model_store.ticket import Ticket
 SCORING_DRAWS: Final = 10_000
 ATTACK_DRAWS: Final = 2_000
 COUNTED: Final = 4_096  # laws of at most so many states are enumerated instead of sampled
+CERTAIN: Final = 1 - 1e-9  # a risk above which nothing can be gained
 MAX_CHUNK: Final = 2**22  # floats of ensemble logits held at once
 PASS_IMAGES: Final = 64  # images of one forward
 GRAPH_IMAGES: Final = 320  # images times members whose activations are held for a backward pass, about 1.5 GB

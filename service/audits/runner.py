@@ -26,6 +26,7 @@ from service.audits.attacks.simple import Corners, Single, Universal
 from service.audits.config import ATTACKS, Audit, Step, digest_of
 from service.audits.data import Labelled
 from service.audits.evaluate import (
+    CERTAIN,
     Bench,
     Draws,
     Member,
@@ -301,7 +302,7 @@ def converged(found: eot.Found) -> float:
     low, high = losses.amin(dim=0), losses.amax(dim=0)
     tail = losses[-min(10, len(losses)) :]
     moved = (tail.amax(dim=0) - tail.amin(dim=0)) / (high - low).clamp_min(1e-12)
-    certain = found.risk >= eot.CERTAIN
+    certain = found.risk >= CERTAIN
     return round(float(((moved <= 0.05) | certain).double().mean()), 6)
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import TINY, ThreatModel, per_image, project, unit
-from service.audits.evaluate import Target, failure, wrong
+from service.audits.evaluate import CERTAIN, Target, failure, wrong
 
 OVERSHOOT = 0.05  # in epsilons, beyond the linearised boundary
-CERTAIN = 1 - 1e-9
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, unit
 from service.audits.attacks.losses import LOSSES, Loss, Stage, typical_margin
-from service.audits.evaluate import Target, failure
+from service.audits.evaluate import CERTAIN, Target, failure
 
 DAMPING: Final = 0.75  # APGD's alpha
 RISING: Final = 0.75  # APGD's rho: the share of steps that must raise the loss
 FIRST_CHECK, LEAST_GAP, GAP_SHRINKS = 0.22, 0.06, 0.03  # APGD's checkpoints, as shares of the steps
 SCALED_ON: Final = 256  # images that the typical margin is taken from
-CERTAIN: Final = 1 - 1e-9  # a risk above which nothing can be gained
 
 
 @dataclass(frozen=True)

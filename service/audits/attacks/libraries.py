@@ -1,24 +1,25 @@
 """The AutoAttack authors' code (pyautoattack) against deterministic proxies of a randomised ensemble.
 
-Their success flags are not used, and their own EOT is not either: on a random model it keeps lucky draws. Their code
-reseeds torch's global generator; here that touches nothing of ours.
+Their success flags are not used, and their own EOT is not either: on a random model it keeps lucky draws. What counts
+is every image they try: the riskiest over theta is kept, whether or not it fools the proxy. Their code reseeds torch's
+global generator; here that touches nothing of ours.
 """
 
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model_store.attacks import ThreatModel, project
+from model_store.attacks import ThreatModel, per_image, project
 from service.audits.attacks.losses import ensembles, log_expected_softmax
 from service.audits.errors import AuditRejected
-from service.audits.evaluate import Target
+from service.audits.evaluate import CERTAIN, Target, failure
 
 Proxy = Literal["soft-vote", "mean-logits", "mean-log-softmax"]
 Method = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
@@ -41,18 +42,49 @@ class ExpectedLogits:
     """A deterministic, differentiable stand-in for a randomised ensemble: images -> [N, classes], fresh each time.
 
     soft-vote: log E_theta softmax.  mean-logits: E_theta of the mean logits.  mean-log-softmax: E_theta log softmax.
+    see: is shown every batch of images asked about, with the members' logits [M, N, classes].
     """
 
     target: Target
     proxy: Proxy
+    see: Callable[[Tensor, Tensor], None] = lambda _images, _logits: None
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits = self.target(images)
+        logits = self.target(images.flatten().view(images.shape))  # so that gradients are contiguous, as they expect
+        self.see(images.detach(), logits.detach())
         if self.proxy == "soft-vote":
             return log_expected_softmax(logits, self.target.draws)
         drawn = ensembles(logits, self.target.draws)
         values = drawn if self.proxy == "mean-logits" else torch.log_softmax(drawn, dim=-1)
         return torch.einsum("r,rnc->nc", self.target.draws.weights.to(values), values)
+
+
+@dataclass
+class Riskiest:
+    """Of all images that a library asks about inside the threat model: for each clean one, the riskiest over theta."""
+
+    target: Target
+    clean: Tensor
+    labels: Tensor
+    threat: ThreatModel
+    images: Tensor = field(init=False)
+    risk: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.images = self.clean.clone()
+        self.risk = torch.zeros(len(self.clean), dtype=torch.float64, device=self.clean.device)
+
+    @torch.no_grad()
+    def see(self, images: Tensor, logits: Tensor) -> None:
+        """Libraries ask in any order and selection: an image belongs to the clean one it is nearest to."""
+        power = torch.inf if self.threat.norm == "linf" else 2.0
+        away, rows = torch.cdist(images.flatten(1), self.clean.flatten(1), p=power).min(dim=1)
+        risk = failure(logits, self.labels[rows], self.target.draws)
+        inside = away <= self.threat.epsilon + 1e-6
+        for place in (inside & (risk > self.risk[rows])).nonzero().flatten().tolist():
+            row = rows[place]
+            if risk[place] > self.risk[row]:
+                self.images[row], self.risk[row] = images[place], risk[place]
 
 
 @contextmanager
@@ -85,23 +117,42 @@ def require_pyautoattack() -> Any:
 def attack(
     target: Target, images: Tensor, labels: Tensor, threat: ThreatModel, standard: Standard, seed: int
 ) -> Tensor:
-    """float [N, 3, 32, 32]; the clean image where the library found nothing."""
-    classifier = ExpectedLogits(target, standard.proxy)
-    parts = []
+    """float [N, 3, 32, 32]: the riskiest of all images that the library tried; the clean one if none was riskier."""
+    reached = images.clone()
     with isolated(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zero gradients: the audit's own check 5 says so, and fails
-        for place, index in enumerate(torch.split(torch.arange(len(images)), target.batch)):
-            perturb = built(classifier, threat, standard, seed + place, images.device)
-            found = perturb(images[index].contiguous(), labels[index])
-            parts.append(project(found.detach(), images[index], threat))
-    return torch.cat(parts)
+        for place, index in enumerate(torch.split(hopeful(target, images, labels), target.batch)):
+            clean, right = images[index].contiguous(), labels[index]
+            kept = Riskiest(target, clean, right, threat)
+            perturb = built(ExpectedLogits(target, standard.proxy, kept.see), threat, standard, seed + place)
+            offer(kept, project(perturb(clean, right).detach(), clean, threat))
+            reached[index] = kept.images
+    return reached
+
+
+@torch.no_grad()
+def hopeful(target: Target, images: Tensor, labels: Tensor) -> Tensor:
+    """The images that are not misclassified under every draw already."""
+    parts = zip(torch.split(images, target.batch), torch.split(labels, target.batch), strict=True)
+    risk = torch.cat([failure(target(some), right, target.draws) for some, right in parts])
+    return (risk < CERTAIN).nonzero().flatten()
+
+
+@torch.no_grad()
+def offer(kept: Riskiest, final: Tensor) -> None:
+    """What the library itself chose, which among equally risky images has the highest loss."""
+    risk = failure(kept.target(final), kept.labels, kept.target.draws)
+    better = risk >= kept.risk
+    kept.images = torch.where(per_image(better, final), final, kept.images)
+    kept.risk = torch.maximum(risk, kept.risk)
 
 
 def built(
-    classifier: Callable[[Tensor], Tensor], threat: ThreatModel, standard: Standard, seed: int, device: torch.device
+    classifier: ExpectedLogits, threat: ThreatModel, standard: Standard, seed: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
     library = require_pyautoattack()
-    norm, shared = NORMS[threat.norm], {"eps": threat.epsilon, "seed": seed, "device": device}
+    norm, device = NORMS[threat.norm], classifier.target.draws.rows.device
+    shared: dict[str, Any] = {"eps": threat.epsilon, "seed": seed, "device": device}
     shared |= {"norm": norm, "n_iter": standard.iterations, "n_restarts": standard.restarts, "verbose": False}
     if standard.method in ("apgd-ce", "apgd-dlr"):
         apgd = library.autopgd_base.APGDAttack(classifier, loss=standard.method.removeprefix("apgd-"), **shared)
