@@ -57,6 +57,15 @@ def test_a_row_s_logits_do_not_depend_on_the_rows_beside_it(engine: base.Engine)
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(1, [(0, 1)]), (2, [(0, 2)]), (5, [(0, 2), (2, 2), (4, 1)]), (0, [])])
+def test_rows_are_run_in_pairs_and_what_is_left_alone(rows: int, expected: list[tuple[int, int]]) -> None:
+    assert list(openvino.pieces(rows)) == expected
+
+
+def test_the_warm_up_compares_every_batch_that_is_compiled() -> None:
+    assert {size for _, size in openvino.pieces(engines.PROBES)} == set(openvino.BATCHES)
+
+
 def test_one_ticket_may_be_run_by_several_threads_at_once(engine: base.Engine) -> None:
     batches = [some_rows(2, seed) for seed in range(12)]
     with ThreadPoolExecutor(4) as pool:
@@ -82,7 +91,7 @@ def test_the_engine_says_what_it_is_and_how_near_to_torch(engine: base.Engine, s
 
 def test_compiled_models_are_kept_on_disk(engine: base.Engine, state: Path) -> None:
     if engine.name == "openvino":
-        assert len(list((state / "engine").glob("*.blob"))) == 8
+        assert len(list((state / "engine").glob("*.blob"))) == 8 * len(openvino.BATCHES)
 
 
 # Choosing
