@@ -1,4 +1,5 @@
-"""python -m service bench raw | latency: what the engine does by itself, and what an answer's time says of its theta.
+"""python -m service bench raw | latency | precision | capacity: what the engine does by itself, what an answer's time
+and its digits say of its theta, and what an image costs a whole server.
 
 The comparison over HTTP with other servers is `make bench`.
 """
@@ -27,10 +28,12 @@ from numpy.typing import NDArray
 from model_store.library import Library, open_library
 from model_store.structures import Network
 from model_store.theta import Theta, draw_theta
+from service import capacity, disclosure
+from service.audits.data import read_data
 from service.engine import Engine, Rows, engine_threads, open_engine
 from service.metrics import Metrics
 from service.scheduler import Gate, Scheduler
-from service.settings import Settings, add_flags, read_settings
+from service.settings import Settings, SettingsRejected, add_flags, read_settings
 from service.window import Window
 from service.workers import Workers
 
@@ -50,7 +53,17 @@ def add_parser(commands: Any) -> None:
     latency.add_argument("--images", type=int, default=1500, help="single images, one after the other (1500)")
     latency.add_argument("--quantum-ms", type=float, default=25.0, help="the quantum to compare with none (25)")
     latency.set_defaults(measure=latency_information)
-    for kind in (raw, latency):
+    whole = kinds.add_parser("capacity", help="processor time of an image in a whole server, and replicas for a load")
+    whole.add_argument("--images", type=int, default=2000, help="images of each kind of request (2000)")
+    whole.set_defaults(measure=server_capacity, table=capacity.table)
+    digits = kinds.add_parser("precision", help="how well one answer tells the ensemble that gave it")
+    digits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
+    digits.add_argument("--images", type=int, default=40, help="of them (40)")
+    digits.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    digits.set_defaults(measure=answer_precision, table=disclosure.table)
+    for kind in (whole, digits):
+        kind.add_argument("--into", type=Path, help="page in which the table of these figures is written anew")
+    for kind in (raw, latency, whole, digits):
         kind.add_argument("--json", type=Path, help="where to write the figures too")
         add_flags(kind, FLAGS)
         kind.set_defaults(run=run)
@@ -63,10 +76,22 @@ def run(given: argparse.Namespace) -> int:
     figures, line = given.measure(given, settings, library, engine)
     whole = {"library": library.digest, "machine": machine(), "engine": described(engine), **figures}
     print(json.dumps(whole, indent=2))
+    if getattr(given, "into", None) is not None:
+        put_into(given.into, given.table(whole))
     if given.json is not None:
         given.json.write_text(json.dumps(whole, indent=2) + "\n")
     print(line)
     return 0
+
+
+def put_into(page: Path, table: str) -> None:
+    """Puts a table in the place of the one that begins with the same line, an HTML comment, in a page."""
+    begin, end = table.split("\n", 1)[0], "<!-- end -->"
+    whole = page.read_text(encoding="utf-8")
+    before, found, rest = whole.partition(begin)
+    if not found or end not in rest:
+        raise SettingsRejected(f"{page}: expected {begin} and {end} in it")
+    page.write_text(before + table + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -153,6 +178,35 @@ def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int)
                     groups.setdefault(member, []).append(row)
             costly_first = sorted(groups.items(), key=lambda item: -engine.costs[item[0]] * len(item[1]))
             list(pool.map(lambda item: engine.forward(item[0], images[item[1]]), costly_first))
+
+
+# What digits tell
+
+
+def answer_precision(
+    given: argparse.Namespace,
+    _settings: Settings,
+    library: Library,
+    _engine: Engine,
+) -> tuple[dict[str, Any], str]:
+    data = read_data(given.data, library.classes, given.images)
+    figures = disclosure.disclosure(library, data.pixels.float() / 255, given.seed)
+    rate = figures["named_right"]["2 decimals"]["theta"]
+    return figures | {"data": data.name}, f"two decimals tell theta in {100 * rate:.0f} % of answers"
+
+
+# What a whole server costs
+
+
+def server_capacity(
+    given: argparse.Namespace,
+    settings: Settings,
+    _library: Library,
+    _engine: Engine,
+) -> tuple[dict[str, Any], str]:
+    figures = capacity.measure(settings, FLAGS, given.images)
+    one, many = figures["one"]["cpu_ms"], figures["many"]["cpu_ms"]
+    return figures, f"an image costs {one:.2f} ms of processor time alone, {many:.2f} ms among {figures['batch']}"
 
 
 # What latency tells

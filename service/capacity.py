@@ -1,0 +1,186 @@
+"""python -m service bench capacity: what an image costs a server, and how many replicas a load takes.
+
+A server is started as it would be in production and asked over HTTP; its cost is the processor time that it itself
+counts (process_cpu_seconds_total), so that neither the client nor other work on the machine is in it. The same quotient
+can be watched on servers that are in use; docs/OPERATING.md says how, and what to do with the number.
+"""
+
+import base64
+import http.client
+import io
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from service.images import SIZE
+from service.settings import Settings, SettingsRejected
+
+ROWS: Final = 512  # images under way at the most: full windows, and half of what a server admits
+CLIENTS: Final = 32  # connections at the most
+BATCH: Final = 64  # images in a request of the second kind
+CORES: Final = 2  # of a replica, as deploy/kubernetes has it
+SHARE: Final = 0.6  # of its cores that a replica should be busy with at the peak: the rest is for bursts and failures
+LOADS: Final = (100, 1_000, 10_000, 100_000, 1_000_000)  # images per second
+SCRAPE_S: Final = 15  # as deploy/prometheus has it
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A server that runs, by the two addresses it announced."""
+
+    public: str
+    admin: str
+
+    def metrics(self) -> dict[str, float]:
+        """Every series of /metrics."""
+        with urllib.request.urlopen(f"{self.admin}/metrics", timeout=30) as answer:  # noqa: S310 -- our own
+            lines = answer.read().decode().splitlines()
+        return {
+            name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        }
+
+
+@contextmanager
+def server(flags: Sequence[str]) -> Iterator[Place]:
+    """`python -m service serve` on free ports. Raises SettingsRejected if it does not come up."""
+    with tempfile.TemporaryDirectory() as state:
+        command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
+        # A machine that does other work as well may be slow: that must not end requests.
+        command += ["--state-dir", state, "--log-level", "error", "--deadline-s", "600", *flags]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+            try:
+                yield announced(process)
+            finally:
+                process.terminate()
+
+
+def announced(process: "subprocess.Popen[str]") -> Place:
+    said: dict[str, str] = {}
+    for line in process.stdout or ():
+        name, _, rest = line.partition(" ")
+        said[name] = rest.split()[0] if rest.split() else ""
+        if name == "Ready:":
+            return Place(said["public"], said["admin"])
+    raise SettingsRejected("bench capacity: the server did not come up; what it said is above")
+
+
+def noise() -> bytes:
+    """PNG, 32x32, that does not compress: what costs most to decode of what clients usually send."""
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bodies() -> dict[str, tuple[bytes, int]]:
+    """The two kinds of request: (body, images in it)."""
+    image = noise()
+    many = json.dumps({"images": [base64.b64encode(image).decode()] * BATCH}).encode()
+    return {"one": (image, 1), "many": (many, BATCH)}
+
+
+def ask(place: Place, body: bytes, images: int, total: int) -> None:
+    """`total` images, `images` a request. Raises SettingsRejected if the server turns any away."""
+    left = iter(range(math.ceil(total / images)))
+    lock, refused = threading.Lock(), []
+
+    def client() -> None:
+        with closing(http.client.HTTPConnection(str(urlsplit(place.public).netloc), timeout=600)) as connection:
+            while True:
+                with lock:
+                    if next(left, None) is None:
+                        return
+                connection.request("POST", "/v1/classify", body)
+                response = connection.getresponse()
+                response.read()
+                if response.status != 200:
+                    refused.append(response.status)
+
+    threads = [threading.Thread(target=client) for _ in range(min(CLIENTS, ROWS // images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if refused:
+        raise SettingsRejected(f"bench capacity: expected answers only, got {len(refused)} refusals, as {refused[0]}")
+
+
+def cost(place: Place, body: bytes, images: int, total: int) -> Json:
+    """Of `total` images, after a few to warm up. Raises SettingsRejected where the process cannot count its time."""
+    ask(place, body, images, max(ROWS, total // 10))
+    before, begun = place.metrics(), time.perf_counter()
+    ask(place, body, images, total)
+    after, passed_s = place.metrics(), time.perf_counter() - begun
+    if "process_cpu_seconds_total" not in after:
+        raise SettingsRejected("bench capacity: this system does not tell a process its processor time; use Linux")
+    cpu_s, done = (
+        after[name] - before[name] for name in ("process_cpu_seconds_total", "tombola_inference_images_total")
+    )
+    return {"images": int(done), "cpu_ms": round(1000 * cpu_s / done, 3), "images_per_s": round(done / passed_s, 1)}
+
+
+def measure(settings: Settings, names: Sequence[str], total: int) -> Json:
+    """names: the settings that the started server is to share."""
+    told = {name: getattr(settings, name) for name in names if name != "state_dir"}
+    flags = [word for name, value in told.items() if value is not None for word in (flag(name), str(value))]
+    with server(flags) as place:
+        found: Json = {kind: cost(place, body, images, total) for kind, (body, images) in bodies().items()}
+        metrics = place.metrics()
+    return found | {
+        "rows": ROWS,
+        "batch": BATCH,
+        "memory_mb": round(metrics["process_resident_memory_bytes"] / 1e6),
+        "series": len(metrics),
+    }
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# What follows from it
+
+
+def replicas(images_per_s: float, cpu_ms: float, cores: float = CORES, share: float = SHARE) -> int:
+    """ceil(images/s x processor seconds per image / (cores of a replica x share of them to be busy))."""
+    return max(1, math.ceil(images_per_s * cpu_ms / 1000 / (cores * share)))
+
+
+def table(found: Json) -> str:
+    """Markdown: the measured cost, and what loads take of replicas, memory and Prometheus."""
+    one, many = found["one"], found["many"]
+    said = (
+        f"An image costs **{one['cpu_ms']:.2f} ms** of processor time in a request of its own and "
+        f"**{many['cpu_ms']:.2f} ms** in one of {found['batch']} (n = {one['images']:,} and {many['images']:,} images, "
+        f"up to {found['rows']} under way, library {found['library'][:12]}, {found['engine']['name']}; "
+        f"{found['machine']['cpu']}, load {found['machine']['load_before']:.1f} before). A replica takes "
+        f"{found['memory_mb']:,} MB and exports {found['series']:,} series."
+    )
+    lines = [
+        "<!-- python -m service bench capacity -->",
+        said,
+        "",
+        f"| images/s | cores busy | replicas of {CORES} cores | memory, GB | series | samples/s |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for load in LOADS:
+        count = replicas(load, one["cpu_ms"])
+        lines.append(
+            f"| {load:,} | {load * one['cpu_ms'] / 1000:,.1f} | {count:,} | {count * found['memory_mb'] / 1000:,.1f} "
+            f"| {count * found['series']:,} | {count * found['series'] / SCRAPE_S:,.0f} |"
+        )
+    return "\n".join(lines)
