@@ -79,7 +79,7 @@ def test_a_misspelt_key_is_refused(kind: str) -> None:
 
 
 @NEEDS_KUBECTL
-@pytest.mark.parametrize("folder", ["base", "overlays/gpu"])
+@pytest.mark.parametrize("folder", ["base", "overlays/gpu", "overlays/tracing"])
 def test_kustomize_builds_valid_manifests_in_one_namespace(folder: str) -> None:
     made = built(KUBERNETES / folder)
     assert len(made) == len(documents(BASE))
@@ -98,6 +98,20 @@ def test_the_gpu_overlay_asks_for_a_gpu_and_keeps_the_rest() -> None:
     assert {"name": "TOMBOLA_DEVICE", "value": "cuda"} in container(gpu)["env"]
     assert pod(gpu)["securityContext"] == pod(plain)["securityContext"]
     assert all(variable in container(gpu)["env"] for variable in container(plain)["env"])
+
+
+@NEEDS_KUBECTL
+def test_the_tracing_overlay_opens_the_way_to_a_collector_and_no_other() -> None:
+    made = built(KUBERNETES / "overlays" / "tracing")
+    (deployment,) = [item for item in made if item["kind"] == "Deployment"]
+    told = {variable["name"]: variable["value"] for variable in container(deployment)["env"]}
+    assert told["TOMBOLA_TRACING"] == "true"
+    assert container()["env"][0] in container(deployment)["env"]
+    (policy,) = [item for item in made if item["kind"] == "NetworkPolicy"]
+    ports = [(port["protocol"], port["port"]) for rule in policy["spec"]["egress"] for port in rule["ports"]]
+    assert ports == [("TCP", 4318), ("UDP", 53), ("TCP", 53)]
+    assert all("namespaceSelector" in target for rule in policy["spec"]["egress"] for target in rule["to"])
+    assert policy["spec"]["ingress"] == one("NetworkPolicy")["spec"]["ingress"]
 
 
 def test_a_pod_has_time_to_drain() -> None:
