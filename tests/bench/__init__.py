@@ -1,0 +1,1 @@
+"""python -m tests.bench: this server over HTTP, its engine alone, and its peers, on one machine in one run."""

@@ -1,0 +1,187 @@
+"""python -m tests.bench compare | overload | soak | report, and `make bench`, which is compare with its defaults.
+
+Everything runs on this machine: run nothing else beside it. Needs wrk (Debian: apt-get install wrk).
+"""
+
+import argparse
+import asyncio
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from model_store.library import open_library
+from service.bench import machine
+from tests.bench.chaos import overload, soak
+from tests.bench.figure import draw
+from tests.bench.load import closed_loop, open_figures
+from tests.bench.report import best_peers, put_into, ratios, table
+from tests.bench.requests import Form
+from tests.bench.servers import ROOT, VENV, Running, Server, ours, peers, prepare_peers, started
+
+CLIENTS: Final = (1, 8, 32, 128)
+SHARES: Final = (0.5, 0.8, 1.2)
+RESULTS: Final = ROOT / "tests" / "bench" / "results"
+
+
+def main() -> int:
+    given = arguments()
+    if given.what == "report":
+        return report(given)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers under test are ended, too
+    if shutil.which("wrk") is None:
+        print("bench: wrk is not installed; on Debian: apt-get install wrk", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"compare": compare, "overload": overload_only, "soak": soak_only}[given.what](given, Path(folder))
+    whole = {"what": given.what, "when": datetime.now(UTC).isoformat(timespec="seconds"), **conditions(given), **found}
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / f"{given.what}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    if given.what == "compare":
+        draw(whole, given.out / "compare.svg")
+    print(table(given.out))
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    kinds = ("compare", "overload", "soak", "report")
+    parser.add_argument("what", nargs="?", default="compare", choices=kinds, help="report: of results that are there")
+    parser.add_argument("--library", type=Path, help="folder of the library (the embedded one)")
+    parser.add_argument("--seconds", type=float, help="of every measurement (20), of the overload (60)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the soak (10)")
+    parser.add_argument("--only", nargs="*", help="servers, such as tombola fastapi 'mosec grouped' (all)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--into", type=Path, help="report: the page whose table is rebuilt")
+    given = parser.parse_args()
+    given.seconds = given.seconds or {"overload": 60.0}.get(given.what, 20.0)
+    return given
+
+
+def conditions(given: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    versions = {name: version_of(name) for name in ("fastapi", "uvicorn", "litserve", "mosec")}
+    git = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False)
+    library = open_library(given.library)
+    wrk = subprocess.run(["wrk", "--version"], capture_output=True, text=True, check=False)
+    versions["wrk"] = (wrk.stdout + wrk.stderr).removeprefix("wrk ").split(" ", maxsplit=1)[0].removeprefix("debian/")
+    return {
+        "machine": machine(),
+        "versions": versions,
+        "commit": commit.stdout.strip() or "unknown",
+        "library": {"digest": library.digest, "tickets": len(library.tickets)},
+        "seconds": given.seconds,
+    }
+
+
+def version_of(package: str) -> str:
+    python = VENV / "bin" / "python" if (VENV / "ready").exists() else Path(sys.executable)
+    command = f"import importlib.metadata as m; print(m.version('{package}'))"
+    done = subprocess.run([str(python), "-c", command], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "not installed"
+
+
+def compare(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    """(a) the raw engine, (b) this server, (c) its peers, which come first: ours is also given the best ones' load."""
+    prepare_peers()
+    servers = [*peers(state), ours(given.library, state)]
+    chosen = [server for server in servers if not given.only or server.name in given.only]
+    found: dict[str, Any] = {"raw": raw(given, state), "forwards": forwards(given, state), "servers": {}}
+    for server in chosen:
+        rates = [] if server.kind else [peer["rate"] for peer in best_peers(found["servers"]).values()]
+        with started(server, given.library) as running:
+            found["servers"][server.name] = measured(server, running, given.seconds, rates)
+        print(f"{server.name}: done", flush=True)
+    return found | {"ratios": ratios(found)}
+
+
+def raw(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    """In a process of its own, as the servers are."""
+    out = state / "raw.json"
+    command = [sys.executable, "-m", "service", "bench", "raw", "--images", "1024", "--json", str(out)]
+    command += ["--state-dir", str(state)]
+    command += [] if given.library is None else ["--library", str(given.library)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def forwards(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    """The sum of the forward times of a draw's members, in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.forwards",
+        str(state),
+        *([str(given.library)] if given.library else []),
+    ]
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measured(server: Server, running: Running, seconds: float, rates: Sequence[float]) -> dict[str, Any]:
+    """rates: further loads, in images a second, that others were measured at."""
+    forms = [(name, form()) for name, form in server.forms]
+    found: dict[str, Any] = {
+        "kind": server.kind,
+        "tuning": dict(server.variables),
+        "start_s": round(running.start_s, 2),
+    }
+    found |= {"idle_mb": round(running.memory_mb(), 1)}
+    found["forms"] = {name: in_form(form, running, seconds) for name, form in forms}
+    found["equal"] = [opened(running, forms[0][1], rate, seconds) for rate in rates]
+    return found | {"busy_mb": round(running.memory_mb(), 1)}
+
+
+def in_form(form: Form, running: Running, seconds: float) -> dict[str, Any]:
+    """Closed loop, then open loop at shares of the capacity that it showed."""
+    closed_loop(running.place, form, 8, min(3.0, seconds))  # warm
+    closed = [with_cpu(running, form, clients, seconds) for clients in CLIENTS]
+    capacity = max(row["images_per_s"] for row in closed)
+    shares = [{"share": share, **opened(running, form, share * capacity, seconds)} for share in SHARES]
+    return {"closed": closed, "capacity": capacity, "open": shares}
+
+
+def opened(running: Running, form: Form, rate: float, seconds: float) -> dict[str, Any]:
+    return open_figures(running.place, form, rate, seconds, deadline_s=1.0)
+
+
+def with_cpu(running: Running, form: Form, clients: int, seconds: float) -> dict[str, Any]:
+    before = running.cpu_s()
+    found = closed_loop(running.place, form, clients, seconds)
+    used = running.cpu_s() - before
+    return found | {"server_cpu_ms_per_image": round(1000 * used / max(1, found["answers"]), 3)}
+
+
+def overload_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    with started(ours(given.library, state), given.library) as running:
+        return overload(running, given.seconds)
+
+
+def soak_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    with started(ours(given.library, state), given.library) as running:
+        return asyncio.run(soak(running, given.minutes * 60))
+
+
+def report(given: argparse.Namespace) -> int:
+    """The README's table and the figure, from the results."""
+    draw(json.loads((given.out / "compare.json").read_text()), given.out / "compare.svg")
+    text = table(given.out)
+    if given.into is None:
+        print(text)
+    else:
+        put_into(given.into, text)
+        print(f"{given.into}: its table of benchmarks is that of {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

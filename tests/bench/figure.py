@@ -1,0 +1,27 @@
+"""The comparison as one figure: throughput and tail latency by clients, for every server; the raw engine as a line."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+
+def draw(whole: dict[str, Any], path: Path) -> None:
+    mpl.rcParams["svg.hashsalt"] = "tombola"
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    throughput, latency = figure.subplots(1, 2)
+    for name, row in whole["servers"].items():
+        for form, found in row["forms"].items():
+            clients = [entry["clients"] for entry in found["closed"]]
+            label = f"{name} ({form})"
+            throughput.plot(clients, [entry["images_per_s"] for entry in found["closed"]], marker="o", label=label)
+            latency.plot(clients, [entry["p99_ms"] for entry in found["closed"]], marker="o", label=label)
+    throughput.axhline(whole["raw"]["engine_images_per_s"], linestyle="--", color="grey", label="raw engine")
+    for axes, title, unit in ((throughput, "Throughput", "images/s"), (latency, "99th percentile", "ms")):
+        axes.set(title=title, xlabel="clients (closed loop)", ylabel=unit, xscale="log")
+        axes.grid(alpha=0.3)
+    latency.set_yscale("log")
+    throughput.legend(fontsize=7)
+    figure.suptitle(f"{whole['machine']['cpu']}, {whole['machine']['cores']} cores", fontsize=9)
+    figure.savefig(path, metadata={"Date": None})

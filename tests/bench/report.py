@@ -1,0 +1,167 @@
+"""From results to the figures to reach and the README's table."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+MARKS: Final = ("<!-- benchmarks: python -m tests.bench report -->", "<!-- end of benchmarks -->")
+OURS: Final = "tombola"
+KINDS: Final = {
+    "plain": "as one writes it",
+    "grouped": "rows grouped by ticket",
+    "compiled": "and our compiled tickets",
+}
+Found = dict[str, Any]
+
+
+def at(server: Found, clients: int, form: str | None = None) -> Found:
+    """The closed loop with so many clients, of a server's first form unless another is named."""
+    forms = server["forms"]
+    rows = forms[form or next(iter(forms))]["closed"]
+    found: Found = next(row for row in rows if row["clients"] == clients)
+    return found
+
+
+def open_at(server: Found, share: float) -> Found:
+    rows = next(iter(server["forms"].values()))["open"]
+    found: Found = next(row for row in rows if row["share"] == share)
+    return found
+
+
+def best_peers(servers: Found) -> dict[str, Found]:
+    """By kind: the peer that answers most at 32 clients, and its open loop at 80 % of its capacity."""
+    best: dict[str, Found] = {}
+    for name, server in servers.items():
+        kind, images = server["kind"], at(server, 32)["images_per_s"]
+        if kind and images > best.get(kind, {"images_per_s": 0})["images_per_s"]:
+            loaded = open_at(server, 0.8)
+            best[kind] = {"name": name, "images_per_s": images, "rate": loaded["rate"], "p99_ms": loaded["p99_ms"]}
+    return best
+
+
+def ratios(found: Found) -> Found:
+    """The figures to reach: over HTTP against raw, raw against the plain loop, ours against the best peer of each kind,
+    and one idle client against its members' forward times."""
+    servers = found["servers"]
+    result: Found = {"raw_over_plain_loop": found["raw"]["ratio"]}
+    if OURS not in servers:
+        return result
+    mine = at(servers[OURS], 32)
+    result["http_over_raw_at_32"] = round(mine["images_per_s"] / found["raw"]["engine_images_per_s"], 3)
+    result["idle_p50_over_forwards"] = round(at(servers[OURS], 1)["p50_ms"] / found["forwards"]["median_sum_ms"], 2)
+    result["over_best_peer"] = {
+        kind: {
+            "peer": peer["name"],
+            "images_per_s": round(mine["images_per_s"] / peer["images_per_s"], 2),
+            "rate": peer["rate"],
+            "p99_ms": equal["p99_ms"],
+            "peer_p99_ms": peer["p99_ms"],
+        }
+        for (kind, peer), equal in zip(best_peers(servers).items(), servers[OURS]["equal"], strict=True)
+    }
+    return result
+
+
+def table(folder: Path) -> str:
+    """Markdown of what is there of compare.json, overload.json and soak.json."""
+    parts = [("compare", comparison), ("overload", overloaded), ("soak", soaked)]
+    found = [
+        make(json.loads((folder / f"{name}.json").read_text()))
+        for name, make in parts
+        if (folder / f"{name}.json").exists()
+    ]
+    return "\n\n".join(found)
+
+
+def comparison(whole: Found) -> str:
+    head = ("server", "images/s at 1", "8", "32", "128 clients", "p50 / p99 ms at 32", "good at 120 %", "MB", "start s")
+    rows = [row for name, server in whole["servers"].items() for row in server_rows(name, server)]
+    lines = [line(head), line(("---",) * len(head)), *map(line, rows)]
+    return "\n".join([*lines, "", *reached(whole), "", told(whole)])
+
+
+def server_rows(name: str, server: Found) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"**{name}** ({form})" if name == OURS else f"{name} ({form})",
+            *(f"{at(server, clients, form)['images_per_s']:.0f}" for clients in (1, 8, 32, 128)),
+            f"{at(server, 32, form)['p50_ms']:.0f} / {at(server, 32, form)['p99_ms']:.0f}",
+            f"{found['open'][-1]['goodput_per_s']:.0f}",
+            f"{server['busy_mb']:.0f}",
+            f"{server['start_s']:.1f}",
+        )
+        for form, found in server["forms"].items()
+    ]
+
+
+def reached(whole: Found) -> list[str]:
+    ratio, raw = whole["ratios"], whole["raw"]["engine_images_per_s"]
+    lines = [f"- raw engine: {raw:.0f} images/s, {ratio['raw_over_plain_loop']:.1f} times the plain loop (3 wanted)"]
+    if "over_best_peer" not in ratio:
+        return lines
+    lines += [
+        f"- over HTTP at 32 clients: {100 * ratio['http_over_raw_at_32']:.0f} % of the raw engine (85 % wanted)",
+        f"- one idle client: p50 is {ratio['idle_p50_over_forwards']:.2f} times its members' forward times (2 at most)",
+    ]
+    for kind, peer in ratio["over_best_peer"].items():
+        wanted = " (3 wanted)" if kind == "plain" else ""
+        lines.append(
+            f"- the best peer {KINDS[kind]}, {peer['peer']}: ours answers {peer['images_per_s']:.2f} times as many "
+            f"images{wanted}; at its {peer['rate']:.0f} images/s p99 is {peer['p99_ms']:.0f} ms against "
+            f"{peer['peer_p99_ms']:.0f} ms"
+        )
+    return lines
+
+
+def overloaded(whole: Found) -> str:
+    flood, idle = whole["overload"], whole["idle_p50_ms"]
+    sizes = " → ".join(f"{size:.0f}" for size in whole["memory_mb"])
+    return (
+        f"Overload, {flood['rate']:.0f} images/s for {flood['seconds']:.0f} s, twice the capacity, each with a "
+        f"deadline of {1000 * flood['deadline_s']:.0f} ms: {counts(flood['statuses'])}; "
+        f"{flood['refused_without_retry_after']} refusals without `Retry-After`; p50 {flood['p50_ms']:.0f} ms, p99 "
+        f"{flood['p99_ms']:.0f} ms of what was answered; memory {sizes} MB; {whole['recovery_s']:.2f} s after the last "
+        f"request single images are answered as before (p50 {idle['before']:.1f} ms, then {idle['after']:.1f} ms). "
+        f"{told(whole)}"
+    )
+
+
+def soaked(whole: Found) -> str:
+    return (
+        f"Soak, {whole['seconds'] / 60:.0f} minutes at {whole['rate']:.0f} images/s beside 200 slow senders, hang-ups, "
+        f"nonsense, requests of 100 images, and the library swapped every minute: {counts(whole['statuses'])}; p50 "
+        f"{whole['p50_ms']:.0f} ms, p99 {whole['p99_ms']:.0f} ms; beside it {counts(whole['beside'])}; memory grows by "
+        f"{whole['memory_mb_per_hour']:.0f} MB an hour; afterwards {whole['left']['queue_depth']:.0f} rows queued, "
+        f"{whole['left']['in_flight']:.0f} requests and {whole['left']['held_bytes']:.0f} bytes held, "
+        f"{whole['open_files']['before']} → {whole['open_files']['after']} open files. {told(whole)}"
+    )
+
+
+def counts(statuses: Found) -> str:
+    return ", ".join(f"{count:,} × {name}" for name, count in sorted(statuses.items()) if count)
+
+
+def told(whole: Found) -> str:
+    machine, library, versions = whole["machine"], whole["library"], whole["versions"]
+    peers = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}, "
+        f"OpenVINO {machine['openvino'].split('-')[0]}, {peers}; "
+        f"library {library['digest'][:12]} of {library['tickets']} tickets; "
+        f"commit {whole['commit'][:12]}{'+' if whole['commit'].endswith('dirty') else ''}; {whole['when'][:10]}."
+    )
+
+
+def line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replaces what stands between the marks."""
+    begin, end = MARKS
+    whole = page.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(whole):
+        raise SystemExit(f"{page}: expected {begin} and {end} in it, found neither")
+    page.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", whole), encoding="utf-8")

@@ -1,0 +1,94 @@
+"""The arithmetic of the benchmarks; nothing is measured here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench.chaos import slope_per_hour
+from tests.bench.load import quantile_ms
+from tests.bench.report import MARKS, best_peers, put_into, ratios, table
+from tests.bench.requests import files, tensors
+
+
+def server(kind: str, images: float, p99_ms: float) -> dict[str, Any]:
+    closed = [{"clients": n, "images_per_s": images, "p50_ms": 10.0, "p99_ms": p99_ms} for n in (1, 8, 32, 128)]
+    opened = [
+        {"share": share, "rate": share * images, "p99_ms": p99_ms * share, "goodput_per_s": images}
+        for share in (0.5, 0.8, 1.2)
+    ]
+    forms = {"png": {"closed": closed, "open": opened, "capacity": images}}
+    return {"kind": kind, "forms": forms, "equal": [], "busy_mb": 100.0, "start_s": 1.0}
+
+
+@pytest.fixture
+def found() -> dict[str, Any]:
+    ours = server("", 300.0, 50.0) | {"equal": [{"p99_ms": 20.0}, {"p99_ms": 30.0}]}
+    peers = {
+        "a": server("plain", 100.0, 500.0),
+        "b": server("plain", 60.0, 90.0),
+        "b grouped": server("grouped", 150, 70),
+    }
+    raw = {"ratio": 7.5, "engine_images_per_s": 320.0}
+    return {"raw": raw, "forwards": {"median_sum_ms": 8.0}, "servers": {**peers, "tombola": ours}}
+
+
+def test_the_best_peer_of_a_kind_is_the_one_that_answers_most_and_its_load_80_percent_of_that(
+    found: dict[str, Any],
+) -> None:
+    best = best_peers(found["servers"])
+    assert {kind: (peer["name"], peer["rate"]) for kind, peer in best.items()} == {
+        "plain": ("a", 80.0),
+        "grouped": ("b grouped", 120.0),
+    }
+
+
+def test_ratios_worked_by_hand(found: dict[str, Any]) -> None:
+    result = ratios(found)
+    assert result["raw_over_plain_loop"] == 7.5
+    assert result["http_over_raw_at_32"] == 0.938  # 300 / 320
+    assert result["idle_p50_over_forwards"] == 1.25  # 10 / 8
+    plain = {"peer": "a", "images_per_s": 3.0, "rate": 80.0, "p99_ms": 20.0, "peer_p99_ms": 400.0}
+    assert result["over_best_peer"]["plain"] == plain
+    assert result["over_best_peer"]["grouped"]["images_per_s"] == 2.0
+
+
+def test_the_table_is_rebuilt_between_its_marks_and_again_the_same(found: dict[str, Any], tmp_path: Path) -> None:
+    machine = {"cpu": "a processor", "cores": 2, "python": "3.11", "torch": "2", "openvino": "2026.4-1"}
+    told = {"machine": machine, "versions": {"wrk": "4"}, "library": {"digest": "ab" * 32, "tickets": 40}}
+    whole = found | told | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "ratios": ratios(found)}
+    (tmp_path / "compare.json").write_text(json.dumps(whole))
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    put_into(page, table(tmp_path))
+    once = page.read_text()
+    put_into(page, table(tmp_path))
+    assert page.read_text() == once
+    assert once.startswith("before\n")
+    assert once.endswith("\nafter\n")
+    assert "old" not in once
+    assert "| **tombola** (png) | 300 | 300 | 300 | 300 | 10 / 50 | 300 | 100 | 1.0 |" in once
+    assert "library abababababab of 40 tickets; commit cccccccccccc;" in once
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("nothing here")
+    with pytest.raises(SystemExit, match="expected <!-- benchmarks"):
+        put_into(page, "text")
+    assert page.read_text() == "nothing here"
+
+
+def test_quantiles_and_slopes_worked_by_hand() -> None:
+    assert quantile_ms([0.001 * n for n in range(1, 101)], 0.99) == 100.0
+    assert quantile_ms([], 0.5) is None
+    rising = [{"s": float(s), "mb": 100 + s / 36} for s in range(0, 3600, 60)]
+    assert slope_per_hour(rising) == pytest.approx(100, abs=0.1)
+
+
+def test_a_message_is_one_whole_request() -> None:
+    for form in (files("/v1/classify", ("Tombola-Timeout-Ms", "1000")), tensors()):
+        head, body = form.messages("127.0.0.1:1")[0].split(b"\r\n\r\n", 1)
+        assert f"Content-Length: {len(body)}".encode() in head
+        assert body == form.bodies[0]
