@@ -88,7 +88,7 @@ async def one(
 ) -> None:
     async with free:
         try:
-            reader, writer = idle.pop() if idle else await asyncio.open_connection(*place.split(":"))
+            reader, writer = await connection(place, idle)
             writer.write(message)
             status, head = await answer(reader)
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -103,6 +103,18 @@ async def one(
         writer.close()
     else:
         idle.append((reader, writer))
+
+
+async def connection(
+    place: str, idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The one last used; those that the server has meanwhile closed for being idle are not asked."""
+    while idle:
+        reader, writer = idle.pop()
+        if not reader.at_eof() and not writer.is_closing():
+            return reader, writer
+        writer.close()
+    return await asyncio.open_connection(*place.split(":"))
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
