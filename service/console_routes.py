@@ -23,7 +23,7 @@ HEADERS: Final = {"x-content-type-options": "nosniff", "referrer-policy": "no-re
 NOTHING: Final = "default-src 'none'; base-uri 'none'; form-action 'none'"
 POLICIES: Final = {
     PAGE: f"{NOTHING}; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-    "frame-src 'self'; frame-ancestors 'none'",
+    "frame-src 'self'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
     # An audit's report is a page with styles of its own: it is shown in a frame that may have them, and no script.
     FRAME: f"{NOTHING}; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'; sandbox allow-same-origin",
 }

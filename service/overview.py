@@ -108,7 +108,7 @@ class Handlers:
             {
                 "profiles": [{"name": name, **summary(profile)} for name, profile in PROFILES.items()],
                 "attacks": list(ATTACKS),
-                "epsilons": list(EPSILONS),
+                "epsilons": {norm: list(sizes) for norm, sizes in EPSILONS.items()},
                 "headline": HEADLINE,
                 "max_images": MAX_IMAGES,
             }

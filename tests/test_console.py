@@ -1,17 +1,20 @@
 """The console: its files and their policy in process, and the page itself in a real Chromium before a real server."""
 
+import base64
 import json
 import re
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 
 from service import console_routes
 from service.auth import AdminGate
@@ -59,6 +62,8 @@ class TestFiles:
         policy = dict(part.strip().split(" ", 1) for part in response.headers["content-security-policy"].split(";"))
         assert policy["default-src"] == "'none'"
         assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+        assert policy["require-trusted-types-for"] == "'script'"
+        assert policy["trusted-types"] == "'none'"
         assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
         assert response.headers["x-content-type-options"] == "nosniff"
         assert response.headers["referrer-policy"] == "no-referrer"
@@ -151,9 +156,9 @@ class Stand:
     def token(self) -> str:
         return read(self.state / "admin-token").strip()
 
-    def start(self) -> None:
+    def start(self, drain_delay_s: float = 0) -> None:
         public, admin = (str(port) for port in self.ports)
-        flags = ("--port", public, "--admin-port", admin, "--drain-delay-s", "0")
+        flags = ("--port", public, "--admin-port", admin, "--drain-delay-s", str(drain_delay_s))
         self.process = self.stack.enter_context(serving(self.folder / "library", self.state, *flags))
 
     def end(self) -> None:
@@ -230,6 +235,15 @@ class TestSigningIn:
         assert all(url.startswith(stand.url) for url in urls)
         assert stand.token not in page.content()
 
+    def test_a_copy_of_the_tab_has_no_token(self, inside: Page) -> None:
+        """As one that is duplicated or opened again, whose sessionStorage the browser fills from the first's."""
+        with inside.expect_popup() as opening:
+            inside.evaluate("url => { window.open(url) }", inside.url)
+        copy = opening.value
+        expect(copy.get_by_role("heading", name="Sign in")).to_be_visible()
+        assert copy.evaluate("sessionStorage.length") == 0
+        assert inside.evaluate("sessionStorage.length") == 1
+
     def test_signing_out_forgets_it(self, inside: Page) -> None:
         inside.get_by_role("button", name="Sign out").click()
         expect(inside.get_by_label("Admin token")).to_be_focused()
@@ -243,16 +257,124 @@ class TestSigningIn:
         page.keyboard.type(stand.token)
         page.keyboard.press("Enter")
         expect(page.get_by_role("main")).to_be_focused()
-        page.evaluate("document.activeElement.blur(); window.getSelection().removeAllRanges()")
-        reached = []
-        for _ in range(12):
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Swap the library…")).to_be_focused()
+        page.reload()
+        expect(page.locator("#cost")).to_contain_text("Estimated cost")
+        expect(page.get_by_role("table", name="Tickets of the library")).to_be_visible()
+        reached: list[str] = []
+        while "start" not in reached and len(reached) < 60:
             page.keyboard.press("Tab")
             reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-        assert {"swap", "file"} <= set(reached), reached
+        assert reached[0] == "Skip to the content"
+        wanted = [
+            "Live",
+            "Library",
+            "Audits",
+            "sign-out",
+            "swap",
+            "file",
+            "profile-smoke",
+            "data",
+            "epsilons",
+            "images",
+        ]
+        assert [name for name in reached if name in {*wanted, "start"}] == [*wanted, "start"]
+        page.get_by_role("link", name="Skip to the content").focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("main")).to_be_focused()
+
+
+TAGS: Final = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+OURS: Final = {"runOnly": TAGS, "resultTypes": ["violations"], "iframes": False}  # an audit's report has its own tests
+
+
+def barriers(page: Page) -> list[str]:
+    """What axe finds wrong, each with its element: names, roles, structure, and contrast as the browser computes it."""
+    found = Axe().run(page, options=OURS).response["violations"]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_barrier(page: Page, stand: Stand, scheme: Literal["light", "dark"], width: int) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(stand.url)
+    expect(page.get_by_label("Admin token")).to_be_visible()
+    assert barriers(page) == []
+    page.get_by_label("Admin token").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#sign-in-error")).not_to_be_empty()
+    assert barriers(page) == []
+    sign_in(page, stand.url, stand.token)
+    expect(page.locator("#cost")).to_contain_text("Estimated cost")
+    page.get_by_text("all of the profile").click()
+    page.get_by_label("Drop an image here").set_input_files(picture())
+    expect(page.locator("#verdict")).to_contain_text("draws say")
+    expect(page.get_by_role("table", name="Tickets of the library")).to_be_visible()
+    assert barriers(page) == []
+    page.get_by_role("button", name="Swap the library…").click()
+    expect(page.get_by_role("dialog").get_by_role("button", name="Leave it")).to_be_focused()
+    assert barriers(page) == []
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Swap the library…")).to_be_focused()
+
+
+def picture(name: str = "ship.png", content: bytes | None = None) -> FilePayload:
+    return {"name": name, "mimeType": "image/png", "buffer": ship() if content is None else content}
+
+
+REASONS: Final = {
+    "loading": "the library is being verified and warmed up",
+    "draining": "the server is shutting down",
+    "engine": "the engine is not answering",
+}
 
 
 @needs_chromium
 class TestLive:
+    @pytest.mark.parametrize("reason", REASONS)
+    def test_why_the_server_is_not_ready_is_said(self, page: Page, stand: Stand, reason: str) -> None:
+        def unready(route: Route) -> None:
+            said = route.fetch().json()
+            gone = dict.fromkeys(("library", "engine", "draws")) if reason == "loading" else {}
+            route.fulfill(json={**said, "ready": False, "reason": reason, **gone})
+
+        page.route("**/admin/overview", unready)
+        sign_in(page, stand.url, stand.token)
+        state = page.get_by_role("status").filter(has_text="Not ready")
+        expect(state).to_contain_text(REASONS[reason])
+        expect(state).to_have_class("state bad")
+        page.unroute_all(behavior="ignoreErrors")
+
+    def test_trouble_stands_out(self, page: Page, stand: Stand) -> None:
+        """Every second request turned away and every fourth failed, a full queue, and a ticket drawn too often."""
+        looks = 0
+
+        def troubled(route: Route) -> None:
+            nonlocal looks
+            looks += 1
+            said = route.fetch().json()
+            traffic, queue, tickets = said["traffic"], said["queue"], said["draws"]["tickets"]
+            traffic["outcomes"] |= {"ok": 10 * looks, "shed": 20 * looks, "error": 10 * looks}
+            queue["depth"] = queue["limit"]
+            for row in tickets:
+                row |= {"expected": 1000 * row["probability"], "drawn": 1000 * row["probability"]}
+            tickets[0]["drawn"] *= 1.5
+            route.fulfill(json=said)
+
+        page.route("**/admin/overview", troubled)
+        sign_in(page, stand.url, stand.token)
+        expect(page.locator("#tile-shed")).to_have_text("50.0 %")
+        expect(page.locator("#tile-failed")).to_have_text("25.0 %")
+        expect(page.locator(".tile.warn")).to_have_count(3)
+        expect(page.locator("#draws-verdict")).to_contain_text("Off the law: resnet18 at 20 %")
+        expect(page.locator("#draws-verdict")).to_have_class("bad")
+        assert barriers(page) == []
+        page.unroute_all(behavior="ignoreErrors")
+
     def test_readiness_rates_and_the_law(self, inside: Page, stand: Stand) -> None:
         expect(inside.locator("#state")).to_contain_text("Ready")
         assert stand.process is not None
@@ -289,22 +411,33 @@ TRY_AGAIN: Final = """token => fetch("/console/icon.svg").then(() => {
 }).then((response) => response.status)"""
 
 
+DROP: Final = """(place, content) => {
+  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+  for (const kind of ["dragenter", "dragover", "drop"]) {
+    place.dispatchEvent(new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
+  }
+}"""
+
+
 @needs_chromium
 class TestTryingAnImage:
     def test_twenty_draws_say_what_they_see(self, inside: Page) -> None:
-        inside.get_by_label("Drop an image here").set_input_files(
-            {"name": "ship.png", "mimeType": "image/png", "buffer": ship()}
-        )
+        inside.get_by_label("Drop an image here").set_input_files(picture())
         verdict = inside.locator("#verdict")
         expect(verdict).to_contain_text(re.compile("(All 20|of 20) draws say"))
         expect(inside.get_by_role("img", name="The image that was tried")).to_be_visible()
         inside.get_by_role("button", name="Twenty more draws").click()
         expect(verdict.get_by_role("table")).to_be_visible()
 
+    def test_an_image_can_be_dropped(self, inside: Page) -> None:
+        inside.locator("#drop").evaluate(DROP, base64.b64encode(ship()).decode())
+        expect(inside.locator("#verdict")).to_contain_text("draws say")
+        expect(inside.locator("#tried-name")).to_have_text("dropped.png")
+
     def test_what_is_no_image_is_refused_in_words(self, inside: Page) -> None:
-        inside.get_by_label("Drop an image here").set_input_files(
-            {"name": "notes.png", "mimeType": "image/png", "buffer": b"no image"}
-        )
+        inside.get_by_label("Drop an image here").set_input_files(picture("notes.png", b"no image"))
         expect(inside.locator("#verdict")).to_contain_text("unsupported format")
 
 
@@ -313,6 +446,9 @@ class TestAudits:
     def test_one_is_priced_started_watched_and_read_and_two_are_compared(self, inside: Page, stand: Stand) -> None:
         price = inside.locator("#cost")
         expect(price).to_contain_text("Estimated cost")
+        inside.get_by_label("Norm").select_option("l2")
+        expect(inside.get_by_label("Epsilons")).to_have_value("0, 32, 64, 128, 192, 320")
+        inside.get_by_label("Norm").select_option("linf")
         inside.get_by_label("How many").fill("none")
         expect(price).to_contain_text("is not a number")
         expect(inside.get_by_role("button", name="Start the audit")).to_be_disabled()
@@ -328,6 +464,7 @@ class TestAudits:
         expect(report.get_by_role("heading", name="Sanity checks")).to_be_visible()
         expect(report.locator("svg").first).to_be_visible()
         assert report.locator("body").evaluate("body => getComputedStyle(body).maxWidth") != "none"  # styles are let in
+        assert barriers(inside) == []
         self.compare(inside, stand)
 
     def compare(self, page: Page, stand: Stand) -> None:
@@ -345,6 +482,8 @@ class TestAudits:
         compared = page.get_by_role("table", name="Two audits compared")
         expect(compared.get_by_role("row", name=re.compile("Clean accuracy"))).to_contain_text("0.0")
         expect(page.locator("#comparison")).to_contain_text("Same library, images, profile and seed")
+        expect(page.locator("#experience")).to_contain_text("The last smoke audit here took")
+        assert barriers(page) == []
 
     def test_one_is_cancelled(self, inside: Page) -> None:
         expect(inside.locator("#cost")).to_contain_text("Estimated cost")
@@ -392,6 +531,19 @@ class TestTheServerGoesAway:
         expect(banner).to_contain_text("The server is back")
         expect(inside.locator("#state")).to_contain_text("Ready")
         expect(inside.get_by_label("Admin token")).to_be_hidden()
+
+    def test_shutting_down_is_said_while_it_lasts(self, inside: Page, stand: Stand) -> None:
+        stand.end()
+        stand.start(drain_delay_s=3600)
+        expect(inside.locator("#state")).to_contain_text("Ready")
+        assert stand.process is not None
+        stand.process.process.send_signal(signal.SIGTERM)
+        expect(inside.locator("#state")).to_contain_text("Not ready: the server is shutting down")
+        assert stand.process.end() == 0  # told twice
+        stand.stack.close()
+        expect(inside.locator("#state")).to_contain_text("Unknown")
+        stand.start()
+        expect(inside.locator("#state")).to_contain_text("Ready")
 
     def test_a_token_that_is_no_longer_right_leads_back_to_signing_in(self, inside: Page, stand: Stand) -> None:
         inside.evaluate("sessionStorage.setItem('tombola-token', 'another-token-altogether')")

@@ -171,6 +171,9 @@ def test_every_profile_names_its_attacks(tiny: Library, tmp_path: Path) -> None:
     async def ask(plane: Plane) -> None:
         found = (await plane.admin.get("/admin/profiles")).json()
         assert [profile["name"] for profile in found["profiles"]] == ["smoke", "standard", "full"]
+        for norm, sizes in found["epsilons"].items():
+            assert sizes == sorted(sizes)
+            assert found["headline"][norm] in sizes
         for profile in found["profiles"]:
             assert profile["attacks"]
             assert set(profile["attacks"]) <= set(found["attacks"])

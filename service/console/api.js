@@ -1,7 +1,11 @@
 // The admin API. The token lives in this tab: in memory, and in sessionStorage so that a reload does not ask again.
+// Browsers copy sessionStorage into a tab that is duplicated, and back into one that is opened again after it was
+// closed. Neither is a reload, and neither finds the token.
 
 const KEPT = "tombola-token";
 const PATIENCE_MS = 15000;
+
+if (performance.getEntriesByType("navigation")[0]?.type !== "reload") sessionStorage.removeItem(KEPT);
 
 let token = sessionStorage.getItem(KEPT);
 

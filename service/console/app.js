@@ -84,6 +84,7 @@ async function signIn(event) {
   event.preventDefault();
   const given = by("token").value.trim();
   say(by("sign-in-error"), "");
+  by("token").removeAttribute("aria-invalid");
   if (!/^[\x21-\x7e]+$/.test(given)) return wrong("A token is printable characters without spaces.");
   setToken(given);
   try {
@@ -100,6 +101,7 @@ async function signIn(event) {
 
 function wrong(text) {
   say(by("sign-in-error"), text);
+  by("token").setAttribute("aria-invalid", "true");
   by("token").select();
 }
 

@@ -61,10 +61,18 @@ export async function refresh() {
 function offer(found) {
   choices = found;
   by("profiles").replaceChildren(...found.profiles.map(profile));
-  by("epsilons").value = found.epsilons.join(", ");
+  by("epsilons").value = usual(by("norm").value);
   by("attacks").append(...found.attacks.map((name) =>
     h("label", { class: "tick" }, h("input", { type: "checkbox", value: name }), name)));
   adapt();
+}
+
+const usual = (norm) => choices.epsilons[norm].join(", ");
+
+// The other norm's usual sizes, unless somebody wrote some.
+function renormed() {
+  const all = Object.keys(choices.epsilons).map(usual);
+  if (all.includes(by("epsilons").value)) by("epsilons").value = usual(by("norm").value);
 }
 
 function profile({ name, about, images }) {
@@ -86,6 +94,22 @@ function adapt() {
   }
   const some = wanted();
   say(by("attacks-chosen"), some.length ? some.join(", ") : "all of the profile");
+}
+
+// What the last audit of the profile really took. An estimate is of the attacks alone, on an idle machine.
+async function recall() {
+  const name = chosen();
+  const last = jobs.filter(({ state, request }) => state === "done" && request.profile === name)
+    .reduce((a, b) => (a !== null && a.created > b.created ? a : b), null);
+  if (last === null) return say(by("experience"), "");
+  try {
+    const { started, finished, cost } = await get(`/admin/audits/${last.id}`);
+    if (chosen() !== name) return;
+    say(by("experience"), `The last ${name} audit here took ${duration(finished - started)}; ` +
+      `its estimate was ${duration(cost.seconds)}.`);
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+  }
 }
 
 const wanted = () => [...by("attacks").querySelectorAll("input:checked:not(:disabled)")].map(({ value }) => value);
@@ -123,7 +147,9 @@ function number(text, name) {
 
 function changed(event) {
   if (choices === null || event.target.id === "upload") return;
+  if (event.target.id === "norm") renormed();
   adapt();
+  if (event.target.name === "profile") recall();
   clearTimeout(costing);
   costing = setTimeout(price, SETTLED_MS);
 }
@@ -221,6 +247,7 @@ function draw() {
   if (jobs.length === 0) place.replaceChildren(h("p", { class: "empty" }, "None yet. A smoke audit is a good first one."));
   else place.replaceChildren(table("All audits", ["Compare", "Asked for", "What", "State", "Audit"], jobs.map(row), "list stack"));
   by("compare").disabled = marked.length !== 2;
+  if (choices !== null) recall();
 }
 
 function row(job) {
@@ -383,11 +410,17 @@ function ending({ state, why }) {
 
 // The report
 
+// It is black on white, as it prints and is saved. Where the page is dark it is shown the other way round; its pictures are not.
+const DIMMED = `<style>@media (prefers-color-scheme: dark) {
+  html { background: #fff; filter: invert(.88) hue-rotate(180deg); }
+  figure img { filter: hue-rotate(-180deg) invert(1); }
+}</style>`;
+
 async function showReport(job, parts) {
   const path = `/admin/audits/${job.id}/report`;
   const text = await getText(path);
   const view = h("iframe", { src: "/console/report.html", sandbox: "allow-same-origin", title: "Report of the audit", class: "report" });
-  view.addEventListener("load", () => { view.contentDocument.documentElement.innerHTML = text; }, { once: true });
+  view.addEventListener("load", () => { view.contentDocument.documentElement.innerHTML = text + DIMMED; }, { once: true });
   parts.body.replaceChildren(
     h("div", { class: "row" },
       h("button", { type: "button", onclick: () => keep(path, `audit-${job.id}.html`) }, "Save as HTML"),

@@ -39,7 +39,7 @@ function conditions(reports) {
   ];
 }
 
-const figure = ({ value, low, high }) => h("span", {}, percent(value), " ", h("small", {}, `[${percent(low)}, ${percent(high)}]`));
+const figure = ({ value, low, high }) => h("span", {}, percent(value), " ", h("small", { class: "interval" }, `[${percent(low)}, ${percent(high)}]`));
 
 function change(a, b) {
   const points = 100 * (b.value - a.value);

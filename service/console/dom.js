@@ -25,14 +25,16 @@ export function say(element, text) {
 
 // A table that on a narrow screen becomes one block for each row, which is why every part says its role and its head.
 // heads: texts or {text, number}.  rows: {cells, ...attributes}, or lists of cells; a cell is a text or nodes.
+// Where it is wider than its place, the keyboard can reach it to scroll it.
 export class Table {
   constructor(caption, heads, name) {
     this.heads = heads.map((head) => ({ text: head.text ?? head, number: head.number === true }));
     this.body = h("tbody", { role: "rowgroup" });
     const top = h("tr", { role: "row" }, this.heads.map(({ text, number }) =>
       h("th", { scope: "col", role: "columnheader", class: number ? "number" : null }, text)));
-    this.element = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    this.element = h("div", { class: "scroll", "aria-label": caption },
       h("table", { class: name, role: "table", "aria-label": caption }, h("thead", { role: "rowgroup" }, top), this.body));
+    new ResizeObserver(() => reachable(this.element)).observe(this.element);
   }
 
   row(given) {
@@ -42,6 +44,13 @@ export class Table {
       return h("td", { role: "cell", class: number ? "number" : null, "data-head": text }, content);
     }));
   }
+}
+
+function reachable(element) {
+  const scrolls = element.scrollWidth > element.clientWidth;
+  element.setAttribute("role", scrolls ? "region" : "presentation");
+  element.toggleAttribute("tabindex", scrolls);
+  if (scrolls) element.tabIndex = 0;
 }
 
 export function table(caption, heads, rows, name) {

@@ -7,7 +7,7 @@ export async function show() {
   const place = by("library-body");
   try {
     const [library, policy] = await Promise.all([get("/admin/library"), get("/admin/policy")]);
-    place.replaceChildren(summary(library, policy), tickets(library));
+    place.replaceChildren(summary(library, policy), ...tickets(library));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     if (error.status !== 0) place.replaceChildren(h("p", { class: "empty" }, waiting(error)));
@@ -29,34 +29,56 @@ function summary(library, policy) {
 function tickets(library) {
   const heads = ["Ticket", { text: "Kept", number: true }, { text: "Clean", number: true },
     { text: "Under attack", number: true }, "SHA-256", "Where it comes from"];
-  return table("Tickets of the library", heads, library.entries.map(ticket), "tickets stack");
+  const shared = { clean: common(library, "clean"), pgd: common(library, "pgd") };
+  const said = [["Clean", shared.clean], ["Under attack", shared.pgd]].filter(([, text]) => text !== null);
+  return [
+    table("Tickets of the library", heads, library.entries.map((entry) => ticket(entry, shared)), "tickets stack"),
+    said.length === 0 ? "" : h("p", { class: "fine", id: "conditions" }, "In brackets the 95 % intervals. ",
+      said.map(([name, text]) => `${name}, every ticket: ${text}. `)),
+  ];
 }
 
-function ticket(entry) {
+// The conditions of a metric's claims where all entries share them; else null, and each says its own.
+function common({ entries }, metric) {
+  const all = new Set(entries.map((entry) => best(entry, metric)).map((one) => (one ? conditions(one) : "")));
+  return all.size === 1 ? [...all][0] || null : null;
+}
+
+function ticket(entry, shared) {
   return [
     h("span", {}, h("strong", {}, entry.name), h("br"), h("small", {}, `${entry.kind}, width ${entry.structure.width}`,
       entry.role === "ticket" ? "" : `, ${entry.role}`)),
     percent(entry.density, 0),
-    claim(entry, "clean"),
-    claim(entry, "pgd"),
+    claim(entry, "clean", shared.clean),
+    claim(entry, "pgd", shared.pgd),
     h("code", { title: entry.sha256 }, short(entry.sha256)),
     origin(entry),
   ];
 }
 
-// The claim on test images, or else any, with its interval and conditions.
-function claim(entry, metric) {
-  const all = entry.claims.filter((one) => one.metric === metric);
-  const best = all.find((one) => one.data.split === "test") ?? all[0];
-  if (!best) return h("span", { class: "fine" }, "no claim");
-  const conditions = [`n = ${whole(best.images)}`, best.data.split];
-  if (best.attack) {
-    const { norm, epsilon, steps, restarts } = best.attack;
-    conditions.unshift(`${norm} ${+(255 * epsilon).toFixed(2)}/255, ${steps} steps × ${restarts}`);
-  }
-  return h("span", {}, percent(best.value), h("br"),
-    h("small", {}, `[${percent(best.low)}, ${percent(best.high)}]`, h("br"), conditions.join(", ")));
+// The claim on test images, or else any.
+function best({ claims }, metric) {
+  const all = claims.filter((one) => one.metric === metric);
+  return all.find((one) => one.data.split === "test") ?? all[0];
 }
+
+function conditions({ images, data, attack }) {
+  const n = `n = ${whole(images)}, ${data.split} images`;
+  if (!attack) return n;
+  const { norm, epsilon, steps, restarts } = attack;
+  const starts = restarts === 1 ? "1 random start" : `${restarts} random starts`;
+  return `${norm} PGD, ε = ${+(255 * epsilon).toFixed(2)}/255, ${steps} steps, ${starts}, ${n}`;
+}
+
+// A figure with its interval, and its conditions unless they stand below the table for all.
+function claim(entry, metric, shared) {
+  const found = best(entry, metric);
+  if (!found) return h("span", { class: "fine" }, "no claim");
+  const own = shared === null ? [h("br"), h("small", {}, conditions(found))] : null;
+  return h("span", {}, percent(found.value), " ", h("small", { class: "interval" }, `[${points(found.low)}, ${points(found.high)}]`), own);
+}
+
+const points = (share) => (100 * share).toFixed(1);
 
 function origin({ provenance, claims }) {
   const recipe = provenance.recipe;

@@ -7,7 +7,7 @@ export const EVERY_MS = 2000;
 const KEEP = 150; // samples: five minutes
 const WINDOW_S = 60; // figures are of the last minute
 const POINT_S = 10; // a point of a line is of this long
-const ODD = 5; // standard deviations: by chance less than once in a million
+const ODD = 6; // standard deviations, as the alert on draws has it
 
 const REASONS = {
   loading: "Not ready: the library is being verified and warmed up.",
@@ -105,7 +105,11 @@ const TILES = {
   rate: {
     label: "Requests per second",
     value: (now) => (now.rate === null ? "…" : rate(now.rate)),
-    note: (now) => (now.images === null ? "measuring" : `${rate(now.images)} images per second`),
+    note: (now) => {
+      if (now.images === null) return "measuring";
+      const tried = now.requests === 0 && now.images > 0; // what is tried here is no request of a client
+      return `${rate(now.images)} images per second${tried ? ", tried in a console" : ""}`;
+    },
     point: ({ point }) => point.rate,
   },
   p50: {
@@ -131,7 +135,8 @@ const TILES = {
     label: "Failed",
     value: (now) => share(now.failed),
     note: (_, { traffic }) =>
-      `since start: ${whole(traffic.outcomes.error)} errors, ${whole(traffic.outcomes.deadline)} too late`,
+      `since start: ${whole(traffic.outcomes.error)} errors, ${whole(traffic.outcomes.deadline)} too late; ` +
+      `${whole(traffic.outcomes.invalid)} were invalid`,
     point: ({ point }) => point.failed,
     warn: (now) => now.failed > 0,
   },
@@ -218,7 +223,7 @@ function verdict(rows, lot) {
   const worst = oddest(rows);
   if (worst.far <= ODD) return "As the law has it: every difference is within chance.";
   return `Off the law: ${worst.structure} at ${percent(worst.density, 0)} was drawn ${whole(worst.drawn)} times, ` +
-    `expected ${whole(worst.expected)}. Chance does that less than once in a million: look into it.`;
+    `expected ${whole(worst.expected)}. Chance hardly ever does that: the runbook says what to look at (TombolaDrawsOffLaw).`;
 }
 
 const total = (rows, name) => rows.reduce((some, row) => some + row[name], 0);

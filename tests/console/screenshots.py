@@ -1,56 +1,88 @@
-"""Pictures of the console over a running server: python -m tests.console.screenshots FOLDER [--url URL --token TOKEN]
+"""Pictures of the console: python -m tests.console.screenshots FOLDER [--whole] [--url URL --token TOKEN]
 
-Without --url it serves the embedded library, asks it about some pictures and runs a short audit before it looks. Four
-pictures of the whole page, narrow and wide, light and dark, and one of signing in.
+Without --url it serves the embedded library, runs a short audit, and looks while clients ask. A picture is what a
+window shows; with --whole, the whole page in every width and scheme, to be reviewed.
 """
 
 import argparse
-import base64
 import json
 import re
 import tempfile
+import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from model_store.library import open_library
 from service.sample import ship
-from tests.console.browser import chromium, complaints, sign_in
-from tests.serving import Process, serving
+from tests.console.browser import chromium, sign_in
+from tests.serving import serving
+from tests.test_deploy_prometheus import load
 
-WIDTHS: Final = (360, 1440)
-SCHEMES: Final[tuple[Literal["light", "dark"], ...]] = ("light", "dark")
+Scheme = Literal["light", "dark"]
 SLOW_MS: Final = 300_000
 AUDIT: Final = {"profile": "smoke", "images": 4, "attacks": ["fgsm", "paper-eot"], "epsilons": [8]}
+COLOURS: Final = 128  # of a picture's palette: a page of few colours loses nothing that is seen
+MAX_BYTES: Final = 150_000
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture: the window's size in CSS pixels, and what is at its top (None: the whole page)."""
+
+    name: str
+    scheme: Scheme
+    width: int
+    height: int
+    top: str | None
+
+
+SHOTS: Final = (
+    Shot("console-light", "light", 1280, 860, "#live"),
+    Shot("console-dark", "dark", 1280, 980, "#trial"),
+    Shot("report-light", "light", 1280, 860, "#audit"),
+    Shot("console-360-light", "light", 360, 780, "#live"),
+    Shot("console-360-dark", "dark", 360, 780, "#trial"),
+)
+WHOLE: Final = tuple(
+    Shot(f"whole-{width}-{scheme}", scheme, width, 900, None)
+    for width in (360, 768, 1440, 2200)
+    for scheme in ("light", "dark")
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the pictures go")
-    parser.add_argument("--url", help="of the admin plane of a running server")
+    parser.add_argument("--whole", action="store_true", help="whole pages in every width and scheme")
+    parser.add_argument("--url", help="of the admin plane of a running server with an audit that is done")
     parser.add_argument("--token", help="its admin token")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    if given.url:
-        take(given.folder, given.url, given.token)
-        return
+    with nullcontext((given.url, given.token)) if given.url else busy_server() as (url, token), chromium() as browser:
+        pages = [(shot, opened(browser, f"{url}/", token, shot)) for shot in (WHOLE if given.whole else SHOTS)]
+        for shot, page in pages:
+            fill(page)
+            take(page, shot, given.folder / f"{shot.name}.png")
+
+
+@contextmanager
+def busy_server() -> Iterator[tuple[str, str]]:
+    """The admin plane's address and token. An audit has ended, and clients ask."""
     with tempfile.TemporaryDirectory() as place:
         state = Path(place) / "state"
         with serving(open_library().path, state) as process:
             token = (state / "admin-token").read_text(encoding="ascii").strip()
-            prepare(process, token)
-            take(given.folder, process.admin, token)
-
-
-def prepare(process: Process, token: str) -> None:
-    """Traffic enough for the draws to be compared with their law, and two audits that have ended."""
-    body = json.dumps({"images": [base64.b64encode(ship()).decode()] * 64}).encode()
-    for _ in range(8):
-        process.classify(body, **{"content-type": "application/json"})
-    for seed in (0, 1):
-        submit(process.admin, token, {**AUDIT, "seed": seed})
+            submit(process.admin, token, AUDIT)
+            wait_for_audits(process.admin, token)
+            with load(process):
+                yield process.admin, token
 
 
 def submit(url: str, token: str, content: dict[str, Any]) -> None:
@@ -59,27 +91,31 @@ def submit(url: str, token: str, content: dict[str, Any]) -> None:
         return
 
 
-def take(folder: Path, url: str, token: str) -> None:
-    with chromium() as browser:
-        for width in WIDTHS:
-            for scheme in SCHEMES:
-                one(browser, folder / f"console-{width}-{scheme}.png", url, token, width, scheme)
+def wait_for_audits(url: str, token: str) -> None:
+    """Until none waits or runs."""
+    late = time.monotonic() + SLOW_MS / 1000
+    request = urllib.request.Request(f"{url}/admin/audits", headers={"authorization": f"Bearer {token}"})
+    while time.monotonic() < late:
+        with urllib.request.urlopen(request) as response:
+            if all(job["state"] == "done" for job in json.load(response)["audits"]):
+                return
+        time.sleep(1)
+    raise SystemExit(f"the audits were not done within {SLOW_MS // 1000} s")
 
 
-def one(browser: Browser, path: Path, url: str, token: str, width: int, scheme: Literal["light", "dark"]) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+def opened(browser: Browser, url: str, token: str, shot: Shot) -> Page:
+    """Signed in, in a window of its own."""
+    context = browser.new_context(viewport={"width": shot.width, "height": shot.height}, color_scheme=shot.scheme)
     context.set_default_timeout(SLOW_MS)
     expect.set_options(timeout=SLOW_MS)
     page = context.new_page()
-    found = complaints(page)
-    page.goto(f"{url}/")
-    page.get_by_label("Admin token").wait_for()
-    page.screenshot(path=path.with_stem(f"{path.stem}-sign-in"))
-    sign_in(page, f"{url}/", token)
-    fill(page)
-    page.screenshot(path=path, full_page=True)
-    print(path, found or "nothing to complain about")
-    context.close()
+    page.on("pageerror", stop)
+    sign_in(page, url, token)
+    return page
+
+
+def stop(error: object) -> None:
+    raise SystemExit(f"the page raised {error}")
 
 
 def fill(page: Page) -> None:
@@ -89,14 +125,30 @@ def fill(page: Page) -> None:
     page.set_input_files("#file", {"name": "ship.png", "mimeType": "image/png", "buffer": ship()})
     page.locator("#trial-label").wait_for()
     boxes = page.get_by_role("checkbox", name=re.compile("Compare the audit"))
-    expect(page.locator("#audit-list .pill.done")).to_have_count(2)
-    for index in range(2):
-        boxes.nth(index).check()
-    page.get_by_role("button", name="Compare two").click()
-    page.get_by_role("table", name="Two audits compared").wait_for()
+    boxes.first.wait_for()
+    if boxes.count() >= 2:
+        for index in range(2):
+            boxes.nth(index).check()
+        page.get_by_role("button", name="Compare two").click()
+        page.get_by_role("table", name="Two audits compared").wait_for()
     page.get_by_role("button", name=re.compile("Open the audit")).first.click()
     page.frame_locator("iframe").get_by_role("heading", name="Sanity checks").wait_for()
-    page.evaluate("scrollTo(0, 0)")
+    page.evaluate("document.activeElement.blur()")
+
+
+def take(page: Page, shot: Shot, path: Path) -> None:
+    """Raises SystemExit where the picture is too large for a repository."""
+    jump = "top => top ? document.querySelector(top).scrollIntoView({behavior: 'instant'}) : scrollTo(0, 0)"
+    page.evaluate(jump, shot.top)
+    page.screenshot(path=path, full_page=shot.top is None)
+    if shot.top is None:
+        return
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    size = path.stat().st_size
+    print(f"{path}: {size / 1000:.0f} kB")
+    if size > MAX_BYTES:
+        raise SystemExit(f"{path}: {size} bytes, expected at most {MAX_BYTES}: show less of the page")
 
 
 if __name__ == "__main__":
