@@ -1,11 +1,13 @@
-"""The arithmetic of the benchmarks; nothing is measured here."""
+"""The arithmetic of the benchmarks, tests/bench and service/bench.py; nothing is measured here."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.bench import entropy, mutual_information
 from tests.bench.chaos import slope_per_hour
 from tests.bench.load import quantile_ms
 from tests.bench.report import MARKS, best_peers, put_into, ratios, table
@@ -57,7 +59,7 @@ def test_ratios_worked_by_hand(found: dict[str, Any]) -> None:
 def test_the_table_is_rebuilt_between_its_marks_and_again_the_same(found: dict[str, Any], tmp_path: Path) -> None:
     machine = {"cpu": "a processor", "cores": 2, "python": "3.11", "torch": "2", "openvino": "2026.4-1"}
     told = {"machine": machine, "versions": {"wrk": "4"}, "library": {"digest": "ab" * 32, "tickets": 40}}
-    whole = found | told | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "ratios": ratios(found)}
+    whole = found | told | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "seconds": 20.0, "ratios": ratios(found)}
     (tmp_path / "compare.json").write_text(json.dumps(whole))
     page = tmp_path / "README.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
@@ -92,3 +94,21 @@ def test_a_message_is_one_whole_request() -> None:
         head, body = form.messages("127.0.0.1:1")[0].split(b"\r\n\r\n", 1)
         assert f"Content-Length: {len(body)}".encode() in head
         assert body == form.bodies[0]
+
+
+def test_a_time_that_is_the_size_tells_all_of_it_and_a_time_by_chance_nothing() -> None:
+    chance = random.Random(0)
+    sizes = [chance.choice((1, 2, 3, 4)) for _ in range(4000)]
+    assert entropy((1, 1, 1, 1)) == pytest.approx(2)
+    told, _ = mutual_information([size + chance.random() / 2 for size in sizes], sizes)
+    assert told == pytest.approx(2, abs=0.2)  # a bin may straddle two sizes
+    told, by_chance = mutual_information([chance.random() for _ in sizes], sizes)
+    assert told < 0.01
+    assert by_chance == pytest.approx(15 * 3 / (2 * 4000 * 0.6931), rel=0.3)  # Miller and Madow's bias, in bits
+
+
+def test_a_time_that_tells_one_of_two_bits_tells_one_bit() -> None:
+    chance = random.Random(1)
+    sizes = [chance.choice((1, 2, 3, 4)) for _ in range(4000)]
+    told, _ = mutual_information([(size > 2) + chance.random() / 2 for size in sizes], sizes)
+    assert told == pytest.approx(1, abs=0.1)

@@ -75,10 +75,11 @@ def table(folder: Path) -> str:
 
 
 def comparison(whole: Found) -> str:
+    """Every server in every form, the figures to reach, and the conditions."""
     head = ("server", "images/s at 1", "8", "32", "128 clients", "p50 / p99 ms at 32", "good at 120 %", "MB", "start s")
     rows = [row for name, server in whole["servers"].items() for row in server_rows(name, server)]
     lines = [line(head), line(("---",) * len(head)), *map(line, rows)]
-    return "\n".join([*lines, "", *reached(whole), "", told(whole)])
+    return "\n".join([*lines, "", *reached(whole), "", f"{whole['seconds']:g} s a measurement. {told(whole)}"])
 
 
 def server_rows(name: str, server: Found) -> list[tuple[str, ...]]:
