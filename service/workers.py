@@ -63,6 +63,7 @@ class Workers:
         self.feeds: deque[Feed] = deque()
         self.tasks: deque[Task] = deque()
         self.windows: dict[Window, Feed] = {}
+        self.running = 0  # rows of windows with tasks left
         self.crew: list[Worker] = []
         self.restarts = 0
         self.broken = False
@@ -190,7 +191,7 @@ class Workers:
             if feed is None:
                 worker.task = self.tasks.popleft()
             else:
-                worker.forming = feed.queue.take(self.settings.window_rows)
+                worker.forming = feed.queue.take(self.window_size(feed))
         if feed is None:
             self.perform(worker, worker.task)
         else:
@@ -210,6 +211,11 @@ class Workers:
             self.condition.wait(BEAT_S)
         return None
 
+    def window_size(self, feed: Feed) -> int:
+        """Half of the rows that are here, up to the setting. If one window took them all, clients that ask again as
+        soon as they have their answers would all ask at once, and the engine would wait while they are read."""
+        return min(self.settings.window_rows, (feed.queue.rows + self.running + 1) // 2)
+
     def next_feed(self) -> Feed | None:
         """Feeds take turns; those without rows are forgotten until they are pushed to."""
         while self.feeds:
@@ -226,6 +232,7 @@ class Workers:
                 return
             worker.forming = None
             self.windows[window] = feed
+            self.running += len(window.places)
             self.tasks.extend(window.tasks)
             self.condition.notify_all()
 
@@ -244,6 +251,8 @@ class Workers:
         with self.condition:
             task.window.unfinished -= 1
             last = task.window.unfinished == 0
+            if last:
+                self.running -= len(task.window.places)
         if last:
             found = summed(task.window)
             self.tell(lambda: self.hand_over(task.window, found))

@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from service.metrics import LOT, Metrics
 from service.scheduler import Tally
 from service.settings import Settings
 from service.window import Model, Request, Window, lay_out, run, summed
+from service.workers import Workers
 from tests.serving import Stand, engine, marks_its_members, some_rows, stand_in_library, until, with_scheduler
 
 # The law: a batched answer is the solo answer
@@ -110,6 +112,25 @@ def test_every_row_has_a_theta_of_its_own_and_every_ticket_its_share() -> None:
     counts = with_scheduler(ask, policy=law)
     for member, share in enumerate(inclusion_probabilities(law)):
         assert abs(counts[member] - 4000 * share) < 4.9 * np.sqrt(4000 * share * (1 - share))
+
+
+@pytest.mark.parametrize(
+    ("queued", "running", "expected"), [(1, 0, 1), (3, 0, 2), (32, 0, 16), (16, 16, 16), (1, 16, 9), (512, 0, 32)]
+)
+def test_a_window_takes_half_of_the_rows_that_are_here(queued: int, running: int, expected: int) -> None:
+    """So that the engine runs one half while the answers to the other are read and asked again."""
+    workers = Workers(2, Settings(window_rows=32), Metrics(), lambda: None)
+    workers.running = running
+    feed: Any = SimpleNamespace(queue=SimpleNamespace(rows=queued))
+    assert workers.window_size(feed) == expected
+
+
+def test_no_row_counts_as_running_once_it_is_answered() -> None:
+    async def ask(stand: Stand) -> None:
+        await stand.submit(some_rows(40))
+        assert stand.workers.running == 0
+
+    with_scheduler(ask)
 
 
 def test_answers_keep_the_order_of_the_rows_whatever_windows_they_ran_in() -> None:

@@ -26,7 +26,7 @@ PEERS: Final = ("litserve>=0.2.17,<0.3", "mosec>=0.9.5,<1")
 KINDS: Final = ("plain", "grouped", "compiled")
 # Rows of a batch and how long one waits for them, of LitServe and of mosec, by kind: of those tried the fastest at 32
 # clients. One by one a batch gains nothing; grouped by ticket, more rows share a forward pass.
-BATCHES: Final = {"plain": ("4", "1"), "grouped": ("32", "5"), "compiled": ("32", "5")}
+BATCHES: Final = {"plain": ("4", "1"), "grouped": ("16", "5"), "compiled": ("16", "5")}
 
 
 @dataclass(frozen=True)
