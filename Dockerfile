@@ -4,7 +4,8 @@
 #   docker build -t tombola:cuda .                                       the default wheels bring CUDA (several GB)
 #   docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -p 8000:8000 tombola:cpu
 #
-# Also: VERSION, COMMIT and CREATED for the labels, PYTHON_IMAGE for a base pinned by digest.
+# Also: EXTRAS for optional dependencies ("tracing", "tracing audit"), VERSION, COMMIT and CREATED for the labels,
+# PYTHON_IMAGE for a base pinned by digest.
 # tests/container/prove.py builds and runs this file without a container engine and checks what is promised here.
 ARG PYTHON_IMAGE=python:3.11-slim
 
@@ -14,14 +15,18 @@ RUN python -m venv /opt/tombola
 WORKDIR /src
 COPY pyproject.toml ./
 # torchvision reads training data; the image only serves.
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+ARG EXTRAS=
+RUN python -c 'import os, tomllib; told = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+extras = [told["optional-dependencies"][name] for name in os.environ.get("EXTRAS", "").split()]; \
+print(*told["dependencies"], *sum(extras, []), sep="\n")' \
     | grep -v '^torchvision' > all.txt
 # Where pip finds torch. Empty: where it finds everything else, which on x86 means the CUDA build.
 ARG TORCH_INDEX_URL=
 RUN grep '^torch' all.txt > torch.txt \
     && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
 # The second step must not trade the chosen torch for another. A server has no use for headers, compilers, tests,
-# OpenVINO's plugins for devices that we run with torch, and pip. Licences stay where each package keeps them.
+# OpenVINO's plugins for devices that we run with torch, and pip. Licences stay where each package keeps them;
+# packages.json lists every package with its version and licence.
 RUN pip freeze > held.txt \
     && pip install --constraint held.txt -r all.txt \
     && cd /opt/tombola/lib/python*/site-packages \
@@ -29,6 +34,7 @@ RUN pip freeze > held.txt \
         openvino/libs/libopenvino_intel_npu_plugin.so openvino/libs/cache.json \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
     && find numpy matplotlib sympy -type d -name tests -prune -exec rm -r {} + \
+    && pip inspect --local > /opt/tombola/packages.json \
     && pip uninstall --yes pip
 
 FROM ${PYTHON_IMAGE} AS code
