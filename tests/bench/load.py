@@ -29,7 +29,7 @@ def closed_loop(place: str, form: Form, clients: int, seconds: float) -> dict[st
             "wrk",
             "-t1",
             f"-c{clients}",
-            f"-d{seconds:g}s",
+            f"-d{max(1, round(seconds))}s",
             "--timeout",
             "30s",
             "-s",
