@@ -11,7 +11,7 @@ const VERDICTS = {
 
 // pair: the jobs, the older first.  reports: theirs.
 export function compare(pair, reports) {
-  const heads = ["", ...pair.map((job) => when(job.created)), { text: "Change", number: true }];
+  const heads = ["What", ...pair.map((job) => when(job.created)), { text: "Change", number: true }];
   const rows = [...conditions(reports), ...accuracies(reports), ...attacks(reports)];
   return [caution(reports), table("Two audits compared", heads, rows, "compared stack")];
 }
