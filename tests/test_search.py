@@ -13,7 +13,18 @@ from tests.digits import digits
 from training import search
 from training.errors import CheckpointRejected, SearchFailed
 from training.recipes import PRESETS, Attack, Recipe, going_on
-from training.search import Guard, Search, Step, augmented, generator_of, load_checkpoint, run, save_checkpoint
+from training.search import (
+    Guard,
+    Search,
+    Step,
+    augmented,
+    generator_of,
+    layout_of,
+    load_checkpoint,
+    orthogonal,
+    run,
+    save_checkpoint,
+)
 
 CPU = torch.device("cpu")
 TINY = Recipe(
@@ -134,6 +145,62 @@ def test_the_inner_attack_raises_the_loss_and_knows_its_bounds(attack: Attack, s
     assert losses[2] > max(losses[:2])
 
 
+def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values() -> None:
+    for shape in ((16, 27), (64, 16), (32, 32)):
+        matrix = torch.randn(shape, generator=generator_of(9))
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        levelled = left.T @ orthogonal(matrix) @ right.T
+        assert torch.allclose(levelled, torch.diag(levelled.diag()), atol=1e-4)
+        assert 0.5 < float(levelled.diag().min()) <= float(levelled.diag().max()) < 1.3
+
+
+MUON = replace(TINY, muon_rate=0.02)
+
+
+def test_muon_moves_each_layer_by_its_share_and_keeps_the_kept_weights_norm() -> None:
+    begun = Search(replace(MUON, milestones=(1.0,)), digits(), CPU)
+    scores = {name: value.clone() for name, value in begun.scores.items()}
+    begun.advance()
+    for name, before in scores.items():
+        if name != "classifier":
+            moved = float((begun.scores[name] - before).norm() / before.norm())
+            assert moved == pytest.approx(0.02, rel=1e-3)
+    while begun.phase == "mask":
+        begun.advance()
+    norms = {name: layer.weight.norm() for name, layer in convs(begun.network).items() if name != "classifier"}
+    begun.advance()
+    for name, norm in norms.items():
+        weight = convs(begun.network)[name].weight
+        assert torch.allclose(weight.norm(), norm, rtol=1e-4)
+        assert not weight[~begun.masks[name]].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "last"), [("resnet18", 4, False), ("resnet18", 8, True), ("wideresnet32", 1, True)]
+)
+def test_only_networks_that_are_wide_enough_are_laid_out_channels_last(name: str, width: int, last: bool) -> None:
+    layout = layout_of(Structure(name, width))  # type: ignore[arg-type]
+    assert layout == (torch.channels_last if last else torch.contiguous_format)
+
+
+def test_muon_learns_in_both_phases(tmp_path: Path) -> None:
+    losses: list[float] = []
+    events = replace(MUON, steps=60, low_resolution_until=0.0, clean_until=1.0, ramp_until=1.0)
+    run(events, digits(), tmp_path, lambda event: losses.append(event.loss) if isinstance(event, Step) else None, CPU)
+    assert sum(losses[25:30]) < 0.95 * sum(losses[:5])
+    assert sum(losses[55:]) < 0.95 * sum(losses[25:30])
+
+
+def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = run(MUON, digits(), tmp_path / "whole", ignore, CPU)
+    begun = Search(MUON, digits(), CPU)
+    for _ in range(13):
+        begun.advance()
+    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    assert same(run(MUON, digits(), tmp_path, ignore, CPU), whole)
+
+
 def test_epsilon_is_zero_then_ramps_then_stays() -> None:
     recipe = replace(TINY, steps=100, clean_until=0.1, ramp_until=0.4)
     run_ = Search(recipe, digits(), CPU)
@@ -191,19 +258,20 @@ def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPa
 
 
 def test_training_goes_on_from_an_exported_ticket(uninterrupted: Ticket) -> None:
-    further = going_on(TINY, parent="0" * 64, steps=4, rate=0.01)
+    further = going_on(TINY, parent="0" * 64, steps=4, rate=0.1)
     begun = Search(further, digits(), CPU, uninterrupted)
     for name, layer in convs(begun.network).items():
         assert torch.equal(begun.masks[name], uninterrupted.masks[name])
         assert torch.equal(layer.weight[begun.masks[name]], uninterrupted.values[name])
     assert begun.epsilon() == TINY.epsilon
     assert begun.phase == "weights"
+    assert begun.rate() == pytest.approx(0.1 * TINY.weight_rate)
 
 
 def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> None:
     recipe = replace(TINY, mask_share=1.0, steps=6)
     ticket = run(recipe, digits(), tmp_path, ignore, CPU)
-    begun = Search(going_on(recipe, parent="0" * 64, steps=4, rate=0.01), digits(), CPU, ticket)
+    begun = Search(going_on(recipe, parent="0" * 64, steps=4, rate=0.1), digits(), CPU, ticket)
     assert all(torch.equal(begun.masks[name], ticket.masks[name]) for name in ticket.masks)
     assert all(torch.equal(begun.frozen[name][ticket.masks[name]], ticket.values[name]) for name in ticket.masks)
 

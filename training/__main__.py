@@ -24,7 +24,7 @@ from training.compare import differences, summary
 from training.data import Split, read_split
 from training.errors import TrainingError
 from training.plan import Job, Status
-from training.recipes import DENSITIES, PRESETS, Recipe, baseline, going_on
+from training.recipes import DENSITIES, PRESETS, SHAPE, Recipe, baseline, going_on
 
 EXAMPLES = """\
 a library from nothing, on two cores (hours; interrupt it whenever you like, it goes on where it was):
@@ -109,7 +109,11 @@ def add_recipe_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--scratch", action="store_true", help="pure scratch tickets: masks alone, weights never trained")
     sub.add_argument("--epochs", type=float, help="passes over the search images (default: the preset's)")
     sub.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="any other field of the recipe, such as noise=0.5"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the recipe, such as noise=0.5, width=24 or precision=bfloat16",
     )
 
 
@@ -123,7 +127,12 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="cpu", help="torch device of each process (default: %(default)s)")
     sub.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local")
     sub.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
-    sub.add_argument("--rate", type=float, default=0.02, help="first learning rate with --from (default: %(default)s)")
+    sub.add_argument(
+        "--rate",
+        type=float,
+        default=0.4,
+        help="first rates with --from, as a share of the recipe's (default: %(default)s)",
+    )
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -137,12 +146,11 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {"mask_share": 1.0} if arguments.scratch else {}
     if arguments.epochs:
         changes["epochs"] = arguments.epochs
+    known = (*Recipe.__dataclass_fields__, *SHAPE)
     for item in arguments.set:
         field, equals, value = item.partition("=")
-        if not equals or field not in Recipe.__dataclass_fields__:
-            raise TrainingError(
-                f"--set {item}: expected FIELD=VALUE with one of {', '.join(Recipe.__dataclass_fields__)}"
-            )
+        if not equals or field not in known:
+            raise TrainingError(f"--set {item}: expected FIELD=VALUE with one of {', '.join(known)}")
         try:
             changes[field] = json.loads(value)
         except json.JSONDecodeError:
@@ -168,13 +176,16 @@ def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list
 def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
     """Jobs that train an exported library's tickets further."""
     library = open_library(arguments.start)
+    settled = ("epochs", "mask_share", "structure", "density", "steps", "parent", *SHAPE)
+    changes = {name: value for name, value in changes_of(arguments).items() if name not in settled}
     jobs = []
     for entry in library.manifest.entries:
         if entry.role != "ticket" or not wanted(entry.name, arguments.only):
             continue
         before = Recipe.from_dict(entry.provenance.recipe)
-        steps = max(1, round((arguments.epochs or 1) * images / before.batch))
-        recipe = going_on(before, parent=entry.sha256, steps=steps, rate=arguments.rate)
+        batch = changes.get("batch", before.batch)
+        steps = max(1, round((arguments.epochs or 1) * images / batch))
+        recipe = going_on(before, parent=entry.sha256, steps=steps, rate=arguments.rate, **changes)
         jobs.append(Job(recipe, arguments.state / recipe.name, start=library.path / entry.file))
     if not jobs:
         raise TrainingError(f"{arguments.start}: no ticket matches --only {' '.join(arguments.only or [])}")

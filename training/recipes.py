@@ -10,6 +10,7 @@ from model_store.structures import STRUCTURES, Structure, StructureName
 from training.errors import TrainingError
 
 Attack = Literal["n-fgsm", "fgsm-rs", "pgd"]
+SHAPE: Final = ("width", "stem_stride")  # of a structure, where a preset's is changed
 Allocation = Literal["uniform", "dense-ends"]
 
 DENSITIES: Final = (0.07, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70)  # Table 1 of the paper
@@ -31,6 +32,7 @@ class Recipe:
     mask_share: float = 0.3
     mask_rate: float = 0.1
     weight_rate: float = 0.05
+    muon_rate: float = 0.0  # first step of each layer but the classifier, as a share of its norm (Muon); 0: SGD for all
     milestones: tuple[float, ...] = ()  # shares at which a constant rate falls to a tenth; none: cosine to zero
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -92,20 +94,25 @@ class Preset:
     widths: Mapping[str, int]
     epochs: float
     base: Mapping[str, Any]
+    stem_stride: int = 1
     cores: float = 1
     gpus: float = 0
 
     def structure(self, name: StructureName, classes: int = 10) -> Structure:
-        return Structure(name, self.widths[name], classes)
+        return Structure(name, self.widths[name], classes, self.stem_stride)
 
     def recipe(self, name: StructureName, density: float, images: int, classes: int = 10, **changes: Any) -> Recipe:
-        """The job of one ticket on `images` search images; its seed follows from structure and density alone."""
+        """The job of one ticket on `images` search images; its seed follows from structure and density alone.
+
+        changes: fields of Recipe, `epochs` for steps, and `width` or `stem_stride` of the structure.
+        """
         fields = {**self.base, **changes}
+        shape = {field: fields.pop(field) for field in SHAPE if field in fields}
         epochs = fields.pop("epochs", self.epochs)
         fields.setdefault("seed", 1 + STRUCTURES.index(name) * 1000 + round(density * 100))
         batch = fields.setdefault("batch", 128)
         fields.setdefault("steps", max(1, round(epochs * images / batch)))
-        return Recipe(self.structure(name, classes), density, **fields)
+        return Recipe(replace(self.structure(name, classes), **shape), density, **fields)
 
 
 PRESETS: Final[dict[str, Preset]] = {
@@ -113,8 +120,17 @@ PRESETS: Final[dict[str, Preset]] = {
         name="compact",
         about="narrow networks for two CPU cores: masks by adversarial search, kept weights then trained",
         widths={"resnet18": 16, "resnet34": 16, "wideresnet32": 1, "wideresnet38": 1},
-        epochs=8,
-        base={},
+        epochs=4,
+        base={
+            "batch": 64,
+            "mask_share": 0.5,
+            "mask_rate": 0.07,
+            "weight_rate": 0.035,
+            "muon_rate": 0.014,
+            "low_resolution_until": 0.0,
+            "precision": "float32",  # "bfloat16" is faster where the processor has instructions for it, and only there
+        },
+        stem_stride=2,
     ),
     "paper": Preset(
         name="paper",
@@ -137,8 +153,12 @@ PRESETS: Final[dict[str, Preset]] = {
 }
 
 
-def going_on(recipe: Recipe, *, parent: str, steps: int, rate: float) -> Recipe:
-    """The recipe that trains an exported ticket further: full epsilon and resolution from the first step."""
+def going_on(recipe: Recipe, *, parent: str, steps: int, rate: float, **changes: Any) -> Recipe:
+    """The recipe that trains an exported ticket further: full epsilon and resolution from the first step.
+
+    rate: the first rates, as a share of those in `recipe`, once `changes` are made to it.
+    """
+    recipe = replace(recipe, **changes)
     fixed: dict[str, Any] = {
         "clean_until": 0.0,
         "ramp_until": 0.0,
@@ -146,9 +166,9 @@ def going_on(recipe: Recipe, *, parent: str, steps: int, rate: float) -> Recipe:
         "parent": parent,
         "steps": steps,
     }
-    if recipe.kind == "scratch":
-        return replace(recipe, **fixed, mask_rate=rate)
-    return replace(recipe, **fixed, mask_share=0.0, weight_rate=rate)
+    rates = ("mask_rate", "weight_rate", "muon_rate")
+    fixed |= {name: rate * getattr(recipe, name) for name in rates}
+    return replace(recipe, **fixed, mask_share=1.0 if recipe.kind == "scratch" else 0.0)
 
 
 def baseline(preset: Preset, name: StructureName, images: int, classes: int = 10, **changes: Any) -> Recipe:

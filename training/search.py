@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model_store.attacks import ThreatModel, pgd
-from model_store.structures import Network, calibrate, convs
+from model_store.structures import Network, Structure, calibrate, convs
 from model_store.ticket import Ticket
 from training.data import Images, Split, as_floats, batches
 from training.errors import CheckpointRejected, SearchFailed
@@ -73,6 +73,14 @@ def densities_of(network: Network, recipe: Recipe) -> dict[str, float]:
     return {name: 1.0 if name in ends else recipe.density for name in convs(network)}
 
 
+def layout_of(structure: Structure) -> torch.memory_format:
+    """Channels last is faster, but not for the narrowest networks: below 8 channels oneDNN's gradient of a strided 1x1
+    convolution's weights writes past its buffer on processors without AVX-512 (oneDNN issue 6035)."""
+    shortcuts = [layer for layer in convs(structure.blank()).values() if layer.kernel_size == (1, 1)]
+    narrowest = min(layer.in_channels for layer in shortcuts if layer.stride != (1, 1))
+    return torch.contiguous_format if narrowest < 8 else torch.channels_last
+
+
 def generator_of(*parts: int) -> torch.Generator:
     """A generator of its own for each (seed, step, use): nothing to save, nothing shared."""
     seed = 0
@@ -86,7 +94,8 @@ class Search:
 
     def __init__(self, recipe: Recipe, split: Split, device: torch.device, start: Ticket | None = None) -> None:
         self.recipe, self.split, self.device = recipe, split, device
-        self.network = recipe.structure.blank().to(memory_format=torch.channels_last).to(device)
+        self.layout = layout_of(recipe.structure)
+        self.network = recipe.structure.blank().to(memory_format=self.layout).to(device)
         self.densities = densities_of(self.network, recipe)
         self.step = 0
         self.seconds = 0.0
@@ -190,7 +199,7 @@ class Search:
         images = augmented(images, generator_of(self.recipe.seed, step, 4))
         if step < self.recipe.low_resolution_until * self.recipe.steps:
             images = functional.avg_pool2d(images, images.shape[-1] // LOW_RESOLUTION)
-        images = images.to(self.device, memory_format=torch.channels_last)
+        images = images.to(self.device, memory_format=self.layout)
         return images, self.split.search.labels[picked].to(self.device)
 
     def epsilon(self) -> float:
@@ -198,16 +207,21 @@ class Search:
         start, end = recipe.clean_until * recipe.steps, recipe.ramp_until * recipe.steps
         if self.step >= end:
             return recipe.epsilon
-        return recipe.epsilon * max(0.0, (self.step - start) / (end - start))
+        return 0.0 if self.step <= start else recipe.epsilon * (self.step - start) / (end - start)
 
     def rate(self) -> float:
+        """SGD's rate at this step."""
+        recipe = self.recipe
+        return (recipe.mask_rate if self.phase == "mask" else recipe.weight_rate) * self.schedule()
+
+    def schedule(self) -> float:
+        """The share of its first rate that a phase has left: a cosine to zero, or tenths at milestones."""
         recipe = self.recipe
         begin, end = (0, recipe.mask_steps) if self.phase == "mask" else (recipe.mask_steps, recipe.steps)
-        top = recipe.mask_rate if self.phase == "mask" else recipe.weight_rate
         share = (self.step - begin) / (end - begin)
         if recipe.milestones:
-            return top * 0.1 ** sum(share >= milestone for milestone in recipe.milestones)
-        return top * 0.5 * (1 + math.cos(math.pi * share))
+            return float(0.1 ** sum(share >= milestone for milestone in recipe.milestones))
+        return 0.5 * (1 + math.cos(math.pi * share))
 
     def autocast(self) -> torch.autocast:
         kind = getattr(torch, self.recipe.precision)
@@ -233,24 +247,51 @@ class Search:
 
     @torch.no_grad()
     def descend(self) -> None:
-        """SGD with momentum and weight decay, on the scores or on the kept weights."""
-        rate, recipe, phase = self.rate(), self.recipe, self.phase
         for name, layer in convs(self.network).items():
             gradient = cast("Tensor", layer.weight.grad)
-            if phase == "mask":
-                gradient = score_gradient(gradient, self.frozen[name], self.scores[name])
-                value = self.scores[name]
-            else:
+            if self.phase == "weights":
                 gradient = gradient * self.masks[name]
-                value = layer.weight
-            gradient = gradient.add(value, alpha=recipe.weight_decay)
-            before = self.momenta.get(name)
-            momentum = gradient if before is None else before.mul_(recipe.momentum).add_(gradient)
-            self.momenta[name] = momentum
-            value.sub_(momentum, alpha=rate)
-        if phase == "mask":  # once a step: attack and update see the same mask
+            if self.recipe.muon_rate and name != "classifier":
+                self.turn(name, layer.weight, gradient)
+            else:
+                self.roll(name, layer.weight, gradient)
+        if self.phase == "mask":  # once a step: attack and update see the same mask
             self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
             self.show_weights(self.frozen)
+
+    def roll(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        """SGD with momentum and weight decay, on the scores or on the kept weights."""
+        value = weight
+        if self.phase == "mask":
+            gradient, value = score_gradient(gradient, self.frozen[name], self.scores[name]), self.scores[name]
+        gradient = gradient.add(value, alpha=self.recipe.weight_decay)
+        value.sub_(self.with_momentum(name, gradient), alpha=self.rate())
+
+    def turn(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        """Muon (Jordan et al., 2024) for a layer whose norm does not matter, as a norm layer follows it.
+
+        The momentum of the weights' gradient is orthogonalised; the step is a share of the value's norm. For scores
+        it is carried through the mask's straight-through gradient after that: signs of weights and scores would
+        scatter what the orthogonalisation is to find.
+        """
+        momentum = self.with_momentum(name, gradient)
+        ahead = gradient.add(momentum, alpha=self.recipe.momentum)  # Nesterov's
+        step = orthogonal(ahead.flatten(1)).view_as(weight)
+        value = weight
+        if self.phase == "mask":
+            value = self.scores[name]
+            step = score_gradient(step, self.frozen[name], value)
+        else:
+            step = step * self.masks[name]
+        norm = value.norm()
+        value.sub_(step, alpha=float(self.recipe.muon_rate * self.schedule() * norm / (step.norm() + 1e-12)))
+        if self.phase == "weights":
+            value.mul_(norm / value.norm())
+
+    def with_momentum(self, name: str, gradient: Tensor) -> Tensor:
+        before = self.momenta.get(name)
+        self.momenta[name] = gradient if before is None else before.mul_(self.recipe.momentum).add_(gradient)
+        return self.momenta[name]
 
     # --- looking and leaving ---------------------------------------------------------------------------------------
 
@@ -292,6 +333,21 @@ class Search:
             kind=self.recipe.kind,
         )
         return with_temperature(bare, self.split.selection)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About the nearest matrix [m, n] with orthonormal rows or columns: every singular value near 1.
+
+    Five steps of a Newton-Schulz iteration with Muon's coefficients, which trade exactness for speed: singular values
+    end between 0.7 and 1.2 (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-12)
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if tall else x
 
 
 def continued(weights: Tensor, scores: Tensor, start: Ticket, name: str) -> tuple[Tensor, Tensor]:
