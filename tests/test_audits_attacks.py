@@ -212,7 +212,7 @@ def test_autoattack_takes_members_that_are_laid_out_channels_last() -> None:
     _, images, labels = some(4)
     network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
     network(images)
-    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     logits = ExpectedLogits(alone(network), "mean-logits")
     asked = images.contiguous().requires_grad_(True)
     (gradient,) = torch.autograd.grad(logits(asked).sum(), asked)

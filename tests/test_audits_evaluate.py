@@ -15,6 +15,7 @@ from model_store.theta import Policy, inclusion_probabilities, size_probabilitie
 from service.audits.evaluate import (
     Draws,
     Scores,
+    count_through,
     distance,
     draws_of,
     enumerated,
@@ -22,6 +23,7 @@ from service.audits.evaluate import (
     on_grid,
     scores,
     scoring_draws,
+    use_cores,
     worst,
 )
 from service.audits.stats import bootstrap, clopper_pearson, paired, resampled_means
@@ -50,6 +52,18 @@ def test_large_laws_are_sampled_and_small_ones_counted() -> None:
     large = Policy.over([name for name in "abcd" for _ in range(10)])
     assert not draws_of(large, 50, random.Random(0)).counted
     assert draws_of(LAWS[0], 50, random.Random(0)).counted
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_counting_through_in_halves_is_counting_through(law: Policy) -> None:
+    """Against every state scored on its own, ties included: logits are small whole numbers."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randint(-2, 3, (6, 20, 4), generator=generator).float()
+    labels = torch.randint(0, 4, (20,), generator=generator)
+    plain = scores(logits, labels, enumerated(law))
+    found = count_through(plain, logits, labels, law)
+    assert found.right.tolist() == pytest.approx(plain.right.tolist(), abs=1e-6)
+    assert torch.equal(found.any_wrong, plain.any_wrong)
 
 
 def test_failure_by_hand() -> None:
@@ -101,6 +115,18 @@ def test_the_grid_stays_inside_the_threat_model(norm: str, seed: int, epsilon: f
     assert float(distance(on_grid(moved, clean, norm, epsilon), clean, norm).max()) <= epsilon + 1e-9
 
 
+def test_rounding_leaves_nearly_all_of_an_l2_perturbation() -> None:
+    """Cutting every number towards the clean image would cost a fifth of it."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(20, 236, (8, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    offset = torch.randn(8, 3, 32, 32, generator=generator)
+    epsilon = 128 / 255
+    moved = clean / 255 + epsilon * offset / offset.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    found = distance(on_grid(moved, clean, "l2", epsilon), clean, "l2")
+    assert float(found.max()) <= epsilon + 1e-9
+    assert float(found.min()) >= 0.99 * epsilon
+
+
 def test_a_corner_of_the_ball_is_on_the_grid() -> None:
     clean = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
     assert on_grid(clean / 255 + 8 / 255, clean, "linf", 8 / 255).flatten().tolist() == [108] * 12
@@ -143,13 +169,14 @@ def test_members_side_by_side_give_what_one_after_another_gives() -> None:
     weights, found, threads = torch.rand(3, 4, 5), [], torch.get_num_threads()
     try:
         for count in (1, 2, 2):
-            torch.set_num_threads(count)
+            use_cores(count)
             ours = images.clone().requires_grad_(True)
             logits = target(ours)
             assert torch.equal(logits, plain)
             assert torch.equal(target(images), plain)
             found.append(torch.autograd.grad((logits * weights).sum(), ours)[0])
     finally:
+        use_cores(1)
         torch.set_num_threads(threads)
     ours = images.clone().requires_grad_(True)
     outputs = torch.stack([network(ours) for network in networks])

@@ -18,10 +18,11 @@ from service.audits.command import BELOW, INVALID, add_parser, conclude
 from service.audits.config import Audit, Step
 from service.audits.errors import DataRejected
 from service.audits.evaluate import bench_of
-from service.audits.profiles import PROFILES, images_of, plan
+from service.audits.profiles import PROFILES, SHARED, images_of, plan
 from service.audits.runner import Outcome, Run
 from service.audits.stats import Interval
 from service.audits.summary import compare, digest_holds, words
+from service.audits.tables import MARKS
 from tests.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
 
 Json = dict[str, Any]
@@ -34,6 +35,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_commit() -> Iterator[None]:
+    """A report's digest covers the commit of the code, which another hand may move between two audits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMBOLA_COMMIT", "0" * 40)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +207,22 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
 ) -> None:
     assert command("--tables", str(folder / "first/report.json"), "--out", str(tmp_path / "figures")) == 0
     shown = capsys.readouterr().out
-    assert shown.count("\n| ") == len(report["systems"])
+    assert shown.count("\n| ") == len(report["systems"]) + 1  # and one row for the attacks on ours alone
     assert report["digest"][:12] in shown
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"transfer.svg", "accuracy.svg"}
+    made = tmp_path / "figures"
+    assert {path.name for path in made.iterdir()} == {"report.json", "transfer.svg", "accuracy.svg"}
+    assert json.loads((made / "report.json").read_text()) == report
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{MARKS[0]}\n| System")
+    assert text.endswith(f"{MARKS[1]}\nafter\n")
+    assert "old" not in text
+    assert "](figures/accuracy.svg)" in text
+    page.write_text("no marks")
+    assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 2
+    capsys.readouterr()
     changed = {**report, "verdict": "perfect"}
     (tmp_path / "changed.json").write_text(json.dumps(changed))
     assert command("--tables", str(tmp_path / "changed.json")) == 2
@@ -241,6 +263,31 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
         costs.append(sum(Run(folder / "unused", asked, library, faint_digits(2)).costs))
     assert costs == sorted(costs)
     assert costs[1] > 10 * costs[0]
+
+
+def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
+    """8/255 of l2 length is a hundredth of a grey level: nothing would be attacked, and all would look robust."""
+    bench = bench_of(library)
+    for norm, headline, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
+        asked = Audit("standard", norm=norm)  # type: ignore[arg-type]
+        assert asked.headline == headline
+        steps = plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+        assert max(step.epsilon for step in steps) == unbounded
+        assert {step.epsilon for step in steps} >= set(asked.epsilons) - {0.0}
+
+
+def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
+    """Comparisons count stages 0 and 1: the same attacks with the same settings on every compared system."""
+    bench = bench_of(library)
+    compared = systems.compared(bench, systems.strengths(library))
+    for profile in PROFILES:
+        steps = [step for step in plan(Audit(profile), bench, compared) if step.stage <= SHARED]
+        faced = {
+            system.name: {(s.name, s.epsilon, s.settings, s.warm) for s in steps if s.system == system.name}
+            for system in compared
+        }
+        assert len({frozenset(attacks) for attacks in faced.values()}) == 1
+        assert faced["tombola"]
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
@@ -340,11 +387,11 @@ def test_all_thirty_four_checks_are_there_once() -> None:
 def test_a_warm_start_comes_from_earlier_stages_alone(library: Any, folder: Path) -> None:
     """So that every system's refined attack starts from the same images, and a key costs one look at each attack."""
     run = Run(folder / "unused", Audit("standard"), library, faint_digits(8))
-    warm = [step for step in run.steps if step.stage]
+    warm = [step for step in run.steps if step.warm]
     assert {"eot-risk", "arc"} <= {step.name for step in warm}
     for step in warm:
         assert all(other.stage < step.stage and other.epsilon <= step.epsilon for other in run.before(step))
-    refined = [step for step in warm if step.name == "eot-risk" and step.epsilon == 8]
+    refined = [step for step in warm if step.name == "eot-risk" and step.epsilon == 8 and step.stage == SHARED]
     assert len({tuple(run.before(step)) for step in refined}) == 1
     assert [step.stage for step in run.steps] == sorted(step.stage for step in run.steps)
     assert len({run.key_of(step) for step in run.steps}) == len(run.steps)

@@ -16,8 +16,8 @@ from service.audits import figures, page, sanity, summary, systems
 from service.audits.config import Audit
 from service.audits.data import Labelled
 from service.audits.errors import DataRejected
-from service.audits.evaluate import bench_of, logits_of, scoring_draws
-from service.audits.profiles import estimated_seconds, images_of
+from service.audits.evaluate import bench_of, cores_used, logits_of, scoring_draws
+from service.audits.profiles import check_giga_multiply_adds, estimated_seconds, images_of
 from service.audits.runner import Json, Run, Tell
 
 REPORT: Final = "report.json"
@@ -69,5 +69,6 @@ def audit(
 
 
 def cost(run: Run) -> dict[str, Any]:
-    giga = sum(run.costs)
-    return {"attacks": len(run.steps), "giga_multiply_adds": round(giga, 1), "seconds": round(estimated_seconds(giga))}
+    giga = sum(run.costs) + check_giga_multiply_adds(run.audit, run.multiply_adds)
+    seconds = estimated_seconds(giga, cores_used[0])
+    return {"attacks": len(run.steps), "giga_multiply_adds": round(giga, 1), "seconds": round(seconds)}

@@ -18,8 +18,9 @@ from service.audits.attacks.libraries import attack as library_attack
 from service.audits.attacks.losses import LOSSES, Stage
 from service.audits.checks import Check, Finding, Lab, points, tolerance
 from service.audits.checks_model import PROBE
-from service.audits.config import ATTACKS, ProfileName
+from service.audits.config import ATTACKS, LARGEST, ProfileName
 from service.audits.evaluate import CERTAIN, Draws, Member, Target, failure, logits_of, on_grid, worst
+from service.audits.profiles import FAR
 from service.audits.runner import Outcome, Run, seed_of
 
 GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))
@@ -117,14 +118,11 @@ def iterative_below_single_step(lab: Lab) -> Finding:
 
 
 def same_attack_by_epsilon(run: Run) -> list[tuple[float, Tensor]]:
-    """Ours under eot-mean-loss at each epsilon, on the images that all of them saw."""
+    """Ours under eot-mean-loss at each epsilon, on the images that it saw there."""
     found = [o for o in run.outcomes if o.step.system == run.systems[0].name and o.step.name == "eot-mean-loss"]
-    least = min((o.step.images for o in found), default=0)
-    lowest: dict[float, Tensor] = {0.0: run.clean(run.systems[0]).right[:least]}
+    lowest: dict[float, Tensor] = {0.0: run.clean(run.systems[0]).right}
     for outcome in found:
-        right = accuracy(run, outcome)[:least]
-        epsilon = outcome.step.epsilon
-        lowest[epsilon] = torch.minimum(lowest.get(epsilon, right), right)
+        lowest[outcome.step.epsilon] = accuracy(run, outcome)
     return sorted(lowest.items())
 
 
@@ -132,10 +130,10 @@ def monotone(lab: Lab) -> Finding:
     curve = same_attack_by_epsilon(lab.run)
     if len(curve) < 3:
         return Finding(None, "fewer than two epsilons above 0")
-    rises = [
-        float((after - before).mean()) - tolerance(before, after)
-        for (_, before), (_, after) in itertools.pairwise(curve)
-    ]
+    rises = []
+    for (_, before), (_, after) in itertools.pairwise(curve):  # on the images of both
+        count = min(len(before), len(after))
+        rises.append(float((after[:count] - before[:count]).mean()) - tolerance(before[:count], after[:count]))
     said = ", ".join(f"{epsilon:g}: {points(float(right.mean()))}" for epsilon, right in curve)
     return Finding(max(rises) <= 0, said)
 
@@ -146,14 +144,16 @@ def at(lab: Lab, epsilon: float) -> float | None:
 
 
 def reaches_zero(lab: Lab) -> Finding:
-    near, far = at(lab, 64.0), at(lab, 128.0)
+    sizes = FAR[lab.run.audit.norm]
+    near, far = (at(lab, size) for size in sizes)
     if near is None or far is None:
         return Finding(None, "the far end did not run")
-    return Finding(near <= 0.01 and far <= 0.005, f"64/255: {points(near)}, 128/255: {points(far)}")
+    said = ", ".join(f"{e:g}/255: {points(found)}" for e, found in zip(sizes, (near, far), strict=True))
+    return Finding(near <= 0.01 and far <= 0.005, said)
 
 
 def unbounded(lab: Lab) -> Finding:
-    found = at(lab, 255.0)
+    found = at(lab, LARGEST[lab.run.audit.norm])
     return Finding(None, "did not run") if found is None else Finding(found == 0, points(found))
 
 
@@ -162,7 +162,7 @@ def below_transfer(lab: Lab) -> Finding:
     others = [
         o for o in lab.run.outcomes if o.step.name in ("fgsm", "pgd-20") and o.step.epsilon == lab.run.audit.headline
     ]
-    mine = lab.attacks(*GRADIENT_ATTACKS)
+    mine = [o for o in lab.attacks(*GRADIENT_ATTACKS) if not o.step.warm]  # a warm start has seen the transfers
     if not others or not mine:
         return Finding(None, "transfer or the adaptive attack did not run")
     count = min(o.step.images for o in (*others, *mine))
@@ -374,8 +374,8 @@ ROWS: Final[tuple[Row, ...]] = (
         iterative_below_single_step,
     ),
     (14, "monotone in epsilon", "accuracy does not rise by more than the tolerance", True, "smoke", monotone),
-    (15, "reaches zero", "at most 1 % at 64/255 and 0.5 % at 128/255", True, "smoke", reaches_zero),
-    (16, "unbounded", "0 % at 255/255", True, "smoke", unbounded),
+    (15, "reaches zero", "at most 1 % at 64/255 and 0.5 % at 128/255 (l2: 4 and 8)", True, "smoke", reaches_zero),
+    (16, "unbounded", "0 % where every image is in reach of every other", True, "smoke", unbounded),
     (
         17,
         "white box below transfer",

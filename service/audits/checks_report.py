@@ -117,9 +117,11 @@ def clean_accuracy(lab: Lab) -> Finding:
 
 def reproducible(lab: Lab) -> Finding:
     """The cheapest gradient attack again, and from `standard` on with two more seeds."""
-    mine = lab.attacks(
-        *(o.step.name for o in lab.run.outcomes if isinstance(o.step.settings, Ascent) and o.step.stage == 0)
-    )
+    mine = [
+        o
+        for o in lab.run.outcomes
+        if isinstance(o.step.settings, Ascent) and o.step.system == lab.ours.name and not o.step.warm
+    ]
     if not mine:
         return Finding(None, "no gradient attack ran")
     outcome = min(mine, key=lambda o: o.passes)

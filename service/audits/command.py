@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ examples:
   python -m service audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
   python -m service audit --url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
   python -m service audit --compare old/report.json new/report.json
-  python -m service audit --tables service/audits/results/report.json --out service/audits/results
+  python -m service audit --tables service/audits/results/report.json --out service/audits/results --into README.md
 """
 
 
@@ -38,14 +39,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--profile", default="standard", help="smoke, standard or full (standard)")
     parser.add_argument("--data", help="zip, npz or folder of labelled images; with --url, the name of a data set")
     parser.add_argument("--attacks", nargs="*", help="only these (all of the profile's)")
-    parser.add_argument("--epsilons", nargs="*", type=float, help="in 255ths (0 2 4 8 12 20)")
+    parser.add_argument("--epsilons", nargs="*", type=float, help="in 255ths (0 2 4 8 12 20; l2: 0 32 64 128 192 320)")
     parser.add_argument("--norm", help="linf or l2 (linf)")
     parser.add_argument("--images", type=int, help="how many images (the profile's number)")
     parser.add_argument("--seed", type=int, help="of the attacker (0)")
     parser.add_argument("--defender-seed", type=int, help="of the draws that score (0)")
     parser.add_argument("--out", type=Path, default=Path("audit"), help="folder of the report; a rerun resumes (audit)")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (the cores of this container)")
+    parser.add_argument("--threads", type=int, default=0, help="cores to use (those of this container)")
     parser.add_argument("--service", help="public URL of a service of the same library, for black-box attacks")
     parser.add_argument("--key", help="API key for --service")
     parser.add_argument("--fail-under", type=float, metavar="FRACTION", help="exit code 3 if accuracy is below it")
@@ -53,6 +54,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--token-file", type=Path, help="file with the admin token, for --url")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="two report.json: what changed")
     parser.add_argument("--tables", type=Path, metavar="REPORT", help="print its Table 2, write its figures to --out")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE", help="with --tables: put it between the page's marks instead"
+    )
     parser.set_defaults(run=run)
 
 
@@ -62,7 +66,7 @@ def run(given: argparse.Namespace) -> int:
         if given.compare:
             return run_compare(*given.compare)
         if given.tables:
-            return run_tables(given.tables, given.out)
+            return run_tables(given.tables, given.out, given.into)
         report = remote(given) if given.url else local(given)
     except AuditError as error:
         print(f"tombola: {error}", file=sys.stderr)
@@ -86,19 +90,18 @@ def request_of(given: argparse.Namespace) -> Json:
 
 
 def local(given: argparse.Namespace) -> Json:
-    import torch
-
     from model_store.library import open_library
     from service.audits.audit import audit, labelled
     from service.audits.config import read_audit
+    from service.audits.evaluate import cores_used, use_cores
     from service.engine.cores import usable_cores
 
-    torch.set_num_threads(given.threads or usable_cores())
+    use_cores(given.threads or usable_cores())
     asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
     library = open_library(given.library)
     data: Labelled = labelled(asked, library, Path(given.data) if given.data else None)
     print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
-    print(f"device {given.device}, {torch.get_num_threads()} threads, seed {asked.seed}, profile {asked.profile}")
+    print(f"device {given.device}, {cores_used[0]} cores, seed {asked.seed}, profile {asked.profile}")
     with Shown() as shown:
         return audit(
             given.out, asked, library, data, device=given.device, url=given.service, key=given.key, tell=shown.tell
@@ -130,9 +133,7 @@ class Shown:
             text = f"check {event['id']:2d} {event['outcome']:7s} {event['name']}: {event['value']}"
             self.bar.console.print(text, highlight=False, markup=False)
         elif event["event"] == "cost":
-            text = (
-                f"at most {event['giga_multiply_adds']:.0f} giga-multiply-adds, about {event['seconds'] / 60:.0f} min"
-            )
+            text = f"{event['attacks']} attacks and 34 checks, about {event['seconds'] / 60:.0f} min"
             self.bar.console.print(text, highlight=False)
 
 
@@ -154,7 +155,15 @@ def remote(given: argparse.Namespace) -> Json:
             time.sleep(2.0)
         if state["state"] != "done":
             raise AuditError(f"audit {job['id']}: {state['state']}: {state.get('why', '')}")
-        return answered(client.get(f"/admin/audits/{job['id']}/report.json"))
+        report = answered(client.get(f"/admin/audits/{job['id']}/report.json"))
+        keep(given.out, report, client.get(f"/admin/audits/{job['id']}/report").text)
+        return report
+
+
+def keep(folder: Path, report: Json, page: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def answered(response: Any) -> Json:
@@ -181,11 +190,17 @@ def read_report(path: Path) -> Json:
     return report
 
 
-def run_tables(path: Path, folder: Path) -> int:
-    from service.audits.tables import table, write_figures
+def run_tables(path: Path, folder: Path, into: Path | None) -> int:
+    from service.audits.tables import section, write_figures, write_into
 
     report = read_report(path)
-    print(table(report))
+    seen_from = into.resolve().parent if into else Path.cwd()
+    text = section(report, Path(os.path.relpath(folder.resolve(), seen_from)).as_posix())
+    if into is None:
+        print(text)
+    else:
+        write_into(into, text)
+        print(f"{into}: table and figures of report {report['digest'][:12]}")
     for written in write_figures(report, folder):
         print(f"written: {written}", file=sys.stderr)
     return 0

@@ -18,8 +18,12 @@ from service.audits.errors import AuditRejected
 ProfileName = Literal["smoke", "standard", "full"]
 Settings = Ascent | Sweeps | Standard | Single | Universal | Corners | BlackBox
 PROFILES: Final[tuple[ProfileName, ...]] = get_args(ProfileName)
-EPSILONS: Final = (0.0, 2.0, 4.0, 8.0, 12.0, 20.0)
-HEADLINE: Final = 8.0
+EPSILONS: Final[dict[Norm, tuple[float, ...]]] = {
+    "linf": (0.0, 2.0, 4.0, 8.0, 12.0, 20.0),
+    "l2": (0.0, 32.0, 64.0, 128.0, 192.0, 320.0),  # lengths over 3072 numbers: 128/255 is the literature's 0.5
+}
+HEADLINE: Final[dict[Norm, float]] = {"linf": 8.0, "l2": 128.0}
+LARGEST: Final[dict[Norm, float]] = {"linf": 255.0, "l2": 255 * math.sqrt(3 * 32 * 32)}  # from any image to any other
 MAX_IMAGES: Final = 10_000
 ATTACKS: Final = (
     "paper-eot",
@@ -48,14 +52,14 @@ FIELDS: Final = ("profile", "attacks", "epsilons", "norm", "data", "images", "se
 class Audit:
     """One audit, whole: two of the same code, library and data have the same report, timings apart.
 
-    attacks: names of ATTACKS, all of the profile's if empty.  epsilons: in 255ths, ascending.  images: None for the
-    profile's.  data: a configured data set's name, or None for generated images.  seed: of everything the attacker
-    draws.  defender_seed: of the draws that score.
+    attacks: names of ATTACKS, all of the profile's if empty.  epsilons: in 255ths, ascending; the norm's own if none
+    are given.  images: None for the profile's.  data: a configured data set's name, or None for generated images.
+    seed: of everything the attacker draws.  defender_seed: of the draws that score.
     """
 
     profile: ProfileName = "standard"
     attacks: tuple[str, ...] = ()
-    epsilons: tuple[float, ...] = EPSILONS
+    epsilons: tuple[float, ...] = ()
     norm: Norm = "linf"
     data: str | None = None
     images: int | None = None
@@ -67,7 +71,8 @@ class Audit:
         one_of("norm", self.norm, get_args(Norm))
         for name in self.attacks:
             one_of("attacks", name, ATTACKS)
-        check_epsilons(self.epsilons)
+        object.__setattr__(self, "epsilons", self.epsilons or EPSILONS[self.norm])
+        check_epsilons(self.epsilons, LARGEST[self.norm])
         if self.images is not None:
             whole("images", self.images, 2, MAX_IMAGES)
         whole("seed", self.seed, 0, 2**31 - 1)
@@ -78,7 +83,8 @@ class Audit:
     @property
     def headline(self) -> float:
         """The epsilon, in 255ths, that all systems face with every attack."""
-        return HEADLINE if HEADLINE in self.epsilons else max(self.epsilons)
+        usual = HEADLINE[self.norm]
+        return usual if usual in self.epsilons else max(self.epsilons)
 
     def wants(self, attack: str) -> bool:
         return not self.attacks or attack in self.attacks
@@ -86,8 +92,8 @@ class Audit:
 
 @dataclass(frozen=True)
 class Step:
-    """One attack on one system at one size. name: of ATTACKS.  stage: 0 starts by itself; a later one starts from the
-    riskiest images that the stages before it found, for whichever system they were made."""
+    """One attack on one system at one size. name: of ATTACKS.  stage: of the plan.  warm: starts from the riskiest
+    images that earlier stages found, for whichever system they were made."""
 
     name: str
     system: str
@@ -96,6 +102,7 @@ class Step:
     images: int
     settings: Settings
     stage: int = 0
+    warm: bool = False
 
     @property
     def id(self) -> str:
@@ -158,12 +165,14 @@ def whole(name: str, value: object, least: int, most: int) -> None:
         raise AuditRejected(f"{name} {value!r:.60}; expected a whole number from {least} to {most}")
 
 
-def check_epsilons(epsilons: tuple[float, ...]) -> None:
+def check_epsilons(epsilons: tuple[float, ...], largest: float) -> None:
     if not epsilons or list(epsilons) != sorted(set(epsilons)) or max(epsilons) <= 0:
         raise AuditRejected(f"epsilons {list(epsilons)}; expected different numbers in ascending order, one above 0")
     for epsilon in epsilons:
-        if not (math.isfinite(epsilon) and (epsilon == 0 or 1 <= epsilon <= 255)):
-            raise AuditRejected(f"epsilon {epsilon!r}; expected 0, or 1 to 255: they are in 255ths, so that 8 is 8/255")
+        if not (math.isfinite(epsilon) and (epsilon == 0 or 1 <= epsilon <= largest)):
+            raise AuditRejected(
+                f"epsilon {epsilon!r}; expected 0, or 1 to {largest:.0f}: they are in 255ths, so that 8 is 8/255"
+            )
 
 
 # In words

@@ -26,8 +26,11 @@ SCORING_DRAWS: Final = 10_000
 ATTACK_DRAWS: Final = 2_000
 COUNTED: Final = 4_096  # laws of at most so many states are enumerated instead of sampled
 CERTAIN: Final = 1 - 1e-9  # a risk above which nothing can be gained
+COUNTED_AT_LAST: Final = 20_000_000  # laws of at most so many are counted through for the figures reported
+MAX_PAIRS: Final = 2**18  # states whose sums are held at once
 MAX_CHUNK: Final = 2**22  # floats of ensemble logits held at once
 PASS_IMAGES: Final = 64  # images of one forward
+BISECTIONS: Final = 12
 GRAPH_IMAGES: Final = 320  # images times members whose activations are held for a backward pass, about 1.5 GB
 
 
@@ -108,18 +111,27 @@ class Target:
             return torch.stack([member(images) for member in self.members])
         if torch.is_grad_enabled() and images.requires_grad:
             return cast("Tensor", SideBySide.apply(images, self.members))
-        return torch.stack(
-            list(workers(torch.get_num_threads()).map(lambda member: plain(member, images), self.members))
-        )
+        return torch.stack(list(workers().map(lambda member: plain(member, images), self.members)))
 
 
-# Members on all cores. They are too small to be split over threads one at a time, and independent of each other.
+# All cores. Members are too small to be split over threads one at a time, but they are many: each thread runs whole
+# ones, and torch splits nothing, so that results do not depend on the cores and a busy machine is no trap.
+
+cores_used: Final = [1]
+
+
+def use_cores(count: int) -> None:
+    cores_used[0] = count
+    torch.set_num_threads(1)
+
+
+def workers() -> ThreadPoolExecutor:
+    return pool_of(cores_used[0])
 
 
 @lru_cache(maxsize=1)
-def workers(threads: int) -> ThreadPoolExecutor:
-    """As many threads, each of which runs its operations on itself alone."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="members", initializer=torch.set_num_threads, initargs=(1,))
+def pool_of(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="audit", initializer=torch.set_num_threads, initargs=(1,))
 
 
 @torch.no_grad()
@@ -137,7 +149,7 @@ class SideBySide(torch.autograd.Function):
                 own = images.detach().requires_grad_(True)
                 return own, member(own)
 
-        ctx.graphs = list(workers(torch.get_num_threads()).map(run, members))
+        ctx.graphs = list(workers().map(run, members))
         return torch.stack([logits.detach() for _, logits in ctx.graphs])
 
     @staticmethod
@@ -146,7 +158,7 @@ class SideBySide(torch.autograd.Function):
             own, logits = graph
             return torch.autograd.grad(logits, own, gradient)[0]
 
-        found = workers(torch.get_num_threads()).map(run, ctx.graphs, gradients[0])
+        found = workers().map(run, ctx.graphs, gradients[0])
         return torch.stack(list(found)).sum(dim=0), None
 
 
@@ -189,7 +201,18 @@ def enumerated(policy: Policy) -> Draws:
 
 def every_state(policy: Policy) -> Iterator[tuple[Theta, float]]:
     """Each theta of a law without replacement, with a number proportional to its probability."""
-    options: list[list[tuple[tuple[int, ...], float]]] = []
+    for members, p in states_over(options_of(policy)):
+        if members:
+            yield Theta(members), p
+
+
+Option = tuple[tuple[int, ...], float]
+"""Members that one group or several give, and a number proportional to its probability."""
+
+
+def options_of(policy: Policy) -> list[list[Option]]:
+    """For each group what it can give, nothing included where alpha may leave it out."""
+    options: list[list[Option]] = []
     for group, law in zip(policy.groups, group_sizes(policy), strict=True):
         chosen = [
             (members, p / math.comb(len(group), n))
@@ -198,10 +221,13 @@ def every_state(policy: Policy) -> Iterator[tuple[Theta, float]]:
             for members in itertools.combinations(group, n)
         ]
         options.append(chosen if policy.every else [((), 1.0), *chosen])
+    return options
+
+
+def states_over(options: Sequence[Sequence[Option]]) -> Iterator[Option]:
     for state in itertools.product(*options):
         members = tuple(sorted(itertools.chain.from_iterable(part for part, _ in state)))
-        if members:
-            yield Theta(members), math.prod(p for _, p in state)
+        yield members, math.prod(p for _, p in state)
 
 
 def target_of(bench: Bench, system: System, seed: str) -> Target:
@@ -229,9 +255,9 @@ def logits_of(members: Sequence[Member], pixels: Tensor, device: torch.device) -
     def run(member: Member) -> Tensor:
         return torch.cat([plain(member, part).cpu() for part in parts])
 
-    if len(members) == 1 or device.type != "cpu":
+    if device.type != "cpu":
         return torch.stack([run(member) for member in members])
-    return torch.stack(list(workers(torch.get_num_threads()).map(run, members)))
+    return torch.stack(list(workers().map(run, members)))
 
 
 def as_floats(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -285,6 +311,49 @@ def scores(logits: Tensor, labels: Tensor, draws: Draws) -> Scores:
     return Scores(right, failed.any(dim=0), by_size)
 
 
+def countable(policy: Policy) -> bool:
+    """Whether all states of a law can be counted through for a few hundred images."""
+    return not policy.replacement and states(policy) <= COUNTED_AT_LAST
+
+
+@torch.no_grad()
+def count_through(found: Scores, logits: Tensor, labels: Tensor, policy: Policy) -> Scores:
+    """The same images under every state of a large law: what was chosen on draws is scored on all there is.
+
+    logits: [M, N, classes]. The groups are taken in two halves: a state is a pair of their sums.
+    """
+    options = options_of(policy)
+    halves = []
+    for part in (options[: len(options) // 2], options[len(options) // 2 :]):
+        listed = list(states_over(part))
+        rows = matrix([Theta(members) for members, _ in listed], policy.tickets)
+        halves.append((combine(logits, rows), torch.tensor([p for _, p in listed], dtype=torch.float64)))
+    (first, p), (second, q) = halves
+    empty = 0.0 if policy.every else float(p[0] * q[0])  # both halves begin with nothing
+
+    def run(image: int) -> tuple[float, bool]:
+        failed = pairs_wrong(first[:, image], second[:, image], int(labels[image]))
+        if not policy.every:
+            failed[0, 0] = False
+        share = float(p @ (failed.to(torch.float32) @ q.to(torch.float32)).double())
+        return 1 - share / (float(p.sum() * q.sum()) - empty), bool(failed.any())
+
+    right, any_wrong = zip(*workers().map(run, range(len(labels))), strict=True)
+    return Scores(torch.tensor(right, dtype=torch.float64).clamp(0, 1), torch.tensor(any_wrong), found.by_size)
+
+
+def pairs_wrong(first: Tensor, second: Tensor, label: int) -> Tensor:
+    """bool [K, L]: whether the sum of a row of `first` [K, classes] and one of `second` has another argmax."""
+    ahead, behind = (half - half[:, label : label + 1] for half in (first, second))
+    failed = torch.zeros(len(first), len(second), dtype=torch.bool)
+    for some in torch.split(torch.arange(len(first)), max(1, MAX_PAIRS // len(second))):
+        for other in range(first.shape[1]):
+            lead = ahead[some, other, None] + behind[None, :, other]
+            if other != label:
+                failed[some] |= lead >= 0 if other < label else lead > 0  # the lowest index among equals
+    return failed
+
+
 def worst(several: Sequence[Scores]) -> Scores:
     """For each image the attack that leaves it the least chance: the mean of minima, not the minimum of means."""
     rights = torch.stack([one.right for one in several])
@@ -308,10 +377,18 @@ def on_grid(images: Tensor, clean: Tensor, norm: str, epsilon: float) -> Tensor:
         most = math.floor(epsilon * 255 + 1e-6)
         rounded = rounded.clamp(-most, most)
     else:
-        length = rounded.flatten(1).norm(dim=1) / 255
-        shrunk = offset.trunc()  # towards the clean image: never further than before rounding
-        rounded = torch.where((length <= epsilon + 1e-9)[:, None, None, None], rounded, shrunk)
+        rounded = longest_rounding(offset, epsilon * 255)
     return (clean + rounded).clamp(0, 255).to(torch.uint8)
+
+
+def longest_rounding(offset: Tensor, most: float) -> Tensor:
+    """offset: [N, 3, 32, 32] in 255ths. Rounded, once it is scaled down by no more than its l2 length needs."""
+    low, high = torch.zeros(len(offset)), torch.ones(len(offset))
+    for scale in (high, *[None] * BISECTIONS):
+        tried = (low + high) / 2 if scale is None else scale.clone()
+        inside = (offset * tried[:, None, None, None]).round().flatten(1).double().square().sum(dim=1) <= most**2 + 1e-9
+        low, high = torch.where(inside, tried, low), torch.where(inside, high, tried)
+    return (offset * low[:, None, None, None]).round()
 
 
 def distance(pixels: Tensor, clean: Tensor, norm: str) -> Tensor:

@@ -23,7 +23,13 @@ from service.audits.config import Audit, read_audit
 from service.audits.datasets import Datasets
 from service.audits.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
 from service.audits.evaluate import Bench, Member
-from service.audits.profiles import estimated_seconds, giga_multiply_adds, multiply_adds_of, plan
+from service.audits.profiles import (
+    check_giga_multiply_adds,
+    estimated_seconds,
+    giga_multiply_adds,
+    multiply_adds_of,
+    plan,
+)
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -180,12 +186,13 @@ class Jobs:
         }
 
     def cost(self, asked: Audit, library: Library) -> Json:
-        """The most it can cost, before it starts. Raises CostRejected."""
+        """What it will cost, before it starts. Raises CostRejected."""
         bench = outline(library)
         compared = systems.compared(bench, systems.strengths(library))
         steps, each = plan(asked, bench, compared), multiply_adds_of(library)
         by_name = {s.name: s for s in (*compared, *(systems.single(bench, j) for j in range(len(bench.members))))}
-        giga = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
+        attacks = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
+        giga = attacks + check_giga_multiply_adds(asked, each)
         seconds = estimated_seconds(giga, self.settings.audits_threads)
         if seconds > 3600 * self.settings.audits_max_hours:
             raise CostRejected(

@@ -109,8 +109,12 @@ def heading(report: Json) -> str:
 
 def systems(report: Json) -> str:
     rows = []
-    for name, system in report["systems"].items():
-        robust, clean = system["robust"], system["clean"]
+    ours = report["systems"]["tombola"]
+    for name, system, kind in (
+        ("tombola, all attacks", ours, "robust"),
+        *((name, system, "shared") for name, system in report["systems"].items()),
+    ):
+        robust, clean = system[kind], system["clean"]
         tries = [percent(robust["tries"][k]["value"]) for k in ("k10", "k100")]
         about = f"{system['about']}; {system['scored_on']}"
         single = [spread(clean["expected"]), spread(robust["expected"]), *tries]
@@ -122,8 +126,14 @@ def systems(report: Json) -> str:
                 percent(robust["majority"]["value"]),
             ]
         )
-    heads = ["system", "clean %", "robust % [95 %]", "10 tries", "100 tries", "no failing draw", "majority"]
-    return table(heads, rows) + by_size(report)
+    heads = ["system", "clean %", "robust % [95 %]", "10 tries %", "100 tries %", "no failing draw %", "majority %"]
+    note = (
+        "<p>Robust: the chance of the right answer, mean over the images, each under the worst attack run on it. The "
+        "first row counts every attack; the others only those that all systems faced alike, so that they compare. "
+        "10 and 100 tries: the attacker sends the image so often, and every answer must be right. Majority: images "
+        "that more than half of the draws classify rightly, which is what a client gets who averages answers.</p>"
+    )
+    return note + table(heads, rows) + by_size(report)
 
 
 def by_size(report: Json) -> str:
@@ -187,9 +197,13 @@ def universal(report: Json) -> str:
     found = report["universal"]
     if found is None:
         return ""
-    rows = [[escape(name), spread(row["clean"]), spread(row["attacked"])] for name, row in found["systems"].items()]
-    note = f"<p>Made against {escape(found['made_against'])} on other images than these {found['images']}.</p>"
-    return note + table(["system", "clean %", "perturbed %"], rows)
+    rows = [
+        [escape(name), spread(row["clean"]), spread(row["own"]) if row["own"] else "-", spread(row["worst"])]
+        for name, row in found["systems"].items()
+    ]
+    made = escape(", ".join(found["made_against"]))
+    note = f"<p>One made against each of {made}, on other images than the {found['images']} measured here.</p>"
+    return note + table(["system", "clean %", "under its own %", "under the worst of all %"], rows)
 
 
 def pictures(examples: Sequence[Json]) -> str:

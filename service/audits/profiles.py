@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
+from model_store.attacks import Norm
 from model_store.library import Library
 from model_store.structures import multiply_adds
 from model_store.theta import expected_size
@@ -12,127 +13,142 @@ from service.audits.attacks.eot import Ascent
 from service.audits.attacks.libraries import Standard
 from service.audits.attacks.query import BlackBox
 from service.audits.attacks.simple import Corners, Single, Universal
-from service.audits.config import ATTACKS, Audit, ProfileName, Settings, Step
+from service.audits.config import ATTACKS, LARGEST, Audit, ProfileName, Settings, Step
 from service.audits.evaluate import Bench, System
-from service.audits.systems import MEAN, OURS, single
+from service.audits.systems import BEST, COST, MEAN, OURS, single
 
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
-FAR: Final = (64.0, 128.0)  # 255ths, for the checks: no classifier can be right there
-UNBOUNDED: Final = 255.0
+FAR: Final[dict[Norm, tuple[float, float]]] = {"linf": (64.0, 128.0), "l2": (1020.0, 2040.0)}  # 255ths, for the checks
 GMACS_PER_SECOND: Final = 25.0  # one core, measured on the compact library's structures; for the estimate alone
+OPEN: Final = 0.6  # images that can still get riskier, mean over an attack's steps: measured between 0.4 and 0.6
 Named = tuple[tuple[str, Settings], ...]
+
+CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 500, "full": 900}  # of all members, an image
 
 PAPER: Final = Ascent("mean-candidates", steps=20, step=0.25)
 REACH: Final = Ascent("mean-loss", steps=60, schedule="adaptive")  # ends early on images that fall, as all must
-REFINE: Final = Ascent("risk", steps=10, step=0.125, restarts=0, momentum=0.75)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """ours: attacks on the served law at the headline epsilon.  shared: attacks on every compared system there.
-    swept: attacks at every other epsilon.  few: attacks that cost too much for all images, on `few_images`.
-    checks: images for the sanity checks that attack again."""
+    """shared: attacks on every compared system at the headline epsilon.  swept: the same at every other epsilon.
+    each: attacks on every ticket and baseline alone.  ours: attacks on the served law alone.  few: of those, what costs
+    too much for all images, on `few_images`.  queries: attacks on answers, on the served law and on the fixed systems
+    of `asked`.  universal: one perturbation for all images, made against each of `marked`.
+    check_images: for the sanity checks that attack again."""
 
     about: str
     images: int
     swept_images: int
     few_images: int
+    queried_images: int
     far_images: int
     check_images: int
-    ours: Named
     shared: Named
     swept: Named
-    few: Named
     each: Named
-    compare: bool
-    sweep: bool
+    ours: Named = ()
+    few: Named = ()
+    queries: Named = ()
+    asked: tuple[str, ...] = (COST,)
+    marked: tuple[str, ...] = (OURS, MEAN, COST, BEST)
+    universal: Named = ()
+    sweep: bool = True
 
 
+def apgd(loss: str, steps: int, restarts: int = 1) -> Ascent:
+    return Ascent(loss, steps=steps, restarts=restarts, schedule="adaptive")
+
+
+def refine(steps: int) -> Ascent:
+    """On the smoothed risk, from the riskiest images found before."""
+    return Ascent("risk", steps=steps, step=0.125, restarts=0, momentum=0.75)
+
+
+def asking(method: Literal["square", "hopskipjump"], probes: int) -> Named:
+    return tuple((f"{method}-queries", BlackBox(method, q, probes)) for q in (1, 5, 20))
+
+
+EACH: Final[Named] = (("fgsm", Single(steps=0)), ("pgd-20", Single(steps=20)))
 SMOKE: Final = Profile(
     about="a minute: whether the attacks run and bite, no figure to quote",
     images=8,
     swept_images=8,
     few_images=4,
+    queried_images=2,
     far_images=2,
     check_images=4,
-    ours=(("paper-eot", PAPER), ("eot-risk", REFINE)),
-    shared=(("eot-mean-loss", Ascent("mean-loss", steps=5, step=0.5)),),
+    shared=(("eot-mean-loss", Ascent("mean-loss", steps=5, step=0.5)), ("eot-risk", refine(5))),
     swept=(),
-    few=(),
-    each=(("fgsm", Single(steps=0)),),
-    compare=True,
+    each=EACH[:1],
+    ours=(("paper-eot", PAPER),),
     sweep=False,
 )
 STANDARD: Final = Profile(
     about="under an hour on two cores with the compact library",
-    images=100,
+    images=80,
     swept_images=30,
-    few_images=10,
+    few_images=20,
+    queried_images=10,
     far_images=5,
-    check_images=10,
+    check_images=16,
+    shared=(("eot-mean-loss", apgd("mean-loss", 20)), ("eot-risk", refine(20))),
+    swept=(("eot-mean-loss", apgd("mean-loss", 10)), ("eot-risk", refine(8))),
+    each=EACH,
     ours=(
         ("paper-eot", PAPER),
-        ("eot-mean-output", Ascent("mean-output", steps=20, momentum=0.75)),
-        ("eot-mean-loss", Ascent("mean-loss", steps=30, schedule="adaptive")),
-        ("eot-hinge", Ascent("hinge", steps=30, schedule="adaptive")),
-        ("eot-risk", replace(REFINE, steps=15)),
+        ("eot-hinge", apgd("hinge", 20)),
         ("apgd-ce", Standard("apgd-ce", "soft-vote", 20)),
-        ("noise", Corners(20)),
-        ("universal", Universal()),
+        ("eot-risk", refine(30)),
+        ("arc", Sweeps(sweeps=4, candidates=4)),
     ),
-    shared=(("eot-mean-loss", Ascent("mean-loss", steps=15, schedule="adaptive")), ("eot-risk", REFINE)),
-    swept=(("eot-mean-loss", Ascent("mean-loss", steps=15, schedule="adaptive")),),
     few=(
         ("apgd-t", Standard("apgd-t", "mean-logits", 20, targets=3)),
+        ("fab-t", Standard("fab-t", "mean-logits", 10, targets=2)),
         ("square", Standard("square", "soft-vote", 300)),
-        ("arc", Sweeps(sweeps=3, candidates=4)),
-        ("square-queries", BlackBox("square", 1, 500)),
-        ("square-queries", BlackBox("square", 5, 500)),
-        ("square-queries", BlackBox("square", 20, 500)),
+        ("noise", Corners(30)),
     ),
-    each=(("fgsm", Single(steps=0)), ("pgd-20", Single(steps=20))),
-    compare=True,
-    sweep=True,
+    queries=(*asking("square", 400), *asking("hopskipjump", 300)),
+    universal=(("universal", Universal(epochs=6)),),
 )
 FULL: Final = Profile(
     about="a night on two cores with the compact library",
     images=200,
-    swept_images=60,
-    few_images=20,
+    swept_images=100,
+    few_images=40,
+    queried_images=20,
     far_images=10,
-    check_images=20,
+    check_images=40,
+    shared=(
+        ("eot-mean-loss", apgd("mean-loss", 50, restarts=2)),
+        ("eot-hinge", apgd("hinge", 50)),
+        ("eot-risk", refine(30)),
+    ),
+    swept=(("eot-mean-loss", apgd("mean-loss", 30)), ("eot-risk", refine(15))),
+    each=EACH,
     ours=(
         ("paper-eot", PAPER),
-        ("eot-mean-output", Ascent("mean-output", steps=100, schedule="adaptive")),
-        ("eot-mean-loss", Ascent("mean-loss", steps=100, schedule="adaptive")),
-        ("eot-mean-loss-normalised", Ascent("mean-loss-normalised", steps=50, schedule="adaptive")),
-        ("eot-hinge", Ascent("hinge", steps=100, schedule="adaptive")),
-        ("eot-risk", replace(REFINE, steps=50, step=0.1)),
+        ("eot-mean-output", apgd("mean-output", 50)),
+        ("eot-mean-loss-normalised", apgd("mean-loss-normalised", 50)),
+        ("eot-hinge", apgd("hinge", 100, restarts=5)),
         ("apgd-ce", Standard("apgd-ce", "soft-vote", 100)),
         ("apgd-dlr", Standard("apgd-dlr", "mean-logits", 100)),
-        ("noise", Corners(200)),
-        ("universal", Universal(epochs=30)),
+        ("eot-risk", refine(50)),
+        ("arc", Sweeps(sweeps=10, candidates=8)),
     ),
-    shared=(
-        ("eot-mean-loss", Ascent("mean-loss", steps=50, schedule="adaptive")),
-        ("eot-hinge", Ascent("hinge", steps=50, schedule="adaptive")),
-        ("eot-risk", replace(REFINE, steps=20)),
-    ),
-    swept=(("eot-mean-loss", Ascent("mean-loss", steps=30, schedule="adaptive")), ("eot-risk", REFINE)),
     few=(
         ("apgd-t", Standard("apgd-t", "mean-logits", 50, targets=9)),
-        ("fab-t", Standard("fab-t", "soft-vote", 20, targets=3)),
+        ("fab-t", Standard("fab-t", "mean-logits", 20, targets=9)),
         ("square", Standard("square", "soft-vote", 1000)),
-        ("arc", Sweeps(sweeps=10, candidates=8)),
-        *(("square-queries", BlackBox("square", q, 1000)) for q in (1, 5, 20)),
-        *(("hopskipjump-queries", BlackBox("hopskipjump", q, 1000)) for q in (1, 5)),
+        ("noise", Corners(1000)),
     ),
-    each=(("fgsm", Single(steps=0)), ("pgd-20", Single(steps=20))),
-    compare=True,
-    sweep=True,
+    queries=(*asking("square", 1000), *asking("hopskipjump", 1000)),
+    asked=(COST, MEAN),
+    universal=(("universal", Universal(epochs=20)),),
 )
 PROFILES: Final[dict[ProfileName, Profile]] = {"smoke": SMOKE, "standard": STANDARD, "full": FULL}
-STAGES: Final = {"eot-risk": 1, "arc": 2}  # these start from the riskiest images of earlier stages
+SHARED: Final = 1  # the last stage of what every compared system faces alike
+WARM: Final = ("eot-risk", "arc")  # these start from the riskiest images of earlier stages
 
 
 def images_of(audit: Audit) -> int:
@@ -140,48 +156,53 @@ def images_of(audit: Audit) -> int:
 
 
 def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
-    """Every attack, by stage, so that warm starts find what they start from; inside a stage by epsilon."""
+    """Every attack, stage by stage, so that warm starts find what they start from: 0 and 1 what all systems face, cold
+    and warm, 2 to 5 what is aimed at ours alone: cold, warm, the attack that never gives up a gain, the far end."""
     profile, count = PROFILES[audit.profile], images_of(audit)
-    targets = [system.name for system in systems] if profile.compare else [OURS]
-    steps: list[Step] = []
-    swept = [e for e in audit.epsilons if e not in (0.0, audit.headline)] if profile.sweep else []
-    for epsilon in sorted({*swept, audit.headline}):
-        if epsilon == audit.headline:
-            steps += headline(audit, profile, bench, targets, count)
-        else:
-            steps += several(audit, profile.swept, targets, epsilon, min(count, profile.swept_images))
-    far = min(count, profile.far_images)
-    for epsilon in (*FAR, UNBOUNDED) if audit.norm == "linf" else ():
-        steps += [replace(step, stage=1) for step in several(audit, (("eot-mean-loss", REACH),), [OURS], epsilon, far)]
+    targets = [system.name for system in systems]
+    singles = [single(bench, index).name for index in range(len(bench.members))]
+    steps: list[Step] = several(audit, profile.each, singles, audit.headline, count)
+    for epsilon in (e for e in audit.epsilons if e > 0 and (profile.sweep or e == audit.headline)):
+        main = epsilon == audit.headline
+        images = count if main else min(count, profile.swept_images)
+        steps += several(audit, profile.shared if main else profile.swept, targets, epsilon, images)
+    steps += alone(audit, profile, count)
+    steps += far_end(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
 
 
-def headline(audit: Audit, profile: Profile, bench: Bench, targets: Sequence[str], count: int) -> list[Step]:
-    singles = [single(bench, index).name for index in range(len(bench.members))]
-    epsilon, few = audit.headline, min(count, profile.few_images)
-    others = [name for name in targets if name != OURS]
-    queries = [pair for pair in profile.few if isinstance(pair[1], BlackBox) and audit.norm == "linf"]
-    costly = [pair for pair in profile.few if not isinstance(pair[1], BlackBox)]
+def alone(audit: Audit, profile: Profile, count: int) -> list[Step]:
+    """What is aimed at ours at the headline epsilon, and what is set beside it."""
+    epsilon, few, asked = audit.headline, min(count, profile.few_images), min(count, profile.queried_images)
+    queries = profile.queries if audit.norm == "linf" else ()
+    fixed = tuple(pair for pair in queries if isinstance(pair[1], BlackBox) and pair[1].averages == 1)  # answers alike
     return [
-        *several(audit, profile.each, singles, epsilon, count),
-        *several(audit, profile.shared, [*others, OURS], epsilon, count),
-        *several(audit, profile.ours, [OURS], epsilon, count),
-        *several(audit, costly, [OURS], epsilon, few),
-        *several(audit, queries, [OURS], epsilon, few),
-        *several(audit, [pair for pair in queries if once(pair[1])], [n for n in others if n == MEAN], epsilon, few),
+        *several(audit, profile.ours, [OURS], epsilon, count, after=2),
+        *several(audit, profile.few, [OURS], epsilon, few, after=2),
+        *several(audit, profile.universal, profile.marked, epsilon, count, after=2),
+        *several(audit, queries, [OURS], epsilon, asked, after=2),
+        *several(audit, fixed, profile.asked, epsilon, asked, after=2),
     ]
 
 
-def once(settings: Settings) -> bool:
-    """A deterministic classifier answers every repeat alike: averaging over it buys nothing."""
-    return isinstance(settings, BlackBox) and settings.averages == 1
+def far_end(audit: Audit, images: int) -> list[Step]:
+    """Each size from where the one before it came."""
+    reach = (("eot-mean-loss", REACH),)
+    return [
+        replace(step, stage=3 + place, warm=True)
+        for place, size in enumerate((*FAR[audit.norm], LARGEST[audit.norm]))
+        for step in several(audit, reach, [OURS], size, images)
+    ]
 
 
 def several(
-    audit: Audit, attacks: Sequence[tuple[str, Settings]], systems: Sequence[str], epsilon: float, images: int
+    audit: Audit, attacks: Named, systems: Sequence[str], epsilon: float, images: int, after: int = 0
 ) -> list[Step]:
+    def stage(name: str) -> int:
+        return after + (name in WARM) + (name == "arc")
+
     return [
-        Step(name, system, audit.norm, epsilon, images, settings, stage=STAGES.get(name, 0))
+        Step(name, system, audit.norm, epsilon, images, settings, stage(name), name in WARM)
         for system in systems
         for name, settings in attacks
         if audit.wants(name)
@@ -203,15 +224,15 @@ def multiply_adds_of(library: Library) -> list[int]:
 
 
 def forwards(step: Step, drawn: float, members: int) -> float:
-    """Forwards of one image through each member that the attack asks for, at most. drawn: members of a draw."""
+    """Forwards of one image through each member that the attack asks for. drawn: members of a draw."""
     match step.settings:
         case Ascent(steps=steps, restarts=restarts):
-            return 2 + GRADIENT * (steps + 1) * (restarts + (step.stage > 0))
+            return 2 + OPEN * GRADIENT * (steps + 1) * (restarts + step.warm)
         case Sweeps(sweeps=sweeps, candidates=candidates):
-            return sweeps * (1 + candidates * (2 + GRADIENT * drawn / members))
+            return OPEN * sweeps * (1 + candidates * (2 + GRADIENT * drawn / members))
         case Standard(method=method, iterations=iterations, restarts=restarts, targets=targets):
             each = 1 if method == "square" else GRADIENT + (method == "fab-t")
-            return each * iterations * restarts * (targets if method.endswith("-t") else 1)
+            return OPEN * each * iterations * restarts * (targets if method.endswith("-t") else 1)
         case Single(steps=steps, restarts=restarts):
             return GRADIENT * max(1, steps) * restarts
         case Universal(epochs=epochs):
@@ -219,14 +240,20 @@ def forwards(step: Step, drawn: float, members: int) -> float:
         case Corners(count=count):
             return 1 + count
         case BlackBox(averages=averages, probes=probes):
-            return averages * probes * drawn / members
+            return probes * (1 - (1 - drawn / members) ** averages)
 
 
 def giga_multiply_adds(step: Step, system: System, each: Sequence[int]) -> float:
-    """The most that one attack can cost, scoring included."""
+    """What one attack costs, scoring included."""
     used = system.used
     attack = forwards(step, expected_size(system.policy), len(used)) * sum(each[index] for index in used)
     return step.images * (attack + sum(each)) / 1e9
+
+
+def check_giga_multiply_adds(audit: Audit, each: Sequence[int]) -> float:
+    """What the sanity checks cost, which attack the first few images again."""
+    images = min(images_of(audit), PROFILES[audit.profile].check_images)
+    return images * CHECK_FORWARDS[audit.profile] * sum(each) / 1e9
 
 
 def estimated_seconds(giga: float, threads: int = 1) -> float:

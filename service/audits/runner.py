@@ -5,7 +5,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from service.audits.attacks.eot import Ascent
 from service.audits.attacks.libraries import Standard
 from service.audits.attacks.query import BlackBox, HttpOracle, LocalOracle
 from service.audits.attacks.simple import Corners, Single, Universal
-from service.audits.config import ATTACKS, Audit, Step, digest_of
+from service.audits.config import Audit, Step, digest_of
 from service.audits.data import Labelled
 from service.audits.evaluate import (
     CERTAIN,
@@ -35,6 +35,8 @@ from service.audits.evaluate import (
     Target,
     as_floats,
     bench_of,
+    count_through,
+    countable,
     distance,
     logits_of,
     on_grid,
@@ -43,7 +45,7 @@ from service.audits.evaluate import (
     target_of,
     worst,
 )
-from service.audits.profiles import giga_multiply_adds, multiply_adds_of, plan
+from service.audits.profiles import SHARED, giga_multiply_adds, multiply_adds_of, plan
 
 CODE: Final = 2  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
@@ -108,6 +110,7 @@ class Run:
         self.steps = plan(audit, self.bench, self.systems)
         self.multiply_adds = multiply_adds_of(library)
         self.costs = [self.cost(step) for step in self.steps]
+        self.counted: dict[tuple[str, int, bool, bool], Scores] = {}
         self.keys: dict[Step, str] = {}
         self.parts: dict[int, str] = {}
         self.outcomes: list[Outcome] = []
@@ -197,14 +200,14 @@ class Run:
 
     def before(self, step: Step) -> list[Step]:
         """The attacks of earlier stages whose images are inside this one's threat model."""
-        return [s for s in self.steps if s.stage < step.stage and s.epsilon <= step.epsilon]
+        return [s for s in self.steps if step.warm and s.stage < step.stage and s.epsilon <= step.epsilon]
 
     def run(self, step: Step) -> Attacked:
         target = self.target(step.system)
         part = self.data.first(step.images)
         images, labels = as_floats(part.pixels, self.bench.device), part.labels.to(self.bench.device)
         generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
-        warm = [as_floats(self.riskiest(step), self.bench.device)] if step.stage else []
+        warm = [as_floats(self.riskiest(step), self.bench.device)] if step.warm else []
         match step.settings:
             case Ascent():
                 return ascended(eot.attack(target, images, labels, step.threat, step.settings, generator, warm))
@@ -266,16 +269,39 @@ class Run:
 
     # What the attacks add up to
 
-    def robust(self, system: System, epsilon: float, images: int, names: Collection[str] = ATTACKS) -> Scores:
+    def robust(self, system: System, epsilon: float, images: int, *, shared: bool = False) -> Scores:
         """Each image under the worst of everything tried on it within epsilon (255ths), whatever system it was aimed
-        at; the clean image is one of them. An attack on fewer images counts for those."""
-        reached = [self.clean(system).pick(torch.arange(images))]
+        at; the clean image is one of them. An attack on fewer images counts for those.
+
+        shared: only of the attacks that all compared systems faced alike.
+        """
+        return worst([found for found, _ in self.reached(system, epsilon, images, shared=shared)])
+
+    def reported(self, system: System, images: int, *, shared: bool = False, clean: bool = False) -> Scores:
+        """`robust` at the headline epsilon, or clean, as it is reported: what was chosen on the scoring draws is scored
+        on every state of the law, where there are not too many to count."""
+        key = (system.name, images, shared, clean)
+        if key not in self.counted:
+            candidates = self.reached(system, -1.0 if clean else self.audit.headline, images, shared=shared)
+            found = worst([scored for scored, _ in candidates])
+            if not self.scoring(system).counted and countable(system.policy):
+                pick = torch.stack([scored.right for scored, _ in candidates]).argmin(dim=0).tolist()
+                chosen = torch.stack([candidates[place][1][:, i] for i, place in enumerate(pick)], dim=1)
+                found = count_through(found, chosen, self.data.labels[:images], system.policy)
+            self.counted[key] = found
+        return self.counted[key]
+
+    def reached(
+        self, system: System, epsilon: float, images: int, *, shared: bool = False
+    ) -> list[tuple[Scores, Tensor]]:
+        """What was tried within epsilon, the clean images first, with the logits behind each."""
+        reached = [(self.clean(system).pick(torch.arange(images)), self.clean_logits)]
         for outcome in self.outcomes:
-            if outcome.step.epsilon <= epsilon and outcome.step.name in names:
+            if outcome.step.epsilon <= epsilon and not (shared and outcome.step.stage > SHARED):
                 found = self.scores(system, outcome)
                 count = min(images, outcome.step.images)
-                reached.append(padded(found.pick(torch.arange(count)), images))
-        return worst(reached)
+                reached.append((padded(found.pick(torch.arange(count)), images), outcome.logits))
+        return reached
 
 
 def padded(found: Scores, images: int) -> Scores:

@@ -16,8 +16,8 @@ from torch import Tensor
 from model_store import theta
 from service.audits import systems
 from service.audits.config import NOT_COVERED, digest_of, threat_model
-from service.audits.evaluate import Scores, System
-from service.audits.profiles import PROFILES, left_out
+from service.audits.evaluate import Scores, System, countable
+from service.audits.profiles import PROFILES, SHARED, left_out
 from service.audits.runner import Outcome, Run
 from service.audits.stats import Interval, bootstrap, clopper_pearson, paired
 
@@ -138,34 +138,38 @@ def commit() -> str:
 
 
 def system_of(run: Run, system: System) -> Json:
-    curve = []
+    curve, images = [], covered(run)
     for epsilon in epsilons(run):
-        images = covered(run, epsilon)
         found = run.robust(system, epsilon, images)
         curve.append({"epsilon": epsilon, **interval(bootstrap(found.right.numpy())), "images": images})
     return {
         "about": system.about,
         "members": [run.bench.names[index] for index in system.used],
         "scored_on": scored_on(run, system),
-        "clean": figures(run.clean(system)),
-        "robust": figures(run.robust(system, run.audit.headline, len(run.data))),
+        "clean": figures(run.reported(system, len(run.data), clean=True)),
+        "robust": figures(run.reported(system, len(run.data))),
+        "shared": figures(run.reported(system, len(run.data), shared=True)),
         "curve": curve,
     }
 
 
 def scored_on(run: Run, system: System) -> str:
     draws = run.scoring(system)
-    return f"all {len(draws.rows)} states" if draws.counted else f"{len(draws.rows)} draws"
+    if draws.counted:
+        return f"all {len(draws.rows):,} states"
+    if countable(system.policy):
+        return f"all {theta.states(system.policy):,} states, its images chosen on {len(draws.rows):,} draws"
+    return f"{len(draws.rows):,} draws"
 
 
 def epsilons(run: Run) -> list[float]:
     return sorted({0.0} | {step.epsilon for step in run.steps if step.epsilon in (*run.audit.epsilons,)})
 
 
-def covered(run: Run, epsilon: float) -> int:
-    """The images that every system was attacked on at this epsilon."""
-    counts = [step.images for step in run.steps if step.epsilon == epsilon and step.name.startswith("eot")]
-    return max(counts, default=len(run.data))
+def covered(run: Run) -> int:
+    """The images on which every system was attacked at every epsilon: a curve has the same ones all along."""
+    counts = [step.images for step in run.steps if step.epsilon in run.audit.epsilons and step.stage <= SHARED]
+    return min(counts, default=len(run.data))
 
 
 def attack_of(run: Run, outcome: Outcome) -> Json:
@@ -259,22 +263,16 @@ def blocks(run: Run, matrix: Tensor) -> Json:
     return {"blocks": means, "diagonal": diagonal, "off_diagonal": outside, "naive_random_against_random": naive}
 
 
-def shared_names(run: Run) -> set[str]:
-    """The attacks that every compared system faces alike."""
-    profile = PROFILES[run.audit.profile]
-    return {name for name, _ in (*profile.shared, *profile.each)} & {step.name for step in run.steps}
-
-
 def comparisons(run: Run) -> list[Json]:
     """Ours less each other system, on the same images under the same attacks, paired; words only where the interval
     allows them."""
-    names, count = shared_names(run), len(run.data)
+    count = len(run.data)
     ours, *others = run.systems
-    own = run.robust(ours, run.audit.headline, count, names).right.numpy()
-    own_clean = run.clean(ours).right.numpy()
+    own = run.reported(ours, count, shared=True).right.numpy()
+    own_clean = run.reported(ours, count, clean=True).right.numpy()
     rows = []
     for other in others:
-        theirs = run.robust(other, run.audit.headline, count, names).right.numpy()
+        theirs = run.reported(other, count, shared=True).right.numpy()
         robust = paired(own, theirs)
         clean = paired(own_clean, run.clean(other).right.numpy())
         rows.append(
@@ -298,19 +296,23 @@ def words(difference: Interval, *, randomness: bool) -> str:
 
 
 def universal_of(run: Run) -> Json | None:
-    """One perturbation for all images: each system on the half of the images that it was not made from."""
-    found = next((o for o in run.outcomes if o.step.name == "universal"), None)
-    if found is None:
+    """One perturbation for all images: each system on the half of the images that none was made from, under the one
+    made against it (if one was), and under the worst of all that were made."""
+    found = {o.step.system: o for o in run.outcomes if o.step.name == "universal"}
+    if not found:
         return None
-    unseen = torch.arange(max(1, found.step.images // 2), found.step.images)
+    images = min(o.step.images for o in found.values())
+    unseen = torch.arange(max(1, images // 2), images)
     rows = {}
     for system in run.systems:
-        after, before = run.scores(system, found).pick(unseen), run.clean(system).pick(unseen)
+        after = {name: run.scores(system, o).pick(unseen).right for name, o in found.items()}
+        lowest = min(after.values(), key=lambda right: float(right.mean()))
         rows[system.name] = {
-            "clean": interval(bootstrap(before.right.numpy())),
-            "attacked": interval(bootstrap(after.right.numpy())),
+            "clean": interval(bootstrap(run.clean(system).pick(unseen).right.numpy())),
+            "own": interval(bootstrap(after[system.name].numpy())) if system.name in after else None,
+            "worst": interval(bootstrap(lowest.numpy())),
         }
-    return {"made_against": found.step.system, "images": len(unseen), "systems": rows}
+    return {"made_against": list(found), "images": len(unseen), "systems": rows}
 
 
 def per_image(run: Run) -> Json:
@@ -319,9 +321,12 @@ def per_image(run: Run) -> Json:
     def row(found: Scores) -> list[float]:
         return [round(p, 6) for p in found.right.tolist()]
 
-    headline, count = run.audit.headline, len(run.data)
+    count = len(run.data)
     return {
-        system.name: {"clean": row(run.clean(system)), "robust": row(run.robust(system, headline, count))}
+        system.name: {
+            "clean": row(run.reported(system, count, clean=True)),
+            "robust": row(run.reported(system, count)),
+        }
         for system in run.systems
     }
 

@@ -38,14 +38,13 @@ def main(folder: Path, niceness: int) -> int:
 
 
 def work(folder: Path, job: Json, tell: Any) -> None:
-    import torch
-
     from model_store.library import open_library
     from service.audits.audit import audit, labelled
     from service.audits.config import read_audit
     from service.audits.errors import AuditConflict
+    from service.audits.evaluate import use_cores
 
-    torch.set_num_threads(job["threads"])
+    use_cores(job["threads"])
     asked = read_audit(job["request"])
     library = open_library(Path(job["library"]) if job["library"] else None)
     if library.digest != job["digest"]:

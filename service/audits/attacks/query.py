@@ -24,13 +24,15 @@ from model_store.attacks import ThreatModel
 from model_store.theta import Policy, draw_matrix
 from service.audits.attacks.libraries import isolated
 from service.audits.errors import AuditRejected, OracleFailed
-from service.audits.evaluate import Member, as_floats
+from service.audits.evaluate import Member, as_floats, plain, workers
 
 SIZE: Final = 32
 REQUEST_IMAGES: Final = 128
 TIMEOUT_S: Final = 60.0
 PATIENCE: Final = 60  # times the service may be busy before the attack gives up
 P_INIT: Final = 0.8  # Square's first share of changed pixels, as AutoAttack sets it
+REASKED: Final = 8  # every so many probes Square asks again about what it holds, lest a lucky answer keep it there
+STARTS: Final = 5  # images that HopSkipJump asks about to start from
 SCHEDULE: Final = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 iterations: where the share is halved
 
 
@@ -145,11 +147,19 @@ class LocalOracle:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> NDArray[np.float64]:
         rows = draw_matrix(self.policy, len(pixels), self.rng)
-        images = as_floats(pixels, self.device)
-        total = torch.zeros(0)
-        for index in rows.any(dim=0).nonzero().flatten().tolist():
+        distinct, place = torch.unique(
+            pixels.flatten(1), dim=0, return_inverse=True
+        )  # a repeat costs no second forward
+        images = as_floats(distinct.view(-1, *pixels.shape[1:]), self.device)
+
+        def run(index: int) -> tuple[Tensor, Tensor]:
             drawn = rows[:, index].nonzero().flatten()
-            logits = self.members[index](images[drawn]).cpu() * rows[drawn, index][:, None]
+            asked, back = place[drawn].unique(return_inverse=True)
+            return drawn, plain(self.members[index], images[asked]).cpu()[back] * rows[drawn, index][:, None]
+
+        total = torch.zeros(0)
+        used = rows.any(dim=0).nonzero().flatten().tolist()
+        for drawn, logits in workers().map(run, used):
             total = total if len(total) else torch.zeros(len(pixels), logits.shape[1])
             total.index_add_(0, drawn, logits)
         self.queries += len(pixels)
@@ -200,17 +210,17 @@ def square(
     stripes = rng.choice([-epsilon, epsilon], (len(clean), 3, 1, SIZE))
     held = np.clip(clean + stripes, 0, 255)
     best = margins(averaged(oracle, as_bytes(held), settings.averages), labels)
-    stops = []
+    asked, stops = np.ones(len(clean)), []  # how often q answers were added up in `best`
     for probe in range(1, settings.probes):
-        tried = np.stack(
-            [
-                patched(image, base, epsilon, side_of(probe, settings.probes), rng)
-                for image, base in zip(held, clean, strict=True)
-            ]
-        )
-        now = margins(averaged(oracle, as_bytes(tried), settings.averages), labels)
-        better = now > best
-        held[better], best[better] = tried[better], now[better]
+        if probe % REASKED == 0:
+            again = margins(averaged(oracle, as_bytes(held), settings.averages), labels)
+            best, asked = (best * asked + again) / (asked + 1), asked + 1
+        else:
+            side = side_of(probe, settings.probes)
+            tried = np.stack([patched(image, at, epsilon, side, rng) for image, at in zip(held, clean, strict=True)])
+            now = margins(averaged(oracle, as_bytes(tried), settings.averages), labels)
+            better = now > best
+            held[better], best[better], asked[better] = tried[better], now[better], 1
         if probe + 1 in marks(settings.probes):
             stops.append(Stop((probe + 1) * settings.averages, as_bytes(held)))
     return stops
@@ -251,7 +261,10 @@ class Spent(Exception):
 
 @dataclass
 class Votes:
-    """What ART sees: the label of a majority of q answers. Keeps the nearest probe that a second majority confirms."""
+    """What ART sees: the label of a majority of q answers. Keeps the nearest probe that a second majority confirms.
+
+    held: what was kept, from which query on.
+    """
 
     oracle: Oracle
     clean: Tensor
@@ -261,13 +274,27 @@ class Votes:
     limit: int
     best: Tensor
     spent: int = 0
+    held: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def keep(self, image: Tensor) -> None:
+        self.best = image
+        self.held.append((self.spent, image))
+
+    def after(self, queries: int) -> Tensor:
+        """What was held once so many queries were spent."""
+        return next((image for spent, image in reversed(self.held) if spent <= queries), self.clean)
+
+    def start(self, candidates: Sequence[Tensor]) -> None:
+        """From the first that a majority does not take for the label; the clean image itself may be one."""
+        with suppress(Spent, StopIteration):
+            self.keep(next(image for image in candidates if self.majority(image[None])[0] != self.label))
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
         asked = torch.from_numpy(np.round(np.clip(images, 0, 1) * 255).astype(np.uint8))
         found = self.majority(asked)
         for image in asked[torch.from_numpy(found != self.label)]:
             if self.away(image) < self.away(self.best) and self.majority(image[None])[0] != self.label:
-                self.best = image
+                self.keep(image)
         return np.eye(self.classes)[found]
 
     def away(self, image: Tensor) -> int:
@@ -288,33 +315,40 @@ def hop_skip_jump(
     """Minimises the distance from an image of another class; what it holds is clipped into the ball and handed on."""
     attacks, estimators = require_art()
     classes, limit = oracle(pixels[:1]).shape[1], settings.probes * settings.averages
-    held = []
+    each = []
     with isolated(seed):
         for place, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
-            start = other_class(pixels, labels, place)
-            votes = Votes(oracle, image, label, classes, settings.averages, limit, start)
+            candidates = [image, *other_classes(pixels, labels, place)[:STARTS]]
+            votes = Votes(oracle, image, label, classes, settings.averages, limit, candidates[1])
+            votes.start(candidates)
             classifier = estimators.BlackBoxClassifier(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
-            held.append(hopped(attacks, classifier, votes, label))
+            hop(attacks, classifier, votes)
+            each.append(votes)
     epsilon, clean = int(threat.epsilon * 255 + 1e-6), pixels.numpy().astype(np.int16)
-    found = torch.stack(held).numpy().astype(np.int16)
-    return [Stop(limit, as_bytes(np.clip(found, np.maximum(clean - epsilon, 0), np.minimum(clean + epsilon, 255))))]
+    stops = []
+    for queries in sorted(mark * settings.averages for mark in marks(settings.probes)):
+        found = torch.stack([votes.after(queries) for votes in each]).numpy().astype(np.int16)
+        inside = np.clip(found, np.maximum(clean - epsilon, 0), np.minimum(clean + epsilon, 255))
+        stops.append(Stop(queries, as_bytes(inside)))
+    return stops
 
 
-def hopped(attacks: Any, classifier: Any, votes: Votes, label: int) -> Tensor:
+def hop(attacks: Any, classifier: Any, votes: Votes) -> None:
+    if torch.equal(votes.best, votes.clean):
+        return  # misread as it is
     clean, start = ((image.numpy() / 255).astype(np.float32)[None] for image in (votes.clean, votes.best))
-    hop = attacks.HopSkipJump(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
+    attack = attacks.HopSkipJump(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
     with suppress(Spent):
-        hop.generate(clean, np.array([label]), x_adv_init=start)
-    return votes.best
+        attack.generate(clean, np.array([votes.label]), x_adv_init=start)
 
 
-def other_class(pixels: Tensor, labels: Tensor, place: int) -> Tensor:
-    """The nearest attacked image of another class: a start that needs no luck."""
+def other_classes(pixels: Tensor, labels: Tensor, place: int) -> list[Tensor]:
+    """The attacked images of other classes, the nearest first: starts that need no luck."""
     others = (labels != labels[place]).nonzero().flatten()
     if not len(others):
         raise AuditRejected("HopSkipJump needs images of at least two classes to start from")
     away = (pixels[others].float() - pixels[place].float()).flatten(1).norm(dim=1)
-    return pixels[others[away.argmin()]]
+    return [pixels[index] for index in others[away.argsort()].tolist()]
 
 
 def require_art() -> tuple[Any, Any]:

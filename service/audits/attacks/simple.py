@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import (
+    TINY,
     Loss,
     ThreatModel,
     cross_entropy,
@@ -19,9 +20,10 @@ from model_store.attacks import (
     unit,
 )
 from service.audits.attacks.losses import LOSSES, Stage, typical_margin
-from service.audits.evaluate import Member, Target, failure
+from service.audits.evaluate import Member, Target, failure, workers
 
 BATCH: Final = 64
+PART: Final = 16  # images of one PGD on one ticket
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,26 @@ def attack_member(
     generator: torch.Generator,
     loss: Loss = cross_entropy,
 ) -> Tensor:
-    parts = []
-    for some, right in zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True):
+    """Part by part, each with a generator of its own, on all cores."""
+
+    def run(some: Tensor, right: Tensor, seed: int) -> Tensor:
         if single.steps == 0:
-            parts.append(fgsm(member, some, right, threat, loss=loss))
-        else:
-            parts.append(
-                pgd(
-                    member,
-                    some,
-                    right,
-                    threat,
-                    steps=single.steps,
-                    step_size=single.step * threat.epsilon,
-                    restarts=single.restarts,
-                    generator=generator,
-                    loss=loss,
-                )
-            )
-    return torch.cat(parts)
+            return fgsm(member, some, right, threat, loss=loss)
+        return pgd(
+            member,
+            some,
+            right,
+            threat,
+            steps=single.steps,
+            step_size=single.step * threat.epsilon,
+            restarts=single.restarts,
+            generator=torch.Generator().manual_seed(seed),
+            loss=loss,
+        )
+
+    some, right = torch.split(images, PART), torch.split(labels, PART)
+    seeds = torch.randint(2**62, (len(some),), generator=generator).tolist()
+    return torch.cat(list(workers().map(run, some, right, seeds)))
 
 
 @torch.no_grad()
@@ -117,14 +120,18 @@ def universal(
         ):
             _, gradient = shared_gradient(target, some, right, shift, settings.loss, scale)
             velocity = settings.momentum * velocity + l1_unit(gradient)
-            moved = 0.5 + shift + settings.step * threat.epsilon * unit(velocity, threat.norm)
-            shift = (
-                project(moved, torch.full_like(moved, 0.5), ThreatModel(threat.norm, min(threat.epsilon, 0.5))) - 0.5
-            )
+            shift = within(shift + settings.step * threat.epsilon * unit(velocity, threat.norm), threat)
         risk = shared_risk(target, images[:seen], labels[:seen], shift)
         if risk > highest:
             best, highest = shift, risk
     return (images + best).clamp(0, 1)
+
+
+def within(shift: Tensor, threat: ThreatModel) -> Tensor:
+    if threat.norm == "linf":
+        return shift.clamp(-threat.epsilon, threat.epsilon)
+    length = float(shift.norm())
+    return shift * (threat.epsilon / max(length, threat.epsilon, TINY))
 
 
 @torch.no_grad()
