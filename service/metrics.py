@@ -1,7 +1,7 @@
 """Every Prometheus metric of the service, in one table. Names carry the prefix and base units; labels are bounded.
 
-Nothing here tells one draw of theta from another: draws are counted in lots of at least LOT images, sizes of ensembles
-are one histogram, and no label holds a client, a request or a seed.
+Nothing here tells one draw of theta from another: draws, and runs of tickets, which are as many, are counted in lots of
+at least LOT images, sizes of ensembles are one histogram, and no label holds a client, a request or a seed.
 """
 
 import itertools
@@ -61,10 +61,18 @@ TABLE: Final[tuple[Metric, ...]] = (
     Metric("http_bodies_held_bytes", "gauge", "Room reserved for bodies of requests in progress."),
     Metric("queue_depth", "gauge", "Images admitted and waiting for their window."),
     Metric("queue_wait_seconds", "histogram", "From admission of an image to the start of its window.", (), SECONDS),
-    Metric("batch_rows", "histogram", "Images one ticket was run on at once.", (), ROWS),
+    Metric(
+        "batch_rows", "histogram", "Images one ticket was run on at once, published 128 images at a time.", (), ROWS
+    ),
     Metric("batch_window_rows", "histogram", "Images in one window.", (), ROWS),
     Metric("batch_window_seconds", "histogram", "From the start of a window to its sums.", (), SECONDS),
-    Metric("member_forward_seconds", "histogram", "One ticket on its rows of one window.", (), SECONDS),
+    Metric(
+        "member_forward_seconds",
+        "histogram",
+        "One ticket on its rows of one window, published 128 images at a time.",
+        (),
+        SECONDS,
+    ),
     Metric(
         "compute_seconds", "histogram", "Work on a request by stage.", (("stage", STAGES),), (0.0001, 0.00025, *SECONDS)
     ),

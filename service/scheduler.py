@@ -150,10 +150,6 @@ class Scheduler:
             if index == 0:
                 request.taken = window.begun
                 metrics.observe("queue_wait_seconds", window.begun - request.admitted)
-        for task in window.tasks:
-            if task.logits is not None:
-                metrics.observe("batch_rows", len(task.places))
-                metrics.observe("member_forward_seconds", task.seconds)
         self.tally.add(window)
 
 
@@ -165,19 +161,25 @@ class Tally:
         self.labels = [(ticket.structure.name, f"{ticket.density:g}") for ticket in library.tickets]
         self.expected = inclusion_probabilities(library.policy)
         self.drawn: list[tuple[int, ...]] = []
+        self.ran: list[tuple[int, float]] = []  # rows and seconds of each ticket that was run: as many as were drawn
         self.count([0] * len(self.labels), 0)
 
     def add(self, window: Window) -> None:
         self.drawn += [theta.members for theta in window.thetas]
+        self.ran += [(len(task.places), task.seconds) for task in window.tasks if task.logits is not None]
         if len(self.drawn) >= LOT:
             self.publish()
 
     def publish(self) -> None:
         for members in self.drawn:
             self.metrics.observe("ensemble_size", len(members))
+        for rows, seconds in self.ran:
+            self.metrics.observe("batch_rows", rows)
+            self.metrics.observe("member_forward_seconds", seconds)
         counts = np.bincount([member for members in self.drawn for member in members], minlength=len(self.labels))
         self.count(counts.tolist(), len(self.drawn))
         self.drawn.clear()
+        self.ran.clear()
 
     def count(self, counts: Sequence[int], images: int) -> None:
         """counts: of each ticket, in draws for so many images."""

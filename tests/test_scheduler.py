@@ -548,6 +548,27 @@ def test_draws_are_told_a_lot_at_a_time() -> None:
     loop.close()
 
 
+def counts_around_a_lone_image(members: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every count of the metrics, told by a scrape after one image that so many tickets answered."""
+    told: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+
+    async def ask(stand: Stand) -> None:
+        await stand.submit(some_rows(1))
+        for family in stand.metrics.registry.collect():
+            for sample in family.samples:
+                if sample.name.endswith(("_count", "_total")) and sample.name.startswith("tombola_"):
+                    told[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+
+    with_scheduler(ask, policy=Policy.fixed(tuple(range(members)), 4))
+    return told
+
+
+def test_a_scrape_after_one_image_does_not_tell_how_many_tickets_answered_it() -> None:
+    alone, together = counts_around_a_lone_image(1), counts_around_a_lone_image(4)
+    assert alone["tombola_inference_images_total", ()] == 1
+    assert alone == together
+
+
 def window_of(places: list[tuple[Request, int]]) -> Window:
     return lay_out(Model(engine(), Policy.all(4), 10), places)
 
