@@ -22,12 +22,14 @@ from playwright.sync_api import Browser, Page, expect
 from model_store.library import open_library
 from service.sample import ship
 from tests.console.browser import chromium, sign_in
+from tests.console.traffic import traffic
 from tests.serving import serving
-from tests.test_deploy_prometheus import load
 
 Scheme = Literal["light", "dark"]
 SLOW_MS: Final = 300_000
 AUDIT_S: Final = 3600.0  # at most, on a machine that has other things to do
+LOOK_MS: Final = 45_000  # of traffic, so that the lines of the tiles have something to show
+PAUSE_MS: Final = 2000
 AUDIT: Final = {"profile": "smoke", "images": 4, "attacks": ["fgsm", "paper-eot"], "epsilons": [8]}
 COLOURS: Final = 128  # of a picture's palette: a page of few colours loses nothing that is seen
 MAX_BYTES: Final = 150_000
@@ -67,10 +69,13 @@ def main() -> None:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext((given.url, given.token)) if given.url else busy_server() as (url, token), chromium() as browser:
-        pages = [(shot, opened(browser, f"{url}/", token, shot)) for shot in (WHOLE if given.whole else SHOTS)]
-        for shot, page in pages:
+        for shot in WHOLE if given.whole else SHOTS:
+            page = opened(browser, f"{url}/", token, shot)
             fill(page)
+            if shot.top == "#live":
+                page.wait_for_timeout(LOOK_MS)
             take(page, shot, given.folder / f"{shot.name}.png")
+            page.context.close()
 
 
 @contextmanager
@@ -82,7 +87,7 @@ def busy_server() -> Iterator[tuple[str, str]]:
             token = (state / "admin-token").read_text(encoding="ascii").strip()
             submit(process.admin, token, AUDIT)
             wait_for_audits(process.admin, token)
-            with load(process):
+            with traffic(process.public):
                 yield process.admin, token
 
 
@@ -110,13 +115,9 @@ def opened(browser: Browser, url: str, token: str, shot: Shot) -> Page:
     context.set_default_timeout(SLOW_MS)
     expect.set_options(timeout=SLOW_MS)
     page = context.new_page()
-    page.on("pageerror", stop)
+    page.on("pageerror", lambda error: print(f"the page raised {error}"))
     sign_in(page, url, token)
     return page
-
-
-def stop(error: object) -> None:
-    raise SystemExit(f"the page raised {error}")
 
 
 def fill(page: Page) -> None:
@@ -124,7 +125,12 @@ def fill(page: Page) -> None:
     page.locator("#tile-rate").filter(has_not_text="…").wait_for()
     page.locator("#cost").filter(has_text="Estimated").wait_for()
     page.set_input_files("#file", {"name": "ship.png", "mimeType": "image/png", "buffer": ship()})
-    page.locator("#trial-label").wait_for()
+    answer, refusal = page.locator("#trial-label, #verdict .error"), page.locator("#verdict .error")
+    answer.wait_for()
+    while refusal.is_visible():  # the server is busy, and says when to come back
+        page.wait_for_timeout(PAUSE_MS)
+        page.get_by_role("button", name="Twenty more draws").click()
+        answer.wait_for()
     boxes = page.get_by_role("checkbox", name=re.compile("Compare the audit"))
     boxes.first.wait_for()
     if boxes.count() >= 2:
