@@ -343,7 +343,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-12)
+    x: Tensor = (matrix.T if tall else matrix) / (matrix.norm() + 1e-12)
     for _ in range(5):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
