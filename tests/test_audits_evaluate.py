@@ -79,6 +79,16 @@ def test_failure_by_hand() -> None:
     assert {n: p.tolist() for n, p in found.by_size.items()} == {1: [1.0, pytest.approx(2 / 3)], 2: [1.0, 0.0]}
 
 
+def test_what_is_never_right_is_exactly_zero() -> None:
+    """Weights that are no round numbers add up to almost 1; checks ask whether nothing is left."""
+    law = Policy.over(["a", "a", "b", "b", "c", "c", "d", "d"])
+    logits = torch.tensor([0.0, 1.0]).expand(8, 3, 2).contiguous()
+    labels = torch.zeros(3, dtype=torch.int64)
+    found = scores(logits, labels, enumerated(law))
+    assert found.right.tolist() == [0.0, 0.0, 0.0]
+    assert count_through(found, logits, labels, law).right.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_logits_that_are_not_finite_are_refused() -> None:
     logits = torch.tensor([[[math.nan, 0.0]]])
     with pytest.raises(ValueError, match="not finite"):

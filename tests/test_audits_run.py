@@ -211,7 +211,7 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
     assert report["digest"][:12] in shown
     made = tmp_path / "figures"
     assert {path.name for path in made.iterdir()} == {"report.json", "transfer.svg", "accuracy.svg"}
-    assert json.loads((made / "report.json").read_text()) == report
+    assert json.loads((made / "report.json").read_text())["digest"] == report["digest"]
     page = tmp_path / "README.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 0

@@ -306,8 +306,8 @@ def scores(logits: Tensor, labels: Tensor, draws: Draws) -> Scores:
     for n in sorted({int(size) for size in draws.sizes.tolist()}):
         rows = draws.sizes == n
         share = draws.weights[rows]
-        by_size[n] = 1 - (share @ failed[rows].to(torch.float64)) / share.sum()
-    right = (1 - draws.weights @ failed.to(torch.float64)).clamp(0, 1)
+        by_size[n] = (share @ (~failed[rows]).to(torch.float64)) / share.sum()
+    right = (draws.weights @ (~failed).to(torch.float64)).clamp(0, 1)  # what is never right is 0, not a rounding of it
     return Scores(right, failed.any(dim=0), by_size)
 
 
@@ -332,11 +332,12 @@ def count_through(found: Scores, logits: Tensor, labels: Tensor, policy: Policy)
     empty = 0.0 if policy.every else float(p[0] * q[0])  # both halves begin with nothing
 
     def run(image: int) -> tuple[float, bool]:
-        failed = pairs_wrong(first[:, image], second[:, image], int(labels[image]))
+        right = ~pairs_wrong(first[:, image], second[:, image], int(labels[image]))
+        states = right.numel()
         if not policy.every:
-            failed[0, 0] = False
-        share = float(p @ (failed.to(torch.float32) @ q.to(torch.float32)).double())
-        return 1 - share / (float(p.sum() * q.sum()) - empty), bool(failed.any())
+            right[0, 0], states = False, states - 1
+        share = float(p @ (right.to(torch.float32) @ q.to(torch.float32)).double())
+        return share / (float(p.sum() * q.sum()) - empty), int(right.sum()) < states
 
     right, any_wrong = zip(*workers().map(run, range(len(labels))), strict=True)
     return Scores(torch.tensor(right, dtype=torch.float64).clamp(0, 1), torch.tensor(any_wrong), found.by_size)

@@ -11,7 +11,8 @@ h1{margin:0 0 .3rem}
 h2{margin:2.2rem 0 .6rem;border-bottom:1px solid #d5dde5;padding-bottom:.2rem}
 table{border-collapse:collapse;margin:.6rem 0;font-size:13.5px}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #e4e9ee;text-align:left;vertical-align:top}
-.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.number{text-align:right;font-variant-numeric:tabular-nums}
+td.number{white-space:nowrap}
 .pass{color:#17663a}
 .warn{color:#8a5a00}
 .fail{color:#a11b1b;font-weight:600}
@@ -26,6 +27,19 @@ figure img{image-rendering:pixelated;margin:0 1px}
 """
 
 
+CAPTIONS: Final = {
+    "Accuracy against epsilon": "Each system under everything tried on it within epsilon, on the same images all "
+    "along (fewer than for the headline); the band is the 95 % interval of tombola's.",
+    "Transfer between tickets": "Row: the ticket attacked. Column: the ticket that answers. The darker a square off "
+    "the diagonal, the better the attack carries over, and the less it helps that theta is secret.",
+    "Risk by step": "Attacks on tombola at the headline epsilon: expected accuracy over theta, the best so far, mean "
+    "over the images. A curve that still falls at its end belongs to an attack that was too short.",
+    "Loss by step": "The same attacks' own losses, each on a scale of its own.",
+    "Accuracy against queries": "Square sees probabilities, HopSkipJump labels. An attacker who averages q answers "
+    "pays q queries for each probe. Every point is scored over theta, not by the answers that the attacker saw.",
+}
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -36,7 +50,7 @@ def spread(found: Json) -> str:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1) -> str:
     """Cells are HTML already. From column `numbers` on they are aligned as numbers."""
-    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    top = "".join(f"<th{' class=number' if i >= numbers else ''}>{escape(head)}</th>" for i, head in enumerate(heads))
     body = "".join(
         "<tr>" + "".join(f"<td{' class=number' if i >= numbers else ''}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
         for row in rows
@@ -49,7 +63,7 @@ def page(report: Json, figures: Mapping[str, str], examples: Sequence[Json]) -> 
         heading(report),
         section("Systems compared", systems(report)),
         section("What randomness is worth", comparisons(report)),
-        *(section(title, figure) for title, figure in figures.items()),
+        *(section(title, f"<p>{escape(CAPTIONS[title])}</p>{figure}") for title, figure in figures.items()),
         section("Attacks", attacks(report)),
         section("Tickets alone", tickets(report)),
         section("Transfer in words", transfer(report)),
@@ -97,7 +111,7 @@ def heading(report: Json) -> str:
     said = {
         "valid": "All checks that ran passed.",
         "warnings": f"Checks with warnings: {', '.join(map(str, report['warned']))}. Read them before the figures.",
-        "invalid": f"INVALID: checks {', '.join(map(str, report['failed']))} failed. The figures below mean nothing.",
+        "invalid": f"INVALID: failed checks: {', '.join(map(str, report['failed']))}. The figures below mean nothing.",
     }[word]
     return (
         f"<h1>Audit of library <code>{escape(report['library']['digest'][:12])}</code></h1>"
@@ -144,11 +158,15 @@ def by_size(report: Json) -> str:
 
 def comparisons(report: Json) -> str:
     rows = [
-        [escape(row["against"]), spread(row["clean"]), spread(row["robust"]), escape(row["words"])]
+        [
+            f"{escape(row['against'])}: <strong>{escape(row['words'])}</strong>",
+            spread(row["clean"]),
+            spread(row["robust"]),
+        ]
         for row in report["comparisons"]
     ]
     note = "<p>Tombola less the other, in points, on the same images under the same attacks; paired bootstrap.</p>"
-    return note + table(["against", "clean", "robust", "in words"], rows) if rows else ""
+    return note + table(["against", "clean, points", "robust, points"], rows) if rows else ""
 
 
 def attacks(report: Json) -> str:
@@ -190,7 +208,16 @@ def transfer(report: Json) -> str:
         f"A random attacker's ticket against a random defender's: {percent(found['naive_random_against_random'])} %. "
         "That last figure is the naive one: its attacker knows less than the threat model says.</p>"
     )
-    return said + table(["block", "accuracy %"], [[escape(k), percent(v)] for k, v in found["blocks"].items()])
+    structures = list(dict.fromkeys(name.split(" -> ")[0] for name in found["blocks"]))
+    rows = [
+        [escape(first), *(mean_of(found["blocks"].get(f"{first} -> {second}")) for second in structures)]
+        for first in structures
+    ]
+    return said + table(["mean %, attacked: row, answers: column", *structures], rows)
+
+
+def mean_of(value: float | None) -> str:
+    return "-" if value is None else percent(value)
 
 
 def universal(report: Json) -> str:

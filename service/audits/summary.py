@@ -155,6 +155,8 @@ def system_of(run: Run, system: System) -> Json:
 
 def scored_on(run: Run, system: System) -> str:
     draws = run.scoring(system)
+    if len(draws.rows) == 1:
+        return "one state"
     if draws.counted:
         return f"all {len(draws.rows):,} states"
     if countable(system.policy):
