@@ -213,12 +213,12 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
     assert {path.name for path in made.iterdir()} == {"report.json", "transfer.svg", "accuracy.svg"}
     assert json.loads((made / "report.json").read_text())["digest"] == report["digest"]
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    page.write_text(f"before\n{MARKS[0]}\nto be replaced\n{MARKS[1]}\nafter\n")
     assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 0
     text = page.read_text()
     assert text.startswith(f"before\n{MARKS[0]}\n| System")
     assert text.endswith(f"{MARKS[1]}\nafter\n")
-    assert "old" not in text
+    assert "to be replaced" not in text
     assert "](figures/accuracy.svg)" in text
     page.write_text("no marks")
     assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 2

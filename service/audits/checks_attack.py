@@ -392,7 +392,7 @@ ROWS: Final[tuple[Row, ...]] = (
         "standard",
         below_black_box,
     ),
-    (19, "hard label", "images that HopSkipJump breaks alone at most 5 %", False, "full", below_hard_label),
+    (19, "hard label", "images that HopSkipJump breaks alone at most 5 %", False, "standard", below_hard_label),
     (20, "random noise", "images that random corners break alone at most 0.5 %", True, "standard", above_noise),
     (21, "randomness fixed", "mean accuracy with theta known at most ours + tolerance", True, "standard", known_theta),
     (
