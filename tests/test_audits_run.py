@@ -215,7 +215,7 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
     page = tmp_path / "README.md"
     page.write_text(f"before\n{MARKS[0]}\nto be replaced\n{MARKS[1]}\nafter\n")
     assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 0
-    text = page.read_text()
+    text = page.read_text("utf-8")
     assert text.startswith(f"before\n{MARKS[0]}\n| System")
     assert text.endswith(f"{MARKS[1]}\nafter\n")
     assert "to be replaced" not in text

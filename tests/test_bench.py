@@ -64,9 +64,9 @@ def test_the_table_is_rebuilt_between_its_marks_and_again_the_same(found: dict[s
     page = tmp_path / "README.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     put_into(page, table(tmp_path))
-    once = page.read_text()
+    once = page.read_text("utf-8")
     put_into(page, table(tmp_path))
-    assert page.read_text() == once
+    assert page.read_text("utf-8") == once
     assert once.startswith("before\n")
     assert once.endswith("\nafter\n")
     assert "old" not in once
@@ -79,7 +79,7 @@ def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
     page.write_text("nothing here")
     with pytest.raises(SystemExit, match="expected <!-- benchmarks"):
         put_into(page, "text")
-    assert page.read_text() == "nothing here"
+    assert page.read_text("utf-8") == "nothing here"
 
 
 def test_quantiles_and_slopes_worked_by_hand() -> None:

@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 
 def rules() -> list[Json]:
-    groups = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"]
+    groups = yaml.safe_load((PROMETHEUS / "rules.yml").read_text("utf-8"))["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
 
@@ -36,7 +36,7 @@ def alerts() -> list[Json]:
 
 
 def dashboard() -> Json:
-    found: Json = json.loads((DEPLOY / "grafana" / "tombola.json").read_text())
+    found: Json = json.loads((DEPLOY / "grafana" / "tombola.json").read_text("utf-8"))
     return found
 
 
@@ -72,7 +72,7 @@ def test_what_the_law_expects_is_counted_beside_what_was_drawn() -> None:
     policy, metrics = Policy.over(["a", "a", "b", "b"]), Metrics()
     tally = Tally(stand_in_library(policy), metrics)  # its tickets share their labels, so that all are summed
     thetas = [draw_theta(policy, random.Random(seed)) for seed in range(LOT)]
-    tally.add(SimpleNamespace(thetas=thetas))  # type: ignore[arg-type]
+    tally.add(SimpleNamespace(thetas=thetas, tasks=()))  # type: ignore[arg-type]
     drawn, expected = (
         metrics.value(f"draws{part}_total", structure="resnet18", density="0.5") for part in ("", "_expected")
     )
@@ -81,7 +81,7 @@ def test_what_the_law_expects_is_counted_beside_what_was_drawn() -> None:
 
 
 def test_every_kind_of_trouble_has_an_alert_and_every_alert_a_section_in_the_runbook() -> None:
-    sections = set(re.findall(r"^## (\w+)$", (DEPLOY / "RUNBOOK.md").read_text(), re.MULTILINE))
+    sections = set(re.findall(r"^## (\w+)$", (DEPLOY / "RUNBOOK.md").read_text("utf-8"), re.MULTILINE))
     assert {alert["alert"] for alert in alerts()} == sections
     for alert in alerts():
         assert alert["annotations"]["runbook"] == f"RUNBOOK.md#{alert['alert'].lower()}"
@@ -89,7 +89,7 @@ def test_every_kind_of_trouble_has_an_alert_and_every_alert_a_section_in_the_run
 
 
 def test_every_alert_is_seen_to_fire_and_to_keep_quiet() -> None:
-    cases = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
+    cases = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text("utf-8"))["tests"]
     seen = {(case["alertname"], bool(case["exp_alerts"])) for test in cases for case in test["alert_rule_test"]}
     assert seen == {(alert["alert"], fires) for alert in alerts() for fires in (True, False)}
 
@@ -129,14 +129,14 @@ def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
 
 
 def test_the_image_is_told_settings_that_exist() -> None:
-    dockerfile = (DEPLOY.parent.parent / "Dockerfile").read_text()
+    dockerfile = (DEPLOY.parent.parent / "Dockerfile").read_text("utf-8")
     told = set(re.findall(r"\b(TOMBOLA_\w+)=", dockerfile))
     assert told
     assert told <= {knob.variable for knob in knobs()}
 
 
 def compose() -> Json:
-    found: Json = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    found: Json = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
     return found
 
 

@@ -115,7 +115,7 @@ def test_a_server_s_cost_is_measured_on_a_real_one(tmp_path: Path, capsys: pytes
     assert found["one"]["images"] == 64
     assert found["one"]["cpu_ms"] > 0
     assert found["series"] > len(TABLE)
-    assert page.read_text() == f"before\n{capacity.table(found)}\n<!-- end -->\nafter\n"
+    assert page.read_text("utf-8") == f"before\n{capacity.table(found)}\n<!-- end -->\nafter\n"
     assert "processor time" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -124,4 +124,4 @@ def test_a_page_without_the_table_s_place_is_refused(tmp_path: Path) -> None:
     page.write_text("nothing\n")
     with pytest.raises(SettingsRejected, match=r"page\.md: expected <!-- a -->"):
         put_into(page, "<!-- a -->\ntable")
-    assert page.read_text() == "nothing\n"
+    assert page.read_text("utf-8") == "nothing\n"

@@ -150,7 +150,7 @@ def work(job: Job, split: Split, device: torch.device) -> None:
         try:
             finish(job, split, device)
         except Exception as error:
-            (job.folder / "failed.txt").write_text(f"{type(error).__name__}: {error}")
+            (job.folder / "failed.txt").write_text(f"{type(error).__name__}: {error}", "utf-8")
             raise
 
 
@@ -194,7 +194,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The log's lines; a last line cut by a crash is passed over."""
     path = folder / "log.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
@@ -218,7 +218,7 @@ def status(job: Job) -> Status:
         state = "running"
     elif failed.exists():
         state = "failed"
-    return Status(job, state, step, seconds, clean, robust, failed.read_text() if state == "failed" else None)
+    return Status(job, state, step, seconds, clean, robust, failed.read_text("utf-8") if state == "failed" else None)
 
 
 def is_running(folder: Path) -> bool:
