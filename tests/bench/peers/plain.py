@@ -1,7 +1,6 @@
 """FastAPI as one writes it: a `def` endpoint in a process for each core. Arguments: PORT CORES.
 
-One process with a thread for each core was measured, too: between forward passes its threads wait for the interpreter's
-lock.
+A process for each core rather than threads: between forward passes threads would wait for the interpreter's lock.
 """
 
 import sys
