@@ -280,6 +280,7 @@ class TestPacking:
             gzip.compress(png()) + b"more",
             gzip.compress(b"a") + gzip.compress(b"b"),
         ],
+        ids=["not packed", "cut short", "more behind it", "two members"],  # not the bytes: gzip's hold the time
     )
     def test_damaged_packing(self, body: bytes) -> None:
         refused(classify(body, headers={"content-encoding": "gzip"}), 400, Text.BODY_INFLATE)
