@@ -17,7 +17,7 @@ from model_store.ticket import kept_count
 
 def top_k(scores: Tensor, density: float) -> Tensor:
     """Booleans in the shape of `scores`, true for the kept_count() largest by magnitude, however many are tied."""
-    kept = torch.topk(scores.abs().flatten(), kept_count(scores.numel(), density)).indices
+    kept = torch.topk(scores.abs().flatten(), kept_count(scores.numel(), density), sorted=False).indices
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[kept] = True
     return mask.view_as(scores)

@@ -344,9 +344,13 @@ def orthogonal(matrix: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
     x: Tensor = (matrix.T if tall else matrix) / (matrix.norm() + 1e-12)
+    square = x @ x.T  # every step is a polynomial of it times x: iterated on the small square alone
+    turned = identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
     for _ in range(5):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+        step = a * identity + b * square + c * square @ square
+        turned = step @ turned
+        square = step @ square @ step
+    x = turned @ x
     return x.T if tall else x
 
 
