@@ -168,6 +168,12 @@ class Settings(BaseSettings):
         "Folder of labelled sets to audit with: zips, npz files and folders of images, each known by its name",
         "Unset: only uploaded sets, and generated images for smoke",
     )
+    audits_outside: Path | None = knob(
+        None,
+        "path",
+        "Library of an attacker's own, of the same classes: audits try what they make on its networks on ours",
+        "Unset: transfer from the library's own tickets and baselines alone",
+    )
     audits_queue: int = knob(8, "audits", "Audits that may wait; beyond it 429", "One runs at a time", ge=1, le=1000)
     audits_threads: int = knob(
         1, "threads", "Threads of an audit", "It runs beside the service, at the lowest priority", ge=1, le=1024

@@ -173,6 +173,7 @@ BAD_REQUESTS: dict[str, tuple[Any, str]] = {
     "unknown profile": ({"profile": "quick"}, "profile 'quick'"),
     "unknown field": ({"profile": "smoke", "epsilon": 8}, "'epsilon' is no field"),
     "unknown attack": ({"profile": "smoke", "attacks": ["magic"]}, "attacks 'magic'"),
+    "tickets as text": ({"profile": "smoke", "tickets": "resnet18-07"}, "expected a list"),
     "attacks as text": ({"profile": "smoke", "attacks": "arc"}, "expected a list"),
     "epsilon in pixel units": ({"profile": "smoke", "epsilons": [0.031]}, "8 is 8/255"),
     "epsilon too large": ({"profile": "smoke", "epsilons": [256]}, "1 to 255"),

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from model_store.library import write_library
 from service.audits import checks, checks_attack, checks_model, sanity, systems
 from service.audits.audit import audit, labelled
 from service.audits.checks import Finding, Lab
 from service.audits.command import BELOW, INVALID, add_parser, conclude
 from service.audits.config import Audit, Step
-from service.audits.errors import DataRejected
+from service.audits.errors import AuditRejected, DataRejected
 from service.audits.evaluate import bench_of
 from service.audits.profiles import PROFILES, SHARED, images_of, plan
 from service.audits.runner import Outcome, Run
@@ -24,6 +25,7 @@ from service.audits.stats import Interval
 from service.audits.summary import compare, digest_holds, words
 from service.audits.tables import MARKS
 from tests.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
+from tests.tickets import items, make_ticket
 
 Json = dict[str, Any]
 SMALL = Audit("smoke", epsilons=(0.0, 2.0, 8.0), images=4)
@@ -297,6 +299,37 @@ def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
     assert {step.name for step in steps} == {"arc", "fgsm"}
 
 
+def test_a_choice_of_tickets_makes_a_matrix_of_their_own(report: Json, library: Any, folder: Path) -> None:
+    chosen = ("resnet18-50", "resnet34-20")
+    asked = Audit("smoke", attacks=("fgsm",), tickets=chosen, epsilons=(8.0,), images=4)
+    some = audit(folder / "some", asked, library, labelled(asked, library, None))["transfer"]
+    whole = report["transfer"]
+    places = [whole["names"].index(name) for name in chosen]
+    assert some["names"] == list(chosen)
+    assert some["accuracy"] == [[whole["accuracy"][i][j] for j in places] for i in places]
+    assert set(some["blocks"]) == {"resnet18 -> resnet34", "resnet34 -> resnet18"}
+    with pytest.raises(AuditRejected, match="'resnet18-51'; expected some of resnet18-20"):
+        Run(folder / "unused", Audit("smoke", tickets=("resnet18-51",)), library, faint_digits(2))
+
+
+def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
+    report: Json, library: Any, folder: Path
+) -> None:
+    theirs = tiny(folder / "theirs", ("resnet18",), (0.3,))
+    found = audit(folder / "outside", SMALL, library, labelled(SMALL, library, None), outside=theirs)
+    name = f"{theirs.digest[:6]}/resnet18-30"
+    assert found["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
+    assert set(found["systems"]) == set(report["systems"])
+    (row,) = [row for row in found["attacks"] if row["system"] == f"outside {name}"]
+    assert found["systems"]["tombola"]["robust"]["expected"]["value"] <= row["tombola"] + 1e-6  # it counts on ours
+    assert found["transfer"]["names"] == [*report["transfer"]["names"], name]
+    assert found["transfer"]["diagonal"] == report["transfer"]["diagonal"]
+    two = items([make_ticket("resnet18", 0.5, classes=2)])
+    others = write_library(folder / "others", classes=("cat", "dog"), data="random", tickets=two)
+    with pytest.raises(AuditRejected, match="expected the library's own"):
+        Run(folder / "unused", SMALL, library, faint_digits(2), outside=others)
+
+
 # Defences that only look strong
 
 
@@ -332,6 +365,30 @@ def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
     finding = checks_attack.below_black_box(Lab(run))
     assert finding.ok is False, finding.value
     assert not finding.warn
+
+
+def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) -> None:
+    run = Run(folder / "known", Audit("standard", attacks=("eot-mean-loss",), images=8), library, faint_digits(8))
+    run.steps = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
+    run.costs = [1.0] * len(run.steps)
+    run.attack()
+    finding = checks_attack.known_theta(Lab(run))
+    assert finding.ok, finding.value
+    assert all(f"{count}: " in finding.value for count in (4, 16, 256))
+
+
+def test_small_random_steps_move_the_loss_of_a_ragged_network_most(tmp_path: Path) -> None:
+    moves = []
+    for name, network in (("flat", Scaled(undefended(), 0.0)), ("smooth", undefended()), ("ragged", ragged())):
+        lab = lab_of(network, tmp_path / name)
+        moves.append(checks_attack.jitter(lab, lab.images, lab.labels))
+    assert moves[0] == 0
+    assert moves[0] < moves[1] < moves[2]
+    assert moves[2] > 0.1
+
+
+def ragged() -> nn.Module:
+    return Quantised(undefended(), 6)
 
 
 def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:

@@ -52,12 +52,16 @@ def audit(
     device: str = "cpu",
     url: str | None = None,
     key: str | None = None,
+    outside: Library | None = None,
     tell: Tell = lambda _: None,
 ) -> Json:
-    """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was."""
+    """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was.
+
+    url, key: of a service of the same library, for black-box attacks.  outside: a library to transfer from.
+    """
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, asked, library, data, device=device, url=url, key=key, tell=tell)
+    run = Run(folder, asked, library, data, device=device, url=url, key=key, tell=tell, outside=outside)
     tell({"event": "cost", **cost(run)})
     run.attack()
     checks = sanity.inspect(run)

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--profile", default="standard", help="smoke, standard or full (standard)")
     parser.add_argument("--data", help="zip, npz or folder of labelled images; with --url, the name of a data set")
     parser.add_argument("--attacks", nargs="*", help="only these (all of the profile's)")
+    parser.add_argument("--tickets", nargs="*", help="attack these one by one, for the transfer matrix (all)")
     parser.add_argument("--epsilons", nargs="*", type=float, help="in 255ths (0 2 4 8 12 20; l2: 0 32 64 128 192 320)")
     parser.add_argument("--norm", help="linf or l2 (linf)")
     parser.add_argument("--images", type=int, help="how many images (the profile's number)")
@@ -49,6 +50,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--threads", type=int, default=0, help="cores to use (those of this container)")
     parser.add_argument("--service", help="public URL of a service of the same library, for black-box attacks")
     parser.add_argument("--key", help="API key for --service")
+    parser.add_argument("--outside", type=Path, help="folder of an attacker's own library, to transfer from")
     parser.add_argument("--fail-under", type=float, metavar="FRACTION", help="exit code 3 if accuracy is below it")
     parser.add_argument("--url", help="admin URL of a running service: audit there, and wait")
     parser.add_argument("--token-file", type=Path, help="file with the admin token, for --url")
@@ -85,7 +87,7 @@ def conclude(report: Json, fail_under: float | None) -> int:
 
 
 def request_of(given: argparse.Namespace) -> Json:
-    names = ("profile", "attacks", "epsilons", "norm", "images", "seed", "defender_seed")
+    names = ("profile", "attacks", "tickets", "epsilons", "norm", "images", "seed", "defender_seed")
     return {name: value for name in names if (value := getattr(given, name)) not in (None, [])}
 
 
@@ -99,12 +101,21 @@ def local(given: argparse.Namespace) -> Json:
     use_cores(given.threads or usable_cores())
     asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
     library = open_library(given.library)
+    outside = open_library(given.outside) if given.outside else None
     data: Labelled = labelled(asked, library, Path(given.data) if given.data else None)
     print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
     print(f"device {given.device}, {cores_used[0]} cores, seed {asked.seed}, profile {asked.profile}")
     with Shown() as shown:
         return audit(
-            given.out, asked, library, data, device=given.device, url=given.service, key=given.key, tell=shown.tell
+            given.out,
+            asked,
+            library,
+            data,
+            device=given.device,
+            url=given.service,
+            key=given.key,
+            outside=outside,
+            tell=shown.tell,
         )
 
 

@@ -45,20 +45,23 @@ ATTACKS: Final = (
     "square-queries",
     "hopskipjump-queries",
 )
-FIELDS: Final = ("profile", "attacks", "epsilons", "norm", "data", "images", "seed", "defender_seed")
+FIELDS: Final = ("profile", "attacks", "tickets", "epsilons", "norm", "data", "images", "seed", "defender_seed")
+LISTS: Final = {"attacks": 32, "tickets": 1000, "epsilons": 32}  # fields that are lists, and how long they may be
 
 
 @dataclass(frozen=True)
 class Audit:
     """One audit, whole: two of the same code, library and data have the same report, timings apart.
 
-    attacks: names of ATTACKS, all of the profile's if empty.  epsilons: in 255ths, ascending; the norm's own if none
+    attacks: names of ATTACKS, all of the profile's if empty.  tickets: those to attack one by one, for Table 1 and the
+    transfer matrix, all of the library if empty.  epsilons: in 255ths, ascending; the norm's own if none
     are given.  images: None for the profile's.  data: a configured data set's name, or None for generated images.
     seed: of everything the attacker draws.  defender_seed: of the draws that score.
     """
 
     profile: ProfileName = "standard"
     attacks: tuple[str, ...] = ()
+    tickets: tuple[str, ...] = ()
     epsilons: tuple[float, ...] = ()
     norm: Norm = "linf"
     data: str | None = None
@@ -139,16 +142,16 @@ def read_audit(fields: Any) -> Audit:
     if "profile" not in fields:
         raise AuditRejected(f"profile is missing; expected one of {', '.join(PROFILES)}")
     given = {name: value for name, value in fields.items() if value is not None}
-    for name in ("attacks", "epsilons"):
+    for name in LISTS:
         if name in given:
             given[name] = listed(name, given[name])
     return Audit(**given)
 
 
 def listed(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= 32:
-        raise AuditRejected(f"{name} {value!r:.60}; expected a list of 1 to 32")
-    if name == "attacks":
+    if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= LISTS[name]:
+        raise AuditRejected(f"{name} {value!r:.60}; expected a list of 1 to {LISTS[name]}")
+    if name != "epsilons":
         return tuple(value)
     if not all(type(number) in (int, float) for number in value):
         raise AuditRejected(f"epsilons {value!r:.60}; expected numbers, in 255ths")

@@ -48,13 +48,20 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Everything that can be a member: the tickets, in the library's order, and behind them its baselines."""
+    """The tickets, in the library's order, behind them its baselines, and last `outside` networks that only an attacker
+    holds: attacks made on them are tried on ours."""
 
     members: tuple[Member, ...]
     tickets: int
     structures: tuple[str, ...]
     policy: Policy
     device: torch.device
+    outside: int = 0
+
+    @property
+    def own(self) -> int:
+        """Tickets and baselines: the members of the library itself."""
+        return len(self.members) - self.outside
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,13 +169,22 @@ class SideBySide(torch.autograd.Function):
         return torch.stack(list(found)).sum(dim=0), None
 
 
-def bench_of(library: Library, device: torch.device | str = "cpu") -> Bench:
+def bench_of(library: Library, device: torch.device | str = "cpu", outside: Library | None = None) -> Bench:
     where = torch.device(device)
-    everything = (*library.tickets, *library.baselines)
-    names = [entry.name for entry in (*library.entries, *library.baseline_entries)]
-    members = tuple(member_of(ticket, name, where) for ticket, name in zip(everything, names, strict=True))
-    structures = tuple(ticket.structure.name for ticket in everything)
-    return Bench(members, len(library.tickets), structures, library.policy, where)
+    rows = everything(library, outside)
+    members = tuple(member_of(ticket, name, where) for name, ticket in rows)
+    structures = tuple(ticket.structure.name for _, ticket in rows)
+    count = len(everything(outside)) if outside else 0
+    return Bench(members, len(library.tickets), structures, library.policy, where, count)
+
+
+def everything(library: Library, outside: Library | None = None) -> list[tuple[str, Ticket]]:
+    """The bench's members by name; those from outside begin with their library's digest, as names may be the same."""
+    entries = (*library.entries, *library.baseline_entries)
+    rows = list(zip((entry.name for entry in entries), (*library.tickets, *library.baselines), strict=True))
+    if outside is not None:
+        rows += [(f"{outside.digest[:6]}/{name}", ticket) for name, ticket in everything(outside)]
+    return rows
 
 
 def member_of(ticket: Ticket, name: str, device: torch.device) -> Member:

@@ -16,13 +16,14 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from model_store.library import Library
+from model_store.errors import StoreError
+from model_store.library import Library, open_library
 from model_store.ticket import write_atomically
 from service.audits import systems
 from service.audits.config import Audit, read_audit
 from service.audits.datasets import Datasets
 from service.audits.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
-from service.audits.evaluate import Bench, Member
+from service.audits.evaluate import Bench, Member, everything
 from service.audits.profiles import (
     check_giga_multiply_adds,
     estimated_seconds,
@@ -179,6 +180,7 @@ class Jobs:
             "digest": library.digest,
             "library": None if self.settings.library is None else str(self.settings.library.resolve()),
             "data": None if path is None else str(path.resolve()),
+            "outside": None if self.settings.audits_outside is None else str(self.settings.audits_outside.resolve()),
             "threads": self.settings.audits_threads,
             "device": device_of(self.settings.device),
             "url": None if self.settings.api_keys_file else self.url,
@@ -187,9 +189,10 @@ class Jobs:
 
     def cost(self, asked: Audit, library: Library) -> Json:
         """What it will cost, before it starts. Raises CostRejected."""
-        bench = outline(library)
+        outside = self.outside()
+        bench = outline(library, outside)
         compared = systems.compared(bench, systems.strengths(library))
-        steps, each = plan(asked, bench, compared), multiply_adds_of(library)
+        steps, each = plan(asked, bench, compared), multiply_adds_of(library, outside)
         by_name = {s.name: s for s in (*compared, *(systems.single(bench, j) for j in range(len(bench.members))))}
         attacks = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
         giga = attacks + check_giga_multiply_adds(asked, each)
@@ -200,6 +203,15 @@ class Jobs:
                 f"{self.settings.audits_max_hours:g}. Ask for fewer images, attacks or epsilons, or another profile"
             )
         return {"attacks": len(steps), "giga_multiply_adds": round(giga, 1), "seconds": round(seconds)}
+
+    def outside(self) -> Library | None:
+        """The attacker's own library. Raises AuditConflict if it cannot be opened."""
+        if self.settings.audits_outside is None:
+            return None
+        try:
+            return open_library(self.settings.audits_outside)
+        except StoreError as error:
+            raise AuditConflict(f"the configured outside library cannot be used: {error}") from None
 
     def all(self) -> list[Json]:
         """Every job on disk, the newest first."""
@@ -218,7 +230,7 @@ class Jobs:
         """A job without its paths, with its last progress."""
         job = self.get(id)
         steps = [event for event in self.events(id) if event["event"] == "step"]
-        hidden = ("library", "data", "url", "threads", "device")
+        hidden = ("library", "data", "outside", "url", "threads", "device")
         said = {name: value for name, value in job.items() if name not in hidden}
         return {**said, "progress": steps[-1] if steps else None}
 
@@ -285,9 +297,10 @@ def device_of(name: str) -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def outline(library: Library) -> Bench:
+def outline(library: Library, outside: Library | None = None) -> Bench:
     """A bench without its networks: enough to plan on."""
-    entries = (*library.entries, *library.baseline_entries)
-    members = tuple(Member(entry.name, nn.Identity(), 1.0) for entry in entries)
-    structures = tuple(entry.structure.name for entry in entries)
-    return Bench(members, len(library.tickets), structures, library.policy, torch.device("cpu"))
+    rows = everything(library, outside)
+    members = tuple(Member(name, nn.Identity(), 1.0) for name, _ in rows)
+    structures = tuple(ticket.structure.name for _, ticket in rows)
+    count = len(everything(outside)) if outside else 0
+    return Bench(members, len(library.tickets), structures, library.policy, torch.device("cpu"), count)

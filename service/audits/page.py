@@ -257,12 +257,17 @@ def checks(report: Json) -> str:
     return table(["#", "check", "outcome", "weight", "criterion", "found"], rows, 9)
 
 
+def outside(found: Json | None) -> str:
+    return "none" if found is None else f"{found['digest']}, {len(found['members'])} networks"
+
+
 def provenance(report: Json) -> str:
     data, library = report["data"], report["library"]
     rows = fields(
         {
             "report digest (all but timings)": report["digest"],
             "library digest": library["digest"],
+            "attacker's own library": outside(library["outside"]),
             "states of theta": f"{library['states']} (effective: {library['effective_states']})",
             "images": f"{data['images']} of {data['name']}, digest {data['digest']}",
             "seeds": f"attacker {report['audit']['seed']}, defender {report['audit']['defender_seed']}",

@@ -14,7 +14,8 @@ from service.audits.attacks.libraries import Standard
 from service.audits.attacks.query import BlackBox
 from service.audits.attacks.simple import Corners, Single, Universal
 from service.audits.config import ATTACKS, LARGEST, Audit, ProfileName, Settings, Step
-from service.audits.evaluate import Bench, System
+from service.audits.errors import AuditRejected
+from service.audits.evaluate import Bench, System, everything
 from service.audits.systems import BEST, COST, MEAN, OURS, single
 
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
@@ -140,7 +141,7 @@ FULL: Final = Profile(
         ("apgd-t", Standard("apgd-t", "mean-logits", 50, targets=9)),
         ("fab-t", Standard("fab-t", "mean-logits", 20, targets=9)),
         ("square", Standard("square", "soft-vote", 1000)),
-        ("noise", Corners(1000)),
+        ("noise", Corners(10_000)),
     ),
     queries=(*asking("square", 1000), *asking("hopskipjump", 1000)),
     asked=(COST, MEAN),
@@ -160,7 +161,7 @@ def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
     and warm, 2 to 5 what is aimed at ours alone: cold, warm, the attack that never gives up a gain, the far end."""
     profile, count = PROFILES[audit.profile], images_of(audit)
     targets = [system.name for system in systems]
-    singles = [single(bench, index).name for index in range(len(bench.members))]
+    singles = [single(bench, index).name for index in alone_asked(audit, bench)]
     steps: list[Step] = several(audit, profile.each, singles, audit.headline, count)
     for epsilon in (e for e in audit.epsilons if e > 0 and (profile.sweep or e == audit.headline)):
         main = epsilon == audit.headline
@@ -169,6 +170,14 @@ def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
     steps += alone(audit, profile, count)
     steps += far_end(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
+
+
+def alone_asked(audit: Audit, bench: Bench) -> list[int]:
+    """The members to attack one by one: those that the audit names, or all. Raises AuditRejected."""
+    for name in audit.tickets:
+        if name not in bench.names:
+            raise AuditRejected(f"tickets {name!r:.60}; expected some of {', '.join(bench.names)}")
+    return [index for index, name in enumerate(bench.names) if not audit.tickets or name in audit.tickets]
 
 
 def alone(audit: Audit, profile: Profile, count: int) -> list[Step]:
@@ -218,9 +227,9 @@ def left_out(steps: Sequence[Step]) -> list[str]:
     return [name for name in ATTACKS if name not in ran]
 
 
-def multiply_adds_of(library: Library) -> list[int]:
+def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:
     """Of one image through each member of the bench."""
-    return [multiply_adds(ticket.structure) for ticket in (*library.tickets, *library.baselines)]
+    return [multiply_adds(ticket.structure) for _, ticket in everything(library, outside)]
 
 
 def forwards(step: Step, drawn: float, members: int) -> float:

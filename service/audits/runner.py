@@ -25,6 +25,7 @@ from service.audits.attacks.query import BlackBox, HttpOracle, LocalOracle
 from service.audits.attacks.simple import Corners, Single, Universal
 from service.audits.config import Audit, Step, digest_of
 from service.audits.data import Labelled
+from service.audits.errors import AuditRejected
 from service.audits.evaluate import (
     CERTAIN,
     Bench,
@@ -92,23 +93,28 @@ class Run:
         url: str | None = None,
         key: str | None = None,
         tell: Tell = lambda _: None,
+        outside: Library | None = None,
         bench: Bench | None = None,
     ) -> None:
-        """bench: other networks than the library's own, to try the checks on."""
+        """outside: a library of the attacker's own, of the same classes, to transfer from.  bench: other networks than
+        the library's, to try the checks on. Raises AuditRejected."""
+        if outside is not None and outside.classes != library.classes:
+            raise AuditRejected(f"outside library of {len(outside.classes)} other classes; expected the library's own")
         self.folder = folder
         self.audit = audit
         self.library = library
+        self.outside = outside
         self.data = data
         self.url, self.key = url, key
         self.tell = tell
-        self.bench = bench or bench_of(library, device)
+        self.bench = bench or bench_of(library, device, outside)
         self.fingerprint = fingerprint(self.bench.members)
         self.strength = systems.strengths(library)
         self.systems = systems.compared(self.bench, self.strength)
         singles = [systems.single(self.bench, index) for index in range(len(self.bench.members))]
         self.by_name = {system.name: system for system in (*singles, *self.systems)}
         self.steps = plan(audit, self.bench, self.systems)
-        self.multiply_adds = multiply_adds_of(library)
+        self.multiply_adds = multiply_adds_of(library, outside)
         self.costs = [self.cost(step) for step in self.steps]
         self.counted: dict[tuple[str, int, bool, bool], Scores] = {}
         self.keys: dict[Step, str] = {}
@@ -189,7 +195,8 @@ class Run:
             warm = [self.key_of(other) for other in self.before(step)]
             service = self.url if isinstance(step.settings, BlackBox) else None
             part = self.part_digest(step.images)
-            parts = [CODE, step.as_dict(), self.library.digest, part, self.audit.seed, warm, service]
+            outside = self.outside and self.outside.digest
+            parts = [CODE, step.as_dict(), self.library.digest, outside, part, self.audit.seed, warm, service]
             self.keys[step] = digest_of(parts)[:32]
         return self.keys[step]
 

@@ -92,12 +92,20 @@ def library_of(run: Run) -> Json:
         "digest": run.library.digest,
         "classes": list(run.library.classes),
         "tickets": list(run.bench.names[: run.bench.tickets]),
-        "baselines": list(run.bench.names[run.bench.tickets :]),
+        "baselines": list(run.bench.names[run.bench.tickets : run.bench.own]),
+        "outside": outside_of(run),
         "states": theta.states(policy),
         "effective_states": round(theta.effective_states(policy), 3),
         "entropy_bits": round(theta.entropy_bits(policy), 4),
         "expected_size": round(theta.expected_size(policy), 6),
     }
+
+
+def outside_of(run: Run) -> Json | None:
+    """The attacker's own library, if there was one."""
+    if run.outside is None:
+        return None
+    return {"digest": run.outside.digest, "members": list(run.bench.names[run.bench.own :])}
 
 
 def data_of(run: Run) -> Json:
@@ -227,34 +235,38 @@ def tickets_of(run: Run) -> list[Json]:
 
 
 def transfer_of(run: Run) -> Json | None:
-    """Fig. 1: row = the ticket attacked, column = the ticket that answers; means over blocks of structures."""
+    """Fig. 1: row = the member attacked, column = the one that answers; means over blocks of structures. Of the members
+    that the audit attacked one by one."""
     outcomes = singles(run, "pgd-20") or singles(run, "fgsm")
-    names = run.bench.names
-    if not all(name in outcomes for name in names):
+    chosen = [index for index, name in enumerate(run.bench.names) if name in outcomes]
+    if not any(index < run.bench.tickets for index in chosen):
         return None
-    labels = run.data.labels
+    names = [run.bench.names[index] for index in chosen]
     rows = []
     for name in names:
         outcome = outcomes[name]
-        right = outcome.logits.argmax(dim=2) == labels[: outcome.step.images]
+        right = outcome.logits[chosen].argmax(dim=2) == run.data.labels[: outcome.step.images]
         rows.append([round(value, 6) for value in right.double().mean(dim=1).tolist()])
     attack = next(iter(outcomes.values())).step.name
-    return {"attack": attack, "names": list(names), "accuracy": rows, **blocks(run, torch.tensor(rows))}
+    structures = [run.bench.structures[index] for index in chosen if index < run.bench.tickets]
+    return {"attack": attack, "names": names, "accuracy": rows, **blocks(structures, torch.tensor(rows))}
 
 
-def blocks(run: Run, matrix: Tensor) -> Json:
-    """Means without the diagonal, where the attacker holds the very ticket that answers."""
-    count = run.bench.tickets
-    structures = list(dict.fromkeys(run.bench.structures[:count]))
+def blocks(structures: Sequence[str], matrix: Tensor) -> Json:
+    """Means over the tickets, which come first, without the diagonal, where the attacker holds the ticket that answers.
+
+    structures: the tickets'.
+    """
+    count = len(structures)
     off = ~torch.eye(count, dtype=torch.bool)
     means = {}
-    for first in structures:
-        for second in structures:
+    for first in dict.fromkeys(structures):
+        for second in dict.fromkeys(structures):
             inside = [
                 (i, j)
                 for i in range(count)
                 for j in range(count)
-                if (run.bench.structures[i], run.bench.structures[j]) == (first, second) and i != j
+                if (structures[i], structures[j]) == (first, second) and i != j
             ]
             if inside:
                 means[f"{first} -> {second}"] = round(float(torch.stack([matrix[i, j] for i, j in inside]).mean()), 6)

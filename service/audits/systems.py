@@ -14,6 +14,7 @@ BEST: Final = "best-ticket"
 COST: Final = "fixed-equal-cost"
 TICKET: Final = "ticket "
 DENSE: Final = "dense "
+OUTSIDE: Final = "outside "
 R2S: Final = "r2s "
 
 
@@ -27,8 +28,12 @@ def mean_of_all(bench: Bench) -> System:
 
 
 def single(bench: Bench, index: int) -> System:
-    prefix = TICKET if index < bench.tickets else DENSE
-    about = "one ticket alone" if index < bench.tickets else "dense adversarial training, one network alone"
+    if index < bench.tickets:
+        prefix, about = TICKET, "one ticket alone"
+    elif index < bench.own:
+        prefix, about = DENSE, "dense adversarial training, one network alone"
+    else:
+        prefix, about = OUTSIDE, "an attacker's own network, never served"
     return System(prefix + bench.names[index], about, fixed(bench, [index]))
 
 
@@ -77,7 +82,7 @@ def strengths(library: Library) -> list[float]:
 
 def compared(bench: Bench, strength: Sequence[float]) -> list[System]:
     """All that face the same attacks: ours first."""
-    dense = [single(bench, index) for index in range(bench.tickets, len(bench.members))]
+    dense = [single(bench, index) for index in range(bench.tickets, bench.own)]
     return [
         ours(bench),
         mean_of_all(bench),

@@ -50,7 +50,8 @@ def work(folder: Path, job: Json, tell: Any) -> None:
     if library.digest != job["digest"]:
         raise AuditConflict(f"the library is {library.digest[:12]} now; the audit was asked of {job['digest'][:12]}")
     data = labelled(asked, library, Path(job["data"]) if job["data"] else None)
-    audit(folder, asked, library, data, device=job["device"], url=job["url"], tell=tell)
+    outside = open_library(Path(job["outside"])) if job["outside"] else None
+    audit(folder, asked, library, data, device=job["device"], url=job["url"], outside=outside, tell=tell)
 
 
 def end_with_the_parent() -> None:
