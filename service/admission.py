@@ -111,16 +111,21 @@ class TokenBuckets:
         self.levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait_s(self, client: str, rows: int, now: float) -> float:
-        """0 and the tokens are taken; or the seconds until they would be there. A rate of 0 limits nothing.
+        """Seconds until the tokens for so many rows are there, 0 if they are. A rate of 0 limits nothing.
 
         A request of more rows than `burst` needs a full bucket, and leaves it in debt.
         """
+        return max(0.0, (min(rows, self.burst) - self.level(client, now)) / self.rate) if self.rate > 0 else 0.0
+
+    def take(self, client: str, rows: int, now: float) -> None:
         if self.rate <= 0:
-            return 0.0
-        level, then = self.levels.pop(client, (float(self.burst), now))
-        level = min(float(self.burst), level + (now - then) * self.rate)
-        missing = min(rows, self.burst) - level
-        self.levels[client] = (level if missing > 0 else level - rows, now)
+            return
+        level = self.level(client, now)
+        self.levels.pop(client, None)
+        self.levels[client] = (level - rows, now)
         if len(self.levels) > CLIENTS:
             self.levels.popitem(last=False)
-        return max(0.0, missing / self.rate)
+
+    def level(self, client: str, now: float) -> float:
+        level, then = self.levels.get(client, (float(self.burst), now))
+        return min(float(self.burst), level + (now - then) * self.rate)

@@ -29,6 +29,7 @@ Probabilities = NDArray[np.float32]
 
 
 class Scheduler(Protocol):
+    def check(self, size: int, client: str, left_s: float) -> None: ...
     async def submit(self, rows: Pixels, *, client: str, deadline: float | None) -> Probabilities: ...
 
 
@@ -168,6 +169,7 @@ class Front:
         return await unless_gone(visit.receive, self.submit(visit, images, deadline))
 
     async def submit(self, visit: Visit, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
+        visit.serving.scheduler.check(len(images), visit.client, deadline - asyncio.get_running_loop().time())
         with stage("decode"):
             rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images)
         return await visit.serving.scheduler.submit(rows, client=visit.client, deadline=deadline)

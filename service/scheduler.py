@@ -41,8 +41,9 @@ class Gate:
         self.pace = Pace()
         self.buckets = TokenBuckets(settings.rate_images_per_s, settings.rate_burst_images)
 
-    def admit(self, client: str, size: int, ahead: int, left_s: float) -> None:
-        """ahead: rows to be taken before the last of these, and those being run.  left_s: to the deadline.
+    def check(self, client: str, size: int, ahead: int, left_s: float) -> None:
+        """Whether so many rows may come in. ahead: rows to be taken before the last of these, and those being run.
+        left_s: to the deadline.
 
         Raises RateLimited, DeadlinePassed, Overloaded.
         """
@@ -59,6 +60,9 @@ class Gate:
         if self.rows > 0 and self.pace.wait_s(ahead) > SURE * left_s:  # it would be computed for nothing
             self.metrics.inc("shed_total", reason="deadline")
             raise Overloaded(retry_after=self.pace.retry_after_s(self.rows))
+
+    def admit(self, client: str, size: int) -> None:
+        self.buckets.take(client, size, time.monotonic())
         self.count(size)
 
     def count(self, change: int) -> None:
@@ -100,14 +104,22 @@ class Scheduler:
             waited(request.admitted, request.taken)
         return found
 
-    def admitted(self, rows: Rows, client: str, left_s: float) -> Request:
+    def check(self, size: int, client: str, left_s: float) -> None:
+        """Whether so many rows would be admitted now: asked before they are decoded, since a refusal must be cheap.
+
+        Raises what submit does.
+        """
         if self.workers.closing:
             self.metrics.inc("shed_total", reason="draining")
             raise Draining
         if self.workers.broken:
             raise NotReady
         running = self.gate.rows - self.queue.rows
-        self.gate.admit(client, len(rows), self.queue.ahead(client, len(rows)) + running, left_s)
+        self.gate.check(client, size, self.queue.ahead(client, size) + running, left_s)
+
+    def admitted(self, rows: Rows, client: str, left_s: float) -> Request:
+        self.check(len(rows), client, left_s)
+        self.gate.admit(client, len(rows))
         request = Request(rows, client, asyncio.get_running_loop().create_future(), time.perf_counter())
         self.workers.push(self, request)
         self.metrics.set("queue_depth", self.queue.rows)

@@ -33,16 +33,21 @@ TOKEN: Final = "a-token-for-the-tests-alone"
 class Oracle:
     """Stands in for the scheduler: class j for an image whose red channel is about 25*j + 12 in the mean.
 
-    error: raised instead.  hold: nothing is answered before it is set.
+    error: raised instead.  full: raised before anything is decoded.  hold: nothing is answered before it is set.
     """
 
     error: Exception | None = None
+    full: Exception | None = None
     hold: asyncio.Event | None = None
     rows: list[Pixels] = field(default_factory=list)
     clients: list[str] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
     cancelled: int = 0
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def check(self, size: int, client: str, left_s: float) -> None:
+        if self.full is not None:
+            raise self.full
 
     async def submit(self, rows: Pixels, *, client: str, deadline: float | None) -> Probabilities:
         assert rows.dtype == np.uint8

@@ -148,6 +148,14 @@ class TestSizes:
         refused(binary(app, {"inputs": [bytes_tensor(512, len(data))]}, data), 400, Text.V2_BINARY_BYTES)
         assert resident_bytes() - before < 64 * MEGABYTE
 
+    @pytest.mark.parametrize(("what", "text"), [("inputs", Text.V2_INPUTS), ("outputs", Text.V2_OUTPUTS)])
+    def test_ten_thousand_inputs_or_outputs(self, app: FastAPI, what: str, text: Text) -> None:
+        size = len(png())
+        content = {"inputs": [bytes_tensor(1, size + 4)], what: [{"name": f"{what} {i}"} for i in range(10_000)]}
+        before = resident_bytes()
+        refused(binary(app, content, struct.pack("<I", size) + png()), 400, text)
+        assert resident_bytes() - before < 64 * MEGABYTE
+
     def test_three_megabytes_in_chunks_of_one_byte(self, server: str) -> None:
         head = b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
         before = resident_bytes()

@@ -118,7 +118,26 @@ def test_a_missing_ticket_manifest_or_folder_is_refused(library_folder: Path) ->
         open_library(library_folder / "absent")
 
 
-@pytest.mark.parametrize("name", ["extra.safetensors", "resnet18-07-0123456789ab.safetensors", ".hidden", "folder"])
+def test_two_tickets_that_changed_places_are_refused(library_folder: Path) -> None:
+    """By their files' bytes, and by the manifest's own names for them, which its digest covers."""
+    first, second = sorted((library_folder / "tickets").iterdir())[:2]
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    with pytest.raises(TicketRejected, match="the manifest says"):
+        open_library(library_folder)
+    first.write_bytes(one)
+    second.write_bytes(other)
+    path = library_folder / MANIFEST
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(first.name, "here").replace(second.name, first.name).replace("here", second.name))
+    with pytest.raises(LibraryRejected, match=r"manifest\.json: entries\.0: .*expected"):
+        open_library(library_folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["extra.safetensors", "resnet18-07-0123456789ab.safetensors", "model.pt", ".hidden", "folder"]
+)
 def test_a_file_the_manifest_does_not_name_is_refused(library_folder: Path, name: str) -> None:
     stranger = library_folder / "tickets" / name
     if name == "folder":

@@ -247,6 +247,13 @@ class TestRefusals:
         assert response.headers.get("retry-after") == pause
         assert metrics.value("inference_requests_total", outcome=error.outcome) == 1
 
+    def test_what_is_refused_is_not_decoded_first(self) -> None:
+        """The image is damaged, and nobody looks."""
+        metrics = Metrics()
+        app = public_app(StandIn(Oracle(full=Overloaded(retry_after=2))), metrics)
+        refused(ask(app, "POST", PATH, content=png()[:-20]), 503, Overloaded.text)
+        assert metrics.value("inference_requests_total", outcome="shed") == 1
+
     def test_an_unexpected_exception_is_a_500_that_says_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
         secret = "members (3, 17) of /srv/library/tickets/resnet18-07"
         metrics = Metrics()

@@ -358,22 +358,26 @@ def test_a_client_s_rate_is_limited_and_the_others_are_not() -> None:
 def test_a_token_bucket_fills_at_its_rate_up_to_its_burst() -> None:
     buckets = TokenBuckets(rate=2.0, burst=10)
     assert buckets.wait_s("a", 10, now=0.0) == 0
+    buckets.take("a", 10, now=0.0)
     assert buckets.wait_s("a", 4, now=0.0) == 2.0
     assert buckets.wait_s("a", 4, now=2.0) == 0
+    buckets.take("a", 4, now=2.0)
     assert buckets.wait_s("a", 10, now=1000.0) == 0
+    buckets.take("a", 10, now=1000.0)
     assert buckets.wait_s("a", 1, now=1000.0) == 0.5
 
 
 def test_a_request_larger_than_the_burst_needs_a_full_bucket_and_leaves_a_debt() -> None:
     buckets = TokenBuckets(rate=1.0, burst=4)
     assert buckets.wait_s("a", 10, now=0.0) == 0
+    buckets.take("a", 10, now=0.0)
     assert buckets.wait_s("a", 1, now=0.0) == 7
 
 
 def test_buckets_are_bounded_whoever_comes() -> None:
     buckets = TokenBuckets(rate=1.0, burst=4)
     for number in range(10_050):
-        buckets.wait_s(str(number), 1, now=0.0)
+        buckets.take(str(number), 1, now=0.0)
     assert len(buckets.levels) == 10_000
 
 
