@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model_store.library import open_library
+from model_store.library import EMBEDDED, open_library
 from model_store.structures import Structure
 from model_store.ticket import load_ticket
 from tests.digits import digits
@@ -178,6 +178,11 @@ def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
         (["search", "--data", "/nowhere", "--state", "s"], "/nowhere: no such file or folder"),
         (["search", "--data", "{data}", "--state", "s", "--only", "vgg16"], "no such ticket"),
         (["search", "--data", "{data}", "--state", "s", "--set", "speed=9"], "expected FIELD=VALUE"),
+        (
+            ["search", "--data", "{data}", "--state", "s", "--from", str(EMBEDDED), "--set", "width=8"],
+            "--set width: settled",
+        ),
+        (["search", "--data", "{data}", "--state", "s", "--from", str(EMBEDDED), "--scratch"], "--scratch: settled by"),
         (["search", "--data", "{data}", "--state", "s", "--from", "/nowhere"], "/nowhere: no such folder"),
         (["status", "--state", "/nowhere"], "/nowhere: no such folder"),
         (["export", "library"], "no finished ticket"),

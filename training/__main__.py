@@ -176,8 +176,12 @@ def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list
 def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
     """Jobs that train an exported library's tickets further."""
     library = open_library(arguments.start)
-    settled = ("epochs", "mask_share", "structure", "density", "steps", "parent", *SHAPE)
-    changes = {name: value for name, value in changes_of(arguments).items() if name not in settled}
+    changes = changes_of(arguments)
+    changes.pop("epochs", None)
+    for name in ("mask_share", "structure", "density", "steps", "parent", *SHAPE):
+        if name in changes:
+            asked = "--scratch" if name == "mask_share" and arguments.scratch else f"--set {name}"
+            raise TrainingError(f"{asked}: settled by the tickets of {arguments.start}, which --from goes on with")
     jobs = []
     for entry in library.manifest.entries:
         if entry.role != "ticket" or not wanted(entry.name, arguments.only):
