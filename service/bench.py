@@ -1,5 +1,5 @@
-"""python -m service bench raw | latency | precision | capacity: what the engine does by itself, what an answer's time
-and its digits say of its theta, and what an image costs a whole server.
+"""python -m service bench raw | latency | precision | int8 | capacity: what the engine does by itself, what an answer's
+time and its digits say of its theta, what 8 bits change, and what an image costs a whole server.
 
 The comparison over HTTP with other servers is `make bench`.
 """
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from model_store.library import Library, open_library
 from model_store.structures import Network
 from model_store.theta import Theta, draw_theta
-from service import capacity, disclosure
+from service import capacity, disclosure, rounding
 from service.audits.data import read_data
 from service.engine import Engine, Rows, engine_threads, open_engine
 from service.metrics import Metrics
@@ -61,9 +61,13 @@ def add_parser(commands: Any) -> None:
     digits.add_argument("--images", type=int, default=40, help="of them (40)")
     digits.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     digits.set_defaults(measure=answer_precision, table=disclosure.table)
-    for kind in (whole, digits):
+    bits = kinds.add_parser("int8", help="what 8 bits cost in accuracy and buy in time")
+    bits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
+    bits.add_argument("--images", type=int, default=500, help="of them; 256 more are to calibrate on (500)")
+    bits.set_defaults(measure=eight_bits, table=rounding.table)
+    for kind in (whole, digits, bits):
         kind.add_argument("--into", type=Path, help="page in which the table of these figures is written anew")
-    for kind in (raw, latency, whole, digits):
+    for kind in (raw, latency, whole, digits, bits):
         kind.add_argument("--json", type=Path, help="where to write the figures too")
         add_flags(kind, FLAGS)
         kind.set_defaults(run=run)
@@ -193,6 +197,22 @@ def answer_precision(
     figures = disclosure.disclosure(library, data.pixels.float() / 255, given.seed)
     rate = figures["named_right"]["2 decimals"]["theta"]
     return figures | {"data": data.name}, f"two decimals tell theta in {100 * rate:.0f} % of answers"
+
+
+# What 8 bits change
+
+
+def eight_bits(
+    given: argparse.Namespace,
+    settings: Settings,
+    library: Library,
+    engine: Engine,
+) -> tuple[dict[str, Any], str]:
+    data, others = rounding.measured_images(given.data, library, given.images)
+    figures = rounding.compare(library, engine, open_engine(library, settings, others), data)
+    mean = figures["mean"]
+    said = f"8 bits: {mean['clean_of_tickets']:+.2f} points clean, {mean['pgd_of_tickets']:+.2f} under PGD-20"
+    return figures, f"{said}, {mean['speed']:.2f} times as fast"
 
 
 # What a whole server costs

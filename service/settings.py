@@ -71,6 +71,12 @@ class Settings(BaseSettings):
     engine: Literal["auto", "torch", "openvino"] = knob(
         "auto", "name", "What runs the tickets", "auto: openvino on a CPU where it is installed, else torch"
     )
+    int8_images: Path | None = knob(
+        None,
+        "path",
+        "Images to calibrate on, a zip, an npz or a folder as audits take them: tickets run in 8 bits (OpenVINO)",
+        "Unset: float32, which is what audits attack. Take other images than you audit with",
+    )
     threads: int = knob(
         0,
         "threads",

@@ -25,6 +25,7 @@ from service.audits.stats import Interval
 from service.audits.summary import compare, digest_holds, words
 from service.audits.tables import MARKS
 from tests.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
+from tests.serving import some_rows
 from tests.tickets import items, make_ticket
 
 Json = dict[str, Any]
@@ -365,6 +366,17 @@ def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
     finding = checks_attack.below_black_box(Lab(run))
     assert finding.ok is False, finding.value
     assert not finding.warn
+
+
+def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
+    np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
+    served = folder / "pictures.npz"
+    run = Run(folder / "rounded", Audit("standard", images=4), library, faint_digits(4), int8_images=served)
+    finding = checks_model.same_model(Lab(run))
+    assert finding.ok is False
+    assert finding.warn
+    assert "in 8 bits" in finding.value
+    assert checks_model.same_model(Lab(Run(folder / "rounded", run.audit, library, run.data))).ok
 
 
 def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) -> None:

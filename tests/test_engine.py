@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model_store.ensemble import calibrated
 from model_store.library import Library
 from model_store.structures import multiply_adds
 from service import engine as engines
-from service.engine import EngineRejected, Rows, base, open_engine, torch_engine
+from service.engine import EngineRejected, Rows, base, int8, open_engine, torch_engine
 from service.engine.cores import affinity, usable_cores
 from service.settings import Settings
 from tests.serving import some_rows, tiny_library
+from tests.tickets import CLASSES
 
 openvino = pytest.importorskip("service.engine.openvino_engine")
 
@@ -122,9 +125,9 @@ def wrong_once(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path | None]
     build = openvino.build
     caches: list[Path | None] = []
 
-    def spoiled(tickets: Any, *, cache: Path | None, threads: int) -> base.Backend:
+    def spoiled(tickets: Any, *, cache: Path | None, **other: Any) -> base.Backend:
         caches.append(cache)
-        backend: base.Backend = build(tickets, cache=cache, threads=threads)
+        backend: base.Backend = build(tickets, cache=cache, **other)
         if len(caches) > times:
             return backend
         return backend._replace(forward=lambda member, rows: backend.forward(member, rows) + np.float32(0.01))
@@ -162,6 +165,57 @@ def test_half_precision_is_near_enough_and_its_difference_is_measured(small_libr
     half = torch_engine.on_device(tickets, torch.device("cpu"), torch.float16)
     worst = max(torch_engine.half_difference(half, index, ticket) for index, ticket in enumerate(tickets))
     assert 0 < worst < base.HALF_TOLERANCE
+
+
+# 8 bits
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled images as a file, to calibrate on."""
+    path = tmp_path_factory.mktemp("pictures") / "pictures.npz"
+    labels = np.arange(40) % len(CLASSES)
+    np.savez(path, images=some_rows(40).transpose(0, 2, 3, 1), labels=labels)
+    return path
+
+
+def test_eight_bits_are_near_float_and_really_eight(small_library: Library, state: Path, pictures: Path) -> None:
+    exact = open_engine(small_library, Settings(engine="openvino", state_dir=state, threads=2))
+    rounded = open_engine(small_library, Settings(int8_images=pictures, state_dir=state, threads=2))
+    assert rounded.note.startswith("int8")
+    assert rounded.name == "openvino"
+    assert exact.difference < base.TOLERANCE < rounded.difference < base.INT8_TOLERANCE
+    rows = some_rows(5)
+    for member in range(len(small_library.tickets)):
+        found, expected = rounded.forward(member, rows), exact.forward(member, rows)
+        assert 0 < base.difference(found, expected) < base.INT8_TOLERANCE
+
+
+def test_every_convolution_s_input_and_weights_are_rounded(small_library: Library) -> None:
+    core = openvino.openvino.Core()
+    for ticket in small_library.tickets:
+        graph = openvino.graph(base.folded(ticket))
+        model = openvino.in_eight_bits(core, graph, some_rows(40), openvino.ONE_CORE)
+        for node in (node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"):
+            sources = [node.input(place).get_source_output().get_node().get_type_name() for place in (0, 1)]
+            assert sources == ["FakeQuantize", "FakeQuantize"]
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10))
+def test_a_range_holds_zero_as_one_of_its_levels(first: float, second: float) -> None:
+    low, high = int8.with_zero(min(first, second), max(first, second))
+    assert low <= 0 <= high
+    assert low <= min(first, second) + 0.05 * (high - low)
+    assert high >= max(first, second) - 0.05 * (high - low)
+    level = -low / (high - low) * 255
+    assert level == pytest.approx(round(level), abs=1e-6)
+
+
+def test_eight_bits_want_openvino_and_images(tiny: Library, state: Path, pictures: Path) -> None:
+    with pytest.raises(EngineRejected, match="8 bits are for OpenVINO on a CPU; the engine is torch"):
+        open_engine(tiny, Settings(engine="torch", int8_images=pictures, state_dir=state))
+    with pytest.raises(EngineRejected, match=r"TOMBOLA_INT8_IMAGES: nothing\.npz: no such file"):
+        open_engine(tiny, Settings(int8_images=Path("nothing.npz"), state_dir=state))
 
 
 # Cores

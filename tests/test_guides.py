@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pytest
 import torch
 
 from model_store.theta import expected_size
-from service import capacity, disclosure
+from service import capacity, disclosure, rounding
 from service.__main__ import main
 from service.bench import put_into
 from service.metrics import PREFIX, TABLE
 from service.settings import SettingsRejected, knobs
-from tests.serving import tiny_library
+from tests.serving import some_rows, tiny_library
 
 ROOT: Final = Path(__file__).parent.parent
 GUIDES: Final = [
@@ -25,8 +26,9 @@ GUIDES: Final = [
 ]
 ALL: Final = [ROOT / "README.md", *GUIDES]
 TABLES: Final = {
-    "OPERATING.md": ("capacity.json", capacity.table),
-    "THREATS.md": ("precision.json", disclosure.table),
+    "capacity.json": ("OPERATING.md", capacity.table),
+    "int8.json": ("OPERATING.md", rounding.table),
+    "precision.json": ("THREATS.md", disclosure.table),
 }
 
 
@@ -72,10 +74,10 @@ def test_every_knob_that_bears_on_theta_is_in_the_threat_model_with_its_cost() -
     assert all(f"`TOMBOLA_{name}`" in section for name in [*wanted.split(), "METRICS_OPEN"])
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_the_tables_are_those_of_the_figures_beside_them(name: str) -> None:
-    figures, table = TABLES[name]
-    assert table(json.loads(text(ROOT / "docs" / figures))) in text(ROOT / "docs" / name)
+@pytest.mark.parametrize("figures", TABLES)
+def test_the_tables_are_those_of_the_figures_beside_them(figures: str) -> None:
+    page, table = TABLES[figures]
+    assert table(json.loads(text(ROOT / "docs" / figures))) in text(ROOT / "docs" / page)
 
 
 # Where the figures come from
@@ -103,6 +105,36 @@ def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert found["by_prior"][what] <= found["named_right"]["label"][what] <= found["named_right"]["full"][what]
     assert found["named_right"]["full"]["theta"] == 1
     assert expected_size(library.policy) > 1
+
+
+def test_what_eight_bits_change_is_measured_on_images_that_chose_no_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rounding, "CALIBRATION_IMAGES", 30)
+    library = tiny_library(tmp_path / "library")
+    np.savez(tmp_path / "data.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
+    measured, others = rounding.measured_images(tmp_path / "data.npz", library, 10)
+    assert (len(measured), len(others)) == (10, 30)
+    assert not {row.tobytes() for row in measured.pixels.numpy()} & {row.tobytes() for row in others}
+    figures = tmp_path / "figures.json"
+    command = [
+        "bench",
+        "int8",
+        "--library",
+        str(library.path),
+        "--state-dir",
+        str(tmp_path / "state"),
+        "--images",
+        "10",
+    ]
+    assert main([*command, "--data", str(tmp_path / "data.npz"), "--json", str(figures)]) == 0
+    assert "under PGD-20" in capsys.readouterr().out.splitlines()[-1]
+    found = json.loads(figures.read_text())
+    assert [row["ticket"] for row in found["tickets"]] == [entry.name for entry in library.entries]
+    for row in found["tickets"]:
+        for kind in ("clean", "pgd"):
+            change = row[kind]["int8"] - row[kind]["float32"]
+            assert row[kind]["difference"]["value"] == pytest.approx(change, abs=0.002)
 
 
 def test_a_server_s_cost_is_measured_on_a_real_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,15 +53,28 @@ def audit(
     url: str | None = None,
     key: str | None = None,
     outside: Library | None = None,
+    int8_images: Path | None = None,
     tell: Tell = lambda _: None,
 ) -> Json:
     """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was.
 
     url, key: of a service of the same library, for black-box attacks.  outside: a library to transfer from.
+    int8_images: what the service is calibrated on, if it runs in 8 bits.
     """
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, asked, library, data, device=device, url=url, key=key, tell=tell, outside=outside)
+    run = Run(
+        folder,
+        asked,
+        library,
+        data,
+        device=device,
+        url=url,
+        key=key,
+        tell=tell,
+        outside=outside,
+        int8_images=int8_images,
+    )
     tell({"event": "cost", **cost(run)})
     run.attack()
     checks = sanity.inspect(run)

@@ -178,9 +178,10 @@ class Jobs:
             "request": {**request, "profile": asked.profile},
             "cost": cost,
             "digest": library.digest,
-            "library": None if self.settings.library is None else str(self.settings.library.resolve()),
-            "data": None if path is None else str(path.resolve()),
-            "outside": None if self.settings.audits_outside is None else str(self.settings.audits_outside.resolve()),
+            "library": named(self.settings.library),
+            "data": named(path),
+            "outside": named(self.settings.audits_outside),
+            "int8_images": named(self.settings.int8_images),
             "threads": self.settings.audits_threads,
             "device": device_of(self.settings.device),
             "url": None if self.settings.api_keys_file else self.url,
@@ -230,7 +231,7 @@ class Jobs:
         """A job without its paths, with its last progress."""
         job = self.get(id)
         steps = [event for event in self.events(id) if event["event"] == "step"]
-        hidden = ("library", "data", "outside", "url", "threads", "device")
+        hidden = ("library", "data", "outside", "int8_images", "url", "threads", "device")
         said = {name: value for name, value in job.items() if name not in hidden}
         return {**said, "progress": steps[-1] if steps else None}
 
@@ -263,6 +264,10 @@ class Jobs:
 
     def save(self, job: Json) -> None:
         write_atomically(self.folder / job["id"] / "job.json", json.dumps(job, indent=1).encode())
+
+
+def named(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
 
 
 def mend(path: Path) -> None:

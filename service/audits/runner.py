@@ -94,10 +94,12 @@ class Run:
         key: str | None = None,
         tell: Tell = lambda _: None,
         outside: Library | None = None,
+        int8_images: Path | None = None,
         bench: Bench | None = None,
     ) -> None:
-        """outside: a library of the attacker's own, of the same classes, to transfer from.  bench: other networks than
-        the library's, to try the checks on. Raises AuditRejected."""
+        """outside: a library of the attacker's own, of the same classes, to transfer from.  int8_images: what the
+        service is calibrated on, if it runs in 8 bits.  bench: other networks than the library's, to try the checks on.
+        Raises AuditRejected."""
         if outside is not None and outside.classes != library.classes:
             raise AuditRejected(f"outside library of {len(outside.classes)} other classes; expected the library's own")
         self.folder = folder
@@ -105,7 +107,7 @@ class Run:
         self.library = library
         self.outside = outside
         self.data = data
-        self.url, self.key = url, key
+        self.url, self.key, self.int8_images = url, key, int8_images
         self.tell = tell
         self.bench = bench or bench_of(library, device, outside)
         self.fingerprint = fingerprint(self.bench.members)

@@ -50,8 +50,18 @@ def work(folder: Path, job: Json, tell: Any) -> None:
     if library.digest != job["digest"]:
         raise AuditConflict(f"the library is {library.digest[:12]} now; the audit was asked of {job['digest'][:12]}")
     data = labelled(asked, library, Path(job["data"]) if job["data"] else None)
-    outside = open_library(Path(job["outside"])) if job["outside"] else None
-    audit(folder, asked, library, data, device=job["device"], url=job["url"], outside=outside, tell=tell)
+    outside, served = (Path(job[name]) if job.get(name) else None for name in ("outside", "int8_images"))
+    audit(
+        folder,
+        asked,
+        library,
+        data,
+        device=job["device"],
+        url=job["url"],
+        outside=open_library(outside) if outside else None,
+        int8_images=served,
+        tell=tell,
+    )
 
 
 def end_with_the_parent() -> None:

@@ -33,24 +33,30 @@ __all__ = ["Engine", "EngineRejected", "Forward", "Logits", "Rows", "engine_thre
 
 log = logging.getLogger(__name__)
 
+CALIBRATION_IMAGES: Final = 256
 PROBES: Final = 3  # random images on which every ticket is compared with torch in float32: a pair and one alone
 
 
-def open_engine(library: Library, settings: Settings) -> Engine:
-    """Compiles and warms up every ticket and compares it with torch in float32. Raises EngineRejected."""
+def open_engine(library: Library, settings: Settings, calibration: Rows | None = None) -> Engine:
+    """Compiles and warms up every ticket and compares it with torch in float32. Raises EngineRejected.
+
+    calibration: images to run in 8 bits by; None for what the settings say.
+    """
     device = chosen_device(settings.device)
     name = chosen_backend(settings.engine, device)
+    if calibration is None:
+        calibration = calibration_images(name, library, settings)
     threads = engine_threads(settings)
     torch.set_num_threads(1)  # tickets run beside each other, one core each
     with ThreadPoolExecutor(threads, "fold") as pool:
         tickets = tuple(pool.map(folded, library.tickets))
-    *first, last = attempts(name, settings)
+    *first, last = attempts(name, settings, eight_bits=calibration is not None)
     for attempt, cached in first:
         try:
-            return started(attempt, library, tickets, settings, device, cached=cached)
+            return started(attempt, library, tickets, settings, device, cached, calibration)
         except EngineRejected as error:
             log.warning("engine refused, another is tried: %s", error)
-    return started(last[0], library, tickets, settings, device, cached=last[1])
+    return started(last[0], library, tickets, settings, device, last[1], calibration)
 
 
 def engine_threads(settings: Settings) -> int:
@@ -59,12 +65,28 @@ def engine_threads(settings: Settings) -> int:
     return settings.threads or (usable_cores() if on_cpu else 1)
 
 
-def attempts(name: str, settings: Settings) -> list[tuple[str, bool]]:
+def attempts(name: str, settings: Settings, *, eight_bits: bool) -> list[tuple[str, bool]]:
     """(backend, whether its compiled models may come from disk), in the order to try. A damaged cache is no reason to
     refuse a library; and where the backend was not asked for by name, torch runs everywhere."""
     if name == "torch":
         return [("torch", False)]
-    return [(name, True), (name, False), *([("torch", False)] if settings.engine == "auto" else [])]
+    fallback = [("torch", False)] if settings.engine == "auto" and not eight_bits else []
+    return [(name, True), (name, False), *fallback]
+
+
+def calibration_images(name: str, library: Library, settings: Settings) -> Rows | None:
+    """What 8 bits are calibrated on; None where the tickets run in float32."""
+    if settings.int8_images is None:
+        return None
+    if name != "openvino":
+        raise EngineRejected(f"TOMBOLA_INT8_IMAGES: 8 bits are for OpenVINO on a CPU; the engine is {name}")
+    from service.audits.data import read_data
+    from service.audits.errors import DataRejected
+
+    try:
+        return read_data(settings.int8_images, library.classes, CALIBRATION_IMAGES).pixels.numpy()
+    except DataRejected as error:
+        raise EngineRejected(f"TOMBOLA_INT8_IMAGES: {error}") from None
 
 
 def chosen_device(wanted: str) -> torch.device:
@@ -95,13 +117,13 @@ def started(
     tickets: tuple[Folded, ...],
     settings: Settings,
     device: torch.device,
-    *,
     cached: bool,
+    calibration: Rows | None,
 ) -> Engine:
     begun, threads = time.perf_counter(), engine_threads(settings)
     cache = state_folder(settings) / "engine" if cached else None
-    backend = build(name, tickets, cache, device, threads)
-    difference = verified(name, backend, tickets, threads)
+    backend = build(name, tickets, cache, device, threads, calibration)
+    difference = verified(name, backend, tickets, threads, None if calibration is None else calibration[-PROBES:])
     return Engine(
         name=name,
         device=str(device),
@@ -114,12 +136,19 @@ def started(
     )
 
 
-def build(name: str, tickets: tuple[Folded, ...], cache: Path | None, device: torch.device, threads: int) -> Backend:
+def build(
+    name: str,
+    tickets: tuple[Folded, ...],
+    cache: Path | None,
+    device: torch.device,
+    threads: int,
+    calibration: Rows | None,
+) -> Backend:
     """The backends are imported where they are used: OpenVINO is not everywhere."""
     if name == "openvino":
         from service.engine import openvino_engine
 
-        return openvino_engine.build(tickets, cache=cache, threads=threads)
+        return openvino_engine.build(tickets, cache=cache, threads=threads, calibration=calibration)
     from service.engine import torch_engine
 
     return torch_engine.build(tickets, device=device)
@@ -130,9 +159,15 @@ def costs(tickets: tuple[Ticket, ...]) -> tuple[int, ...]:
     return tuple(by_structure[ticket.structure] for ticket in tickets)
 
 
-def verified(name: str, backend: Backend, tickets: tuple[Folded, ...], threads: int) -> float:
-    """Runs every ticket on fresh random images, which also warms it up. Returns the largest difference from torch."""
-    probes = np.frombuffer(bytearray(os.urandom(PROBES * 3 * 32 * 32)), np.uint8).reshape(PROBES, 3, 32, 32)
+def verified(
+    name: str, backend: Backend, tickets: tuple[Folded, ...], threads: int, pictures: Rows | None = None
+) -> float:
+    """Runs every ticket on fresh random images, which also warms it up. Returns the largest difference from torch.
+
+    pictures: to compare on instead. Noise is far outside of the ranges of 8 bits.
+    """
+    noise = np.frombuffer(bytearray(os.urandom(PROBES * 3 * 32 * 32)), np.uint8).reshape(PROBES, 3, 32, 32)
+    probes = noise if pictures is None else pictures
 
     def compare(index: int) -> float:
         return difference(backend.forward(index, probes), reference(tickets[index], probes))

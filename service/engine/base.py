@@ -20,6 +20,7 @@ Forward = Callable[[int, Rows], Logits]
 
 TOLERANCE: Final = 1e-4  # of logits, relative to the largest (or to 1, if that is smaller): float32 in another order
 HALF_TOLERANCE: Final = 2e-2  # the same for float16
+INT8_TOLERANCE: Final = 1.0  # the same for 8 bits: only nonsense is refused; `bench int8` says what rounding costs
 
 
 class EngineRejected(Exception):

@@ -21,7 +21,8 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from model_store.structures import BasicBlock, Norm, WideBlock
-from service.engine.base import TOLERANCE, Backend, EngineRejected, Folded, Logits, Rows
+from service.engine.base import INT8_TOLERANCE, TOLERANCE, Backend, EngineRejected, Folded, Logits, Rows
+from service.engine.int8 import in_eight_bits
 
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
 
@@ -35,13 +36,15 @@ ONE_CORE: Final[dict[str, Any]] = {
 }
 
 
-def build(tickets: Sequence[Folded], *, cache: Path | None, threads: int) -> Backend:
+def build(tickets: Sequence[Folded], *, cache: Path | None, threads: int, calibration: Rows | None = None) -> Backend:
     """cache: a folder of compiled models, read and added to. OpenVINO tells them apart by weights, options and version;
-    what comes out of it is checked like everything else."""
+    what comes out of it is checked like everything else.  calibration: images to choose the ranges of 8 bits by; None
+    for float32."""
     core = openvino.Core()
     with ThreadPoolExecutor(threads, "compile") as pool:
-        models = list(pool.map(lambda ticket: Compiled(core, ticket, cache), tickets))
-    return Backend(lambda member, rows: models[member].forward(rows), TOLERANCE, f"float32, OpenVINO {version()}")
+        models = list(pool.map(lambda ticket: Compiled(core, ticket, cache, calibration), tickets))
+    bits, tolerance = ("float32", TOLERANCE) if calibration is None else ("int8", INT8_TOLERANCE)
+    return Backend(lambda member, rows: models[member].forward(rows), tolerance, f"{bits}, OpenVINO {version()}")
 
 
 def version() -> str:
@@ -51,10 +54,12 @@ def version() -> str:
 class Compiled:
     """One ticket, compiled for each of BATCHES. Its lock is contended only when two windows want the same ticket."""
 
-    def __init__(self, core: Any, ticket: Folded, cache: Path | None) -> None:
+    def __init__(self, core: Any, ticket: Folded, cache: Path | None, calibration: Rows | None) -> None:
         options = ONE_CORE if cache is None else ONE_CORE | {"CACHE_DIR": str(cache)}
         model = graph(ticket)
         try:
+            if calibration is not None:
+                model = in_eight_bits(core, model, calibration, ONE_CORE)
             self.batches = {size: Batch(core, model, size, options) for size in BATCHES}
         except RuntimeError as error:  # OpenVINO's own text says where in its sources it gave up
             raise EngineRejected(f"OpenVINO cannot compile {ticket.name}: {str(error).splitlines()[0]}") from error

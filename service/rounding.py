@@ -1,0 +1,132 @@
+"""python -m service bench int8: what 8 bits cost in accuracy and buy in time, ticket by ticket and together.
+
+The attack is PGD-20 on the float32 ticket; both precisions answer the same images, so that differences are paired.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model_store.attacks import ThreatModel, pgd
+from model_store.ensemble import calibrated
+from model_store.library import Library
+from service.audits.data import Labelled, read_data
+from service.audits.stats import paired
+from service.engine import CALIBRATION_IMAGES, Engine, Rows
+
+EPSILON: Final = 8 / 255
+STEP: Final = 2 / 255
+STEPS: Final = 20
+BATCH: Final = 50
+TIMED_ROWS: Final = 32
+REPEATS: Final = 10
+Right = NDArray[np.float64]  # [N], 1 or 0
+Answers = Callable[[int, Rows], NDArray[np.float32]]
+
+
+def measured_images(path: Path, library: Library, images: int) -> tuple[Labelled, Rows]:
+    """The first `images`, and the CALIBRATION_IMAGES after them, which are never measured."""
+    data = read_data(path, library.classes, images + CALIBRATION_IMAGES)
+    return data.first(len(data) - CALIBRATION_IMAGES), data.pixels[-CALIBRATION_IMAGES:].numpy()
+
+
+def compare(library: Library, exact: Engine, rounded: Engine, data: Labelled) -> dict[str, Any]:
+    """Accuracy of both engines on the same clean and attacked images, and the time of an image in pairs."""
+    clean, labels = data.pixels.numpy(), data.labels.numpy()
+    both = (exact.forward, rounded.forward)
+    rows: list[dict[str, Any]] = []
+    sums: list[NDArray[np.float32]] = [np.zeros((len(labels), len(library.classes)), np.float32) for _ in both]
+    for member, entry in enumerate(library.entries):
+        attacked = on_grid(library, member, data)
+        for total, forward in zip(sums, both, strict=True):
+            total += in_batches(forward, member, clean)
+        kinds = {
+            kind: difference(*(right(in_batches(forward, member, images), labels) for forward in both))
+            for kind, images in (("clean", clean), ("pgd", attacked))
+        }
+        rows.append({"ticket": entry.name, **kinds, "ms": [image_ms(forward, member, clean) for forward in both]})
+    return {
+        "images": len(labels),
+        "data": data.name,
+        "tickets": rows,
+        "mean": {
+            "clean": difference(*(right(total, labels) for total in sums)),
+            **{f"{kind}_of_tickets": mean_difference(rows, kind) for kind in ("clean", "pgd")},
+            "speed": round(sum(row["ms"][0] for row in rows) / sum(row["ms"][1] for row in rows), 3),
+        },
+    }
+
+
+def on_grid(library: Library, member: int, data: Labelled) -> Rows:
+    """PGD-20 images of one ticket, as 8-bit files carry them."""
+    network, found = calibrated(library.tickets[member]), []
+    generator = torch.Generator().manual_seed(member)
+    for pixels, labels in zip(torch.split(data.pixels, BATCH), torch.split(data.labels, BATCH), strict=True):
+        images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
+        threat = ThreatModel("linf", EPSILON)
+        moved = pgd(network, images, labels, threat, steps=STEPS, step_size=STEP, generator=generator)
+        found.append((moved * 255).round().to(torch.uint8).contiguous().numpy())
+    return np.concatenate(found)
+
+
+def in_batches(forward: Answers, member: int, images: Rows) -> NDArray[np.float32]:
+    return np.concatenate([forward(member, images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def right(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Right:
+    found: Right = (logits.argmax(axis=1) == labels).astype(np.float64)
+    return found
+
+
+def difference(exact: Right, rounded: Right) -> dict[str, Any]:
+    """In percent: the accuracy of each, and the second less the first with its 95 % interval."""
+    found = paired(rounded, exact)
+    points = {name: round(100 * value, 3) for name, value in found._asdict().items()}
+    return {"float32": round(100 * exact.mean(), 3), "int8": round(100 * rounded.mean(), 3), "difference": points}
+
+
+def mean_difference(rows: Sequence[dict[str, Any]], kind: str) -> float:
+    return round(float(np.mean([row[kind]["difference"]["value"] for row in rows])), 3)
+
+
+def image_ms(forward: Answers, member: int, images: Rows) -> float:
+    """Milliseconds of an image, one thread, the best of several."""
+    some, seconds = images[:TIMED_ROWS], []
+    for _ in range(REPEATS):
+        begun = time.perf_counter()
+        forward(member, some)
+        seconds.append(time.perf_counter() - begun)
+    return round(1000 * min(seconds) / len(some), 4)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: all tickets together, then the ones that change most."""
+    mean, rows = found["mean"], found["tickets"]
+    whole = mean["clean"]
+    worst = {kind: max(rows, key=lambda row: abs(row[kind]["difference"]["value"])) for kind in ("clean", "pgd")}
+    about = (
+        f"In the mean over {len(rows)} tickets: {mean['clean_of_tickets']:+.2f} points clean, "
+        f"{mean['pgd_of_tickets']:+.2f} under PGD-20 (made on the float32 ticket); {mean['speed']:.2f} times as fast. "
+        f"n = {found['images']} images of {found['data']}, calibrated on {CALIBRATION_IMAGES} others; library "
+        f"{found['library'][:12]}, {found['machine']['cpu']}, load {found['machine']['load_before']} before."
+    )
+    lines = [
+        "<!-- python -m service bench int8 -->",
+        "| | float32, % | int8, % | difference, points [95 %] |",
+        "| --- | ---: | ---: | ---: |",
+        row_of("mean of all tickets, clean", whole),
+        *(row_of(f"{row['ticket']}, {kind}: the largest change", row[kind]) for kind, row in worst.items()),
+        "",
+        about,
+    ]
+    return "\n".join(lines)
+
+
+def row_of(name: str, found: dict[str, Any]) -> str:
+    value, low, high = (found["difference"][part] for part in ("value", "low", "high"))
+    return f"| {name} | {found['float32']:.1f} | {found['int8']:.1f} | {value:+.2f} [{low:+.2f}, {high:+.2f}] |"
