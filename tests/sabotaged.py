@@ -23,5 +23,5 @@ def mortal(library: Library, settings: Settings) -> Engine:
 
 
 if __name__ == "__main__":
-    holder.open_engine = mortal  # type: ignore[attr-defined]
+    holder.open_engine = mortal  # type: ignore[attr-defined, assignment]
     sys.exit(main())
