@@ -17,8 +17,11 @@ from typing import Any, Final
 from tests.bench.requests import Form
 
 LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+KEEP_S: Final = 2.0  # an idle connection; servers here keep theirs for 5 s
 PATIENCE_S: Final = 15.0  # after the last request has left; what is not answered by then never counts
 CONNECTIONS: Final = 1024  # of the open loop; a request that finds none free waits, and its wait counts
+Idle = tuple[asyncio.StreamReader, asyncio.StreamWriter, float]
+"""A connection, and since when nobody uses it."""
 
 
 def closed_loop(place: str, form: Form, clients: int, seconds: float) -> dict[str, Any]:
@@ -59,7 +62,7 @@ async def open_loop(place: str, form: Form, rate: float, seconds: float, *, seed
     """Requests leave at the moments of a Poisson process, whatever became of those before."""
     generator, outcome = random.Random(seed), Outcome()
     messages, free = form.messages(place), asyncio.Semaphore(CONNECTIONS)
-    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    idle: list[Idle] = []
     begun, due, tasks = time.perf_counter(), 0.0, []
     number = 0
     while (due := due + generator.expovariate(rate)) < seconds:
@@ -73,7 +76,7 @@ async def open_loop(place: str, form: Form, rate: float, seconds: float, *, seed
         for task in unanswered:
             task.cancel()
         await asyncio.gather(*unanswered, return_exceptions=True)
-    for _, writer in idle:
+    for _, writer, _ in idle:
         writer.close()
     return outcome
 
@@ -82,7 +85,7 @@ async def one(
     place: str,
     message: bytes,
     due: float,
-    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]],
+    idle: list[Idle],
     free: asyncio.Semaphore,
     outcome: Outcome,
 ) -> None:
@@ -102,16 +105,15 @@ async def one(
     if b"connection: close" in head.lower():
         writer.close()
     else:
-        idle.append((reader, writer))
+        idle.append((reader, writer, time.monotonic()))
 
 
-async def connection(
-    place: str, idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """The one last used; those that the server has meanwhile closed for being idle are not asked."""
+async def connection(place: str, idle: list[Idle]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The one last used. None that has been idle for long: as every client must, this one keeps connections for less
+    time than the server does, which may be closing one at the moment when it is used again."""
     while idle:
-        reader, writer = idle.pop()
-        if not reader.at_eof() and not writer.is_closing():
+        reader, writer, since = idle.pop()
+        if not reader.at_eof() and not writer.is_closing() and time.monotonic() - since < KEEP_S:
             return reader, writer
         writer.close()
     return await asyncio.open_connection(*place.split(":"))
