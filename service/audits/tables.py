@@ -81,8 +81,9 @@ def conditions(report: Json) -> str:
         f"{report['data']['name']}, profile {audit['profile']}, {len(report['attacks'])} attacks, scored on "
         f"{report['systems']['tombola']['scored_on']} and the 8-bit grid; an upper bound. Difference: tombola less the "
         f"system, same images, paired bootstrap, under the attacks that all systems faced, as in the column before; "
-        f"the last row adds the attacks aimed at tombola alone. Library `{library['digest'][:12]}`, report "
-        f"`{report['digest'][:12]}` ({report['verdict']}), commit `{report['versions']['commit'][:12]}`, seeds "
+        f"the last row adds the attacks aimed at tombola alone. Library `{library['digest'][:12]}` of "
+        f"{len(library['tickets'])} tickets, report `{report['digest'][:12]}` ({report['verdict']}), commit "
+        f"`{report['versions']['commit'][:12]}`, seeds "
         f"{audit['seed']} and {audit['defender_seed']}."
     )
 
