@@ -80,6 +80,9 @@ class Stand:
     settings: Settings
     broken: list[bool] = field(default_factory=list)
 
+    def check(self, size: int, client: str, left_s: float) -> None:
+        self.scheduler.check(size, client, left_s)
+
     async def submit(self, rows: Rows, client: str = "someone", deadline: float | None = None) -> NDArray[np.float32]:
         return await self.scheduler.submit(rows, client=client, deadline=deadline)
 
