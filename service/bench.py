@@ -208,6 +208,8 @@ def eight_bits(
     library: Library,
     engine: Engine,
 ) -> tuple[dict[str, Any], str]:
+    if settings.int8_images is not None:
+        raise SettingsRejected("TOMBOLA_INT8_IMAGES: unset it; what 8 bits change is measured against float32")
     data, others = rounding.measured_images(given.data, library, given.images)
     figures = rounding.compare(library, engine, open_engine(library, settings, others), data)
     mean = figures["mean"]

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_store.attacks import ThreatModel, pgd
-from model_store.ensemble import calibrated
+from model_store.attacks import ThreatModel
 from model_store.library import Library
+from service.audits.attacks.simple import Single, attack_member
 from service.audits.data import Labelled, read_data
+from service.audits.evaluate import Member, as_floats, bench_of, on_grid
 from service.audits.stats import paired
 from service.engine import CALIBRATION_IMAGES, Engine, Rows
 
-EPSILON: Final = 8 / 255
-STEP: Final = 2 / 255
-STEPS: Final = 20
+THREAT: Final = ThreatModel("linf", 8 / 255)
 BATCH: Final = 50
 TIMED_ROWS: Final = 32
 REPEATS: Final = 10
@@ -41,15 +40,16 @@ def compare(library: Library, exact: Engine, rounded: Engine, data: Labelled) ->
     both = (exact.forward, rounded.forward)
     rows: list[dict[str, Any]] = []
     sums: list[NDArray[np.float32]] = [np.zeros((len(labels), len(library.classes)), np.float32) for _ in both]
-    for member, entry in enumerate(library.entries):
-        attacked = on_grid(library, member, data)
+    tickets = bench_of(library).members[: len(library.tickets)]
+    for member, ticket in enumerate(tickets):
+        moved = attacked(ticket, data, seed=member)
         for total, forward in zip(sums, both, strict=True):
             total += in_batches(forward, member, clean)
         kinds = {
             kind: difference(*(right(in_batches(forward, member, images), labels) for forward in both))
-            for kind, images in (("clean", clean), ("pgd", attacked))
+            for kind, images in (("clean", clean), ("pgd", moved))
         }
-        rows.append({"ticket": entry.name, **kinds, "ms": [image_ms(forward, member, clean) for forward in both]})
+        rows.append({"ticket": ticket.name, **kinds, "ms": [image_ms(forward, member, clean) for forward in both]})
     return {
         "images": len(labels),
         "data": data.name,
@@ -62,16 +62,11 @@ def compare(library: Library, exact: Engine, rounded: Engine, data: Labelled) ->
     }
 
 
-def on_grid(library: Library, member: int, data: Labelled) -> Rows:
+def attacked(member: Member, data: Labelled, seed: int) -> Rows:
     """PGD-20 images of one ticket, as 8-bit files carry them."""
-    network, found = calibrated(library.tickets[member]), []
-    generator = torch.Generator().manual_seed(member)
-    for pixels, labels in zip(torch.split(data.pixels, BATCH), torch.split(data.labels, BATCH), strict=True):
-        images = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
-        threat = ThreatModel("linf", EPSILON)
-        moved = pgd(network, images, labels, threat, steps=STEPS, step_size=STEP, generator=generator)
-        found.append((moved * 255).round().to(torch.uint8).contiguous().numpy())
-    return np.concatenate(found)
+    generator = torch.Generator().manual_seed(seed)
+    moved = attack_member(member, as_floats(data.pixels), data.labels, THREAT, Single(), generator)
+    return on_grid(moved, data.pixels, THREAT.norm, THREAT.epsilon).numpy()
 
 
 def in_batches(forward: Answers, member: int, images: Rows) -> NDArray[np.float32]:

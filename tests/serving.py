@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -126,6 +127,24 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 -- the condition is somebody else's
             await asyncio.sleep(0.002)
+
+
+@contextmanager
+def over_and_over(act: Callable[[], None], pause_s: float = 0.0) -> Iterator[None]:
+    """Does it in a thread, again and again with a pause before each time, until left."""
+    over = threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(pause_s):
+            act()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 # The real process

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from model_store.library import Library
+from model_store.library import Library, write_library
 from service import errors
 from service.audits import jobs as jobs_module
 from service.audits.errors import AuditConflict
@@ -27,6 +27,7 @@ from service.auth import AdminGate
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.audit_models import tiny
+from tests.tickets import items, make_ticket
 
 Json = dict[str, Any]
 TOKEN = "a-token-for-the-tests-alone"
@@ -173,6 +174,32 @@ def test_the_worker_refuses_a_library_that_has_been_replaced(plane: Plane, tmp_p
     job = plane.jobs.get(plane.submit())
     with pytest.raises(AuditConflict, match="asked of 000000000000"):
         work(tmp_path, {**job, "digest": "0" * 64}, print)
+
+
+def test_an_attackers_configured_library_reaches_the_worker(library: Library, tmp_path: Path) -> None:
+    theirs = tiny(tmp_path / "theirs", ("resnet18",), (0.3,))
+    plane = Plane(library, tmp_path / "state", audits_outside=theirs.path)
+    audit = plane.ask("POST", "/admin/audits", json=SMOKE).json()["id"]
+    folder = plane.jobs.folder / audit
+    work(folder, json.loads((folder / "job.json").read_text()), lambda _: None)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["library"]["outside"]["digest"] == theirs.digest
+    assert "outside" not in plane.ask("GET", f"/admin/audits/{audit}").json()
+
+
+def test_an_attackers_library_that_does_not_fit_is_refused_before_anything_waits(
+    library: Library, tmp_path: Path
+) -> None:
+    missing = Plane(library, tmp_path / "state", audits_outside=tmp_path / "nowhere")
+    answer = missing.ask("POST", "/admin/audits", json=SMOKE)
+    assert answer.status_code == 409
+    assert "outside library cannot be used" in answer.json()["error"]
+    two = items([make_ticket("resnet18", 0.5, classes=2)])
+    others = write_library(tmp_path / "others", classes=("cat", "dog"), data="random", tickets=two)
+    answer = Plane(library, tmp_path / "state", audits_outside=others.path).ask("POST", "/admin/audits", json=SMOKE)
+    assert answer.status_code == 400
+    assert "outside library of 2 other classes" in answer.json()["error"]
+    assert missing.jobs.all() == []
 
 
 def test_one_at_a_time_and_a_bounded_queue(library: Library, tmp_path: Path, pretended: Any) -> None:

@@ -11,7 +11,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,7 @@ import yaml
 
 from service.metrics import Metrics
 from tests.planes import png
-from tests.serving import Process, serving, tiny_library
+from tests.serving import Process, over_and_over, serving, tiny_library
 from tests.test_deploy import PROMETHEUS, alerts, queries, rules
 
 LIMIT_S: Final = 120
@@ -79,10 +79,8 @@ def prometheus(folder: Path, targets: list[str]) -> Iterator[str]:
             process.terminate()
 
 
-@contextmanager
-def load(server: Process) -> Iterator[None]:
+def load(server: Process) -> AbstractContextManager[None]:
     """Classification on both protocols, until left."""
-    over = threading.Event()
     body = json.dumps({"images": [base64.b64encode(png(red)).decode() for red in range(64)]}).encode()
     tensor = {"name": "pixels", "shape": [1, 3, 32, 32], "datatype": "UINT8", "data": [7] * 3072}
     infer = urllib.request.Request(
@@ -90,17 +88,10 @@ def load(server: Process) -> Iterator[None]:
     )
 
     def ask() -> None:
-        while not over.wait(0.05):
-            server.classify(body, **{"content-type": "application/json"})
-            urllib.request.urlopen(infer, timeout=30).close()
+        server.classify(body, **{"content-type": "application/json"})
+        urllib.request.urlopen(infer, timeout=30).close()
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return over_and_over(ask, 0.05)
 
 
 def answer(address: str, query: str) -> list[Any]:
@@ -116,9 +107,9 @@ def answer(address: str, query: str) -> list[Any]:
     return found
 
 
-def filled(query: str) -> str:
+def filled(query: str, rate_interval: str = "1m") -> str:
     """A dashboard's query as Grafana would send it."""
-    values = {"$namespace": ".*", "$job": ".*", "$__rate_interval": "1m", "$__range": "1h"}
+    values = {"$namespace": ".*", "$job": ".*", "$__rate_interval": rate_interval, "$__range": "1h"}
     for name, value in values.items():
         query = query.replace(name, value)
     return query

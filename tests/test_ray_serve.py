@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.planes import png
-from tests.serving import fetch, tiny_library
+from tests.serving import fetch, over_and_over, tiny_library
 from tests.test_deploy_prometheus import free_port
 
 ray = pytest.importorskip("ray")
@@ -100,24 +99,20 @@ def test_two_replicas_draw_apart_and_the_death_of_one_costs_no_more_than_what_it
     # Nine draws and 64 images: the odds of two equal sequences among so few are below 1e-20.
     assert len(set(answers)) == len(answers)
 
-    over, outcomes = threading.Event(), []
+    outcomes: list[bool] = []
 
     def ask() -> None:
-        while not over.is_set():
-            try:
-                outcomes.append(len(classify(address)) == IMAGES)
-            except (OSError, AssertionError):
-                outcomes.append(False)
+        try:
+            outcomes.append(len(classify(address)) == IMAGES)
+        except (OSError, AssertionError):
+            outcomes.append(False)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    holds(lambda: len(outcomes) > 5)
-    os.kill(next(iter(known)), 9)
-    before = len(outcomes)
-    new: dict[int, float] = {}
-    holds(lambda: busy(handle, new) and set(new) != set(known) and len(outcomes) > before + 5)
-    over.set()
-    asking.join()
+    with over_and_over(ask):
+        holds(lambda: len(outcomes) > 5)
+        os.kill(next(iter(known)), 9)
+        before = len(outcomes)
+        new: dict[int, float] = {}
+        holds(lambda: busy(handle, new) and set(new) != set(known) and len(outcomes) > before + 5)
     lost = outcomes.count(False)
     print(f"\n{len(outcomes)} requests of {IMAGES} images, {lost} lost with the replica that was killed")
     assert lost <= 1  # one client: what was in flight in the replica that died

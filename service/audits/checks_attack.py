@@ -214,17 +214,12 @@ def above_noise(lab: Lab) -> Finding:
 def known_theta(lab: Lab) -> Finding:
     """Knowing theta can only help, a theorem: the mean over drawn thetas of the accuracy left is a floor for ours."""
     rng = random.Random(f"known {lab.run.audit.seed}")
-    rows = []
-    for place in range(FIXED_DRAWS if lab.full else 8):
-        alone = drawn_alone(lab, rng)
-        found = lab.attack(PROBE, f"known {place}", alone)
-        pixels = on_grid(found.images, lab.pixels, lab.threat().norm, lab.threat().epsilon)
-        logits = logits_of(alone.members, pixels, lab.run.bench.device)
-        rows.append(1 - failure(logits, lab.labels, alone.draws))
+    count = FIXED_DRAWS if lab.full else 8
+    rows = [left_of(lab, f"known {place}", drawn_alone(lab, rng)) for place in range(count)]
     known = torch.stack(rows).mean(dim=0)
     secret = strongest(lab.run, lab.attacks(*GRADIENT_ATTACKS), lab.count)
-    few = ", ".join(f"{count}: {points(float(among(lab, count, rng).mean()))}" for count in FEW_STATES)
-    said = f"theta known {points(float(known.mean()))} ({len(rows)} thetas), secret {points(float(secret.mean()))}"
+    few = ", ".join(f"{states}: {points(float(among(lab, states, rng).mean()))}" for states in FEW_STATES)
+    said = f"theta known {points(float(known.mean()))} ({count} thetas), secret {points(float(secret.mean()))}"
     return Finding(float((known - secret).mean()) <= tolerance(known, secret), f"{said}; one of so many states {few}")
 
 
@@ -234,10 +229,14 @@ def among(lab: Lab, count: int, rng: random.Random) -> Tensor:
     thetas = [draw_theta(lab.ours.policy, rng) for _ in range(count)]
     rows = matrix(thetas, lab.ours.policy.tickets)[:, used]
     draws = Draws(rows, torch.full((count,), 1 / count, dtype=torch.float64), counted=True).to(lab.run.bench.device)
-    members = lab.target.members
-    found = lab.attack(PROBE, f"among {count}", Target(members, draws))
+    return left_of(lab, f"among {count}", Target(lab.target.members, draws))
+
+
+def left_of(lab: Lab, name: str, target: Target) -> Tensor:
+    """float64 [n]: accuracy of a target under the attack that knows it, on its own draws."""
+    found = lab.attack(PROBE, name, target)
     pixels = on_grid(found.images, lab.pixels, lab.threat().norm, lab.threat().epsilon)
-    return 1 - failure(logits_of(members, pixels, lab.run.bench.device), lab.labels, draws)
+    return 1 - failure(logits_of(target.members, pixels, lab.run.bench.device), lab.labels, target.draws)
 
 
 def baselines_present(lab: Lab) -> Finding:

@@ -7,7 +7,7 @@ draws and scored on another, on the uint8 grid, unless the law has few enough st
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +21,7 @@ from model_store.library import Library
 from model_store.structures import fold
 from model_store.theta import Policy, Theta, draw_matrix, group_sizes, inclusion_probabilities, matrix, states
 from model_store.ticket import Ticket
+from service.audits.errors import AuditRejected
 
 SCORING_DRAWS: Final = 10_000
 ATTACK_DRAWS: Final = 2_000
@@ -169,13 +170,27 @@ class SideBySide(torch.autograd.Function):
         return torch.stack(list(found)).sum(dim=0), None
 
 
-def bench_of(library: Library, device: torch.device | str = "cpu", outside: Library | None = None) -> Bench:
+def member_of(ticket: Ticket, name: str, device: torch.device) -> Member:
+    network = fold(ticket.network()).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Member(name, network, ticket.temperature)
+
+
+def bench_of(
+    library: Library,
+    device: torch.device | str = "cpu",
+    outside: Library | None = None,
+    made: Callable[[Ticket, str, torch.device], Member] = member_of,
+) -> Bench:
+    """outside: a library of the attacker's own.  made: makes a member of a ticket. Raises AuditRejected if the two
+    libraries have not the same classes."""
+    if outside is not None and outside.classes != library.classes:
+        raise AuditRejected(f"outside library of {len(outside.classes)} other classes; expected the library's own")
     where = torch.device(device)
     rows = everything(library, outside)
-    members = tuple(member_of(ticket, name, where) for name, ticket in rows)
+    members = tuple(made(ticket, name, where) for name, ticket in rows)
     structures = tuple(ticket.structure.name for _, ticket in rows)
-    count = len(everything(outside)) if outside else 0
-    return Bench(members, len(library.tickets), structures, library.policy, where, count)
+    theirs = len(rows) - len(everything(library))
+    return Bench(members, len(library.tickets), structures, library.policy, where, theirs)
 
 
 def everything(library: Library, outside: Library | None = None) -> list[tuple[str, Ticket]]:
@@ -185,11 +200,6 @@ def everything(library: Library, outside: Library | None = None) -> list[tuple[s
     if outside is not None:
         rows += [(f"{outside.digest[:6]}/{name}", ticket) for name, ticket in everything(outside)]
     return rows
-
-
-def member_of(ticket: Ticket, name: str, device: torch.device) -> Member:
-    network = fold(ticket.network()).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Member(name, network, ticket.temperature)
 
 
 def widened(policy: Policy, members: int) -> Policy:

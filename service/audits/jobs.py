@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +19,12 @@ from torch import nn
 
 from model_store.errors import StoreError
 from model_store.library import Library, open_library
-from model_store.ticket import write_atomically
+from model_store.ticket import Ticket, write_atomically
 from service.audits import systems
 from service.audits.config import Audit, read_audit
 from service.audits.datasets import Datasets
 from service.audits.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
-from service.audits.evaluate import Bench, Member, everything
+from service.audits.evaluate import Member, bench_of
 from service.audits.profiles import (
     check_giga_multiply_adds,
     estimated_seconds,
@@ -190,10 +191,9 @@ class Jobs:
 
     def cost(self, asked: Audit, library: Library) -> Json:
         """What it will cost, before it starts. Raises CostRejected."""
-        outside = self.outside()
-        bench = outline(library, outside)
+        bench = bench_of(library, outside=self.outside, made=unbuilt)
         compared = systems.compared(bench, systems.strengths(library))
-        steps, each = plan(asked, bench, compared), multiply_adds_of(library, outside)
+        steps, each = plan(asked, bench, compared), multiply_adds_of(library, self.outside)
         by_name = {s.name: s for s in (*compared, *(systems.single(bench, j) for j in range(len(bench.members))))}
         attacks = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
         giga = attacks + check_giga_multiply_adds(asked, each)
@@ -205,8 +205,9 @@ class Jobs:
             )
         return {"attacks": len(steps), "giga_multiply_adds": round(giga, 1), "seconds": round(seconds)}
 
+    @cached_property
     def outside(self) -> Library | None:
-        """The attacker's own library. Raises AuditConflict if it cannot be opened."""
+        """The attacker's own library, verified once: to plan on. Raises AuditConflict if it cannot be opened."""
         if self.settings.audits_outside is None:
             return None
         try:
@@ -302,10 +303,6 @@ def device_of(name: str) -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def outline(library: Library, outside: Library | None = None) -> Bench:
-    """A bench without its networks: enough to plan on."""
-    rows = everything(library, outside)
-    members = tuple(Member(name, nn.Identity(), 1.0) for name, _ in rows)
-    structures = tuple(ticket.structure.name for _, ticket in rows)
-    count = len(everything(outside)) if outside else 0
-    return Bench(members, len(library.tickets), structures, library.policy, torch.device("cpu"), count)
+def unbuilt(_ticket: Ticket, name: str, _device: torch.device) -> Member:
+    """A member without its network: enough to plan on."""
+    return Member(name, nn.Identity(), 1.0)

@@ -21,14 +21,15 @@ SMALLEST: Final = 1e-9  # of a range: that of a channel whose weights are all ma
 def in_eight_bits(core: Any, model: Any, images: Rows, options: dict[str, Any]) -> Any:
     """Changes the model and returns it. model: uint8 [1, 3, 32, 32] -> logits.  images: uint8 [N, 3, 32, 32]."""
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
-    inputs = {name_of(node.input(0).get_source_output()): node.input(0).get_source_output() for node in convolutions}
-    lows, highs = reached(core, model, list(inputs.values()), images, options)
+    sources = [node.input(0).get_source_output() for node in convolutions]
+    places = {name_of(source): source for source in sources}  # a block's first convolution and its shortcut share one
+    lows, highs = reached(core, model, list(places.values()), images, options)
     rounded = {
-        key: levels(inputs[key], *with_zero(low, high), LEVELS)
-        for key, low, high in zip(inputs, lows.tolist(), highs.tolist(), strict=True)
+        name: levels(place, *with_zero(low, high), LEVELS)
+        for (name, place), low, high in zip(places.items(), lows.tolist(), highs.tolist(), strict=True)
     }
-    for node in convolutions:
-        node.input(0).replace_source_output(rounded[name_of(node.input(0).get_source_output())])
+    for node, source in zip(convolutions, sources, strict=True):
+        node.input(0).replace_source_output(rounded[name_of(source)])
         weights = node.input(1).get_source_output()
         largest = np.abs(weights.get_node().data).max(axis=(1, 2, 3), keepdims=True).clip(SMALLEST)
         node.input(1).replace_source_output(levels(weights, -largest, largest, LEVELS - 1))

@@ -27,10 +27,10 @@ from model_store.library import open_library
 from tests.console.screenshots import AUDIT, submit, wait_for_audits
 from tests.console.traffic import traffic
 from tests.serving import ROOT, serving
-from tests.test_deploy_prometheus import answer, prometheus
+from tests.test_deploy_prometheus import answer, filled, prometheus
 
 DASHBOARD: Final = ROOT / "service" / "deploy" / "grafana" / "tombola.json"
-VARIABLES: Final = {"$namespace": ".*", "$job": ".*", "$__rate_interval": "15s", "$__range": "1h"}
+RATE_INTERVAL: Final = "15s"  # the server has been scraped for two minutes
 COLUMNS: Final = 24  # of the dashboard's grid
 UNIT_IN: Final = 0.72, 0.34  # width and height of one of the grid's cells
 FILLED: Final = 0.62  # the part of a panel's height that its axes take
@@ -119,10 +119,7 @@ def unit(panel: Json) -> Callable[[float], str]:
 def targets(panel: Json) -> Iterator[tuple[str, str]]:
     """Queries as Grafana would send them, each with the pattern of its legend."""
     for target in panel["targets"]:
-        query = target["expr"]
-        for name, value in VARIABLES.items():
-            query = query.replace(name, value)
-        yield query, target.get("legendFormat", "")
+        yield filled(target["expr"], RATE_INTERVAL), target.get("legendFormat", "")
 
 
 def named(pattern: str, labels: dict[str, str]) -> str:
