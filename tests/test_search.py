@@ -12,7 +12,7 @@ from model_store.ticket import Ticket, kept_count
 from tests.digits import digits
 from training import search
 from training.errors import CheckpointRejected, SearchFailed
-from training.recipes import PRESETS, Attack, Recipe, going_on
+from training.recipes import PRESETS, Allocation, Attack, Recipe, going_on
 from training.search import (
     Guard,
     Search,
@@ -95,6 +95,33 @@ def test_the_ticket_keeps_exactly_its_share_of_every_layer(name: str, tmp_path: 
     ticket = run(recipe, digits(), tmp_path, ignore, CPU)
     for mask in ticket.masks.values():
         assert int(mask.sum()) == kept_count(mask.numel(), 0.07)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.07, 0.15, 0.7, 1.0])
+def test_erk_gives_small_layers_more_and_the_whole_its_density(density: float) -> None:
+    shapes = {name: layer.weight.shape for name, layer in convs(Structure("resnet18", 16).blank()).items()}
+    densities = search.erk(shapes, density)
+    kept = sum(shapes[name].numel() * share for name, share in densities.items())
+    assert kept == pytest.approx(density * sum(shape.numel() for shape in shapes.values()))
+    assert max(densities.values()) <= 1
+    assert min(densities.values()) > 0
+    by_size = sorted(densities, key=lambda name: sum(shapes[name]) / shapes[name].numel())
+    assert [densities[name] for name in by_size] == sorted(densities.values())
+
+
+@pytest.mark.parametrize("allocation", ["dense-ends", "erk"])
+def test_a_ticket_of_either_allocation_is_whole_and_goes_on(allocation: Allocation, tmp_path: Path) -> None:
+    (tmp_path / "on").mkdir()
+    recipe = replace(TINY, allocation=allocation, steps=4)
+    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    assert ticket.masks["classifier"].all()
+    assert not ticket.masks["stages.6.conv2"].all()
+    onward = going_on(recipe, parent="0" * 64, steps=2, rate=0.5)
+    assert same_masks(run(onward, digits(), tmp_path / "on", ignore, CPU, ticket), ticket)
+
+
+def same_masks(first: Ticket, second: Ticket) -> bool:
+    return all(torch.equal(first.masks[name], second.masks[name]) for name in first.masks)
 
 
 def test_a_scratch_ticket_s_weights_are_what_they_were_drawn_as(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from training.errors import TrainingError
 
 Attack = Literal["n-fgsm", "fgsm-rs", "pgd"]
 SHAPE: Final = ("width", "stem_stride")  # of a structure, where a preset's is changed
-Allocation = Literal["uniform", "dense-ends"]
+Allocation = Literal["uniform", "dense-ends", "erk"]  # how a density is spread over the layers: search.densities_of
 
 DENSITIES: Final = (0.07, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70)  # Table 1 of the paper
 

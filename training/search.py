@@ -68,9 +68,30 @@ Report = Callable[[Step | Guard], None]
 
 
 def densities_of(network: Network, recipe: Recipe) -> dict[str, float]:
-    """Each convolution's density. dense-ends keeps the stem and the classifier whole: they hold 1 % of the weights."""
+    """Each convolution's density, by the recipe's allocation.
+
+    uniform: the same for all.  dense-ends: the stem and the classifier stay whole (they hold 1 % of the weights), the
+    others have the density.  erk: Erdos-Renyi-Kernel (Evci et al., "Rigging the Lottery", ICML 2020): in proportion to
+    (inputs + outputs + kernel height + width) / weights, at most 1, so that all layers together have the density.
+    """
+    layers = convs(network)
+    if recipe.allocation == "erk":
+        return erk({name: layer.weight.shape for name, layer in layers.items()}, recipe.density)
     ends = {"stem.0", "classifier"} if recipe.allocation == "dense-ends" else set()
-    return {name: 1.0 if name in ends else recipe.density for name in convs(network)}
+    return {name: 1.0 if name in ends else recipe.density for name in layers}
+
+
+def erk(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+    """shapes: of the weights [out, in, h, w]."""
+    whole: set[str] = set()
+    while True:  # a layer that would be over 1 is whole, and the others share what it leaves
+        rest = {name: sum(shape) for name, shape in shapes.items() if name not in whole}
+        budget = density * sum(map(math.prod, shapes.values())) - sum(math.prod(shapes[name]) for name in whole)
+        scale = budget / sum(rest.values()) if rest else 0.0
+        full = {name for name, size in rest.items() if scale * size >= math.prod(shapes[name])}
+        if not full:
+            return {name: scale * rest[name] / math.prod(shapes[name]) if name in rest else 1.0 for name in shapes}
+        whole |= full
 
 
 def layout_of(structure: Structure) -> torch.memory_format:
