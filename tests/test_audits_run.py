@@ -368,6 +368,32 @@ def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
     assert not finding.warn
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: bool, tmp_path: Path) -> None:
+    network = Quantised(undefended(), 64) if hidden else undefended()
+    asked = Audit("standard", attacks=("eot-mean-loss", "hopskipjump-queries"), images=4)
+    run = run_on(network, tmp_path, asked, 4)
+    ours = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
+    kept = {step.name: step for step in reversed(ours)}  # of the ones that average answers, the first: here all agree
+    run.steps, run.costs = list(kept.values()), [1.0] * len(kept)
+    run.attack()
+    lab = Lab(run)
+    nearest = lab.attacks("hopskipjump-queries")[0].extra["nearest"]
+    assert len(nearest) == 4
+    assert all(1 <= size <= 255 and right < 0.5 for size, right in nearest)
+    finding = checks_attack.below_hard_label(lab)
+    assert finding.ok is not hidden, finding.value
+    least = checks_attack.least_epsilons(lab, 4)
+    which = torch.arange(4)
+    if hidden:
+        assert all(size < white for (size, _), white in zip(nearest, least.tolist(), strict=True))
+        return
+    for size in sorted(set(least.tolist())):
+        at = which[least == size]
+        assert checks_attack.fooled_at(lab, at, size).all()
+        assert not checks_attack.fooled_at(lab, at, size - 1).any()
+
+
 def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
     np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
     served = folder / "pictures.npz"

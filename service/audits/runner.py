@@ -47,7 +47,7 @@ from service.audits.evaluate import (
 )
 from service.audits.profiles import SHARED, giga_multiply_adds, multiply_adds_of, plan
 
-CODE: Final = 2  # of the attacks: a change that changes results makes stored ones stale
+CODE: Final = 3  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
 Tell = Callable[[Json], None]
 
@@ -256,9 +256,13 @@ class Run:
         seed = seed_of("query", self.audit.seed, step.id, settings)
         with self.oracle(step) as oracle:
             stops = query.attack(oracle, part.pixels, part.labels, step.threat, settings, seed)
-        curve = [[stop.queries, self.accuracy(step.system, stop.pixels, part)] for stop in stops]
+        curve = [[stop.queries, float(self.rights(step.system, stop.pixels, part).mean())] for stop in stops]
         where = "service" if isinstance(oracle, HttpOracle) else "in-process"
-        extra = {"oracle": where, "averages": settings.averages, "queries": oracle.queries, "curve": curve}
+        extra: Json = {"oracle": where, "averages": settings.averages, "queries": oracle.queries, "curve": curve}
+        if (nearest := stops[-1].unclipped) is not None:
+            away = (nearest.int() - part.pixels.int()).flatten(1).abs().amax(dim=1).tolist()
+            right = self.rights(step.system, nearest, part).tolist()
+            extra["nearest"] = [[size, round(share, 6)] for size, share in zip(away, right, strict=True)]
         return Attacked(stops[-1].pixels.float() / 255, extra=extra)
 
     def oracle(self, step: Step) -> HttpOracle | LocalOracle:
@@ -268,10 +272,10 @@ class Run:
         rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
         return LocalOracle(self.bench.members, system.policy, self.bench.device, rng)
 
-    def accuracy(self, name: str, pixels: Tensor, part: Labelled) -> float:
-        system = self.system(name)
+    def rights(self, name: str, pixels: Tensor, part: Labelled) -> Tensor:
+        """float64 [n]: p_i of any images of the system's."""
         logits = logits_of(self.bench.members, pixels, self.bench.device)
-        return float(scores(logits, part.labels, self.scoring(system)).right.mean())
+        return scores(logits, part.labels, self.scoring(self.system(name))).right
 
     # What the attacks add up to
 

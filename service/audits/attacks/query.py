@@ -169,10 +169,12 @@ class LocalOracle:
 
 @dataclass(frozen=True)
 class Stop:
-    """What was held at one point of the attack. queries: of each image so far."""
+    """What was held at one point of the attack. queries: of each image so far.  unclipped: the same before it was put
+    into the ball, from an attack that looks for the nearest image instead of staying inside."""
 
     queries: int
     pixels: Tensor
+    unclipped: Tensor | None = None
 
 
 def attack(
@@ -327,9 +329,9 @@ def hop_skip_jump(
     epsilon, clean = int(threat.epsilon * 255 + 1e-6), pixels.numpy().astype(np.int16)
     stops = []
     for queries in sorted(mark * settings.averages for mark in marks(settings.probes)):
-        found = torch.stack([votes.after(queries) for votes in each]).numpy().astype(np.int16)
-        inside = np.clip(found, np.maximum(clean - epsilon, 0), np.minimum(clean + epsilon, 255))
-        stops.append(Stop(queries, as_bytes(inside)))
+        found = torch.stack([votes.after(queries) for votes in each])
+        away = np.clip(found.numpy().astype(np.int16) - clean, -epsilon, epsilon)
+        stops.append(Stop(queries, as_bytes(clean + away), found))
     return stops
 
 
