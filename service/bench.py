@@ -5,16 +5,13 @@ The comparison over HTTP with other servers is `make bench`.
 """
 
 import argparse
-import asyncio
 import json
-import math
 import os
 import platform
 import random
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,23 +20,16 @@ from typing import Any, Final
 import numpy as np
 import openvino
 import torch
-from numpy.typing import NDArray
 
 from model_store.library import Library, open_library
 from model_store.structures import Network
 from model_store.theta import Theta, draw_theta
-from service import capacity, disclosure, rounding
+from service import capacity, disclosure, leak, rounding
 from service.audits.data import read_data
 from service.engine import Engine, Rows, engine_threads, open_engine
-from service.metrics import Metrics
-from service.scheduler import Gate, Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
-from service.window import Window
-from service.workers import Workers
 
 FLAGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")
-BINS: Final = 16  # of equally many latencies each
-SHUFFLES: Final = 20
 
 
 def add_parser(commands: Any) -> None:
@@ -51,8 +41,10 @@ def add_parser(commands: Any) -> None:
     raw.set_defaults(measure=raw_engine)
     latency = kinds.add_parser("latency", help="mutual information between an answer's time and its ensemble's size")
     latency.add_argument("--images", type=int, default=1500, help="single images, one after the other (1500)")
-    latency.add_argument("--quantum-ms", type=float, default=25.0, help="the quantum to compare with none (25)")
-    latency.set_defaults(measure=latency_information)
+    latency.add_argument(
+        "--quantum-ms", type=float, nargs="+", default=[10.0, 25.0], help="the quanta to compare with none (10 25)"
+    )
+    latency.set_defaults(measure=latency_information, table=leak.table)
     whole = kinds.add_parser("capacity", help="processor time of an image in a whole server, and replicas for a load")
     whole.add_argument("--images", type=int, default=2000, help="images of each kind of request (2000)")
     whole.set_defaults(measure=server_capacity, table=capacity.table)
@@ -65,7 +57,7 @@ def add_parser(commands: Any) -> None:
     bits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
     bits.add_argument("--images", type=int, default=500, help="of them; 256 more are to calibrate on (500)")
     bits.set_defaults(measure=eight_bits, table=rounding.table)
-    for kind in (whole, digits, bits):
+    for kind in (latency, whole, digits, bits):
         kind.add_argument("--into", type=Path, help="page in which the table of these figures is written anew")
     for kind in (raw, latency, whole, digits, bits):
         kind.add_argument("--json", type=Path, help="where to write the figures too")
@@ -234,72 +226,9 @@ def server_capacity(
 # What latency tells
 
 
-class Spy(Scheduler):
-    """A scheduler that notes the size of every ensemble it draws."""
-
-    sizes: list[int]
-
-    def observe(self, window: Window) -> None:
-        self.sizes += [len(theta.members) for theta in window.thetas]
-
-
 def latency_information(
     given: argparse.Namespace, settings: Settings, library: Library, engine: Engine
 ) -> tuple[dict[str, Any], str]:
-    """Bits of mutual information between the time to an answer and n, on an idle server: the attacker's best case."""
-    found = {}
-    for name, quantum_ms in (("without", 0.0), ("with", given.quantum_ms)):
-        told = settings.model_copy(update={"quantum_ms": quantum_ms})
-        seconds, sizes = asyncio.run(latencies(library, engine, told, given.images))
-        bits, chance = mutual_information(seconds, sizes)
-        found[name] = {
-            "quantum_ms": quantum_ms,
-            "bits": round(bits, 4),
-            "bits_by_chance": round(chance, 4),
-            "p50_ms": round(1000 * statistics.median(seconds), 3),
-        }
-    figures = {"images": given.images, "entropy_of_n_bits": round(entropy(Counter(sizes).values()), 4), **found}
-    bits, fewer = found["without"]["bits"], found["with"]["bits"]
-    return figures, f"latency tells {bits:.2f} bits of n; on quanta of {given.quantum_ms:g} ms {fewer:.2f}"
-
-
-async def latencies(library: Library, engine: Engine, settings: Settings, images: int) -> tuple[list[float], list[int]]:
-    metrics = Metrics()
-    workers = Workers(engine.threads, settings, metrics, lambda: None)
-    workers.start()
-    spy = Spy(library, engine, workers, Gate(settings, metrics), settings, metrics)
-    spy.sizes = []
-    rows = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
-    seconds = []
-    for _ in range(images):
-        begun = time.perf_counter()
-        await spy.submit(rows, client="bench")
-        seconds.append(time.perf_counter() - begun)
-    workers.stop()
-    return seconds, spy.sizes
-
-
-def mutual_information(seconds: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
-    """(bits, bits that shuffled pairs show): plug-in estimate over BINS quantiles of the time, less what chance gives.
-
-    The plug-in estimate of few pairs is too high; its mean over shuffled pairs is that excess.
-    """
-    edges = np.quantile(seconds, np.linspace(0, 1, BINS + 1)[1:-1])
-    bins, n = np.searchsorted(edges, seconds), np.array(sizes)
-    generator = np.random.default_rng(0)
-    chance = statistics.mean(plug_in(bins, generator.permutation(n)) for _ in range(SHUFFLES))
-    return max(0.0, plug_in(bins, n) - chance), chance
-
-
-def plug_in(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    pairs = Counter(zip(first.tolist(), second.tolist(), strict=True))
-    return (
-        entropy(Counter(first.tolist()).values()) + entropy(Counter(second.tolist()).values()) - entropy(pairs.values())
-    )
-
-
-def entropy(counts: Iterable[int]) -> float:
-    """Bits of the distribution with these counts."""
-    values = list(counts)
-    total = sum(values)
-    return -math.fsum(count / total * math.log2(count / total) for count in values)
+    figures = leak.leak(library, engine, settings, given.images, sorted({0.0, *given.quantum_ms}))
+    said = ", ".join(f"{row['quantum_ms']:g} ms: {row['bits']:.2f}" for row in figures["quanta"])
+    return figures, f"bits of n that latency tells, by quantum: {said}"

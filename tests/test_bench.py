@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.bench import entropy, mutual_information
+from service.leak import entropy, mutual_information, named_right
 from tests.bench.chaos import slope_per_hour
 from tests.bench.load import quantile_ms
 from tests.bench.report import MARKS, best_peers, put_into, ratios, table
@@ -112,3 +112,12 @@ def test_a_time_that_tells_one_of_two_bits_tells_one_bit() -> None:
     sizes = [chance.choice((1, 2, 3, 4)) for _ in range(4000)]
     told, _ = mutual_information([(size > 2) + chance.random() / 2 for size in sizes], sizes)
     assert told == pytest.approx(1, abs=0.1)
+
+
+def test_sizes_are_named_as_often_as_their_times_differ() -> None:
+    chance = random.Random(2)
+    sizes = [chance.choice((1, 2, 3, 4)) for _ in range(4000)]
+    assert named_right([size + chance.random() / 2 for size in sizes], sizes) > 0.95
+    assert named_right([(size > 2) + chance.random() / 2 for size in sizes], sizes) == pytest.approx(0.5, abs=0.05)
+    assert named_right([chance.random() for _ in sizes], sizes) == pytest.approx(0.25, abs=0.05)
+    assert named_right([0.01] * len(sizes), sizes) == pytest.approx(0.25, abs=0.05)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model_store.theta import expected_size
-from service import capacity, disclosure, rounding
+from service import capacity, disclosure, leak, rounding
 from service.__main__ import main
 from service.bench import put_into
 from service.metrics import PREFIX, TABLE
@@ -27,6 +27,7 @@ GUIDES: Final = [
 ALL: Final = [ROOT / "README.md", *GUIDES]
 TABLES: Final = {
     "capacity.json": ("OPERATING.md", capacity.table),
+    "latency.json": ("THREATS.md", leak.table),
     "int8.json": ("OPERATING.md", rounding.table),
     "precision.json": ("THREATS.md", disclosure.table),
 }

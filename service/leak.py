@@ -1,0 +1,138 @@
+"""python -m service bench latency: what the time to an answer tells of its ensemble's size, by quantum.
+
+The server is idle and asked one image after the other, inside its process: the attacker's best case, with no network
+and no other client in the way.
+"""
+
+import asyncio
+import math
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_store.library import Library
+from service.engine import Engine
+from service.metrics import Metrics
+from service.scheduler import Gate, Scheduler
+from service.settings import Settings
+from service.window import Window
+from service.workers import Workers
+
+BINS: Final = 16  # of equally many latencies each
+SHUFFLES: Final = 20
+
+
+class Spy(Scheduler):
+    """A scheduler that notes the size of every ensemble it draws."""
+
+    sizes: list[int]
+
+    def observe(self, window: Window) -> None:
+        self.sizes += [len(theta.members) for theta in window.thetas]
+
+
+def leak(
+    library: Library, engine: Engine, settings: Settings, images: int, quanta_ms: Sequence[float]
+) -> dict[str, Any]:
+    """For each quantum (0: none) the bits that latency tells of n, and how often it names n right."""
+    rows = []
+    for quantum_ms in quanta_ms:
+        told = settings.model_copy(update={"quantum_ms": quantum_ms})
+        seconds, sizes = asyncio.run(latencies(library, engine, told, images))
+        bits, chance = mutual_information(seconds, sizes)
+        rows.append(
+            {
+                "quantum_ms": quantum_ms,
+                "bits": round(bits, 4),
+                "bits_by_chance": round(chance, 4),
+                "entropy_of_n_bits": round(entropy(Counter(sizes).values()), 4),
+                "names_n": round(named_right(seconds, sizes), 4),
+                "commonest_n": round(max(Counter(sizes).values()) / len(sizes), 4),
+                "p50_ms": round(1000 * statistics.median(seconds), 3),
+                "p99_ms": round(1000 * float(np.quantile(seconds, 0.99)), 3),
+            }
+        )
+    return {"images": images, "quanta": rows}
+
+
+async def latencies(library: Library, engine: Engine, settings: Settings, images: int) -> tuple[list[float], list[int]]:
+    metrics = Metrics()
+    workers = Workers(engine.threads, settings, metrics, lambda: None)
+    workers.start()
+    spy = Spy(library, engine, workers, Gate(settings, metrics), settings, metrics)
+    spy.sizes = []
+    rows = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
+    seconds = []
+    for _ in range(images):
+        begun = time.perf_counter()
+        await spy.submit(rows, client="bench")
+        seconds.append(time.perf_counter() - begun)
+    workers.stop()
+    return seconds, spy.sizes
+
+
+def mutual_information(seconds: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """(bits, bits that shuffled pairs show): plug-in estimate over BINS quantiles of the time, less what chance gives.
+
+    The plug-in estimate of few pairs is too high; its mean over shuffled pairs is that excess.
+    """
+    bins, n = binned(seconds, seconds), np.array(sizes)
+    generator = np.random.default_rng(0)
+    chance = statistics.mean(plug_in(bins, generator.permutation(n)) for _ in range(SHUFFLES))
+    return max(0.0, plug_in(bins, n) - chance), chance
+
+
+def named_right(seconds: Sequence[float], sizes: Sequence[int]) -> float:
+    """How often n is named right from the time: each bin's commonest n in the first half, judged on the second."""
+    half = len(seconds) // 2
+    bins = binned(seconds[:half], seconds).tolist()
+    counts: dict[int, Counter[int]] = defaultdict(lambda: Counter(sizes[:half]))  # an empty bin: the commonest of all
+    for place in sorted(set(bins[:half])):
+        counts[place] = Counter(n for n, found in zip(sizes[:half], bins[:half], strict=True) if found == place)
+    named = [counts[place].most_common(1)[0][0] for place in bins[half:]]
+    return statistics.mean(found == n for found, n in zip(named, sizes[half:], strict=True))
+
+
+def binned(known: Sequence[float], seconds: Sequence[float]) -> NDArray[np.int64]:
+    edges = np.quantile(known, np.linspace(0, 1, BINS + 1)[1:-1])
+    return np.searchsorted(edges, seconds)
+
+
+def plug_in(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
+    pairs = Counter(zip(first.tolist(), second.tolist(), strict=True))
+    return (
+        entropy(Counter(first.tolist()).values()) + entropy(Counter(second.tolist()).values()) - entropy(pairs.values())
+    )
+
+
+def entropy(counts: Iterable[int]) -> float:
+    """Bits of the distribution with these counts."""
+    values = list(counts)
+    total = sum(values)
+    return -math.fsum(count / total * math.log2(count / total) for count in values)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: one row for each quantum."""
+    lines = [
+        "<!-- python -m service bench latency -->",
+        "| answers on multiples of | bits of n | names n | median | 99 % within |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found["quanta"]:
+        name = f"{row['quantum_ms']:g} ms" if row["quantum_ms"] else "nothing"
+        shown = f"{row['bits']:.2f} | {100 * row['names_n']:.0f} % | {row['p50_ms']:.1f} ms | {row['p99_ms']:.1f} ms"
+        lines.append(f"| {name} | {shown} |")
+    first = found["quanta"][0]
+    about = (
+        f"n has {first['entropy_of_n_bits']:.2f} bits; the commonest is right in {100 * first['commonest_n']:.0f} %. "
+        f"One image at a time, {found['images']:,} of them for each row, in the server's process; library "
+        f"{found['library'][:12]}, {found['machine']['cpu']}, {found['engine']['threads']} threads, "
+        f"load {found['machine']['load_before']} before."
+    )
+    return "\n".join([*lines, "", about])
