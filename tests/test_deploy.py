@@ -11,6 +11,9 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from model_store.theta import Policy, draw_theta, expected_size
 from service.metrics import LOT, PREFIX, TABLE, Metrics
@@ -126,6 +129,40 @@ def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
 
 
 # Docker
+
+
+# Of the Prometheus data source's own, which the schema leaves to each data source.
+NOT_IN_SCHEMA: Final = {"/annotations/list/0/titleFormat"}
+
+
+def test_grafana_s_own_schema_knows_every_field_of_the_dashboard() -> None:
+    """Read into Grafana's types and written again: what they do not know would be lost or changed."""
+    register_default_plugins()
+    assert set(changed(dashboard(), through_grafana(dashboard()))) == NOT_IN_SCHEMA
+    wrong = dashboard()
+    wrong["panels"][1]["fieldConfig"]["defaults"]["unitt"] = "s"
+    wrong["panels"][-1]["targets"][0]["expression"] = "up"
+    found = set(changed(wrong, through_grafana(wrong))) - NOT_IN_SCHEMA
+    last = f"/panels/{len(wrong['panels']) - 1}/targets/0/expression"
+    assert found == {"/panels/1/fieldConfig/defaults/unitt", last}
+
+
+def through_grafana(content: Json) -> Json:
+    written: Json = json.loads(JSONEncoder().encode(Dashboard.from_json(content)))
+    return written
+
+
+def changed(before: Any, after: Any, path: str = "") -> list[str]:
+    """Where `before` has something that `after` has not."""
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        before, after = dict(enumerate(before)), dict(enumerate(after))
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            place
+            for key, value in before.items()
+            for place in (changed(value, after[key], f"{path}/{key}") if key in after else [f"{path}/{key}"])
+        ]
+    return [] if before == after else [path]
 
 
 def test_the_image_is_told_settings_that_exist() -> None:
