@@ -11,8 +11,8 @@ from model_store.structures import STRUCTURES, Structure, convs
 from model_store.ticket import Ticket, kept_count
 from tests.digits import digits
 from training import search
-from training.errors import CheckpointRejected, SearchFailed
-from training.recipes import PRESETS, Allocation, Attack, Recipe, going_on
+from training.errors import CheckpointRejected, SearchFailed, TrainingError
+from training.recipes import PRESETS, Allocation, Attack, Recipe, going_on, mask_phase
 from training.search import (
     Guard,
     Search,
@@ -24,6 +24,7 @@ from training.search import (
     orthogonal,
     run,
     save_checkpoint,
+    scratch_of,
 )
 
 CPU = torch.device("cpu")
@@ -301,6 +302,34 @@ def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> N
     begun = Search(going_on(recipe, parent="0" * 64, steps=4, rate=0.1), digits(), CPU, ticket)
     assert all(torch.equal(begun.masks[name], ticket.masks[name]) for name in ticket.masks)
     assert all(torch.equal(begun.frozen[name][ticket.masks[name]], ticket.values[name]) for name in ticket.masks)
+
+
+def test_the_scratch_ticket_behind_a_trained_one_is_the_one_that_a_search_by_its_recipe_finds(
+    uninterrupted: Ticket, tmp_path: Path
+) -> None:
+    found = scratch_of(mask_phase(TINY), uninterrupted, digits(), CPU)
+    assert found.kind == "scratch"
+    assert same_masks(found, uninterrupted)
+    assert same(found, run(mask_phase(TINY), digits(), tmp_path, ignore, CPU))
+
+
+def test_masks_over_other_weights_are_not_taken_for_a_scratch_ticket(uninterrupted: Ticket) -> None:
+    with pytest.raises(SearchFailed, match="have the sign of those"):
+        scratch_of(mask_phase(replace(TINY, seed=8)), uninterrupted, digits(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mask_share": 1.0}, "never trained"),
+        ({"mask_share": 0.0}, "never trained"),
+        ({"parent": "0" * 64}, "went on from another ticket"),
+        ({"mask_share": 0.3, "low_resolution_until": 0.0}, "before epsilon and resolution were whole"),
+    ],
+)
+def test_a_recipe_without_a_whole_mask_phase_has_no_scratch_ticket(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(TrainingError, match=reason):
+        mask_phase(replace(TINY, **changes))  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_of_another_recipe_or_data_set_is_refused(tmp_path: Path) -> None:

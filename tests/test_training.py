@@ -157,6 +157,24 @@ def test_training_goes_on_from_a_library_and_the_better_ticket_stays(
     assert (kept.provenance.parent is None) == (values[0] > values[1])
 
 
+def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work(job_in(tmp_path / "run", recipe(mask_share=0.5)), read_split(data), CPU)
+    base = export(tmp_path / "base", [tmp_path / "run"])
+    arguments = ["--data", str(data), "--data-name", "digits", "--state", str(tmp_path / "scratch"), "--workers", "1"]
+    assert main(["scratch", str(base.path), *arguments]) == 0
+    library = export(tmp_path / "library", [tmp_path / "scratch"])
+    (trained,), (entry,) = base.entries, library.entries
+    assert (entry.name, entry.kind, trained.kind) == (trained.name, "scratch", "fine-tuned")
+    assert entry.provenance.recipe["steps"] == 15
+    assert entry.provenance.seconds == pytest.approx(trained.provenance.seconds / 2, abs=0.1)
+    assert len(entry.claims) == 4
+    again = export(tmp_path / "again", [finished])
+    assert main(["scratch", str(again.path), *arguments]) == 1
+    assert "before epsilon and resolution were whole" in capsys.readouterr().err
+
+
 def test_baselines_are_exported_beside_the_tickets_and_never_drawn(data: Path, finished: Path, tmp_path: Path) -> None:
     dense = Recipe(Structure("resnet18", 2), 1.0, 3, 10, batch=16, guards=0, mask_share=0.0, precision="float32")
     work(job_in(tmp_path / "dense", dense, role="baseline"), read_split(data), CPU)
@@ -184,6 +202,7 @@ def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
         ),
         (["search", "--data", "{data}", "--state", "s", "--from", str(EMBEDDED), "--scratch"], "--scratch: settled by"),
         (["search", "--data", "{data}", "--state", "s", "--from", "/nowhere"], "/nowhere: no such folder"),
+        (["scratch", str(EMBEDDED), "--data", "{data}", "--state", "s", "--only", "vgg16"], "no ticket matches --only"),
         (["status", "--state", "/nowhere"], "/nowhere: no such folder"),
         (["export", "library"], "no finished ticket"),
         (["table", "/nowhere"], "/nowhere: no such folder"),

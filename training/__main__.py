@@ -1,4 +1,4 @@
-"""python -m training: plan, search, baseline, status, export, table, compare, figures, fetch."""
+"""python -m training: plan, search, scratch, baseline, status, export, table, compare, figures, fetch."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from training.compare import differences, summary
 from training.data import Split, read_split
 from training.errors import TrainingError
 from training.plan import Job, Status
-from training.recipes import DENSITIES, PRESETS, SHAPE, Recipe, baseline, going_on
+from training.recipes import DENSITIES, PRESETS, SHAPE, Recipe, baseline, going_on, mask_phase
 
 EXAMPLES = """\
 a library from nothing, on two cores (hours; interrupt it whenever you like, it goes on where it was):
@@ -76,6 +76,16 @@ def parser() -> argparse.ArgumentParser:
         sub = add(name, command, about)
         add_recipe_options(sub)
         add_run_options(sub)
+        add_start_options(sub)
+    sub = add(
+        "scratch",
+        run_scratch,
+        "Make the pure scratch tickets that a library's own were trained from: the same masks over the frozen weights "
+        "that they were found for. Nothing is searched again.",
+    )
+    sub.add_argument("library", type=Path, help="a library of tickets whose weights were trained")
+    add_only(sub)
+    add_run_options(sub)
     sub = add("status", show_status, "Show what is done, its accuracy, what remains and how long it should take.")
     sub.add_argument("--state", type=Path, required=True, help="the folder of the search")
     sub = add("figures", draw_figures, "Draw the searches' loss and accuracy against time.")
@@ -105,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_recipe_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", choices=PRESETS, default="compact", help="widths and schedule (default: %(default)s)")
-    sub.add_argument("--only", nargs="+", metavar="NAME", help="these tickets alone: a structure, or resnet18-07")
+    add_only(sub)
     sub.add_argument("--scratch", action="store_true", help="pure scratch tickets: masks alone, weights never trained")
     sub.add_argument("--epochs", type=float, help="passes over the search images (default: the preset's)")
     sub.add_argument(
@@ -117,6 +127,10 @@ def add_recipe_options(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def add_only(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--only", nargs="+", metavar="NAME", help="these tickets alone: a structure, or resnet18-07")
+
+
 def add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--data", type=Path, required=True, help="CIFAR-10 as torchvision keeps it, an image folder, or a zip"
@@ -126,6 +140,9 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--workers", type=int, default=2, help="processes at once (default: %(default)s)")
     sub.add_argument("--device", default="cpu", help="torch device of each process (default: %(default)s)")
     sub.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local")
+
+
+def add_start_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
     sub.add_argument(
         "--rate",
@@ -228,6 +245,21 @@ def run_search(arguments: argparse.Namespace) -> None:
     run_jobs(jobs, arguments, split)
 
 
+def run_scratch(arguments: argparse.Namespace) -> None:
+    library, split = open_library(arguments.library), read_split(arguments.data)
+    jobs = []
+    for entry in library.entries:
+        if not wanted(entry.name, arguments.only):
+            continue
+        trained = Recipe.from_dict(entry.provenance.recipe)
+        recipe, spent = mask_phase(trained), trained.mask_share * entry.provenance.seconds
+        folder, masks = arguments.state / recipe.name, library.path / entry.file
+        jobs.append(Job(recipe, folder, masks=masks, found_in=round(spent, 1)))
+    if not jobs:
+        raise TrainingError(f"{arguments.library}: no ticket matches --only {' '.join(arguments.only or [])}")
+    run_jobs(jobs, arguments, split)
+
+
 def run_baseline(arguments: argparse.Namespace) -> None:
     split = read_split(arguments.data)
     preset = PRESETS[arguments.preset]
@@ -258,7 +290,7 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
 def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[list[Status]]:
     if arguments.ray is None:
         return plan.run_local(jobs, arguments.data, arguments.workers, arguments.device)
-    preset = PRESETS[arguments.preset]
+    preset = PRESETS[getattr(arguments, "preset", "compact")]
     gpus = 0 if arguments.device == "cpu" else preset.gpus
     return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=gpus)
 

@@ -47,13 +47,16 @@ SPEEDS: Final = (
 class Job:
     """One ticket to be made in `folder`. start: the ticket file that training goes on from, or none.
 
-    data: the data set's name in words, for the claims.  classes: labels in the order of the logits.
+    masks: the ticket file that has this ticket's masks already, so that nothing is searched; found_in: the seconds that
+    finding them took.  data: the data set's name in words, for the claims.  classes: labels in the order of the logits.
     """
 
     recipe: Recipe
     folder: Path
     role: Literal["ticket", "baseline"] = "ticket"
     start: Path | None = None
+    masks: Path | None = None
+    found_in: float = 0.0
     data: str = ""
     classes: tuple[str, ...] = ()
 
@@ -108,24 +111,27 @@ def prepare(job: Job) -> None:
 
 
 def fields_of(job: Job) -> dict[str, Any]:
-    return {
+    fields = {
         "recipe": job.recipe.as_dict(),
         "role": job.role,
         "start": str(job.start) if job.start else None,
         "data": job.data,
         "classes": job.classes,
     }
+    return fields | ({"masks": str(job.masks), "found_in": job.found_in} if job.masks else {})
 
 
 def read_job(folder: Path) -> Job:
     fields = json.loads((folder / "recipe.json").read_text())
     return Job(
-        Recipe.from_dict(fields["recipe"]),
-        folder,
-        fields["role"],
-        Path(fields["start"]) if fields["start"] else None,
-        fields["data"],
-        tuple(fields["classes"]),
+        recipe=Recipe.from_dict(fields["recipe"]),
+        folder=folder,
+        role=fields["role"],
+        start=Path(fields["start"]) if fields["start"] else None,
+        masks=Path(fields["masks"]) if "masks" in fields else None,
+        found_in=fields.get("found_in", 0.0),
+        data=fields["data"],
+        classes=tuple(fields["classes"]),
     )
 
 
@@ -156,9 +162,11 @@ def work(job: Job, split: Split, device: torch.device) -> None:
 
 
 def finish(job: Job, split: Split, device: torch.device) -> None:
-    start = load_ticket(job.start) if job.start else None
-    log = Log(job.folder / "log.jsonl")
-    ticket = search.run(job.recipe, split, job.folder, log.add, device, start)
+    if job.masks:
+        ticket = search.scratch_of(job.recipe, load_ticket(job.masks), split, device)
+    else:
+        start = load_ticket(job.start) if job.start else None
+        ticket = search.run(job.recipe, split, job.folder, Log(job.folder / "log.jsonl").add, device, start)
     save_ticket(job.folder / "ticket.safetensors", ticket)
     claims = measure(ticket, split, job.data, device, job.folder / "measured.json")
     result = Result(provenance=provenance(job, split), claims=tuple(claims))
@@ -171,7 +179,7 @@ def provenance(job: Job, split: Split) -> Provenance:
         data_digest=split.digest,
         seed=job.recipe.seed,
         commit=commit(),
-        seconds=round(status(job).seconds, 1),
+        seconds=round(job.found_in + status(job).seconds, 1),
         packages={name: version(name) for name in PACKAGES},
         parent=job.recipe.parent,
     )
@@ -210,7 +218,7 @@ def status(job: Job) -> Status:
     failed = job.folder / "failed.txt"
     state: State = "interrupted" if steps else "waiting"
     if (job.folder / "done.json").exists():
-        state = "done"
+        state, step = "done", job.recipe.steps
         clean, robust = (
             next(c.value for c in read_result(job.folder).claims if c.metric == m and c.data.split == "test")
             for m in ("clean", "pgd")

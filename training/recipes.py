@@ -171,6 +171,25 @@ def going_on(recipe: Recipe, *, parent: str, steps: int, rate: float, **changes:
     return replace(recipe, **fixed, mask_share=1.0 if recipe.kind == "scratch" else 0.0)
 
 
+def mask_phase(recipe: Recipe) -> Recipe:
+    """The recipe of a fine-tuned ticket's mask phase alone: but for rounding, a search by it ends in the same masks.
+
+    Raises TrainingError for a scratch ticket, one that training went on from, and an epsilon that was still rising.
+    """
+    if recipe.kind == "scratch" or not recipe.mask_steps:
+        raise TrainingError(f"{recipe.name}: its weights were never trained from masks that a search found")
+    if recipe.parent is not None:
+        raise TrainingError(
+            f"{recipe.name}: training went on from another ticket; its recipe says nothing of its masks"
+        )
+    if max(recipe.clean_until, recipe.ramp_until, recipe.low_resolution_until) > recipe.mask_share:
+        raise TrainingError(f"{recipe.name}: its masks were found before epsilon and resolution were whole")
+    until = ("clean_until", "ramp_until", "low_resolution_until")
+    stretched: dict[str, Any] = {name: getattr(recipe, name) / recipe.mask_share for name in until}
+    guards = round(recipe.guards * recipe.mask_share)
+    return replace(recipe, steps=recipe.mask_steps, mask_share=1.0, guards=guards, **stretched)
+
+
 def baseline(preset: Preset, name: StructureName, images: int, classes: int = 10, **changes: Any) -> Recipe:
     """A dense network, every weight adversarially trained from the start: the rows to compare with in Table 2."""
     return preset.recipe(name, 1.0, images, classes, **{**changes, "mask_share": 0.0})

@@ -35,6 +35,7 @@ CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", 
 CALIBRATION_IMAGES: Final = 5_000
 GUARD_IMAGES: Final = 256
 LOW_RESOLUTION: Final = 16
+LIKELY: Final = 0.65  # of signs alike, see scratch_of: 0.76 to 1 in the embedded library
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,28 @@ class Search:
             kind=self.recipe.kind,
         )
         return with_temperature(bare, self.split.selection)
+
+
+def scratch_of(recipe: Recipe, trained: Ticket, split: Split, device: torch.device) -> Ticket:
+    """The pure scratch ticket that a search went through on its way to `trained`: the same masks, over the frozen
+    weights that they were found for. Nothing is searched; statistics and temperature are measured.
+
+    recipe: recipes.mask_phase of the trained ticket's. Raises SearchFailed if its weights do not come from these.
+    """
+    search = Search(recipe, split, device)
+    alike = [
+        search.frozen[name][mask.to(device)].sign().cpu() == trained.values[name].sign()
+        for name, mask in trained.masks.items()
+    ]
+    share = float(torch.cat(alike).float().mean())
+    if share < LIKELY:  # training turns some signs, and leaves most; by chance half are alike
+        raise SearchFailed(
+            f"{trained.name}: {100 * share:.0f} % of its weights have the sign of those it is said to come from"
+        )
+    search.masks = {name: mask.to(device) for name, mask in trained.masks.items()}
+    search.show_weights(search.frozen)
+    search.step = recipe.steps
+    return search.ticket()
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
