@@ -36,6 +36,10 @@ a library from nothing, on two cores (hours; interrupt it whenever you like, it 
 an hour more for two tickets of a library that exists:
   python -m training search --data data --state more --from my-library --only resnet18-07 resnet34-07 --epochs 2
   python -m training export --state more --base my-library my-library
+
+the pure scratch tickets (masks alone) that its searches went through, in minutes:
+  python -m training scratch my-library --data data --state scratch
+  python -m training export --state scratch my-scratch-library
 """
 
 
