@@ -12,7 +12,7 @@ from model_store.structures import STRUCTURES, StructureName
 from service.__main__ import parser as service_parser
 from service.reference import page
 from training.__main__ import parser as training_parser
-from training.export import PRINTED, table
+from training.export import END, PRINTED, mark, table
 from training.plan import GPU_SPEED, cost
 from training.recipes import DENSITIES, PRESETS
 
@@ -69,9 +69,10 @@ def test_the_tree_lists_every_module_and_nothing_else() -> None:
         assert all((ROOT / package / name).exists() for name in listed)
 
 
-def test_the_readme_s_table_of_claims_is_the_embedded_library_s() -> None:
-    shown = README.split("<!-- table: python -m training table -->")[1].split("<!-- end -->")[0].strip()
-    assert shown == table(open_library()).strip()
+@pytest.mark.parametrize("library", [None, Path("model_store/library-scratch")])
+def test_the_readme_s_tables_of_claims_are_the_libraries_own(library: Path | None) -> None:
+    shown = README.split(mark(library))[1].split(END)[0].strip()
+    assert shown == table(open_library(library and ROOT / library)).strip()
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

@@ -341,7 +341,7 @@ def show_table(arguments: argparse.Namespace) -> None:
     if arguments.into is None:
         print(text)
     else:
-        export.write_into(arguments.into, text)
+        export.write_into(arguments.into, text, export.mark(arguments.library))
         print(f"{arguments.into}: table of {arguments.library or 'the embedded library'} rebuilt")
 
 

@@ -93,15 +93,20 @@ def table(library: Library) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + conditions(library)
 
 
-MARKS: Final = ("<!-- table: python -m training table -->", "<!-- end -->")
+END: Final = "<!-- end -->"
 
 
-def write_into(page: Path, text: str) -> None:
-    """Replaces what stands between the marks of a Markdown page. Raises TrainingError if they are not there once."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not begin or not end:
-        raise TrainingError(f"{page}: no table to replace; expected a line {MARKS[0]} and after it {MARKS[1]}")
+def mark(library: Path | None) -> str:
+    """The line of a page under which the library's table stands: the command that makes it. None: the embedded one."""
+    return f"<!-- table: python -m training table{'' if library is None else f' {library}'} -->"
+
+
+def write_into(page: Path, text: str, begin: str) -> None:
+    """Replaces what stands between a mark and END in a Markdown page. Raises TrainingError if they are not there."""
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, end, after = rest.partition(END)
+    if not found or not end:
+        raise TrainingError(f"{page}: no table to replace; expected a line {begin} and after it {END}")
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
