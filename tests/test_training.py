@@ -180,6 +180,8 @@ def test_baselines_are_exported_beside_the_tickets_and_never_drawn(data: Path, f
     work(job_in(tmp_path / "dense", dense, role="baseline"), read_split(data), CPU)
     library = export(tmp_path / "library", [finished, tmp_path / "dense"])
     assert (len(library.tickets), len(library.baselines)) == (1, 1)
+    assert "\n| dense, never drawn | " in table(library)
+    assert "dense" not in table(export(tmp_path / "alone", [finished]))
     assert library.policy.tickets == 1
 
 

@@ -82,13 +82,19 @@ def ordered(made: dict[str, Made]) -> list[Made]:
 
 
 def table(library: Library) -> str:
-    """Markdown: a row a density; clean and PGD accuracy in % of each structure; the intervals are in the manifest."""
+    """Markdown: a row a density, their mean, and the dense baselines; clean and PGD accuracy in % of each structure.
+
+    The intervals are in the manifest.
+    """
     entries = {(entry.structure.name, entry.density): entry for entry in library.entries}
     names = [name for name in STRUCTURES if any(key[0] == name for key in entries)]
     densities = sorted({key[1] for key in entries})
     head = ["density", *(f"{PRINTED[name]} clean / PGD-20" for name in names)]
     rows = [[f"{100 * d:.0f} %", *(cell(entries.get((name, d))) for name in names)] for d in densities]
     rows.append(["**mean**", *(mean_cell([e for e in library.entries if e.structure.name == name]) for name in names)])
+    if library.baseline_entries:
+        dense = {entry.structure.name: entry for entry in library.baseline_entries}
+        rows.append(["dense, never drawn", *(cell(dense.get(name)) for name in names)])
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + conditions(library)
 
