@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "that they were found for. Nothing is searched again.",
     )
     sub.add_argument("library", type=Path, help="a library of tickets whose weights were trained")
+    sub.set_defaults(preset="compact")  # whose cores a task asks of a cluster
     add_only(sub)
     add_run_options(sub)
     sub = add("status", show_status, "Show what is done, its accuracy, what remains and how long it should take.")
@@ -294,7 +295,7 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
 def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[list[Status]]:
     if arguments.ray is None:
         return plan.run_local(jobs, arguments.data, arguments.workers, arguments.device)
-    preset = PRESETS[getattr(arguments, "preset", "compact")]
+    preset = PRESETS[arguments.preset]
     gpus = 0 if arguments.device == "cpu" else preset.gpus
     return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=gpus)
 
