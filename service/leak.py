@@ -91,10 +91,11 @@ def named_right(seconds: Sequence[float], sizes: Sequence[int]) -> float:
     """How often n is named right from the time: each bin's commonest n in the first half, judged on the second."""
     half = len(seconds) // 2
     bins = binned(seconds[:half], seconds).tolist()
-    counts: dict[int, Counter[int]] = defaultdict(lambda: Counter(sizes[:half]))  # an empty bin: the commonest of all
-    for place in sorted(set(bins[:half])):
-        counts[place] = Counter(n for n, found in zip(sizes[:half], bins[:half], strict=True) if found == place)
-    named = [counts[place].most_common(1)[0][0] for place in bins[half:]]
+    counts: dict[int, Counter[int]] = defaultdict(Counter)
+    for n, place in zip(sizes[:half], bins[:half], strict=True):
+        counts[place][n] += 1
+    every = Counter(sizes[:half])  # for a bin that was empty
+    named = [(counts[place] or every).most_common(1)[0][0] for place in bins[half:]]
     return statistics.mean(found == n for found, n in zip(named, sizes[half:], strict=True))
 
 

@@ -16,7 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from model_store.errors import StoreError
-from model_store.library import open_library
+from model_store.library import Library, open_library
+from model_store.manifest import Entry
 from model_store.structures import STRUCTURES
 from training import export, plan
 from training.cluster import run_ray
@@ -205,17 +206,21 @@ def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
             asked = "--scratch" if name == "mask_share" and arguments.scratch else f"--set {name}"
             raise TrainingError(f"{asked}: settled by the tickets of {arguments.start}, which --from goes on with")
     jobs = []
-    for entry in library.manifest.entries:
-        if entry.role != "ticket" or not wanted(entry.name, arguments.only):
-            continue
+    for entry in entries_of(library, arguments.start, arguments.only):
         before = Recipe.from_dict(entry.provenance.recipe)
         batch = changes.get("batch", before.batch)
         steps = max(1, round((arguments.epochs or 1) * images / batch))
         recipe = going_on(before, parent=entry.sha256, steps=steps, rate=arguments.rate, **changes)
         jobs.append(Job(recipe, arguments.state / recipe.name, start=library.path / entry.file))
-    if not jobs:
-        raise TrainingError(f"{arguments.start}: no ticket matches --only {' '.join(arguments.only or [])}")
     return jobs
+
+
+def entries_of(library: Library, given: Path, only: Sequence[str] | None) -> list[Entry]:
+    """The tickets of a library that are wanted. given: where it was asked for."""
+    found = [entry for entry in library.entries if wanted(entry.name, only)]
+    if not found:
+        raise TrainingError(f"{given}: no ticket matches --only {' '.join(only or [])}")
+    return found
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
@@ -253,15 +258,11 @@ def run_search(arguments: argparse.Namespace) -> None:
 def run_scratch(arguments: argparse.Namespace) -> None:
     library, split = open_library(arguments.library), read_split(arguments.data)
     jobs = []
-    for entry in library.entries:
-        if not wanted(entry.name, arguments.only):
-            continue
+    for entry in entries_of(library, arguments.library, arguments.only):
         trained = Recipe.from_dict(entry.provenance.recipe)
         recipe, spent = mask_phase(trained), trained.mask_share * entry.provenance.seconds
         folder, masks = arguments.state / recipe.name, library.path / entry.file
         jobs.append(Job(recipe, folder, masks=masks, found_in=round(spent, 1)))
-    if not jobs:
-        raise TrainingError(f"{arguments.library}: no ticket matches --only {' '.join(arguments.only or [])}")
     run_jobs(jobs, arguments, split)
 
 

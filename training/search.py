@@ -35,7 +35,7 @@ CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", 
 CALIBRATION_IMAGES: Final = 5_000
 GUARD_IMAGES: Final = 256
 LOW_RESOLUTION: Final = 16
-LIKELY: Final = 0.65  # of signs alike, see scratch_of: 0.76 to 1 in the embedded library
+LIKELY: Final = 0.65  # of signs alike, see scratch_of: 0.76 and more in the embedded library
 
 
 @dataclass(frozen=True)

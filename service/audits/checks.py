@@ -11,7 +11,7 @@ from model_store.attacks import ThreatModel
 from service.audits.attacks import eot
 from service.audits.attacks.eot import Ascent, Found
 from service.audits.config import ProfileName
-from service.audits.evaluate import System, Target, as_floats, logits_of, on_grid, scores
+from service.audits.evaluate import System, Target, as_floats, on_grid
 from service.audits.profiles import PROFILES, Profile
 from service.audits.runner import Outcome, Run, seed_of
 from service.audits.stats import standard_error
@@ -105,8 +105,7 @@ class Lab:
         """float64 [count]: p_i of images on the grid, under the scoring draws."""
         threat = self.threat(epsilon)
         pixels = on_grid(images, self.pixels, threat.norm, threat.epsilon)
-        logits = logits_of(self.run.bench.members, pixels, self.run.bench.device)
-        return scores(logits, self.labels, self.run.scoring(system or self.ours)).right
+        return self.run.rights(system or self.ours, pixels, self.labels)
 
     def attacks(self, *names: str, epsilon: float | None = None) -> list[Outcome]:
         """Ours, at the headline epsilon, by the attacks' names."""

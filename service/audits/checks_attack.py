@@ -30,7 +30,6 @@ from service.audits.evaluate import (
     failure,
     logits_of,
     on_grid,
-    scores,
     worst,
 )
 from service.audits.profiles import FAR, refine
@@ -233,18 +232,17 @@ def least_epsilons(lab: Lab, count: int) -> Tensor:
     Bisected between what the audit's own attacks reached; images that share a middle are attacked together.
     """
     ours = lab.ours
-    low, high = torch.full((count,), -1.0), torch.full((count,), NEVER)
+    low, high = torch.zeros(count), torch.full((count,), NEVER)
     high[lab.run.clean(ours).right[:count] < 0.5] = 0
     for outcome in lab.run.outcomes:
         if outcome.step.system == ours.name and outcome.step.name in GRADIENT_ATTACKS:
             fooled = accuracy(lab.run, outcome)[:count] < 0.5
             some = high[: len(fooled)]
             some[fooled] = some[fooled].clamp(max=math.floor(outcome.step.epsilon + 1e-6))
-    low[high > 0] = 0
-    while bool((high - low > 1).any()):
+    while bool((apart := high - low > 1).any()):
         middle = ((low + high) / 2).floor()
-        for size in sorted(set(middle[high - low > 1].tolist())):
-            at = ((middle == size) & (high - low > 1)).nonzero().flatten()
+        for size in sorted(set(middle[apart].tolist())):
+            at = ((middle == size) & apart).nonzero().flatten()
             fooled = fooled_at(lab, at, size)
             high[at[fooled]], low[at[~fooled]] = size, size
     return high
@@ -258,8 +256,7 @@ def fooled_at(lab: Lab, which: Tensor, size: float) -> Tensor:
     found = eot.attack(lab.target, images, labels.to(device), threat, PROBE, generator).images
     refined = eot.attack(lab.target, images, labels.to(device), threat, SHARPEN, generator, [found]).images
     moved = on_grid(refined, pixels, threat.norm, threat.epsilon)
-    logits = logits_of(lab.run.bench.members, moved, device)
-    return scores(logits, labels, lab.run.scoring(lab.ours)).right < 0.5
+    return lab.run.rights(lab.ours, moved, labels) < 0.5
 
 
 def above_noise(lab: Lab) -> Finding:

@@ -253,15 +253,15 @@ class Run:
         return best
 
     def query(self, step: Step, settings: BlackBox, part: Labelled) -> Attacked:
-        seed = seed_of("query", self.audit.seed, step.id, settings)
+        seed, system = seed_of("query", self.audit.seed, step.id, settings), self.system(step.system)
         with self.oracle(step) as oracle:
             stops = query.attack(oracle, part.pixels, part.labels, step.threat, settings, seed)
-        curve = [[stop.queries, float(self.rights(step.system, stop.pixels, part).mean())] for stop in stops]
+        curve = [[stop.queries, float(self.rights(system, stop.pixels, part.labels).mean())] for stop in stops]
         where = "service" if isinstance(oracle, HttpOracle) else "in-process"
         extra: Json = {"oracle": where, "averages": settings.averages, "queries": oracle.queries, "curve": curve}
         if (nearest := stops[-1].unclipped) is not None:
             away = (nearest.int() - part.pixels.int()).flatten(1).abs().amax(dim=1).tolist()
-            right = self.rights(step.system, nearest, part).tolist()
+            right = self.rights(system, nearest, part.labels).tolist()
             extra["nearest"] = [[size, round(share, 6)] for size, share in zip(away, right, strict=True)]
         return Attacked(stops[-1].pixels.float() / 255, extra=extra)
 
@@ -272,10 +272,10 @@ class Run:
         rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
         return LocalOracle(self.bench.members, system.policy, self.bench.device, rng)
 
-    def rights(self, name: str, pixels: Tensor, part: Labelled) -> Tensor:
-        """float64 [n]: p_i of any images of the system's."""
+    def rights(self, system: System, pixels: Tensor, labels: Tensor) -> Tensor:
+        """float64 [n]: p_i of any images on the grid, under the scoring draws."""
         logits = logits_of(self.bench.members, pixels, self.bench.device)
-        return scores(logits, part.labels, self.scoring(self.system(name))).right
+        return scores(logits, labels, self.scoring(system)).right
 
     # What the attacks add up to
 
