@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsRejected, StoreError) as error:
         print(f"tombola: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a file to be read or written that cannot be; what the others are is said where they are
+        print(f"tombola: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -26,7 +26,8 @@ from model_store.structures import Network
 from model_store.theta import Theta, draw_theta
 from service import capacity, disclosure, leak, rounding
 from service.audits.data import read_data
-from service.engine import Engine, Rows, engine_threads, open_engine
+from service.audits.errors import DataRejected
+from service.engine import Engine, EngineRejected, Rows, engine_threads, open_engine
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
 
 FLAGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")
@@ -66,10 +67,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
+    """Raises SettingsRejected for a device, an engine or data that cannot be used."""
     settings = read_settings({name: value for name, value in vars(given).items() if name in FLAGS})
     library = open_library(settings.library)
-    engine = open_engine(library, settings)
-    figures, line = given.measure(given, settings, library, engine)
+    try:
+        engine = open_engine(library, settings)
+        figures, line = given.measure(given, settings, library, engine)
+    except (EngineRejected, DataRejected) as error:
+        raise SettingsRejected(str(error)) from None
     whole = {"library": library.digest, "machine": machine(), "engine": described(engine), **figures}
     print(json.dumps(whole, indent=2))
     if getattr(given, "into", None) is not None:

@@ -239,7 +239,11 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
         (["--profile", "standard"], "needs labelled images"),
         (["--profile", "smoke", "--epsilons", "0.03"], "8 is 8/255"),
         (["--profile", "smoke", "--data", "nothing.zip"], "no such file"),
+        (["--profile", "smoke", "--attacks", "square-queries"], "does not run it; it has fgsm"),
+        (["--profile", "smoke", "--device", "nothing"], "device nothing: torch cannot use"),
         (["--compare", "a", "b"], "not a report of an audit"),
+        (["--profile", "smoke", "--url", "http://127.0.0.1:1"], "ConnectError"),
+        (["--profile", "smoke", "--url", "nowhere"], "is the admin plane there?"),
     ],
 )
 def test_the_command_says_what_is_wrong(words: list[str], text: str, library: Any, tmp_path: Path, capsys: Any) -> None:
@@ -298,6 +302,33 @@ def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
     asked = Audit("standard", attacks=("arc", "fgsm"))
     steps = plan(asked, bench, systems.compared(bench, systems.strengths(library)))
     assert {step.name for step in steps} == {"arc", "fgsm"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [
+        (Audit("smoke", attacks=("fgsm", "arc")), "arc"),
+        (Audit("standard", attacks=("square-queries",), norm="l2"), "square-queries"),
+    ],
+)
+def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
+    asked: Audit, missing: str, library: Any
+) -> None:
+    """An audit of nothing would report the clean accuracy as what the attacks left."""
+    bench = bench_of(library)
+    with pytest.raises(AuditRejected, match=f"'{missing}': profile {asked.profile} in {asked.norm} does not run it"):
+        plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+
+
+def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:
+    from service.audits.page import heading, headline
+    from service.audits.summary import verdict
+
+    assert verdict([], partial=True)["verdict"] == "warnings"
+    some = {**report, "verdict": "warnings", "audit": {**report["audit"], "attacks": ["fgsm"]}}
+    assert "Only fgsm ran, as asked" in heading(some)
+    assert "(of them only fgsm)" in headline(some)
+    assert "only" not in headline(report)
 
 
 def test_a_choice_of_tickets_makes_a_matrix_of_their_own(report: Json, library: Any, folder: Path) -> None:

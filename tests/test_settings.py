@@ -194,6 +194,8 @@ def test_a_state_folder_that_cannot_be_is_said_by_name(tmp_path: Path) -> None:
         ["serve", "--admin-host", "0.0.0.0"],
         ["check", "/nowhere/at/all"],
         ["serve", "--library", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
+        ["check", "--device", "nothing"],
+        ["bench", "raw", "--device", "nothing"],
     ],
 )
 def test_a_command_that_cannot_run_says_why_in_one_line_and_fails(
@@ -203,6 +205,20 @@ def test_a_command_that_cannot_run_says_why_in_one_line_and_fails(
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
     assert len(said) == 1
     assert said[0].startswith("tombola: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "/nowhere/at/all.png"],
+        ["audit", "--profile", "smoke", "--url", "http://127.0.0.1:1", "--token-file", "/nowhere/at/all.png"],
+    ],
+)
+def test_a_file_that_cannot_be_had_is_named_with_the_reason(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "tombola: /nowhere/at/all.png: No such file or directory\n"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

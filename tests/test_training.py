@@ -208,6 +208,7 @@ def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
         (["status", "--state", "/nowhere"], "/nowhere: no such folder"),
         (["export", "library"], "no finished ticket"),
         (["table", "/nowhere"], "/nowhere: no such folder"),
+        (["table", "--into", "/nowhere/page.md"], "/nowhere/page.md: No such file or directory"),
     ],
 )
 def test_every_mistake_is_one_line_and_a_failing_exit(

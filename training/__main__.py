@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
         return 130

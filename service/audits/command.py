@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from service.audits.errors import AuditError
+from service.audits.errors import AuditError, AuditRejected
 
 if TYPE_CHECKING:
     from service.audits.data import Labelled
@@ -96,7 +96,13 @@ def local(given: argparse.Namespace) -> Json:
     from service.audits.audit import audit, labelled
     from service.audits.config import read_audit
     from service.audits.evaluate import cores_used, use_cores
+    from service.engine import EngineRejected, chosen_device
     from service.engine.cores import usable_cores
+
+    try:
+        chosen_device(given.device)
+    except EngineRejected as error:
+        raise AuditRejected(str(error)) from None
 
     use_cores(given.threads or usable_cores())
     asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
@@ -158,17 +164,24 @@ def remote(given: argparse.Namespace) -> Json:
     headers = {}
     if given.token_file:
         headers["authorization"] = f"Bearer {given.token_file.read_text(encoding='ascii').strip()}"
-    with httpx.Client(base_url=given.url, headers=headers, timeout=60) as client:
-        asked = {**request_of(given), **({"data": given.data} if given.data else {})}
-        job = answered(client.post("/admin/audits", json=asked))
-        print(f"audit {job['id']}: about {job['cost']['seconds'] / 60:.0f} min")
-        while (state := answered(client.get(f"/admin/audits/{job['id']}")))["state"] in ("queued", "running"):
-            time.sleep(2.0)
-        if state["state"] != "done":
-            raise AuditError(f"audit {job['id']}: {state['state']}: {state.get('why', '')}")
-        report = answered(client.get(f"/admin/audits/{job['id']}/report.json"))
-        keep(given.out, report, client.get(f"/admin/audits/{job['id']}/report").text)
-        return report
+    try:
+        with httpx.Client(base_url=given.url, headers=headers, timeout=60) as client:
+            return waited(client, given)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise AuditError(f"{given.url}: {type(error).__name__}: {error}; is the admin plane there?") from None
+
+
+def waited(client: Any, given: argparse.Namespace) -> Json:
+    asked = {**request_of(given), **({"data": given.data} if given.data else {})}
+    job = answered(client.post("/admin/audits", json=asked))
+    print(f"audit {job['id']}: about {job['cost']['seconds'] / 60:.0f} min")
+    while (state := answered(client.get(f"/admin/audits/{job['id']}")))["state"] in ("queued", "running"):
+        time.sleep(2.0)
+    if state["state"] != "done":
+        raise AuditError(f"audit {job['id']}: {state['state']}: {state.get('why', '')}")
+    report = answered(client.get(f"/admin/audits/{job['id']}/report.json"))
+    keep(given.out, report, client.get(f"/admin/audits/{job['id']}/report").text)
+    return report
 
 
 def keep(folder: Path, report: Json, page: str) -> None:
@@ -178,7 +191,10 @@ def keep(folder: Path, report: Json, page: str) -> None:
 
 
 def answered(response: Any) -> Json:
-    found = response.json()
+    try:
+        found = response.json()
+    except ValueError:
+        raise AuditError(f"{response.url}: {response.status_code}, and no JSON: not an admin plane") from None
     if response.is_error:
         raise AuditError(f"{response.url}: {response.status_code}: {found.get('error', found)}")
     return dict(found)

@@ -99,23 +99,28 @@ def headline(report: Json) -> str:
     audit, ours = report["audit"], report["systems"]["tombola"]
     robust, clean = ours["robust"]["expected"], ours["clean"]["expected"]
     threat = f"{audit['norm']}, epsilon {audit['headline']:g}/255"
+    only = f" (of them only {', '.join(audit['attacks'])})" if audit["attacks"] else ""
     return (
-        f"Accuracy under the attacks run: {percent(robust['value'])} % [{percent(robust['low'])}, "
+        f"Accuracy under the attacks run{only}: {percent(robust['value'])} % [{percent(robust['low'])}, "
         f"{percent(robust['high'])}] ({threat}, n = {report['data']['images']}, profile {audit['profile']}); "
         f"clean {percent(clean['value'])} %."
     )
 
 
 def heading(report: Json) -> str:
-    word = report["verdict"]
-    said = {
-        "valid": "All checks that ran passed.",
-        "warnings": f"Checks with warnings: {', '.join(map(str, report['warned']))}. Read them before the figures.",
-        "invalid": f"INVALID: failed checks: {', '.join(map(str, report['failed']))}. The figures below mean nothing.",
-    }[word]
+    word, only = report["verdict"], report["audit"]["attacks"]
+    said = []
+    if word == "invalid":
+        failed = ", ".join(map(str, report["failed"]))
+        said.append(f"INVALID: failed checks: {failed}. The figures below mean nothing.")
+    if only:
+        said.append(f"Only {', '.join(only)} ran, as asked: what they leave says little of what others would.")
+    if report["warned"]:
+        said.append(f"Checks with warnings: {', '.join(map(str, report['warned']))}. Read them before the figures.")
+    box = escape(" ".join(said) or "All checks that ran passed.")
     return (
         f"<h1>Audit of library <code>{escape(report['library']['digest'][:12])}</code></h1>"
-        f'<div class="box {word}">{escape(said)}</div><p><strong>{escape(headline(report))}</strong> '
+        f'<div class="box {word}">{box}</div><p><strong>{escape(headline(report))}</strong> '
         "This is an upper bound: a stronger attack can only lower it.</p>"
         f"<p>Images: {escape(report['data']['origin'])}. {escape(report['profile']['about']).capitalize()}.</p>"
     )

@@ -158,8 +158,12 @@ def images_of(audit: Audit) -> int:
 
 def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
     """Every attack, stage by stage, so that warm starts find what they start from: 0 and 1 what all systems face, cold
-    and warm, 2 to 5 what is aimed at ours alone: cold, warm, the attack that never gives up a gain, the far end."""
+    and warm, 2 to 5 what is aimed at ours alone: cold, warm, the attack that never gives up a gain, the far end.
+
+    Raises AuditRejected for an attack that the profile does not have, or a ticket that is not there.
+    """
     profile, count = PROFILES[audit.profile], images_of(audit)
+    refuse_missing(audit, profile)
     targets = [system.name for system in systems]
     singles = [single(bench, index).name for index in alone_asked(audit, bench)]
     steps: list[Step] = several(audit, profile.each, singles, audit.headline, count)
@@ -170,6 +174,18 @@ def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
     steps += alone(audit, profile, count)
     steps += far_end(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
+
+
+def refuse_missing(audit: Audit, profile: Profile) -> None:
+    """An attack that was asked for and would not run must not look as if it had found nothing. Raises AuditRejected."""
+    queries = profile.queries if audit.norm == "linf" else ()
+    groups = (profile.each, profile.shared, profile.ours, profile.few, profile.universal, queries)
+    there = list(dict.fromkeys(name for group in groups for name, _ in group))
+    for name in audit.attacks:
+        if name not in there:
+            raise AuditRejected(
+                f"attacks {name!r}: profile {audit.profile} in {audit.norm} does not run it; it has {', '.join(there)}"
+            )
 
 
 def alone_asked(audit: Audit, bench: Bench) -> list[int]:

@@ -96,7 +96,7 @@ def chosen_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # torch says both for a device that is not there
-        raise EngineRejected(f"TOMBOLA_DEVICE {wanted}: torch cannot use such a device here") from None
+        raise EngineRejected(f"device {wanted}: torch cannot use such a device here") from None
     return device
 
 
