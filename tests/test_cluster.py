@@ -70,3 +70,5 @@ def kill_worker(folder: Path) -> list[int]:
 def test_no_cluster_at_the_address_is_a_clear_error(data: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no such cluster"):
         list(run_ray([job_in(tmp_path)], data, "not an address", "cpu", cores=1, gpus=0))
+    with pytest.raises(TrainingError, match="nobody answers there"):  # at once: Ray itself tries for minutes
+        list(run_ray([job_in(tmp_path)], data, "127.0.0.1:1", "cpu", cores=1, gpus=0))

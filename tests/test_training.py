@@ -98,6 +98,8 @@ def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, finish
     worker.wait()
     assert not (job.folder / "done.json").exists()
     assert status(job).state in {"interrupted", "waiting"}
+    plan.note_death(job, worker.returncode)  # as run_local does, so that the search does not end as if all were done
+    assert status(job).error == "its process ended with signal 9"
     assert plan.start_worker(job, data, "cpu").wait() == 0
     killed, whole = (load_ticket(folder / job.name / "ticket.safetensors") for folder in (tmp_path, finished))
     assert all(torch.equal(killed.values[name], whole.values[name]) for name in whole.values)
@@ -113,6 +115,25 @@ def test_a_failed_ticket_is_reported_and_does_not_stop_the_others(data: Path, tm
     assert rows[good.name].state == "done"
     assert rows[bad.name].state == "failed"
     assert "Lower the rate" in (rows[bad.name].error or "")
+
+
+def test_a_process_that_dies_before_it_begins_is_a_failed_ticket(data: Path, tmp_path: Path) -> None:
+    """What a search reported as done, once."""
+    job = job_in(tmp_path)
+    (row,) = list(run_local([job], data, workers=1, device="nowhere"))[-1]
+    assert row.state == "failed"
+    assert row.error == "its process ended with code 1: error: --device nowhere: torch cannot use such a device here"
+
+
+def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "resnet18-07"
+    folder.mkdir()
+    with plan.locked(folder):
+        words = ["--data", str(data), "--state", str(tmp_path), "--only", "resnet18-07", "--set", "width=2", "steps=2"]
+        assert main(["search", *words]) == 1
+    assert "resnet18-07: running, but not by this command" in capsys.readouterr().err
 
 
 def test_two_processes_never_work_on_one_job(data: Path, tmp_path: Path) -> None:
@@ -198,6 +219,12 @@ def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
         (["search", "--data", "/nowhere", "--state", "s"], "/nowhere: no such file or folder"),
         (["search", "--data", "{data}", "--state", "s", "--only", "vgg16"], "no such ticket"),
         (["search", "--data", "{data}", "--state", "s", "--set", "speed=9"], "expected FIELD=VALUE"),
+        (["search", "--data", "{data}", "--state", "s", "--set", "density=0.5"], "expected FIELD=VALUE"),
+        (["search", "--data", "{data}", "--state", "s", "--set", "steps=many"], "--set steps=many: input should be a"),
+        (["search", "--data", "{data}", "--state", "s", "--set", "batch=0"], "expected a number from 1"),
+        (["search", "--data", "{data}", "--state", "s", "--set", "noise=NaN"], "expected a number from 0"),
+        (["search", "--data", "{data}", "--state", "s", "--set", "attack=magic"], "should be 'n-fgsm'"),
+        (["search", "--data", "{data}", "--state", "s", "--device", "magic"], "--device magic: torch cannot use"),
         (
             ["search", "--data", "{data}", "--state", "s", "--from", str(EMBEDDED), "--set", "width=8"],
             "--set width: settled",

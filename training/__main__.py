@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress
@@ -110,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("compare", show_differences, "Measure how different a library's tickets are: mask overlap and transfer.")
     sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
     sub.add_argument("--data", type=Path, required=True, help="the data set that the library was searched on")
-    sub.add_argument("--images", type=int, default=250, help="held-out training images (default: %(default)s)")
+    sub.add_argument("--images", type=at_least_one, default=250, help="held-out training images (default: %(default)s)")
     sub.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     sub.add_argument("--json", type=Path, help="write the whole matrices here")
     sub = add("fetch", fetch, "Download CIFAR-10 (170 MB) with torchvision.")
@@ -122,11 +124,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
 def add_recipe_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", choices=PRESETS, default="compact", help="widths and schedule (default: %(default)s)")
     add_only(sub)
     sub.add_argument("--scratch", action="store_true", help="pure scratch tickets: masks alone, weights never trained")
-    sub.add_argument("--epochs", type=float, help="passes over the search images (default: the preset's)")
+    sub.add_argument("--epochs", type=positive, help="passes over the search images (default: the preset's)")
     sub.add_argument(
         "--set",
         nargs="+",
@@ -146,7 +164,7 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--data-name", help="what claims call the data (default: the name of --data)")
     sub.add_argument("--state", type=Path, required=True, help="where checkpoints and finished tickets go")
-    sub.add_argument("--workers", type=int, default=2, help="processes at once (default: %(default)s)")
+    sub.add_argument("--workers", type=at_least_one, default=2, help="processes at once (default: %(default)s)")
     sub.add_argument("--device", default="cpu", help="torch device of each process (default: %(default)s)")
     sub.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local")
 
@@ -155,7 +173,7 @@ def add_start_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
     sub.add_argument(
         "--rate",
-        type=float,
+        type=positive,
         default=0.4,
         help="first rates with --from, as a share of the recipe's (default: %(default)s)",
     )
@@ -172,16 +190,39 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {"mask_share": 1.0} if arguments.scratch else {}
     if arguments.epochs:
         changes["epochs"] = arguments.epochs
-    known = (*Recipe.__dataclass_fields__, *SHAPE)
+    known = settable()
     for item in arguments.set:
         field, equals, value = item.partition("=")
         if not equals or field not in known:
             raise TrainingError(f"--set {item}: expected FIELD=VALUE with one of {', '.join(known)}")
-        try:
-            changes[field] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[field] = value
+        changes[field] = read_field(item, known[field], value, least=int(field in COUNTS))
     return changes
+
+
+COUNTS = ("steps", "batch", "attack_steps", *SHAPE)  # numbers that are at least 1; the others may be 0
+
+
+def settable() -> dict[str, Any]:
+    """The fields that --set may change, with their types. The others say which ticket it is, and of what parent."""
+    kinds = {
+        name: kind for name, kind in get_type_hints(Recipe).items() if name not in ("structure", "density", "parent")
+    }
+    return kinds | dict.fromkeys(SHAPE, int)
+
+
+def read_field(item: str, kind: Any, text: str, *, least: int) -> Any:
+    """A field's value, from JSON or as it stands. Raises TrainingError."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    try:
+        found = TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise TrainingError(f"--set {item}: {error.errors()[0]['msg'].lower()}") from None
+    if isinstance(found, int | float) and not least <= found < math.inf:
+        raise TrainingError(f"--set {item}: expected a number from {least}")
+    return found
 
 
 def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list[Recipe]:
@@ -204,7 +245,7 @@ def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
     library = open_library(arguments.start)
     changes = changes_of(arguments)
     changes.pop("epochs", None)
-    for name in ("mask_share", "structure", "density", "steps", "parent", *SHAPE):
+    for name in ("mask_share", "steps", *SHAPE):
         if name in changes:
             asked = "--scratch" if name == "mask_share" and arguments.scratch else f"--set {name}"
             raise TrainingError(f"{asked}: settled by the tickets of {arguments.start}, which --from goes on with")
@@ -281,6 +322,7 @@ def run_baseline(arguments: argparse.Namespace) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -> None:
+    device_of(arguments.device, here=arguments.ray is None)
     name = arguments.data_name or arguments.data.name
     jobs = [replace(job, data=name, classes=split.classes) for job in jobs]
     console = Console()
@@ -288,11 +330,11 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
     with Live(console=console, auto_refresh=False) as live:
         for rows in statuses(jobs, arguments):
             live.update(status_table(rows), refresh=True)
-    failed = [row for row in rows if row.state == "failed"]
-    for row in failed:
-        print(f"{row.job.name}: {row.error}", file=sys.stderr)
-    if failed:
-        raise TrainingError(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
+    left = [row for row in rows if row.state != "done"]
+    for row in left:
+        print(f"{row.job.name}: {row.error or f'{row.state}, but not by this command'}", file=sys.stderr)
+    if left:
+        raise TrainingError(f"{len(left)} of {len(jobs)} jobs are not done; the same command goes on with them")
     print(f"{len(jobs)} jobs done in {arguments.state}; `python -m training export --state {arguments.state} LIBRARY`")
 
 
@@ -302,6 +344,17 @@ def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[lis
     preset = PRESETS[arguments.preset]
     gpus = 0 if arguments.device == "cpu" else preset.gpus
     return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=gpus)
+
+
+def device_of(name: str, *, here: bool = True) -> torch.device:
+    """here: whether this machine has to have it. Raises TrainingError."""
+    try:
+        device = torch.device(name)
+        if here:
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # torch says both for a device that is not there
+        raise TrainingError(f"--device {name}: torch cannot use such a device here") from None
+    return device
 
 
 def show_status(arguments: argparse.Namespace) -> None:
@@ -351,11 +404,11 @@ def show_table(arguments: argparse.Namespace) -> None:
 
 
 def show_differences(arguments: argparse.Namespace) -> None:
+    device = device_of(arguments.device)
     library, split = open_library(arguments.library), read_split(arguments.data)
     images = split.selection.balanced(arguments.images)
     with Progress(transient=True) as progress:
         task = progress.add_task("attacking each ticket", total=len(library.tickets))
-        device = torch.device(arguments.device)
         found = differences(library, images, device, lambda done: progress.update(task, completed=done))
     print(f"library {library.digest[:12]}\n{summary(found)}")
     if arguments.json:
@@ -378,7 +431,7 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    plan.work(plan.read_job(arguments.folder), read_split(arguments.data), torch.device(arguments.device))
+    plan.work(plan.read_job(arguments.folder), read_split(arguments.data), device_of(arguments.device))
 
 
 if __name__ == "__main__":

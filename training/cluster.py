@@ -4,6 +4,7 @@ A task that dies with its worker is started again by Ray elsewhere and goes on f
 comes from the recipe's seed, so the library is the one a local run gives.
 """
 
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,12 +16,24 @@ from training.errors import TrainingError
 from training.plan import POLL_SECONDS, Job, Status
 
 RETRIES = 10
+CONNECT_S = 5.0
 
 
 def carry(folder: str, data: str, device: str) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
     plan.work(plan.read_job(Path(folder)), read_split(Path(data)), torch.device(device))
+
+
+def knock(address: str) -> None:
+    """Whether anybody answers at host:port, before Ray tries for minutes. Raises TrainingError."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise TrainingError(f"--ray {address}: nobody answers there ({error})") from None
 
 
 def run_ray(
@@ -35,6 +48,7 @@ def run_ray(
         import ray
     except ImportError:
         raise TrainingError("--ray: Ray is not installed; `pip install 'tombola[ray]'` brings it") from None
+    knock(address)
     for job in jobs:
         plan.prepare(job)
     try:

@@ -264,25 +264,37 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Iterator[list[Status]]:
     """Runs the jobs in `workers` processes of one thread each; yields every job's status every few seconds.
 
-    A job that fails is left with its failed.txt and the others go on. Leaving the iterator ends the processes; each
-    job goes on from its checkpoint next time.
+    A job that fails, or whose process dies, is left with its failed.txt and the others go on. Leaving the iterator ends
+    the processes; each job goes on from its checkpoint next time.
     """
     for job in jobs:
         prepare(job)
     waiting = unfinished(jobs)
-    running: list[subprocess.Popen[bytes]] = []
+    running: dict[subprocess.Popen[bytes], Job] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(start_worker(waiting.pop(0), data, device))
+                job = waiting.pop(0)
+                running[start_worker(job, data, device)] = job
             time.sleep(POLL_SECONDS)
-            running = [process for process in running if process.poll() is None]
+            for process in [process for process in running if process.poll() is not None]:
+                note_death(running.pop(process), process.returncode)
             yield [status(job) for job in jobs]
     finally:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
+
+
+def note_death(job: Job, code: int) -> None:
+    """Says in the job's folder what became of a process that could not say it: killed, out of memory, never begun."""
+    if code == 0 or status(job).state in ("done", "running", "failed"):
+        return
+    words = (job.folder / "output.txt").read_text("utf-8", "replace").splitlines()
+    said = f": {words[-1]}" if words else ""
+    end = f"signal {-code}" if code < 0 else f"code {code}"
+    (job.folder / "failed.txt").write_text(f"its process ended with {end}{said}", "utf-8")
 
 
 def start_worker(
