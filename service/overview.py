@@ -17,7 +17,7 @@ from model_store.theta import inclusion_probabilities, size_probabilities
 from service import v2
 from service.audits.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
 from service.audits.jobs import Jobs
-from service.audits.profiles import PROFILES, Profile
+from service.audits.profiles import PROFILES, Profile, attacks_of
 from service.audits.routes import limited, read_json, told
 from service.body import unless_gone
 from service.errors import ClientGone, NotReady
@@ -134,9 +134,8 @@ async def received(request: Request, limit: int) -> bytes:
 
 
 def summary(profile: Profile) -> Json:
-    groups = (profile.each, profile.shared, profile.ours, profile.few)
-    names = dict.fromkeys(name for group in groups for name, _ in group)
-    return {"about": profile.about, "images": profile.images, "attacks": list(names)}
+    attacks = {norm: attacks_of(profile, norm) for norm in EPSILONS}
+    return {"about": profile.about, "images": profile.images, "attacks": attacks}
 
 
 def traffic(metrics: Metrics) -> Json:

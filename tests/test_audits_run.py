@@ -19,7 +19,7 @@ from service.audits.command import BELOW, INVALID, add_parser, conclude
 from service.audits.config import Audit, Step
 from service.audits.errors import AuditRejected, DataRejected
 from service.audits.evaluate import bench_of
-from service.audits.profiles import PROFILES, SHARED, images_of, plan
+from service.audits.profiles import PROFILES, SHARED, attacks_of, images_of, plan
 from service.audits.runner import Outcome, Run
 from service.audits.stats import Interval
 from service.audits.summary import compare, digest_holds, words
@@ -295,6 +295,14 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
         }
         assert len({frozenset(attacks) for attacks in faced.values()}) == 1
         assert faced["tombola"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["smoke", "standard", "full"])
+def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
+    bench = bench_of(library)
+    steps = plan(Audit(name, norm=norm), bench, systems.compared(bench, systems.strengths(library)))
+    assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:

@@ -175,8 +175,8 @@ def test_every_profile_names_its_attacks(tiny: Library, tmp_path: Path) -> None:
             assert sizes == sorted(sizes)
             assert found["headline"][norm] in sizes
         for profile in found["profiles"]:
-            assert profile["attacks"]
-            assert set(profile["attacks"]) <= set(found["attacks"])
+            assert set(profile["attacks"]) == set(found["epsilons"])
+            assert all(attacks and set(attacks) <= set(found["attacks"]) for attacks in profile["attacks"].values())
 
     with_plane(ask, tiny, tmp_path, load=False)
 

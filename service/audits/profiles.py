@@ -176,11 +176,16 @@ def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
 
 
+def attacks_of(profile: Profile, norm: Norm) -> list[str]:
+    """The names of all attacks that a profile runs."""
+    queries = profile.queries if norm == "linf" else ()
+    groups = (profile.each, profile.shared, profile.ours, profile.few, profile.universal, queries)
+    return list(dict.fromkeys(name for group in groups for name, _ in group))
+
+
 def refuse_missing(audit: Audit, profile: Profile) -> None:
     """An attack that was asked for and would not run must not look as if it had found nothing. Raises AuditRejected."""
-    queries = profile.queries if audit.norm == "linf" else ()
-    groups = (profile.each, profile.shared, profile.ours, profile.few, profile.universal, queries)
-    there = list(dict.fromkeys(name for group in groups for name, _ in group))
+    there = attacks_of(profile, audit.norm)
     for name in audit.attacks:
         if name not in there:
             raise AuditRejected(

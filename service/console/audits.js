@@ -84,12 +84,12 @@ function profile({ name, about, images }) {
 
 const chosen = () => document.querySelector("input[name=profile]:checked").value;
 
-// What goes with the profile: its number of images, and the attacks it knows.
+// What goes with the profile and the norm: the number of images, and the attacks there are.
 function adapt() {
   const { images, attacks } = choices.profiles.find(({ name }) => name === chosen());
   by("images").placeholder = `${images}`;
   for (const box of by("attacks").querySelectorAll("input")) {
-    box.disabled = !attacks.includes(box.value);
+    box.disabled = !attacks[by("norm").value].includes(box.value);
     box.parentElement.classList.toggle("off", box.disabled);
   }
   const some = wanted();
