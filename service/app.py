@@ -32,7 +32,7 @@ from service.holder import Holder, Serving
 from service.logs import log_as_json
 from service.meter import Crowd, Meter
 from service.metrics import Metrics, describe_build
-from service.settings import Settings, SettingsRejected, admin_token, state_folder
+from service.settings import Settings, SettingsRejected, admin_token, require_folders, state_folder
 
 log = logging.getLogger(__name__)
 
@@ -246,6 +246,7 @@ def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] =
     describe_build(metrics, v2.product_version(), settings.commit, torch.__version__)
     token, keys = admin_token(settings), Keys(settings.api_keys_file, metrics)
     state_folder(settings)
+    require_folders(settings)
     front = listen(settings.host, settings.port, "PORT")
     back = listen(settings.admin_host, settings.admin_port, "ADMIN_PORT")
     holder = Holder(settings, metrics)

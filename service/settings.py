@@ -358,6 +358,13 @@ def kept_token(path: Path) -> str:
     return token
 
 
+def require_folders(settings: Settings) -> None:
+    """What audits read has to be there from the start, not when the first audit asks. Raises SettingsRejected."""
+    for knob, path in (("AUDITS_DATA", settings.audits_data), ("AUDITS_OUTSIDE", settings.audits_outside)):
+        if path is not None and not path.is_dir():
+            raise SettingsRejected(f"TOMBOLA_{knob} {path}: no such folder")
+
+
 def state_folder(settings: Settings) -> Path:
     """STATE_DIR, made if need be and shown to be writable."""
     try:

@@ -194,6 +194,8 @@ def test_a_state_folder_that_cannot_be_is_said_by_name(tmp_path: Path) -> None:
         ["serve", "--admin-host", "0.0.0.0"],
         ["check", "/nowhere/at/all"],
         ["serve", "--library", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
+        ["serve", "--audits-data", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
+        ["serve", "--audits-outside", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
         ["check", "--device", "nothing"],
         ["bench", "raw", "--device", "nothing"],
     ],
