@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tombola: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a file to be read or written that cannot be; what the others are is said where they are
-        print(f"tombola: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"tombola: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -29,6 +29,7 @@ from training.errors import TrainingError
 from training.plan import Job, Status
 from training.recipes import DENSITIES, PRESETS, SHAPE, Recipe, baseline, going_on, mask_phase
 
+COUNTS = ("steps", "batch", "attack_steps", *SHAPE)  # numbers of a recipe that are at least 1; the others may be 0
 EXAMPLES = """\
 a library from nothing, on two cores (hours; interrupt it whenever you like, it goes on where it was):
   python -m training fetch data
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
@@ -197,9 +199,6 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
             raise TrainingError(f"--set {item}: expected FIELD=VALUE with one of {', '.join(known)}")
         changes[field] = read_field(item, known[field], value, least=int(field in COUNTS))
     return changes
-
-
-COUNTS = ("steps", "batch", "attack_steps", *SHAPE)  # numbers that are at least 1; the others may be 0
 
 
 def settable() -> dict[str, Any]:

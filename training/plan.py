@@ -291,10 +291,12 @@ def note_death(job: Job, code: int) -> None:
     """Says in the job's folder what became of a process that could not say it: killed, out of memory, never begun."""
     if code == 0 or status(job).state in ("done", "running", "failed"):
         return
-    words = (job.folder / "output.txt").read_text("utf-8", "replace").splitlines()
-    said = f": {words[-1]}" if words else ""
-    end = f"signal {-code}" if code < 0 else f"code {code}"
-    (job.folder / "failed.txt").write_text(f"its process ended with {end}{said}", "utf-8")
+    if code < 0:
+        end = f"signal {-code}"  # what stands last in its output was said before, perhaps by an earlier process
+    else:
+        words = (job.folder / "output.txt").read_text("utf-8", "replace").splitlines()
+        end = ": ".join([f"code {code}", *words[-1:]])
+    (job.folder / "failed.txt").write_text(f"its process ended with {end}", "utf-8")
 
 
 def start_worker(

@@ -100,24 +100,23 @@ def local(given: argparse.Namespace) -> Json:
     from service.engine.cores import usable_cores
 
     try:
-        chosen_device(given.device)
+        device = str(chosen_device(given.device))
     except EngineRejected as error:
         raise AuditRejected(str(error)) from None
-
     use_cores(given.threads or usable_cores())
     asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
     library = open_library(given.library)
     outside = open_library(given.outside) if given.outside else None
     data: Labelled = labelled(asked, library, Path(given.data) if given.data else None)
     print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
-    print(f"device {given.device}, {cores_used[0]} cores, seed {asked.seed}, profile {asked.profile}")
+    print(f"device {device}, {cores_used[0]} cores, seed {asked.seed}, profile {asked.profile}")
     with Shown() as shown:
         return audit(
             given.out,
             asked,
             library,
             data,
-            device=given.device,
+            device=device,
             url=given.service,
             key=given.key,
             outside=outside,

@@ -32,6 +32,7 @@ from service.audits.profiles import (
     multiply_adds_of,
     plan,
 )
+from service.engine import chosen_device
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -184,7 +185,7 @@ class Jobs:
             "outside": named(self.settings.audits_outside),
             "int8_images": named(self.settings.int8_images),
             "threads": self.settings.audits_threads,
-            "device": device_of(self.settings.device),
+            "device": str(chosen_device(self.settings.device)),
             "url": None if self.settings.api_keys_file else self.url,
             "why": "",
         }
@@ -297,10 +298,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def reachable(url: str) -> str:
     """From this machine, where the service listens on all addresses."""
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-
-
-def device_of(name: str) -> str:
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def unbuilt(_ticket: Ticket, name: str, _device: torch.device) -> Member:

@@ -178,9 +178,13 @@ def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
 
 def attacks_of(profile: Profile, norm: Norm) -> list[str]:
     """The names of all attacks that a profile runs."""
-    queries = profile.queries if norm == "linf" else ()
-    groups = (profile.each, profile.shared, profile.ours, profile.few, profile.universal, queries)
+    groups = (profile.each, profile.shared, profile.ours, profile.few, profile.universal, queries_of(profile, norm))
     return list(dict.fromkeys(name for group in groups for name, _ in group))
+
+
+def queries_of(profile: Profile, norm: Norm) -> Named:
+    """Black-box attacks are l-infinity here."""
+    return profile.queries if norm == "linf" else ()
 
 
 def refuse_missing(audit: Audit, profile: Profile) -> None:
@@ -204,7 +208,7 @@ def alone_asked(audit: Audit, bench: Bench) -> list[int]:
 def alone(audit: Audit, profile: Profile, count: int) -> list[Step]:
     """What is aimed at ours at the headline epsilon, and what is set beside it."""
     epsilon, few, asked = audit.headline, min(count, profile.few_images), min(count, profile.queried_images)
-    queries = profile.queries if audit.norm == "linf" else ()
+    queries = queries_of(profile, audit.norm)
     fixed = tuple(pair for pair in queries if isinstance(pair[1], BlackBox) and pair[1].averages == 1)  # answers alike
     return [
         *several(audit, profile.ours, [OURS], epsilon, count, after=2),
