@@ -27,7 +27,7 @@ BYTES: Final = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6)
 OUTCOMES: Final = ("ok", "invalid", "shed", "deadline", "cancelled", "error")
 STAGES: Final = ("decode", "normalize", "forward", "reduce", "encode")
 REASONS: Final = ("queue", "inflight", "body", "deadline", "rate", "draining")
-AUDIT_OUTCOMES: Final = ("done", "failed", "cancelled", "interrupted", "refused")
+AUDIT_OUTCOMES: Final = ("done", "invalid", "failed", "cancelled", "interrupted", "refused")
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ TABLE: Final[tuple[Metric, ...]] = (
     Metric(
         "audit_accuracy",
         "gauge",
-        "Accuracy (0..1) in the last finished audit, by attack and epsilon in 255ths; all: the worst of them.",
-        (("attack", None), ("epsilon", None)),
+        "Accuracy (0..1) in the last valid audits of the served library; epsilon: in 255ths; attack all: worst of "
+        "a whole profile.",
+        (("profile", None), ("norm", None), ("attack", None), ("epsilon", None)),
     ),
     Metric(
         "auth_failures_total",

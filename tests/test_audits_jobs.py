@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import subprocess
 import threading
 import time
 import zipfile
@@ -66,6 +67,23 @@ class Plane:
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
+    def figure(self, attack: str, norm: str = "linf", epsilon: str = "8") -> float | None:
+        labels = {"profile": "smoke", "norm": norm, "attack": attack, "epsilon": epsilon}
+        return self.metrics.registry.get_sample_value("tombola_audit_accuracy", labels)
+
+    def finished(self, value: float, *, verdict: str = "valid", digest: str | None = None, **fields: Any) -> None:
+        """A finished audit on disk, whose every attack left value."""
+        job = self.jobs.get(self.submit(**fields))
+        point = {"value": value, "epsilon": 8.0}
+        report = {
+            "verdict": verdict,
+            "audit": {"profile": "smoke", "norm": "linf", "attacks": [], **fields},
+            "systems": {"tombola": {"curve": [point]}},
+            "attacks": [{"system": "tombola", "name": "eot-risk", "epsilon": 8.0, "expected": point}],
+        }
+        (self.jobs.folder / job["id"] / "report.json").write_text(json.dumps(report))
+        self.jobs.save({**job, "state": "done", "digest": digest or job["digest"]})
+
     def state(self, audit: str) -> str:
         return str(self.ask("GET", f"/admin/audits/{audit}").json()["state"])
 
@@ -92,8 +110,9 @@ class Pretend:
         self.ended = threading.Event()
         self.code = 0
 
-    def wait(self, _timeout: float | None = None) -> int:
-        self.ended.wait()
+    def wait(self, timeout: float | None = None) -> int:
+        if not self.ended.wait(timeout):
+            raise subprocess.TimeoutExpired("pretended", timeout or 0)
         return self.code
 
     def terminate(self) -> None:
@@ -140,13 +159,56 @@ def test_an_audit_from_request_to_report(plane: Plane, monkeypatch: pytest.Monke
     page = plane.ask("GET", f"/admin/audits/{audit}/report")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    value = report["systems"]["tombola"]["curve"][-1]["value"]
-    assert plane.metrics.value("audit_accuracy", attack="all", epsilon="8") == value
-    assert plane.metrics.value("audit_runs_total", kind="smoke", outcome="done") == 1
+    row = [row for row in report["attacks"] if row["system"] == "tombola" and row["epsilon"] == 8][-1]
+    until(lambda: plane.figure(row["name"]) == row["expected"]["value"], "its figure")
+    assert plane.figure("all") is None  # not all attacks were asked for
+    until(lambda: plane.metrics.value("audit_runs_total", kind="smoke", outcome="done") == 1, "its count")
     assert plane.ask("GET", "/admin/audits").json()["audits"][0]["id"] == audit
     shown = plane.ask("GET", f"/admin/audits/{audit}").json()
     assert "library" not in shown
     assert shown["progress"]["share"] == 1
+
+
+def test_only_whole_valid_audits_of_the_served_library_say_what_all_attacks_left(plane: Plane) -> None:
+    """What an alert on a floor reads must not rise because a later audit was asked for less, or was broken."""
+    plane.finished(0.25)
+    plane.finished(0.31, seed=1)
+    plane.finished(0.6, attacks=["eot-risk"])
+    plane.finished(0.9, norm="l2")
+    plane.finished(0.7, digest="0" * 64)
+    plane.jobs.refresh()
+    assert plane.figure("all") == 0.31  # the last of its kind
+    assert plane.figure("eot-risk") == 0.6  # the last that ran it
+    assert plane.figure("all", norm="l2") == 0.9
+    plane.finished(0.99, verdict="invalid")
+    plane.jobs.published = ""
+    plane.jobs.refresh()
+    assert plane.figure("all") is None
+
+
+def test_another_library_has_other_figures(plane: Plane, library: Library, tmp_path: Path) -> None:
+    """After a swap, and while an audit runs: not the figures of the one before, and its own again when it is back."""
+    plane.finished(0.31)
+    plane.jobs.refresh()
+    assert plane.figure("all") == 0.31
+    other = tiny(tmp_path / "other", ("resnet18",), (0.3,))
+    plane.jobs.library = lambda: other
+    plane.jobs.refresh()
+    assert plane.figure("all") is None
+    plane.jobs.library = lambda: library
+    plane.jobs.refresh()
+    assert plane.figure("all") == 0.31
+
+
+def test_a_report_that_cannot_be_read_ends_nothing(plane: Plane) -> None:
+    plane.finished(0.31)
+    next(plane.jobs.folder.glob("*/report.json")).write_text("{")
+    plane.jobs.start()
+    audit = plane.submit()
+    assert plane.ask("DELETE", f"/admin/audits/{audit}").status_code == 200
+    assert plane.jobs.thread is not None
+    assert plane.jobs.thread.is_alive()
+    assert plane.figure("all") is None
 
 
 def niceness(pid: int) -> int | None:

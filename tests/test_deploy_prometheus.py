@@ -35,7 +35,7 @@ def audited() -> Iterator[str]:
     """host:port of an exposition that shows a finished audit: running one here would take minutes."""
     metrics = Metrics()
     metrics.set("ready", 1)
-    metrics.set("audit_accuracy", 0.31, attack="all", epsilon="8")
+    metrics.set("audit_accuracy", 0.31, profile="smoke", norm="linf", attack="all", epsilon="8")
 
     class Exposition(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -65,6 +65,7 @@ class Jobs:
         self.stopping = False
         self.process: subprocess.Popen[bytes] | None = None
         self.thread: threading.Thread | None = None
+        self.published = ""  # digest of the library whose figures are the gauges'
 
     # The process's life
 
@@ -95,6 +96,7 @@ class Jobs:
     def loop(self) -> None:
         while not self.stopping:
             self.changed.clear()
+            self.refresh()
             job = self.next()
             if job is None:
                 self.changed.wait(WAIT_S)
@@ -117,10 +119,18 @@ class Jobs:
             self.save({**job, "state": "running", "attempts": job["attempts"] + 1, "started": time.time(), "why": ""})
             mend(folder / "events.jsonl")
             self.process = spawn(folder, job["threads"])
-        code = self.process.wait()
+        code = self.watch(self.process)
         with self.lock:
             self.process = None
             self.finish(job["id"], code)
+
+    def watch(self, process: subprocess.Popen[bytes]) -> int:
+        """Waits for the process; its exit code. A library may be swapped meanwhile."""
+        while True:
+            try:
+                return process.wait(WAIT_S)
+            except subprocess.TimeoutExpired:
+                self.refresh()
 
     def finish(self, id: str, code: int) -> None:
         job = self.get(id)
@@ -134,24 +144,56 @@ class Jobs:
             state = "failed"
         why = "" if state == "done" else self.reason(id, code)
         self.save({**job, "state": state, "finished": time.time(), "why": why})
-        self.metrics.inc("audit_runs_total", kind=job["request"]["profile"], outcome=state)
-        log.info("audit %s: %s", id, state)
+        told = "invalid" if state == "done" and self.report(id)["verdict"] == "invalid" else state
+        self.metrics.inc("audit_runs_total", kind=job["request"]["profile"], outcome=told)
+        log.info("audit %s: %s", id, told)
         if state == "done":
-            self.publish(json.loads((self.folder / id / REPORT).read_text(encoding="utf-8")))
+            self.published = ""
+            self.refresh()
 
     def reason(self, id: str, code: int) -> str:
         told = [event["why"] for event in self.events(id) if event["event"] == "failed"]
         return told[-1] if told else f"its process ended with code {code}; {self.folder / id / 'worker.log'} says more"
 
-    def publish(self, report: Json) -> None:
-        """The last figures as gauges."""
+    def report(self, id: str) -> Json:
+        return dict(json.loads((self.folder / id / REPORT).read_text(encoding="utf-8")))
+
+    def refresh(self) -> None:
+        """The gauges anew, for another library or after another audit."""
+        digest = self.library().digest
+        if digest == self.published:
+            return
+        self.published = digest
+        try:
+            self.publish(digest)
+        except (OSError, ValueError, KeyError):
+            log.exception("a finished audit in %s cannot be read: no figures", self.folder)
+
+    def publish(self, digest: str) -> None:
+        """As gauges: the last figures that audits of the library being served found. None by an invalid audit; none for
+        all attacks together by one that was asked for some of its profile's, which may be the weak ones."""
         self.metrics.forget("audit_accuracy")
-        for point in report["systems"][systems.OURS]["curve"]:
-            self.metrics.set("audit_accuracy", point["value"], attack="all", epsilon=f"{point['epsilon']:g}")
-        for row in report["attacks"]:
-            if row["system"] == systems.OURS:
-                value, epsilon = row["expected"]["value"], f"{row['epsilon']:g}"
-                self.metrics.set("audit_accuracy", value, attack=row["name"], epsilon=epsilon)
+        for last in self.last_of_each_kind(digest):
+            report = self.report(last)
+            if report["verdict"] == "invalid":
+                continue
+            kind = {name: report["audit"][name] for name in ("profile", "norm")}
+            rows = [row for row in report["attacks"] if row["system"] == systems.OURS]
+            found = [(row["name"], row["epsilon"], row["expected"]["value"]) for row in rows]
+            if not report["audit"]["attacks"]:
+                curve = report["systems"][systems.OURS]["curve"]
+                found += [("all", point["epsilon"], point["value"]) for point in curve]
+            for attack, epsilon, value in found:
+                self.metrics.set("audit_accuracy", value, **kind, attack=attack, epsilon=f"{epsilon:g}")
+
+    def last_of_each_kind(self, digest: str) -> list[str]:
+        """The last finished audit of the library for each thing asked for, seeds apart; the oldest first."""
+        last: dict[str, str] = {}
+        for job in self.all():
+            if job["state"] == "done" and job["digest"] == digest:
+                asked = {name: value for name, value in job["request"].items() if not name.endswith("seed")}
+                last.setdefault(json.dumps(asked, sort_keys=True), job["id"])
+        return list(reversed(last.values()))
 
     # What handlers ask for
 
