@@ -136,6 +136,20 @@ def test_traces_start_clean_and_only_rise() -> None:
     assert torch.equal(found.risks[-1], found.risk)
 
 
+def test_a_reach_goes_on_where_all_draws_of_the_attacker_are_fooled() -> None:
+    """Draws that the attacker did not make may still be right there: the loss alone says how far away that is."""
+    (_, images, labels), threat = some(8), ThreatModel("linf", 64 / 255)
+    early, late = (
+        eot.attack(alone(undefended()), images, labels, threat, kind("mean-loss", steps=30), generator())
+        for kind in (Ascent, eot.Reach)
+    )
+    assert bool((early.risk == 1).all())
+    assert bool((late.risk == 1).all())
+    assert late.passes == 8 * 32  # the images as they are, then every step
+    assert early.passes < late.passes
+    assert bool((late.losses[-1] > early.losses[-1]).all())
+
+
 def test_the_risk_an_attack_reports_is_the_risk_of_its_images() -> None:
     networks, (_, images, labels) = random_networks(3), some(8)
     target = alone(*networks)

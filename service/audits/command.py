@@ -142,15 +142,17 @@ class Shown:
 
     def tell(self, event: Json) -> None:
         if event["event"] == "step":
-            self.bar.console.print(f"{100 * event['accuracy']:5.1f} %  {event['id']}", highlight=False)
+            self.line(f"{100 * event['accuracy']:5.1f} %  {event['id']}")
             left = f"attacks, about {event['seconds_left'] / 60:.0f} min left"
             self.bar.update(self.task, completed=event["share"], description=left)
         elif event["event"] == "check":
-            text = f"check {event['id']:2d} {event['outcome']:7s} {event['name']}: {event['value']}"
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.line(f"check {event['id']:2d} {event['outcome']:7s} {event['name']}: {event['value']}")
         elif event["event"] == "cost":
-            text = f"{event['attacks']} attacks and 34 checks, about {event['seconds'] / 60:.0f} min"
-            self.bar.console.print(text, highlight=False)
+            self.line(f"{event['attacks']} attacks and 34 checks, about {event['seconds'] / 60:.0f} min")
+
+    def line(self, text: str) -> None:
+        """One line whatever the width, for logs of CI pipelines."""
+        self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 # A running service

@@ -9,7 +9,7 @@ from model_store.library import Library
 from model_store.structures import multiply_adds
 from model_store.theta import expected_size
 from service.audits.attacks.arc import Sweeps
-from service.audits.attacks.eot import Ascent
+from service.audits.attacks.eot import Ascent, Reach
 from service.audits.attacks.libraries import Standard
 from service.audits.attacks.query import BlackBox
 from service.audits.attacks.simple import Corners, Single, Universal
@@ -27,7 +27,7 @@ Named = tuple[tuple[str, Settings], ...]
 CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 500, "full": 900}  # of all members, an image
 
 PAPER: Final = Ascent("mean-candidates", steps=20, step=0.25)
-REACH: Final = Ascent("mean-loss", steps=60, schedule="adaptive")  # ends early on images that fall, as all must
+REACH: Final = Reach("mean-loss", steps=60, schedule="adaptive")
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ def multiply_adds_of(library: Library, outside: Library | None = None) -> list[i
 def forwards(step: Step, drawn: float, members: int) -> float:
     """Forwards of one image through each member that the attack asks for. drawn: members of a draw."""
     match step.settings:
-        case Ascent(steps=steps, restarts=restarts):
-            return 2 + OPEN * GRADIENT * (steps + 1) * (restarts + step.warm)
+        case Ascent(steps=steps, restarts=restarts, ends_early=ends_early):
+            return 2 + (OPEN if ends_early else 1) * GRADIENT * (steps + 1) * (restarts + step.warm)
         case Sweeps(sweeps=sweeps, candidates=candidates):
             return OPEN * sweeps * (1 + candidates * (2 + GRADIENT * drawn / members))
         case Standard(method=method, iterations=iterations, restarts=restarts, targets=targets):

@@ -6,7 +6,7 @@ here because the factored loss is no estimate: every iterate is judged by the sa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ class Ascent:
     restarts: int = 1
     momentum: float = 0.0
     schedule: Literal["constant", "adaptive"] = "constant"
+
+    ends_early: ClassVar[bool] = True  # on images that all of the attacker's draws misread
+
+
+class Reach(Ascent):
+    """Goes on to its last step, by loss: where the law is sampled, a draw that the attacker did not make may still be
+    right about an image that all of his misread."""
+
+    ends_early: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,8 @@ def climb(
     checks = checkpoints(ascent.steps)
     risks, losses, passes = [best.risk.clone()], [best.loss.clone()], 0
     for step in range(ascent.steps + 1):
-        state.keep(best.risk[state.rows] < CERTAIN)
+        if ascent.ends_early:
+            state.keep(best.risk[state.rows] < CERTAIN)
         if len(state.rows):
             stage = stage.at(step / max(1, ascent.steps))
             risk, now, gradient = gradients_of(target, state.images, state.labels, loss, stage)
