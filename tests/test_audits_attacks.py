@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model_store.attacks import Norm, ThreatModel, misclassified, pgd
 from model_store.theta import Policy
+from service.audits import evaluate
 from service.audits.attacks import arc, eot, libraries, query, simple
 from service.audits.attacks.arc import Sweeps
 from service.audits.attacks.eot import Ascent
@@ -287,6 +288,18 @@ def test_the_weaker_attacks_run_and_stay_inside() -> None:
     assert float(risk.mean()) >= 1 - accuracy(undefended(), images, labels)
     shifted = simple.universal(target, images, labels, EIGHT, Universal(epochs=12), generator())
     assert accuracy(undefended(), shifted, labels) < accuracy(undefended(), images, labels) - 0.1
+
+
+def test_one_perturbation_takes_the_same_steps_however_much_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One network fits 64 images where forty fit a few: an attack on the one must not have fewer steps for it."""
+    _, images, labels = some(40)
+    found = []
+    for held in (5e8, 1.0):
+        monkeypatch.setattr(evaluate, "GRAPH_BYTES", held)
+        target = alone(undefended())
+        assert target.batch(images) == (64 if held > 1 else 4)
+        found.append(simple.universal(target, images, labels, EIGHT, Universal(epochs=3), generator()))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
 # Black box

@@ -13,8 +13,12 @@ from torch import nn
 
 from model_store.theta import Policy, inclusion_probabilities, size_probabilities, states
 from service.audits.evaluate import (
+    GRAPH_BYTES,
+    PASS_IMAGES,
     Draws,
+    Member,
     Scores,
+    Target,
     count_through,
     distance,
     draws_of,
@@ -194,3 +198,15 @@ def test_members_side_by_side_give_what_one_after_another_gives() -> None:
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])
     assert torch.allclose(found[0], expected, atol=1e-6)
+
+
+def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory() -> None:
+    """What is held: the convolution's input and the rectifier's output, of one image, in float32."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten()).requires_grad_(requires_grad=False)
+    member = Member("network", network, 2.0)
+    image = torch.zeros(1, 3, 32, 32)
+    assert member.held(image) == 4 * 32 * 32 * (3 + 8)
+    draws = Draws(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True)
+    assert Target((member,), draws).batch(image) == PASS_IMAGES
+    assert Target((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.held(image))
+    assert Target((member,) * 10_000, draws).batch(image) == 4

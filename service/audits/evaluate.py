@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final, cast
 
 import torch
@@ -32,7 +32,7 @@ MAX_PAIRS: Final = 2**18  # states whose sums are held at once
 MAX_CHUNK: Final = 2**22  # floats of ensemble logits held at once
 PASS_IMAGES: Final = 64  # images of one forward
 BISECTIONS: Final = 12
-GRAPH_IMAGES: Final = 320  # images times members whose activations are held for a backward pass, about 1.5 GB
+GRAPH_BYTES: Final = 5e8  # of all members' activations, held for a backward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,32 @@ class Member:
 
     def __call__(self, images: Tensor) -> Tensor:
         return cast("Tensor", self.network(images)) / self.temperature
+
+    def held(self, image: Tensor) -> int:
+        """Bytes that one image's forward pass keeps for the backward pass, weights apart. image: [1, 3, 32, 32]."""
+        if image.shape not in self.known:
+            self.known[image.shape] = held_by(self, image)
+        return self.known[image.shape]
+
+    @cached_property
+    def known(self) -> dict[torch.Size, int]:
+        return {}
+
+
+def held_by(member: Member, image: Tensor) -> int:
+    weights = {weight.data_ptr() for weight in member.network.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    alone = image.detach().clone().requires_grad_(True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = member(alone)  # held until all is counted: what takes the place of freed memory would not be counted
+    del logits
+    return sum(kept.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +134,10 @@ class Target:
     members: tuple[Member, ...]
     draws: Draws
 
-    @property
-    def batch(self) -> int:
-        """Images whose graphs through all members fit into memory together."""
-        return max(4, min(PASS_IMAGES, GRAPH_IMAGES // len(self.members)))
+    def batch(self, images: Tensor) -> int:
+        """How many of these images' graphs through all members fit into memory together."""
+        held = sum(member.held(images[:1]) for member in self.members)
+        return max(4, min(PASS_IMAGES, int(GRAPH_BYTES / max(1, held))))
 
     def __call__(self, images: Tensor) -> Tensor:
         """[M, N, classes], differentiable."""

@@ -110,7 +110,7 @@ STANDARD: Final = Profile(
         ("noise", Corners(30)),
     ),
     queries=(*asking("square", 300), *asking("hopskipjump", 250)),
-    universal=(("universal", Universal(epochs=6)),),
+    universal=(("universal", Universal(epochs=12)),),
 )
 FULL: Final = Profile(
     about="a night on two cores with the compact library",

@@ -54,7 +54,7 @@ def attack(
 ) -> tuple[Tensor, Tensor]:
     """The images reached and their risk on the attacker's draws. warm: the first start, the clean images if empty."""
     parts = []
-    for index in torch.split(torch.arange(len(images)), target.batch):
+    for index in torch.split(torch.arange(len(images)), target.batch(images)):
         start = project(warm[0][index], images[index], threat) if warm else images[index]
         parts.append(attack_batch(target, images[index], labels[index], threat, sweeps, generator, start))
     return torch.cat([part.images for part in parts]), torch.cat([part.risk for part in parts])

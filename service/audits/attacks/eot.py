@@ -116,13 +116,15 @@ def attack(
 
 @torch.no_grad()
 def logits_of_some(target: Target, images: Tensor) -> Tensor:
-    return torch.cat([target(part) for part in torch.split(images[:SCALED_ON], target.batch)], dim=1)
+    return torch.cat([target(part) for part in torch.split(images[:SCALED_ON], target.batch(images))], dim=1)
 
 
 @torch.no_grad()
 def judged(target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
     risks, losses = [], []
-    for some, right in zip(torch.split(images, target.batch), torch.split(labels, target.batch), strict=True):
+    for some, right in zip(
+        torch.split(images, target.batch(images)), torch.split(labels, target.batch(images)), strict=True
+    ):
         logits = target(some)
         risks.append(failure(logits, right, target.draws))
         losses.append(loss(logits, right, target.draws, stage))
@@ -133,7 +135,7 @@ def gradients_of(
     target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as gradient_of, for as many images as there are: in even parts, each of which fits into memory."""
-    parts = torch.arange(len(images), device=images.device).tensor_split(-(-len(images) // target.batch))
+    parts = torch.arange(len(images), device=images.device).tensor_split(-(-len(images) // target.batch(images)))
     found = [gradient_of(target, images[part], labels[part], loss, stage) for part in parts]
     risk, losses, gradient = (torch.cat(values) for values in zip(*found, strict=True))
     return risk, losses, gradient

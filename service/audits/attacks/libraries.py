@@ -122,7 +122,7 @@ def attack(
     with isolated(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zero gradients: the audit's own check 5 says so, and fails
         open_still = hopeful(target, images, labels)
-        for place, index in enumerate(torch.split(open_still, target.batch) if len(open_still) else ()):
+        for place, index in enumerate(torch.split(open_still, target.batch(images)) if len(open_still) else ()):
             clean, right = images[index].contiguous(), labels[index]
             kept = Riskiest(target, clean, right, threat)
             perturb = built(ExpectedLogits(target, standard.proxy, kept.see), threat, standard, seed + place)
@@ -134,7 +134,7 @@ def attack(
 @torch.no_grad()
 def hopeful(target: Target, images: Tensor, labels: Tensor) -> Tensor:
     """The images that are not misclassified under every draw already."""
-    parts = zip(torch.split(images, target.batch), torch.split(labels, target.batch), strict=True)
+    parts = zip(torch.split(images, target.batch(images)), torch.split(labels, target.batch(images)), strict=True)
     risk = torch.cat([failure(target(some), right, target.draws) for some, right in parts])
     return (risk < CERTAIN).nonzero().flatten()
 

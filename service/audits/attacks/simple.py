@@ -37,10 +37,12 @@ class Single:
 
 @dataclass(frozen=True)
 class Universal:
-    """One perturbation for every image: found on the first half of them, measured on the others."""
+    """One perturbation for every image: found on the first half of them, measured on the others. batch: images of one
+    step, for every system the same."""
 
     loss: str = "mean-loss"
     epochs: int = 10
+    batch: int = 8
     step: float = 0.125
     momentum: float = 0.9
 
@@ -115,10 +117,9 @@ def universal(
     best, highest = shift, -torch.inf
     scale = scale_of(target, images[:seen], labels[:seen])
     for _ in range(settings.epochs):
-        for some, right in zip(
-            torch.split(images[:seen], target.batch), torch.split(labels[:seen], target.batch), strict=True
-        ):
-            _, gradient = shared_gradient(target, some, right, shift, settings.loss, scale)
+        order = torch.randperm(seen, generator=generator).to(images.device)
+        for index in torch.split(order, settings.batch):
+            gradient = shared_gradient(target, images[index], labels[index], shift, settings.loss, scale)
             velocity = settings.momentum * velocity + l1_unit(gradient)
             shift = within(shift + settings.step * threat.epsilon * unit(velocity, threat.norm), threat)
         risk = shared_risk(target, images[:seen], labels[:seen], shift)
@@ -136,23 +137,25 @@ def within(shift: Tensor, threat: ThreatModel) -> Tensor:
 
 @torch.no_grad()
 def scale_of(target: Target, images: Tensor, labels: Tensor) -> float:
-    logits = torch.cat([target(part) for part in torch.split(images, target.batch)], dim=1)
+    logits = torch.cat([target(part) for part in torch.split(images, target.batch(images))], dim=1)
     return typical_margin(logits, labels, target.draws)
 
 
-def shared_gradient(
-    target: Target, images: Tensor, labels: Tensor, shift: Tensor, loss: str, scale: float
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        shift = shift.detach().requires_grad_(True)
-        logits = target((images + shift).clamp(0, 1))
-        losses = LOSSES[loss](logits, labels, target.draws, Stage(scale, 1.0))
-        (gradient,) = torch.autograd.grad(losses.sum(), shift)
-    return losses.detach(), gradient
+def shared_gradient(target: Target, images: Tensor, labels: Tensor, shift: Tensor, loss: str, scale: float) -> Tensor:
+    """[1, 3, 32, 32]: of the summed loss, in parts that fit into memory."""
+    total = torch.zeros_like(shift)
+    for some, right in zip(
+        torch.split(images, target.batch(images)), torch.split(labels, target.batch(images)), strict=True
+    ):
+        with torch.enable_grad():
+            moved = shift.detach().requires_grad_(True)
+            losses = LOSSES[loss](target((some + moved).clamp(0, 1)), right, target.draws, Stage(scale, 1.0))
+            total += torch.autograd.grad(losses.sum(), moved)[0]
+    return total
 
 
 @torch.no_grad()
 def shared_risk(target: Target, images: Tensor, labels: Tensor, shift: Tensor) -> float:
     moved = (images + shift).clamp(0, 1)
-    logits = torch.cat([target(part) for part in torch.split(moved, target.batch)], dim=1)
+    logits = torch.cat([target(part) for part in torch.split(moved, target.batch(moved))], dim=1)
     return float(failure(logits, labels, target.draws).mean())
