@@ -25,13 +25,15 @@ ARG TORCH_INDEX_URL=
 RUN grep '^torch' all.txt > torch.txt \
     && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
 # The second step must not trade the chosen torch for another. A server has no use for headers, compilers, tests,
-# OpenVINO's plugins for devices that we run with torch, and pip. Licences stay where each package keeps them;
+# OpenVINO's plugins for devices that we run with torch, its readers of other formats, and pip. Licences stay where each package keeps them;
 # packages.json lists every package with its version and licence.
 RUN pip freeze > held.txt \
     && pip install --constraint held.txt -r all.txt \
     && cd /opt/tombola/lib/python*/site-packages \
-    && rm -rf torch/include torch/test openvino/libs/libopenvino_intel_gpu_plugin.so \
+    && rm -rf torch/include torch/test openvino/include openvino/libs/libopenvino_intel_gpu_plugin.so \
         openvino/libs/libopenvino_intel_npu_plugin.so openvino/libs/cache.json \
+        openvino/libs/libopenvino_onnx_frontend.so* openvino/libs/libopenvino_tensorflow*_frontend.so* \
+        openvino/libs/libopenvino_paddle_frontend.so* openvino/libs/libopenvino_gguf_frontend.so* \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
     && find numpy matplotlib sympy -type d -name tests -prune -exec rm -r {} + \
     && pip inspect --local > /opt/tombola/packages.json \

@@ -35,6 +35,7 @@ COLUMNS: Final = 24  # of the dashboard's grid
 UNIT_IN: Final = 0.72, 0.34  # width and height of one of the grid's cells
 FILLED: Final = 0.62  # the part of a panel's height that its axes take
 COLOURS: Final = 64
+LEGIBLE: Final = 20  # lines of a panel: a legend of more would hide them
 UNITS: Final[dict[str, Callable[[float], str]]] = {
     "percentunit": lambda value: f"{100 * value:.3g} %",
     "s": lambda value: f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s",
@@ -148,10 +149,10 @@ def lines(axes: Axes, panel: Json, address: str, period: Period) -> None:
     axes.set_xlim(0, period.end - period.start)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} s")
     axes.grid(alpha=0.3)
-    if count:
-        axes.legend(fontsize=5.5, loc="best", ncols=1 + (count > 4), framealpha=0.7)
-    else:
+    if not count:
         silent(axes)
+    elif count <= LEGIBLE:
+        axes.legend(fontsize=5.5, loc="best", ncols=1 + (count > 4), framealpha=0.7)
 
 
 def series(address: str, query: str, period: Period) -> list[Json]:
