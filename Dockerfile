@@ -25,8 +25,8 @@ ARG TORCH_INDEX_URL=
 RUN grep '^torch' all.txt > torch.txt \
     && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
 # The second step must not trade the chosen torch for another. A server has no use for headers, compilers, tests,
-# OpenVINO's plugins for devices that we run with torch, its readers of other formats, and pip. Licences stay where each package keeps them;
-# packages.json lists every package with its version and licence.
+# OpenVINO's plugins for devices that we run with torch, its readers of other formats, and pip. Licences stay where
+# each package keeps them; packages.json lists every package with its version and licence.
 RUN pip freeze > held.txt \
     && pip install --constraint held.txt -r all.txt \
     && cd /opt/tombola/lib/python*/site-packages \

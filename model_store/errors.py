@@ -19,3 +19,9 @@ class LibraryRejected(StoreError):
 
 class PolicyRejected(StoreError):
     """A law of theta that does not fit the library or is no probability law."""
+
+
+def os_error_text(error: OSError) -> str:
+    """The file, if the error names one, and what is the matter with it: for a command to say and to end."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from model_store.errors import StoreError
+from model_store.errors import StoreError, os_error_text
 from service.settings import Settings, SettingsRejected, add_flags, read_settings, state_folder
 
 Run = Callable[[argparse.Namespace], int]
@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tombola: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a file to be read or written that cannot be; what the others are is said where they are
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"tombola: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"tombola: {os_error_text(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
-from model_store.errors import StoreError
+from model_store.errors import StoreError, os_error_text
 from model_store.library import Library, open_library
 from model_store.manifest import Entry
 from model_store.structures import STRUCTURES
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {os_error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)

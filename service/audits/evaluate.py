@@ -9,8 +9,8 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, cast
 
 import torch
@@ -42,6 +42,7 @@ class Member:
     name: str
     network: nn.Module
     temperature: float
+    known: dict[torch.Size, int] = field(default_factory=dict, repr=False)  # what held has measured
 
     def __call__(self, images: Tensor) -> Tensor:
         return cast("Tensor", self.network(images)) / self.temperature
@@ -51,10 +52,6 @@ class Member:
         if image.shape not in self.known:
             self.known[image.shape] = held_by(self, image)
         return self.known[image.shape]
-
-    @cached_property
-    def known(self) -> dict[torch.Size, int]:
-        return {}
 
 
 def held_by(member: Member, image: Tensor) -> int:
@@ -138,6 +135,15 @@ class Target:
         """How many of these images' graphs through all members fit into memory together."""
         held = sum(member.held(images[:1]) for member in self.members)
         return max(4, min(PASS_IMAGES, int(GRAPH_BYTES / max(1, held))))
+
+    def parts(self, images: Tensor, *along: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The images, with what belongs to them, as many at once as fit into memory."""
+        return zip(*(torch.split(each, self.batch(images)) for each in (images, *along)), strict=True)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """[M, N, classes] of any number of images, without a graph."""
+        return torch.cat([self(part) for (part,) in self.parts(images)], dim=1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """[M, N, classes], differentiable."""

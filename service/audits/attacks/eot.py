@@ -103,7 +103,7 @@ def attack(
     warm: Sequence[Tensor] = (),
 ) -> Found:
     """images: float [N, 3, 32, 32] in [0, 1].  warm: starts of the same shape, tried before the random ones."""
-    scale = typical_margin(logits_of_some(target, images), labels[:SCALED_ON], target.draws)
+    scale = typical_margin(target.logits(images[:SCALED_ON]), labels[:SCALED_ON], target.draws)
     best = judged(target, images, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
     traces, passes = [], len(images)
     for start in [*(project(start, images, threat) for start in warm), *[None] * ascent.restarts]:
@@ -115,16 +115,9 @@ def attack(
 
 
 @torch.no_grad()
-def logits_of_some(target: Target, images: Tensor) -> Tensor:
-    return torch.cat([target(part) for part in torch.split(images[:SCALED_ON], target.batch(images))], dim=1)
-
-
-@torch.no_grad()
 def judged(target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
     risks, losses = [], []
-    for some, right in zip(
-        torch.split(images, target.batch(images)), torch.split(labels, target.batch(images)), strict=True
-    ):
+    for some, right in target.parts(images, labels):
         logits = target(some)
         risks.append(failure(logits, right, target.draws))
         losses.append(loss(logits, right, target.draws, stage))

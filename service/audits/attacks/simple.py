@@ -115,7 +115,7 @@ def universal(
     shift = random_start(torch.full_like(images[:1], 0.5), threat, generator) - 0.5
     velocity = torch.zeros_like(shift)
     best, highest = shift, -torch.inf
-    scale = scale_of(target, images[:seen], labels[:seen])
+    scale = typical_margin(target.logits(images[:seen]), labels[:seen], target.draws)
     for _ in range(settings.epochs):
         order = torch.randperm(seen, generator=generator).to(images.device)
         for index in torch.split(order, settings.batch):
@@ -135,18 +135,10 @@ def within(shift: Tensor, threat: ThreatModel) -> Tensor:
     return shift * (threat.epsilon / max(length, threat.epsilon, TINY))
 
 
-@torch.no_grad()
-def scale_of(target: Target, images: Tensor, labels: Tensor) -> float:
-    logits = torch.cat([target(part) for part in torch.split(images, target.batch(images))], dim=1)
-    return typical_margin(logits, labels, target.draws)
-
-
 def shared_gradient(target: Target, images: Tensor, labels: Tensor, shift: Tensor, loss: str, scale: float) -> Tensor:
     """[1, 3, 32, 32]: of the summed loss, in parts that fit into memory."""
     total = torch.zeros_like(shift)
-    for some, right in zip(
-        torch.split(images, target.batch(images)), torch.split(labels, target.batch(images)), strict=True
-    ):
+    for some, right in target.parts(images, labels):
         with torch.enable_grad():
             moved = shift.detach().requires_grad_(True)
             losses = LOSSES[loss](target((some + moved).clamp(0, 1)), right, target.draws, Stage(scale, 1.0))
@@ -154,8 +146,6 @@ def shared_gradient(target: Target, images: Tensor, labels: Tensor, shift: Tenso
     return total
 
 
-@torch.no_grad()
 def shared_risk(target: Target, images: Tensor, labels: Tensor, shift: Tensor) -> float:
-    moved = (images + shift).clamp(0, 1)
-    logits = torch.cat([target(part) for part in torch.split(moved, target.batch(moved))], dim=1)
+    logits = target.logits((images + shift).clamp(0, 1))
     return float(failure(logits, labels, target.draws).mean())
