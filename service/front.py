@@ -24,6 +24,9 @@ from service.settings import Settings
 from service.tracing import stage
 
 Detail = Literal["rounded", "label", "full"]
+ARRIVED: Final = (
+    "tombola.arrived"  # where the scope may hold when the event loop had read its headers, on the loop's clock
+)
 DIGITS: Final = 2  # of a rounded probability
 Probabilities = NDArray[np.float32]
 
@@ -145,7 +148,8 @@ class Front:
         return response
 
     async def visit(self, request: Request, answer: Callable[[Visit], Awaitable[Response]]) -> Response:
-        arrived = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        arrived: float = request.scope.get(ARRIVED, loop.time())
         headers = fields(request.scope)
         client = self.keys.client(request.scope, headers)
         if b"idempotency-key" in headers:
@@ -155,6 +159,7 @@ class Front:
         try:
             body = await self.bodies.read(request.receive, headers, room)
             deadline = arrived + self.settings.deadline_s
+            serving.scheduler.check(1, client, deadline - loop.time())  # a refusal costs least before all the rest
             return await answer(Visit(headers, body, client, arrived, deadline, serving, request.receive))
         finally:
             room.close()

@@ -50,7 +50,7 @@ class Meter:
         route = getattr(scope.get("route"), "path", UNMATCHED)
         self.metrics.inc("http_requests_total", route=route, method=scope["method"], code=str(status))
         self.metrics.observe("http_request_duration_seconds", seconds, route=route, code=str(status))
-        if self.log_all or status >= 500:
+        if self.log_all or (status >= 500 and status != 503):  # a storm of refusals is counted, not written down
             said = {"request_id": scope.get(REQUEST_ID), "plane": self.plane, "method": scope["method"], "route": route}
             log.info("request", extra={"fields": {**said, "status": status, "seconds": round(seconds, 6)}})
 

@@ -195,7 +195,7 @@ class Settings(BaseSettings):
         "info", "name", "Least severe line that is logged", "JSON lines on standard error"
     )
     log_requests: bool = knob(
-        False, "yes/no", "Log every request, not only failing ones", "Costs a few per cent of throughput"
+        False, "yes/no", "Log every request; otherwise only 5xx without 503", "Costs a few per cent of throughput"
     )
     tracing: bool = knob(
         False,

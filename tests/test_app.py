@@ -325,7 +325,68 @@ def test_the_sample_is_a_picture_and_the_same_each_time(tmp_path: Path) -> None:
     assert (tmp_path / "ship.png").read_bytes() == ship()
 
 
+# One answer, one write
+
+
+class Wire(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.sent.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_is_written_in_one_turn_of_the_loop_leaves_as_one_and_before_the_end() -> None:
+    async def write() -> list[bytes]:
+        wire = Wire()
+        together = apps.Together(wire, asyncio.get_running_loop())
+        together.write(b"head ")
+        together.write(b"body")
+        assert wire.sent == []
+        await asyncio.sleep(0)
+        together.write(b"last")
+        together.close()
+        assert together.is_closing()
+        together.write(b"too late")
+        await asyncio.sleep(0)
+        return wire.sent
+
+    assert asyncio.run(write()) == [b"head body", b"last"]
+
+
 # Logs
+
+
+def test_failures_are_logged_one_by_one_and_refusals_only_counted(
+    tiny: Library, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.meter")
+
+    def statuses() -> list[int]:
+        return [record.__dict__["fields"]["status"] for record in caplog.records if record.name == "service.meter"]
+
+    async def ask(planes: Planes) -> None:
+        planes.holder.drain()
+        planes.holder.workers.stop()
+        assert (await planes.classify()).status_code == 503
+        assert not statuses()
+        planes.holder.workers.closing = False
+        for kind in ("submit", "check"):
+            setattr(planes.holder.current.scheduler, kind, None)  # type: ignore[union-attr]
+        assert (await planes.classify()).status_code == 500
+        assert statuses() == [500]
+
+    with_planes(ask, tiny.path, state)
 
 
 def test_log_lines_are_json_and_never_quote_an_exception() -> None:

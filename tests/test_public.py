@@ -12,8 +12,10 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from service.errors import DeadlinePassed, Draining, EngineFailed, Overloaded, RateLimited, ServiceError, Text
+from service.front import ARRIVED
 from service.metrics import Metrics
 from tests.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
 from tests.tickets import CLASSES
@@ -247,12 +249,24 @@ class TestRefusals:
         assert response.headers.get("retry-after") == pause
         assert metrics.value("inference_requests_total", outcome=error.outcome) == 1
 
-    def test_what_is_refused_is_not_decoded_first(self) -> None:
-        """The image is damaged, and nobody looks."""
+    @pytest.mark.parametrize("body", [png()[:-20], b'{"images": [', b"nothing"])
+    def test_what_is_refused_is_not_looked_at_first(self, body: bytes) -> None:
+        """The body is damaged, and nobody finds out."""
         metrics = Metrics()
         app = public_app(StandIn(Oracle(full=Overloaded(retry_after=2))), metrics)
-        refused(ask(app, "POST", PATH, content=png()[:-20]), 503, Overloaded.text)
+        refused(ask(app, "POST", PATH, content=body), 503, Overloaded.text)
         assert metrics.value("inference_requests_total", outcome="shed") == 1
+
+    def test_the_deadline_counts_from_when_the_loop_had_read_the_headers(self) -> None:
+        oracle = Oracle()
+        app = public_app(StandIn(oracle), deadline_s=10)
+
+        async def late(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[ARRIVED] = asyncio.get_running_loop().time() - 3
+            await app(scope, receive, send)
+
+        assert ask(late, "POST", PATH, content=png()).status_code == 200
+        assert 6 < oracle.deadlines[0] <= 7
 
     def test_an_unexpected_exception_is_a_500_that_says_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
         secret = "members (3, 17) of /srv/library/tickets/resnet18-07"

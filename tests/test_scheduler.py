@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from model_store.ensemble import calibrated, ensemble_logits, probabilities
 from model_store.library import Library
@@ -24,7 +27,7 @@ from service.metrics import LOT, Metrics
 from service.scheduler import Tally
 from service.settings import Settings
 from service.window import Model, Request, Window, lay_out, run, summed
-from service.workers import Workers
+from service.workers import NICENESS, Workers
 from tests.serving import Stand, engine, marks_its_members, some_rows, stand_in_library, until, with_scheduler
 
 # The law: a batched answer is the solo answer
@@ -405,6 +408,21 @@ def test_the_event_loop_is_free_while_the_engine_works() -> None:
         await answer
 
     with_scheduler(other_work, forward=held(gate, entered))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_engine_threads_stand_back_for_the_event_loop() -> None:
+    found: list[int] = []
+
+    def looks(member: int, rows: Rows) -> NDArray[np.float32]:
+        found.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return marks_its_members(member, rows)
+
+    async def looked(stand: Stand) -> None:
+        await stand.submit(some_rows(1))
+        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)}
+
+    with_scheduler(looked, forward=looks)
 
 
 def test_after_the_end_nothing_is_admitted() -> None:

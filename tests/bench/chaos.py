@@ -24,7 +24,7 @@ def overload(running: Running, seconds: float) -> dict[str, Any]:
     form = requests.files("/v1/classify", ("Tombola-Timeout-Ms", f"{1000 * DEADLINE_S:.0f}"))
     capacity = closed_loop(running.place, form, 32, min(10.0, seconds))["images_per_s"]
     before = closed_loop(running.place, form, 1, 3)
-    sizes = [running.memory_mb()]
+    sizes, counted = [running.memory_mb()], served(running)
     with ThreadPoolExecutor(2) as pool:
         flood = pool.submit(open_figures, running.place, form, 2 * capacity, seconds, DEADLINE_S)
         recovered = pool.submit(recovery_s, running.place, form, seconds, 2 * before["p95_ms"] / 1000)
@@ -35,9 +35,19 @@ def overload(running: Running, seconds: float) -> dict[str, Any]:
     return {
         "capacity": capacity,
         "overload": flood.result(),
+        "by_its_own_clock": {name: count - counted[name] for name, count in served(running).items()},
         "memory_mb": [round(size, 1) for size in (sizes[0], max(sizes), running.memory_mb())],
         "recovery_s": round(recovered.result(), 3),
         "idle_p50_ms": {"before": before["p50_ms"], "after": after["p50_ms"]},
+    }
+
+
+def served(running: Running) -> dict[str, float]:
+    """Answers by the server's clock, from a request's headers to the end of its answer: all, and those in time."""
+    duration = 'http_request_duration_seconds_{kind}{{code="200",{le}route="/v1/classify"'
+    return {
+        "answers": running.metric(duration.format(kind="count", le="")),
+        "within_deadline": running.metric(duration.format(kind="bucket", le=f'le="{DEADLINE_S:.1f}",')),
     }
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import uvloop
+
 from tests.bench.requests import Form
 
 LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
@@ -51,9 +53,11 @@ def rounded(found: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Outcome:
-    """latencies: seconds from the moment a request was due to the end of its answer, of those answered with 200."""
+    """latencies: seconds from the moment a request was due to the end of its answer, of those answered with 200.
+    late: seconds from that moment until the request left, of all: the generator's own share of a latency."""
 
     latencies: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     without_pause: int = 0  # refusals that did not say when to come back
 
@@ -93,6 +97,7 @@ async def one(
         try:
             reader, writer = await connection(place, idle)
             writer.write(message)
+            outcome.late.append(time.perf_counter() - due)
             status, head = await answer(reader)
         except (OSError, asyncio.IncompleteReadError) as error:
             outcome.statuses[type(error).__name__] += 1
@@ -129,7 +134,8 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 def open_figures(place: str, form: Form, rate: float, seconds: float, deadline_s: float) -> dict[str, Any]:
     """goodput: answers within the deadline, for each second."""
     before = resource.getrusage(resource.RUSAGE_SELF)
-    outcome = asyncio.run(open_loop(place, form, rate, seconds))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        outcome = runner.run(open_loop(place, form, rate, seconds))
     after = resource.getrusage(resource.RUSAGE_SELF)
     asked = sum(outcome.statuses.values())
     shed = outcome.statuses["503"] + outcome.statuses["429"]
@@ -143,6 +149,7 @@ def open_figures(place: str, form: Form, rate: float, seconds: float, deadline_s
         "shed_share": round(shed / max(1, asked), 4),
         "refused_without_retry_after": outcome.without_pause,
         **{f"p{part}_ms": quantile_ms(outcome.latencies, part / 100) for part in (50, 95, 99)},
+        "late_p99_ms": quantile_ms(outcome.late, 0.99),
         "generator_cores": round((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / seconds, 3),
     }
 

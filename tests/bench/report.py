@@ -115,6 +115,14 @@ def reached(whole: Found) -> list[str]:
     return lines
 
 
+def by_itself(whole: Found) -> str:
+    """What of the latencies is the generator's, and what the server says."""
+    server = whole["by_its_own_clock"]
+    share = 100 * server["within_deadline"] / server["answers"]
+    late = whole["overload"]["late_p99_ms"]
+    return f"{share:.1f} % in time by the server's own clock; the generator sent them {late:.0f} ms late at p99"
+
+
 def overloaded(whole: Found) -> str:
     flood, idle = whole["overload"], whole["idle_p50_ms"]
     sizes = " → ".join(f"{size:.0f}" for size in whole["memory_mb"])
@@ -122,8 +130,9 @@ def overloaded(whole: Found) -> str:
         f"Overload, {flood['rate']:.0f} images/s for {flood['seconds']:.0f} s, twice the capacity, each with a "
         f"deadline of {1000 * flood['deadline_s']:.0f} ms: {counts(flood['statuses'])}; "
         f"{flood['refused_without_retry_after']} refusals without `Retry-After`; p50 {flood['p50_ms']:.0f} ms, p99 "
-        f"{flood['p99_ms']:.0f} ms of what was answered; memory {sizes} MB; {whole['recovery_s']:.2f} s after the last "
-        f"request single images are answered as before (p50 {idle['before']:.1f} ms, then {idle['after']:.1f} ms). "
+        f"{flood['p99_ms']:.0f} ms of what was answered, from the moment a request was due ({by_itself(whole)}); "
+        f"memory {sizes} MB; {whole['recovery_s']:.2f} s after the last request single images are answered as before "
+        f"(p50 {idle['before']:.1f} ms, then {idle['after']:.1f} ms). "
         f"{told(whole)}"
     )
 
