@@ -3,19 +3,23 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
 from service.engine import Engine, EngineRejected, engine_threads, open_engine
+from service.engine.cores import stand_back
 from service.errors import NotReady
 from service.metrics import Metrics
 from service.scheduler import Gate, Scheduler
 from service.settings import Settings
 from service.workers import Workers
 
+NICENESS: Final = 10  # of what opens a library: below the engine's threads, above an audit
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +66,7 @@ class Holder:
 
     async def load(self) -> Serving:
         async with self.opening:
-            library, engine = await asyncio.to_thread(self.open)
+            library, engine = await self.opened()
             scheduler = Scheduler(library, engine, self.workers, self.gate, self.settings, self.metrics)
             self.current = Serving(library, engine, scheduler)
             self.workers.probe = lambda: engine.forward(0, np.zeros((1, 3, 32, 32), np.uint8))
@@ -70,8 +74,16 @@ class Holder:
             log.info("library %s is being served by %s (%s)", library.digest, engine.name, engine.note)
             return self.current
 
+    async def opened(self) -> tuple[Library, Engine]:
+        """Off the event loop, by threads that stand back for those that answer meanwhile."""
+        pool = ThreadPoolExecutor(1, "open", initializer=stand_back, initargs=(NICENESS,))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, self.open)
+        finally:
+            pool.shutdown(wait=False)
+
     def open(self) -> tuple[Library, Engine]:
-        """Takes seconds: not on the event loop."""
+        """Takes seconds."""
         library = open_library(self.settings.library)
         try:
             return library, open_engine(library, self.settings)

@@ -7,8 +7,6 @@ new one follow each other.
 import asyncio
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from service.admission import FairQueue
+from service.engine.cores import stand_back
 from service.errors import EngineFailed
 from service.metrics import Metrics
 from service.settings import Settings
@@ -24,16 +23,9 @@ from service.window import Model, Probabilities, Request, Task, Window, lay_out,
 
 log = logging.getLogger(__name__)
 
-NICENESS: Final = 5  # of engine threads, more than the event loop's: well below it, well above an audit
+# On a core that both want, an engine thread waits for the event loop: what that has not read no admission knows of.
+NICENESS: Final = 5
 BEAT_S: Final = 0.25  # an idle thread shows life this often, and the watchdog looks as often
-
-
-def behind_the_event_loop() -> None:
-    """Lowers this thread's priority, so that on a core that both want it waits for the event loop: what the loop has
-    not read yet no admission knows of. Only Linux has priorities of threads."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # forbidden in some sandbox: slower under overload, and no reason to die
-            os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
 class Feed(Protocol):
@@ -181,7 +173,7 @@ class Workers:
 
     def work(self, worker: Worker, probe: bool) -> None:
         try:
-            behind_the_event_loop()
+            stand_back(NICENESS)
             if probe:
                 self.probe()
             while self.step(worker):

@@ -4,8 +4,10 @@ import asyncio
 import io
 import json
 import logging
+import os
 import shutil
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,15 @@ from PIL import Image
 
 from model_store.errors import LibraryRejected, StoreError
 from model_store.library import Library
+from model_store.ticket import Ticket
 from service import app as apps
 from service.__main__ import main
 from service.auth import Keys
 from service.check import figures, lines
 from service.engine import EngineRejected
+from service.engine.base import Folded, folded
 from service.errors import Text
-from service.holder import Holder
+from service.holder import NICENESS, Holder
 from service.logs import JsonLines
 from service.metrics import Metrics
 from service.sample import ship
@@ -235,6 +239,26 @@ def test_a_swap_serves_the_new_library_and_a_bad_one_changes_nothing(state: Path
         assert planes.metrics.value("library_info", digest=first.digest) == 0
 
     with_planes(swap, folder, state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
+    tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    def looks(ticket: Ticket) -> Folded:
+        found.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return folded(ticket)
+
+    async def ask(planes: Planes) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("service.engine.folded", looks)
+            await planes.holder.reload()
+        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)}
+        assert (await planes.classify()).status_code == 200
+
+    with_planes(ask, tiny.path, state)
 
 
 def test_a_request_keeps_the_library_it_began_with(state: Path, tmp_path: Path) -> None:
