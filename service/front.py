@@ -171,15 +171,15 @@ class Front:
         if len(images) > self.settings.max_images:
             raise TooLarge(Text.IMAGES_TOO_MANY, limit=self.settings.max_images)
         deadline = visit.deadline if timeout_s is None else min(visit.deadline, visit.arrived + timeout_s)
+        if not isinstance(images, np.ndarray):  # these have to be decoded: not for a request that will be refused
+            left_s = deadline - asyncio.get_running_loop().time()
+            visit.serving.scheduler.check(len(images), visit.client, left_s)
         return await unless_gone(visit.receive, self.submit(visit, images, deadline))
 
     async def submit(self, visit: Visit, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
-        scheduler = visit.serving.scheduler
-        if not isinstance(images, np.ndarray):  # these have to be decoded: not for a request that will be refused
-            scheduler.check(len(images), visit.client, deadline - asyncio.get_running_loop().time())
         with stage("decode"):
             rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images)
-        return await scheduler.submit(rows, client=visit.client, deadline=deadline)
+        return await visit.serving.scheduler.submit(rows, client=visit.client, deadline=deadline)
 
     def encode(self, make: Callable[[], Response]) -> Response:
         """What `make` makes of an answer, timed."""
