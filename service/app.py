@@ -312,10 +312,10 @@ async def until_told(service: Service, announce: Callable[[Service, Serving], No
         loading.cancel()
         return
     service.delay = loading.exception() is None
-    serving = loading.result()
+    announce(service, loading.result())
+    del loading  # it would keep the first library for good
     gc.collect()
     gc.freeze()  # what is there now stays: no collection has to walk over the library's objects again
-    announce(service, serving)
     service.jobs.start()
     await stop
 

@@ -27,7 +27,7 @@ from model_store.theta import Theta, draw_theta
 from service import capacity, disclosure, leak, rounding
 from service.audits.data import read_data
 from service.audits.errors import DataRejected
-from service.engine import Engine, EngineRejected, Rows, engine_threads, open_engine
+from service.engine import Engine, EngineRejected, Rows, engine_threads, open_engine, open_served
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
 
 FLAGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace) -> int:
     settings = read_settings({name: value for name, value in vars(given).items() if name in FLAGS})
     library = open_library(settings.library)
     try:
-        engine = open_engine(library, settings)
+        engine = open_served(library, settings)
         figures, line = given.measure(given, settings, library, engine)
     except (EngineRejected, DataRejected) as error:
         raise SettingsRejected(str(error)) from None
@@ -171,14 +171,17 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int) -> None:
+    """As the service does it when many wait: each thread a window of its own."""
+
+    def window(start: int) -> None:
+        groups: dict[int, list[int]] = {}
+        for row, theta in enumerate(thetas[start : start + size]):
+            for member in theta.members:
+                groups.setdefault(member, []).append(row)
+        engine.run(images[start : start + size], list(groups.items()), lambda: None)
+
     with ThreadPoolExecutor(engine.threads) as pool:
-        for start in range(0, len(images), size):
-            groups: dict[int, list[int]] = {}
-            for row, theta in enumerate(thetas[start : start + size], start):
-                for member in theta.members:
-                    groups.setdefault(member, []).append(row)
-            costly_first = sorted(groups.items(), key=lambda item: -engine.costs[item[0]] * len(item[1]))
-            list(pool.map(lambda item: engine.forward(item[0], images[item[1]]), costly_first))
+        list(pool.map(window, range(0, len(images), size)))
 
 
 # What digits tell

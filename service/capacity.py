@@ -1,8 +1,9 @@
 """python -m service bench capacity: what an image costs a server, and how many replicas a load takes.
 
 A server is started as it would be in production and asked over HTTP; its cost is the processor time that it itself
-counts (process_cpu_seconds_total), so that neither the client nor other work on the machine is in it. The same quotient
-can be watched on servers that are in use; docs/OPERATING.md says how, and what to do with the number.
+counts (process_cpu_seconds_total and tombola_engine_cpu_seconds_total), so that neither the client nor other work on
+the machine is in it. The same quotient can be watched on servers that are in use; docs/OPERATING.md says how, and what
+to do with the number.
 """
 
 import base64
@@ -127,9 +128,11 @@ def cost(place: Place, body: bytes, images: int, total: int) -> Json:
     after, passed_s = place.metrics(), time.perf_counter() - begun
     if "process_cpu_seconds_total" not in after:
         raise SettingsRejected("bench capacity: this system does not tell a process its processor time; use Linux")
-    cpu_s, done = (
-        after[name] - before[name] for name in ("process_cpu_seconds_total", "tombola_inference_images_total")
+    own, apart, done = (
+        after[name] - before[name]
+        for name in ("process_cpu_seconds_total", "tombola_engine_cpu_seconds_total", "tombola_inference_images_total")
     )
+    cpu_s = own + apart
     return {"images": int(done), "cpu_ms": round(1000 * cpu_s / done, 3), "images_per_s": round(done / passed_s, 1)}
 
 
@@ -143,7 +146,9 @@ def measure(settings: Settings, names: Sequence[str], total: int) -> Json:
     return found | {
         "rows": ROWS,
         "batch": BATCH,
-        "memory_mb": round(metrics["process_resident_memory_bytes"] / 1e6),
+        "memory_mb": round(
+            (metrics["process_resident_memory_bytes"] + metrics["tombola_engine_resident_memory_bytes"]) / 1e6
+        ),
         "series": len(metrics),
     }
 

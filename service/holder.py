@@ -5,21 +5,19 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
-from service.engine import Engine, EngineRejected, engine_threads, open_engine
-from service.engine.cores import stand_back
+from service.cores import OPENING, RUNNING, cpu_s, family, resident_bytes, stand_back
+from service.engine import Engine, EngineRejected, engine_threads, open_served, runs_apart
 from service.errors import NotReady
 from service.metrics import Metrics
 from service.scheduler import Gate, Scheduler
 from service.settings import Settings
 from service.workers import Workers
 
-NICENESS: Final = 10  # of what opens a library: below the engine's threads, above an audit
 log = logging.getLogger(__name__)
 
 
@@ -44,9 +42,11 @@ class Holder:
         self.current: Serving | None = None
         self.draining = False
         self.gate = Gate(settings, metrics)
-        self.workers = Workers(engine_threads(settings), settings, metrics, on_broken)
+        niceness = 0 if runs_apart(settings) else RUNNING
+        self.workers = Workers(engine_threads(settings), settings, metrics, on_broken, niceness=niceness)
         self.workers.on_beat = self.tell
         self.opening = asyncio.Lock()
+        self.spent: dict[int, float] = {}  # processor seconds of the engine's processes, as last told
 
     async def start(self) -> Serving:
         """Starts the engine's threads and loads the library. Raises StoreError."""
@@ -75,20 +75,18 @@ class Holder:
             return self.current
 
     async def opened(self) -> tuple[Library, Engine]:
-        """Off the event loop, by threads that stand back for those that answer meanwhile."""
-        pool = ThreadPoolExecutor(1, "open", initializer=stand_back, initargs=(NICENESS,))
+        """Off the event loop, by threads that stand back for those that answer meanwhile. Processes would inherit that
+        priority for good, so whoever starts those has the usual one."""
+        loop = asyncio.get_running_loop()
+        slowly = ThreadPoolExecutor(1, "open", initializer=stand_back, initargs=(OPENING,))
         try:
-            return await asyncio.get_running_loop().run_in_executor(pool, self.open)
-        finally:
-            pool.shutdown(wait=False)
-
-    def open(self) -> tuple[Library, Engine]:
-        """Takes seconds."""
-        library = open_library(self.settings.library)
-        try:
-            return library, open_engine(library, self.settings)
+            library = await loop.run_in_executor(slowly, open_library, self.settings.library)
+            where = None if runs_apart(self.settings) else slowly
+            return library, await loop.run_in_executor(where, open_served, library, self.settings)
         except EngineRejected as error:
             raise LibraryRejected(f"{library.path}: {error}") from error
+        finally:
+            slowly.shutdown(wait=False)
 
     def describe(self, library: Library) -> None:
         self.metrics.set("library_tickets", len(library.tickets), state="serving")
@@ -117,9 +115,19 @@ class Holder:
         return not self.reason
 
     def tell(self) -> None:
-        """The state as gauges; called whenever it may have changed, and at every beat of the watchdog."""
+        """The state as metrics; called whenever it may have changed, and at every beat of the watchdog."""
         self.metrics.set("ready", float(self.ready))
         self.metrics.set("draining", float(self.draining))
+        if self.current is not None and self.current.engine.host is not None:
+            self.tell_of_processes(self.current.engine.host)
+
+    def tell_of_processes(self, host: int) -> None:
+        spent = {pid: cpu_s(pid) for pid in family(host)}
+        self.metrics.inc(
+            "engine_cpu_seconds_total", sum(max(0, s - self.spent.get(pid, 0)) for pid, s in spent.items())
+        )
+        self.metrics.set("engine_resident_memory_bytes", resident_bytes(host))
+        self.spent = spent
 
     def drain(self) -> None:
         self.draining = True

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.library import Library
+from service.cores import RUNNING
 from service.engine import Engine
 from service.metrics import Metrics
 from service.scheduler import Gate, Scheduler
@@ -62,7 +63,7 @@ def leak(
 
 async def latencies(library: Library, engine: Engine, settings: Settings, images: int) -> tuple[list[float], list[int]]:
     metrics = Metrics()
-    workers = Workers(engine.threads, settings, metrics, lambda: None)
+    workers = Workers(engine.threads, settings, metrics, lambda: None, niceness=RUNNING if engine.apart is None else 0)
     workers.start()
     spy = Spy(library, engine, workers, Gate(settings, metrics), settings, metrics)
     spy.sizes = []

@@ -105,8 +105,18 @@ TABLE: Final[tuple[Metric, ...]] = (
     ),
     Metric("ready", "gauge", "1 when the library is verified and warm, the engine alive and nothing draining."),
     Metric("draining", "gauge", "1 from SIGTERM on."),
-    Metric("engine_restarts_total", "counter", "Dead or hanging engine threads replaced."),
+    Metric("engine_restarts_total", "counter", "Dead or hanging engine threads and processes replaced."),
     Metric("engine_retries_total", "counter", "Images run again alone because their group failed."),
+    Metric(
+        "engine_cpu_seconds_total",
+        "counter",
+        "Processor time of the engine's own processes; 0 where tickets run in the service's (then process_* has it).",
+    ),
+    Metric(
+        "engine_resident_memory_bytes",
+        "gauge",
+        "Memory of the process that holds the compiled tickets, which the engine's other processes share; or 0.",
+    ),
     Metric("engine_heartbeat_age_seconds", "gauge", "Time since the engine last showed life."),
     Metric(
         "library_tickets", "gauge", "Tickets of the served library, by state.", (("state", ("serving", "baseline")),)

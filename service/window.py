@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from model_store.ensemble import probabilities
 from model_store.theta import Policy, Theta, draw_theta
-from service.engine import Engine, Logits, Rows
+from service.engine import Alive, Engine, Logits, Rows
 from service.errors import ServiceError
 from service.metrics import Metrics
 
@@ -95,11 +95,24 @@ class Window:
     thetas: list[Theta]
     begun: float
     tasks: list[Task] = field(default_factory=list)
-    unfinished: int = 0
+    unfinished: int = 0  # parts that are not done
     failed: set[int] = field(default_factory=set)
 
     def live(self, place: int) -> bool:
         return self.places[place][0].live
+
+
+@dataclass(eq=False)
+class Part:
+    """Some of a window's tasks, which one thread runs."""
+
+    window: Window
+    tasks: list[Task] = field(default_factory=list)
+    cost: int = 0
+
+    def add(self, task: Task) -> None:
+        self.tasks.append(task)
+        self.cost += cost_of(task)
 
 
 def lay_out(model: Model, places: list[tuple[Request, int]]) -> Window:
@@ -114,36 +127,64 @@ def lay_out(model: Model, places: list[tuple[Request, int]]) -> Window:
             task = tasks.setdefault(member, Task(window, member))
             task.places.append(place)
             task.times.append(times)
-    costs = model.engine.costs
-    window.tasks = sorted(tasks.values(), key=lambda task: -costs[task.member] * len(task.places))
-    window.unfinished = len(window.tasks)
+    window.tasks = sorted(tasks.values(), key=cost_of, reverse=True)
     return window
 
 
-def run(task: Task, metrics: Metrics) -> None:
-    """One forward pass of one ticket. If it fails, each row again alone, so that a bad row fails only itself."""
-    task.places, task.times = still_wanted(task)
-    if not task.places:
+def cost_of(task: Task) -> int:
+    return task.window.model.engine.costs[task.member] * len(task.places)
+
+
+def shared_out(window: Window, threads: int) -> list[Part]:
+    """The window's tasks in as many parts as there are threads to run them, or as tasks: the costliest first, each to
+    the part that is cheapest yet."""
+    parts = [Part(window) for _ in range(min(threads, len(window.tasks)))]
+    for task in window.tasks:
+        min(parts, key=lambda part: part.cost).add(task)
+    window.unfinished = len(parts)
+    return parts
+
+
+def run(part: Part, metrics: Metrics, alive: Alive = lambda: None) -> None:
+    """One forward pass of each of its tickets. If that fails, each ticket again by itself."""
+    tasks = [task for task in part.tasks if wanted(task)]
+    if not tasks:
         return
+    jobs = [(task.member, task.places) for task in tasks]
+    try:
+        ran = part.window.model.engine.run(part.window.rows, jobs, alive)
+        for task, (logits, seconds) in zip(tasks, ran, strict=True):
+            task.logits, task.seconds = finite(logits), seconds
+    except Exception:  # noqa: BLE001 -- whatever a backend raises concerns these rows only
+        for task in tasks:
+            run_again(task, metrics)
+            alive()
+
+
+def run_again(task: Task, metrics: Metrics) -> None:
+    """One ticket. If it fails, each row alone, so that a bad row fails only itself."""
     begun = time.perf_counter()
     try:
         task.logits = forward(task, task.places)
-    except Exception as error:  # noqa: BLE001 -- whatever a backend raises concerns these rows only
+    except Exception as error:  # noqa: BLE001 -- as above
         log.warning("ticket failed on %d rows (%s), each is run again alone", len(task.places), type(error).__name__)
         metrics.inc("engine_retries_total", len(task.places))
         task.logits = np.concatenate([alone(task, place) for place in task.places])
     task.seconds = time.perf_counter() - begun
 
 
-def still_wanted(task: Task) -> tuple[list[int], list[int]]:
-    """Rows whose request was cancelled or came too late are not computed."""
-    window = task.window
-    wanted = [(place, times) for place, times in zip(task.places, task.times, strict=True) if window.live(place)]
-    return [place for place, _ in wanted], [times for _, times in wanted]
+def wanted(task: Task) -> bool:
+    """Rows whose request was cancelled or came too late are taken out: they are not computed."""
+    pairs = [pair for pair in zip(task.places, task.times, strict=True) if task.window.live(pair[0])]
+    task.places, task.times = [place for place, _ in pairs], [times for _, times in pairs]
+    return bool(pairs)
 
 
 def forward(task: Task, places: list[int]) -> Logits:
-    logits = task.window.model.engine.forward(task.member, task.window.rows[places])
+    return finite(task.window.model.engine.forward(task.member, task.window.rows[places]))
+
+
+def finite(logits: Logits) -> Logits:
     if not np.isfinite(logits).all():
         raise ArithmeticError("a logit is not finite")
     return logits
@@ -160,10 +201,14 @@ def alone(task: Task, place: int) -> Logits:
 def summed(window: Window) -> Probabilities:
     """Eq. 1 for every row, then the softmax of its members' mean. In the order of the tickets, so that the answer does
     not depend on which thread was faster. Rows of requests that have ended are zero."""
+    done = sorted(
+        ((task, task.logits) for task in window.tasks if task.logits is not None), key=lambda pair: pair[0].member
+    )
     sums = np.zeros((len(window.places), window.model.classes), np.float32)
-    for task in sorted(window.tasks, key=lambda task: task.member):
-        if task.logits is not None:
-            sums[task.places] += task.logits * np.array(task.times, np.float32)[:, None]
+    if done:
+        places = [place for task, _ in done for place in task.places]
+        times = np.array([times for task, _ in done for times in task.times], np.float32)
+        np.add.at(sums, places, np.concatenate([logits for _, logits in done]) * times[:, None])
     sizes = torch.tensor([len(theta.members) for theta in window.thetas])
     found: Probabilities = probabilities(torch.from_numpy(sums), sizes).numpy()
     return found

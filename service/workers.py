@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from service.admission import FairQueue
-from service.engine.cores import stand_back
+from service.cores import RUNNING, stand_back
 from service.errors import EngineFailed
 from service.metrics import Metrics
 from service.settings import Settings
-from service.window import Model, Probabilities, Request, Task, Window, lay_out, run, summed
+from service.window import Model, Part, Probabilities, Request, Window, lay_out, run, shared_out, summed
 
 log = logging.getLogger(__name__)
 
-# On a core that both want, an engine thread waits for the event loop: what that has not read no admission knows of.
-NICENESS: Final = 5
 BEAT_S: Final = 0.25  # an idle thread shows life this often, and the watchdog looks as often
 
 
@@ -43,20 +41,34 @@ class Worker:
     """One engine thread, as the watchdog sees it. beat: when it last showed life (time.monotonic)."""
 
     beat: float
-    task: Task | None = None
+    part: Part | None = None
     forming: list[tuple[Request, int]] | None = None
+    waiting: bool = False
     dead: bool = False
     retired: bool = False
 
+    def alive(self) -> None:
+        self.beat = time.monotonic()
+
 
 class Workers:
-    """probe: one forward pass; a replaced thread has to survive it before it is given work.
+    """niceness: of threads that run tickets themselves; those that wait for processes stand back for nobody.
+    probe: one forward pass; a replaced thread has to survive it before it is given work.
 
     on_broken: called on the event loop when the engine died more often than settings.engine_restarts.
     """
 
-    def __init__(self, threads: int, settings: Settings, metrics: Metrics, on_broken: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        threads: int,
+        settings: Settings,
+        metrics: Metrics,
+        on_broken: Callable[[], None],
+        *,
+        niceness: int = RUNNING,
+    ) -> None:
         self.threads = threads
+        self.niceness = niceness
         self.settings = settings
         self.metrics = metrics
         self.on_broken = on_broken
@@ -64,9 +76,9 @@ class Workers:
         self.probe: Callable[[], object] = lambda: None
         self.condition = threading.Condition()
         self.feeds: deque[Feed] = deque()
-        self.tasks: deque[Task] = deque()
+        self.parts: deque[Part] = deque()
         self.windows: dict[Window, Feed] = {}
-        self.running = 0  # rows of windows with tasks left
+        self.running = 0  # rows of windows with parts left
         self.crew: list[Worker] = []
         self.restarts = 0
         self.broken = False
@@ -86,7 +98,7 @@ class Workers:
         threading.Thread(target=self.work, args=(worker, probe), name="engine", daemon=True).start()
 
     def stop(self) -> None:
-        """Threads end after the task they are at. What is still queued is never answered: drain before."""
+        """Threads end after the part they are at. What is still queued is never answered: drain before."""
         with self.condition:
             self.closing = True
             self.condition.notify_all()
@@ -121,7 +133,7 @@ class Workers:
         self.on_beat()
 
     def check(self) -> None:
-        """Replaces threads that have died, or have been at one task for longer than any honest one takes."""
+        """Replaces threads that have died, or have shown no life for longer than any honest ticket takes."""
         for worker in list(self.crew):
             silent = time.monotonic() - worker.beat > self.settings.engine_timeout_s
             if (worker.dead or silent) and not (self.closing or self.broken):
@@ -141,15 +153,15 @@ class Workers:
         """Fails the rows the thread was at, at once; if it ever comes back, its results are thrown away."""
         with self.condition:
             worker.retired = True
-            task, worker.task = worker.task, None
+            part, worker.part = worker.part, None
             forming, worker.forming = worker.forming, None
             self.crew.remove(worker)
         for request, _ in forming or []:
             request.fail(EngineFailed())
-        if task is not None:
-            for place in task.places:
-                task.window.places[place][0].fail(EngineFailed())
-            self.ended(task)
+        if part is not None:
+            for place in {place for task in part.tasks for place in task.places}:
+                part.window.places[place][0].fail(EngineFailed())
+            self.ended(part)
 
     def give_up(self) -> None:
         """Nobody waits for an engine that does not come back."""
@@ -157,7 +169,7 @@ class Workers:
         with self.condition:
             waiting = [request for feed in self.feeds for request, _ in feed.queue.take(feed.queue.rows)]
             waiting += [request for window in self.windows for request, _ in window.places]
-            self.tasks.clear()
+            self.parts.clear()
             self.windows.clear()
         for request in waiting:
             request.fail(EngineFailed())
@@ -173,7 +185,7 @@ class Workers:
 
     def work(self, worker: Worker, probe: bool) -> None:
         try:
-            stand_back(NICENESS)
+            stand_back(self.niceness)
             if probe:
                 self.probe()
             while self.step(worker):
@@ -184,7 +196,7 @@ class Workers:
             self.tell(self.check)
 
     def step(self, worker: Worker) -> bool:
-        """Runs the next task, or lays out the next window where there is none. False: this thread is to end.
+        """Runs the next part, or lays out the next window where there is none. False: this thread is to end.
 
         Nothing of a library is remembered between steps, so that one that has been replaced can go.
         """
@@ -193,26 +205,28 @@ class Workers:
             if self.closing or worker.retired:
                 return False
             if feed is None:
-                worker.task = self.tasks.popleft()
+                worker.part = self.parts.popleft()
             else:
                 worker.forming = feed.queue.take(self.window_size(feed))
         if feed is None:
-            self.perform(worker, worker.task)
+            self.perform(worker, worker.part)
         else:
             self.form(worker, feed)
         return True
 
     def wait_for_work(self, worker: Worker) -> Feed | None:
-        """A feed to form a window from; None when there is a task, or nothing will come any more."""
+        """A feed to form a window from; None when there is a part, or nothing will come any more."""
         while not (self.closing or worker.retired):
-            worker.beat = time.monotonic()
-            if self.tasks:
+            worker.alive()
+            if self.parts:
                 return None
-            others_form = any(other.forming for other in self.crew)  # their tasks will be there in a moment
+            others_form = any(other.forming for other in self.crew)  # their parts will be there in a moment
             feed = None if others_form else self.next_feed()
             if feed is not None:
                 return feed
+            worker.waiting = True
             self.condition.wait(BEAT_S)
+            worker.waiting = False
         return None
 
     def window_size(self, feed: Feed) -> int:
@@ -237,29 +251,29 @@ class Workers:
             worker.forming = None
             self.windows[window] = feed
             self.running += len(window.places)
-            self.tasks.extend(window.tasks)
+            self.parts.extend(shared_out(window, 1 + sum(other.waiting for other in self.crew)))
             self.condition.notify_all()
 
-    def perform(self, worker: Worker, task: Task | None) -> None:
-        if task is None:  # the watchdog has taken it away meanwhile
+    def perform(self, worker: Worker, part: Part | None) -> None:
+        if part is None:  # the watchdog has taken it away meanwhile
             return
-        run(task, self.metrics)
+        run(part, self.metrics, worker.alive)
         with self.condition:
             if worker.retired:
                 return
-            worker.task = None
-        self.ended(task)
+            worker.part = None
+        self.ended(part)
 
-    def ended(self, task: Task) -> None:
-        """Whoever ends the last task of a window adds up."""
+    def ended(self, part: Part) -> None:
+        """Whoever ends the last part of a window adds up."""
         with self.condition:
-            task.window.unfinished -= 1
-            last = task.window.unfinished == 0
+            part.window.unfinished -= 1
+            last = part.window.unfinished == 0
             if last:
-                self.running -= len(task.window.places)
+                self.running -= len(part.window.places)
         if last:
-            found = summed(task.window)
-            self.tell(lambda: self.hand_over(task.window, found))
+            found = summed(part.window)
+            self.tell(lambda: self.hand_over(part.window, found))
 
     def tell(self, news: Callable[[], None]) -> None:
         """To the event loop; after the end there is nobody left to be told."""

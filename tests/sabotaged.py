@@ -6,12 +6,12 @@ from typing import Any
 from model_store.library import Library
 from service import holder
 from service.__main__ import main
-from service.engine import Engine, Logits, Rows, open_engine
+from service.engine import Engine, Logits, Rows, open_served
 from service.settings import Settings
 
 
 def mortal(library: Library, settings: Settings) -> Engine:
-    made = open_engine(library, settings)
+    made = open_served(library, settings)
 
     def forward(member: int, rows: Rows) -> Logits:
         if (rows.min(axis=(1, 2, 3)) == 255).any():
@@ -23,5 +23,5 @@ def mortal(library: Library, settings: Settings) -> Engine:
 
 
 if __name__ == "__main__":
-    holder.open_engine = mortal  # type: ignore[attr-defined, assignment]
+    holder.open_served = mortal  # type: ignore[attr-defined]
     sys.exit(main())

@@ -25,10 +25,11 @@ from service import app as apps
 from service.__main__ import main
 from service.auth import Keys
 from service.check import figures, lines
+from service.cores import OPENING
 from service.engine import EngineRejected
 from service.engine.base import Folded, folded
 from service.errors import Text
-from service.holder import NICENESS, Holder
+from service.holder import Holder
 from service.logs import JsonLines
 from service.metrics import Metrics
 from service.sample import ship
@@ -255,7 +256,7 @@ def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
         with monkeypatch.context() as patched:
             patched.setattr("service.engine.folded", looks)
             await planes.holder.reload()
-        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)}
+        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + OPENING)}
         assert (await planes.classify()).status_code == 200
 
     with_planes(ask, tiny.path, state)
@@ -292,7 +293,7 @@ def test_an_engine_that_refuses_a_library_is_a_library_refused(
 
     async def swap(planes: Planes) -> None:
         before = planes.holder.current
-        monkeypatch.setattr("service.holder.open_engine", refuse)
+        monkeypatch.setattr("service.holder.open_served", refuse)
         with pytest.raises(StoreError, match="no such device"):
             await planes.holder.reload()
         assert planes.holder.current is before

@@ -14,8 +14,8 @@ from model_store.ensemble import calibrated
 from model_store.library import Library
 from model_store.structures import multiply_adds
 from service import engine as engines
+from service.cores import affinity, usable_cores
 from service.engine import EngineRejected, Rows, base, int8, open_engine, torch_engine
-from service.engine.cores import affinity, usable_cores
 from service.settings import Settings
 from tests.serving import some_rows, tiny_library
 from tests.tickets import CLASSES
@@ -267,7 +267,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 def test_threads_follow_the_container_s_quota(
     files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.engine.cores.affinity", lambda: 8)
+    monkeypatch.setattr("service.cores.affinity", lambda: 8)
     assert usable_cores(write(tmp_path, files)) == cores
 
 

@@ -21,13 +21,14 @@ from model_store.ensemble import calibrated, ensemble_logits, probabilities
 from model_store.library import Library
 from model_store.theta import Policy, inclusion_probabilities
 from service.admission import FairQueue, Pace, TokenBuckets
+from service.cores import RUNNING
 from service.engine import Engine, Rows, open_engine
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.metrics import LOT, Metrics
 from service.scheduler import Tally
 from service.settings import Settings
-from service.window import Model, Request, Window, lay_out, run, summed
-from service.workers import NICENESS, Workers
+from service.window import Model, Request, Window, lay_out, run, shared_out, summed
+from service.workers import Workers
 from tests.serving import Stand, engine, marks_its_members, some_rows, stand_in_library, until, with_scheduler
 
 # The law: a batched answer is the solo answer
@@ -45,6 +46,11 @@ def requests_of(*sizes: int, loop: asyncio.AbstractEventLoop) -> list[Request]:
     ]
 
 
+def run_whole(window: Window, threads: int = 2) -> None:
+    for part in shared_out(window, threads):
+        run(part, Metrics())
+
+
 @settings(deadline=None, max_examples=8)
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_a_batched_answer_equals_the_solo_answer_for_the_same_theta(
@@ -53,8 +59,7 @@ def test_a_batched_answer_equals_the_solo_answer_for_the_same_theta(
     loop = asyncio.new_event_loop()
     requests = requests_of(*sizes, loop=loop)
     window = lay_out(model, [(request, index) for request in requests for index in range(request.size)])
-    for task in window.tasks:
-        run(task, Metrics())
+    run_whole(window)
     found = summed(window)
     for place, (request, index) in enumerate(window.places):
         members = [calibrated(small_library.tickets[member]) for member in window.thetas[place].members]
@@ -77,8 +82,7 @@ def test_a_window_runs_each_drawn_ticket_once_and_the_costliest_first() -> None:
     loop = asyncio.new_event_loop()
     (request,) = requests_of(20, loop=loop)
     window = lay_out(Model(made, Policy.all(4), 10), [(request, index) for index in range(20)])
-    for task in window.tasks:
-        run(task, Metrics())
+    run_whole(window)
     assert calls == [(1, 20), (3, 20), (2, 20), (0, 20)]
     loop.close()
 
@@ -88,8 +92,7 @@ def test_repeats_of_a_ticket_count_twice_but_run_once() -> None:
     loop = asyncio.new_event_loop()
     (request,) = requests_of(40, loop=loop)
     window = lay_out(Model(engine(tickets=2), law, 10), [(request, index) for index in range(40)])
-    for task in window.tasks:
-        run(task, Metrics())
+    run_whole(window)
     found = summed(window)
     for row, theta in zip(found, window.thetas, strict=True):
         mean = np.zeros(10)
@@ -338,8 +341,7 @@ def test_rows_of_a_window_are_skipped_once_nobody_waits_for_them() -> None:
     places = [(gone, 0), (waiting, 0), (gone, 1), (waiting, 1), (waiting, 2)]
     window = lay_out(Model(engine(forward), Policy.all(4), 10), places)
     gone.live = False
-    for task in window.tasks:
-        run(task, Metrics())
+    run_whole(window)
     assert seen == [3] * 4
     assert np.allclose(summed(window)[[1, 3, 4]].sum(axis=1), 1)
     loop.close()
@@ -420,7 +422,7 @@ def test_engine_threads_stand_back_for_the_event_loop() -> None:
 
     async def looked(stand: Stand) -> None:
         await stand.submit(some_rows(1))
-        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)}
+        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + RUNNING)}
 
     with_scheduler(looked, forward=looks)
 

@@ -96,8 +96,8 @@ def local(given: argparse.Namespace) -> Json:
     from service.audits.audit import audit, labelled
     from service.audits.config import read_audit
     from service.audits.evaluate import cores_used, use_cores
+    from service.cores import usable_cores
     from service.engine import EngineRejected, chosen_device
-    from service.engine.cores import usable_cores
 
     try:
         device = str(chosen_device(given.device))

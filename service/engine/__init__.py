@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,22 +15,38 @@ import torch
 from model_store.library import Library
 from model_store.structures import multiply_adds
 from model_store.ticket import Ticket
+from service.cores import usable_cores
 from service.engine.base import (
+    Alive,
     Backend,
     Engine,
+    EngineDied,
     EngineRejected,
     Folded,
     Forward,
+    Jobs,
     Logits,
     Rows,
     difference,
     folded,
     reference,
 )
-from service.engine.cores import usable_cores
 from service.settings import Settings, state_folder
 
-__all__ = ["Engine", "EngineRejected", "Forward", "Logits", "Rows", "engine_threads", "open_engine"]
+__all__ = [
+    "Alive",
+    "Engine",
+    "EngineDied",
+    "EngineRejected",
+    "Forward",
+    "Jobs",
+    "Logits",
+    "Rows",
+    "engine_threads",
+    "open_engine",
+    "open_served",
+    "runs_apart",
+]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +74,29 @@ def open_engine(library: Library, settings: Settings, calibration: Rows | None =
         except EngineRejected as error:
             log.warning("engine refused, another is tried: %s", error)
     return started(last[0], library, tickets, settings, device, last[1], calibration)
+
+
+def open_served(library: Library, settings: Settings) -> Engine:
+    """As open_engine, but apart from this process where that is possible. Raises EngineRejected."""
+    if not runs_apart(settings):
+        return open_engine(library, settings)
+    from service.engine.processes import open_apart
+
+    try:
+        return open_apart(library, settings.model_copy(update={"engine": "openvino"}))
+    except EngineRejected as error:
+        if settings.engine != "auto" or settings.int8_images is not None:
+            raise
+        log.warning("engine refused, another is tried: %s", error)
+    return open_engine(library, settings.model_copy(update={"engine": "torch"}))
+
+
+def runs_apart(settings: Settings) -> bool:
+    """Whether the tickets get processes of their own. Other systems than Linux do not fork safely."""
+    if not settings.engine_processes or sys.platform != "linux":
+        return False
+    device = chosen_device(settings.device)
+    return device.type == "cpu" and chosen_backend(settings.engine, device) == "openvino"
 
 
 def engine_threads(settings: Settings) -> int:

@@ -1,6 +1,7 @@
 """What every backend shares: its function type, and what a ticket's logits have to be."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -17,6 +18,12 @@ Logits = NDArray[np.float32]
 """[N, classes], divided by the ticket's temperature."""
 Forward = Callable[[int, Rows], Logits]
 """(ticket's index in the library, its rows) -> its logits. May be called from several threads at once."""
+Jobs = Sequence[tuple[int, Sequence[int]]]
+"""(ticket's index, the places of its rows among some rows), one job a ticket."""
+Ran = tuple[Logits, float]
+"""What a job found, and its seconds."""
+Alive = Callable[[], None]
+"""Called between jobs: whoever watches knows that nothing hangs."""
 
 TOLERANCE: Final = 1e-4  # of logits, relative to the largest (or to 1, if that is smaller): float32 in another order
 HALF_TOLERANCE: Final = 2e-2  # the same for float16
@@ -25,6 +32,11 @@ INT8_TOLERANCE: Final = 1.0  # the same for 8 bits: only nonsense is refused; `b
 
 class EngineRejected(Exception):
     """A backend that is not there, or whose logits are not those of the tickets."""
+
+
+class EngineDied(BaseException):
+    """A process of the engine has died, or hung and was ended. Not an Exception: what it was at is not tried again, and
+    the thread that waited for it ends as if it had died itself."""
 
 
 class Backend(NamedTuple):
@@ -41,6 +53,8 @@ class Engine:
 
     threads: how many calls of `forward` may run at once.  costs: multiply-adds of one image by ticket.
     difference: the largest difference of a probe's logit from torch's in float32, relative as TOLERANCE is.
+    apart: several jobs at once in a process of its own, one of those below the process `host`; None where tickets run
+    in the calling thread.
     """
 
     name: str
@@ -51,6 +65,20 @@ class Engine:
     difference: float
     note: str
     warm_up_s: float
+    apart: Callable[[Rows, Jobs, Alive], list[Ran]] | None = None
+    host: int | None = None
+
+    def run(self, rows: Rows, jobs: Jobs, alive: Alive) -> list[Ran]:
+        """Every job's logits. Raises whatever the backend does."""
+        if self.apart is not None:
+            return self.apart(rows, jobs, alive)
+        found = []
+        for member, places in jobs:
+            begun = time.perf_counter()
+            logits = self.forward(member, rows[list(places)])
+            found.append((logits, time.perf_counter() - begun))
+            alive()
+        return found
 
 
 class Folded(NamedTuple):

@@ -83,7 +83,7 @@ async def soak(running: Running, seconds: float) -> dict[str, Any]:
         asyncio.ensure_future(task)
         for task in (
             watch(running, samples),
-            swap(running),
+            swap(running, odd),
             again(running.place, hang_up, odd, 0.05),
             again(running.place, nonsense, odd, 0.2),
             again(running.place, many, odd, 5.0),
@@ -94,8 +94,8 @@ async def soak(running: Running, seconds: float) -> dict[str, Any]:
     for task in beside:
         task.cancel()
     await asyncio.gather(*beside, return_exceptions=True)
+    await swapped(running, odd["swaps"])
     await asyncio.sleep(QUIET_S)
-    odd["swapped"] = int(running.metric('library_swaps_total{outcome="ok"}'))
     return {
         "seconds": seconds,
         "rate": round(LOAD * measured["images_per_s"], 1),
@@ -108,15 +108,24 @@ async def soak(running: Running, seconds: float) -> dict[str, Any]:
             "held_bytes": running.metric("http_bodies_held_bytes"),
         },
         "open_files": {"before": files, "after": running.open_files()},
+        "after_mb": round(running.memory_mb(), 1),
         "samples": samples,
         "memory_mb_per_hour": slope_per_hour(samples),
     }
 
 
-async def swap(running: Running) -> None:
+async def swap(running: Running, odd: Counter[str]) -> None:
     while True:
         await asyncio.sleep(SWAP_S)
         running.process.send_signal(signal.SIGHUP)
+        odd["swaps"] += 1
+
+
+async def swapped(running: Running, times: int) -> None:
+    """Waits until so many swaps are through: what is left is only counted then."""
+    async with asyncio.timeout(600):
+        while running.metric('library_swaps_total{outcome="ok"}') < times:  # noqa: ASYNC110 -- it is another process's
+            await asyncio.sleep(1)
 
 
 async def watch(running: Running, samples: list[dict[str, float]]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from service.engine.cores import usable_cores
+from service.cores import cpu_s, family, usable_cores
 from tests.bench import requests
 from tests.bench.requests import Form
 
@@ -110,7 +110,7 @@ class Running:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def cpu_s(self) -> float:
-        return sum(cpu_ticks(process) for process in family(self.process.pid)) / os.sysconf("SC_CLK_TCK")
+        return sum(cpu_s(process) for process in family(self.process.pid))
 
 
 @contextmanager
@@ -155,24 +155,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def family(pid: int) -> list[int]:
-    children: list[int] = []
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            children += [int(child) for child in (task / "children").read_text().split()]
-    return [pid, *(member for child in children for member in family(child))]
-
-
 def set_size_kb(pid: int) -> int:
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1])
-    return 0
-
-
-def cpu_ticks(pid: int) -> int:
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return int(fields[11]) + int(fields[12])
     return 0

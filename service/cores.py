@@ -1,5 +1,5 @@
 """How many cores this process may really use: its affinity and its container's CPU quota, not the host's count; and
-which of its threads go first on them."""
+which of its threads go first on them; and what other processes of ours use."""
 
 import contextlib
 import math
@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path("/")
+# On a core that both want, whatever runs tickets waits for the event loop, since what that has not read no admission
+# knows of; and what opens a library, while another is served, waits for both. Audits come last of all.
+RUNNING: Final = 5
+OPENING: Final = 10
 
 
 def stand_back(steps: int) -> None:
@@ -18,6 +22,27 @@ def stand_back(steps: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # forbidden in some sandbox: slower under overload, and no reason to die
             os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + steps)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it, where the system tells."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += [int(child) for child in (task / "children").read_text().split()]
+    return [pid, *(member for child in children for member in family(child))]
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has taken; 0 for one that is gone, or where the system does not tell."""
+    fields = " ".join(lines(Path(f"/proc/{pid}/stat"))).rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if len(fields) > 12 else 0.0
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process, with what it shares; 0 as above."""
+    fields = words(Path(f"/proc/{pid}/statm"))
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 
 
 def usable_cores(root: Path = ROOT) -> int:

@@ -1,0 +1,89 @@
+"""Tickets in processes of their own: the host's side, and a fork's.
+
+Forking after everything is compiled takes milliseconds and no memory. It is safe because the host has no other thread
+by then that could hold a lock; and each fork shows that its logits are the host's before it is given work.
+"""
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Final, NoReturn
+
+import numpy as np
+
+from service.cores import RUNNING, stand_back
+from service.engine.base import Engine, Logits, Rows, difference
+from service.engine.messages import ALIVE, PROVEN, WORD, failed, found, understood
+
+SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
+BEAT_S: Final = 0.25  # a fork that works shows life this often, if its tickets let it
+SAME: Final = 1e-6  # the same code on the same numbers
+
+
+def serve(descriptor: int, control: Connection, engine: Engine) -> None:
+    """Forks a process for every socket that comes, and says its number, until the service closes its end."""
+    rows = np.frombuffer(bytearray(os.urandom(2 * 3 * 32 * 32)), np.uint8).reshape(2, 3, 32, 32)
+    expected = every_ticket(engine, rows)
+    gc.collect()
+    gc.freeze()  # no collection of a fork has to touch, and so copy, what they share
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    with socket.socket(fileno=descriptor) as asked:
+        while True:
+            _, sockets, _, _ = socket.recv_fds(asked, 1, 1)
+            if not sockets:
+                return
+            pid = os.fork()
+            if pid == 0:
+                asked.close()
+                control.close()
+                fork(Connection(sockets[0]), engine, rows, expected)
+            os.close(sockets[0])
+            control.send_bytes(WORD.pack(pid))
+
+
+def every_ticket(engine: Engine, rows: Rows) -> Logits:
+    return np.stack([engine.forward(member, rows) for member in range(len(engine.costs))])
+
+
+def fork(connection: Connection, engine: Engine, rows: Rows, expected: Logits) -> NoReturn:
+    """Proves itself, then works until the connection is closed."""
+    with contextlib.suppress(EOFError, OSError):  # the service has ended, or has no use for this process any more
+        end_with_the_host()
+        stand_back(RUNNING)
+        if difference(every_ticket(engine, rows), expected) <= SAME:
+            connection.send_bytes(WORD.pack(PROVEN))
+            while True:
+                connection.send_bytes(answered(engine, connection.recv_bytes(), beat(connection)))
+    os._exit(0)  # without the host's own way out
+
+
+def answered(engine: Engine, message: bytes, alive: Callable[[], None]) -> bytes:
+    try:
+        return found(engine.run(*understood(message), alive))
+    except Exception as error:  # noqa: BLE001 -- whatever a backend raises is the asker's to handle
+        return failed(error)
+
+
+def beat(connection: Connection) -> Callable[[], None]:
+    last = time.monotonic()
+
+    def alive() -> None:
+        nonlocal last
+        if time.monotonic() - last > BEAT_S:
+            last = time.monotonic()
+            connection.send_bytes(WORD.pack(ALIVE))
+
+    return alive
+
+
+def end_with_the_host() -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)

@@ -1,0 +1,56 @@
+"""`python -m service.host SOCKET SETTINGS`: opens a library, compiles it, and forks a process for whoever asks.
+
+Started by `service/engine/processes.py`, which says why. It ends, and every fork with it, when SOCKET is closed.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.cores import OPENING, stand_back
+
+if TYPE_CHECKING:
+    from service.engine import Engine
+
+
+def main(descriptor: int, words: dict[str, Any]) -> int:
+    control = Connection(os.dup(descriptor))
+    with ThreadPoolExecutor(1, "open", initializer=stand_back, initargs=(OPENING,)) as pool:
+        engine, said = pool.submit(opened, words).result()
+    with contextlib.suppress(BrokenPipeError):  # the service has ended meanwhile
+        control.send_bytes(json.dumps(said).encode())
+    if engine is None:
+        return 1
+    from service.engine import forks
+
+    forks.serve(descriptor, control, engine)
+    return 0
+
+
+def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
+    """The engine, and what the service is told: what it is, or why there is none. The imports alone take seconds, so
+    they are here, at this thread's priority."""
+    from model_store.errors import StoreError
+    from model_store.library import open_library
+    from service.engine import EngineRejected, open_engine
+    from service.engine.messages import described
+    from service.logs import log_as_json
+    from service.settings import Settings
+
+    settings = Settings(**words["settings"])
+    log_as_json(settings.log_level)
+    try:
+        library = open_library(Path(words["library"]))
+        engine = open_engine(library, settings)
+    except (StoreError, EngineRejected) as error:
+        return None, {"refused": str(error)}
+    return engine, described(engine, library.digest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), json.loads(sys.argv[2])))
