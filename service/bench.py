@@ -171,7 +171,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int) -> None:
-    """As the service does it when many wait: each thread a window of its own."""
+    """Each thread a window of its own: nothing is shared out, nobody waits for anybody."""
 
     def window(start: int) -> None:
         groups: dict[int, list[int]] = {}

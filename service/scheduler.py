@@ -1,10 +1,10 @@
 """From rows to answers: a theta for every row, rows grouped by ticket, each drawn ticket run once on its rows.
 
 Rows wait in fair queues. Whenever an engine thread has nothing to do it takes the next window of rows, draws a theta
-for each, lays out one task per drawn ticket, and shares them with the threads that have nothing to do either; whoever
-ends the last part of a window adds up. So nothing waits for a window to fill, one window is formed while the last tasks
-of another run, and the event loop is woken once per window. A window's rows are answered together, which hides much of
-what their ensembles cost.
+for each, lays out one task per drawn ticket, and puts them into as many parts of equal cost as there are threads;
+whoever ends the last part of a window adds up. So nothing waits for a window to fill, one window is formed while the
+last part of another runs, and the event loop is woken once per window. A window's rows are answered together, which
+hides much of what their ensembles cost.
 """
 
 import asyncio

@@ -43,7 +43,6 @@ class Worker:
     beat: float
     part: Part | None = None
     forming: list[tuple[Request, int]] | None = None
-    waiting: bool = False
     dead: bool = False
     retired: bool = False
 
@@ -224,9 +223,7 @@ class Workers:
             feed = None if others_form else self.next_feed()
             if feed is not None:
                 return feed
-            worker.waiting = True
             self.condition.wait(BEAT_S)
-            worker.waiting = False
         return None
 
     def window_size(self, feed: Feed) -> int:
@@ -251,7 +248,7 @@ class Workers:
             worker.forming = None
             self.windows[window] = feed
             self.running += len(window.places)
-            self.parts.extend(shared_out(window, 1 + sum(other.waiting for other in self.crew)))
+            self.parts.extend(shared_out(window, self.threads))
             self.condition.notify_all()
 
     def perform(self, worker: Worker, part: Part | None) -> None:
