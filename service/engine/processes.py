@@ -79,10 +79,11 @@ class Process:
     pid: int
     connection: Connection
 
-    def end(self) -> None:
-        """Whatever it is at."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+    def end(self, *, hangs: bool = False) -> None:
+        """hangs: it holds its end of the connection, so its number is still its own."""
+        if hangs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         self.connection.close()
 
 
@@ -96,7 +97,7 @@ class Pool:
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
         self.free: queue.SimpleQueue[Process] = queue.SimpleQueue()
-        weakref.finalize(self, ended, control, popen)
+        weakref.finalize(self, ended, control, popen).atexit = False  # the system closes sockets then
 
     def fill(self, processes: int) -> None:
         for process in [self.hired() for _ in range(processes)]:
@@ -109,10 +110,12 @@ class Pool:
             try:
                 with socket.socket(fileno=os.dup(self.control.fileno())) as control:
                     socket.send_fds(control, [b"\0"], [theirs.fileno()])
+                if not self.control.poll(self.timeout_s):
+                    raise TimeoutError
                 (pid,) = WORD.unpack(self.control.recv_bytes())
             except (EOFError, OSError):
                 ours.close()
-                raise EngineDied("the process that starts the others has ended") from None
+                raise EngineDied("the process that starts the others has ended, or hangs") from None
         process = Process(pid, Connection(ours.detach()))
         if self.heard(process) != WORD.pack(PROVEN):
             process.end()
@@ -121,13 +124,15 @@ class Pool:
 
     def heard(self, process: Process) -> bytes:
         """What it says next. Raises EngineDied, and ends it, if it has died or is silent for too long."""
+        hangs = False
         try:
             if process.connection.poll(self.timeout_s):
                 return process.connection.recv_bytes()
+            hangs = True
         except (EOFError, OSError):
             pass
-        process.end()
-        raise EngineDied("a process of the engine died or hung")
+        process.end(hangs=hangs)
+        raise EngineDied("a process of the engine hung" if hangs else "a process of the engine died")
 
     def run(self, rows: Rows, jobs: Jobs, alive: Alive) -> list[Ran]:
         """Raises RuntimeError with the name of what a process raised, EngineDied."""

@@ -144,7 +144,8 @@ def soaked(whole: Found) -> str:
         f"{whole['p50_ms']:.0f} ms, p99 {whole['p99_ms']:.0f} ms; beside it {counts(whole['beside'])}; memory grows by "
         f"{whole['memory_mb_per_hour']:.0f} MB an hour; afterwards {whole['left']['queue_depth']:.0f} rows queued, "
         f"{whole['left']['in_flight']:.0f} requests and {whole['left']['held_bytes']:.0f} bytes held, "
-        f"{whole['open_files']['before']} → {whole['open_files']['after']} open files, {whole['after_mb']:,.0f} MB. {told(whole)}"
+        f"{whole['open_files']['before']} → {whole['open_files']['after']} open files, {whole['after_mb']:,.0f} MB. "
+        f"{told(whole)}"
     )
 
 
