@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from model_store.ensemble import probabilities
 from model_store.theta import Policy, Theta, draw_theta
 from service.engine import Alive, Engine, Logits, Rows
 from service.errors import ServiceError
@@ -209,6 +207,12 @@ def summed(window: Window) -> Probabilities:
         places = [place for task, _ in done for place in task.places]
         times = np.array([times for task, _ in done for times in task.times], np.float32)
         np.add.at(sums, places, np.concatenate([logits for _, logits in done]) * times[:, None])
-    sizes = torch.tensor([len(theta.members) for theta in window.thetas])
-    found: Probabilities = probabilities(torch.from_numpy(sums), sizes).numpy()
+    sizes = np.array([len(theta.members) for theta in window.thetas], np.float32)
+    return softmax(sums / sizes[:, None])
+
+
+def softmax(logits: Probabilities) -> Probabilities:
+    """By row. As `model_store.ensemble.probabilities` has it; torch would take a third of a millisecond to begin."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    found: Probabilities = powers / powers.sum(axis=1, keepdims=True)
     return found

@@ -1,5 +1,6 @@
 """What a thread of the service and its process say to each other. Numbers only: nothing is unpickled."""
 
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any, Final
@@ -14,33 +15,34 @@ WORD: Final = struct.Struct("q")
 
 def question(rows: Rows, jobs: Jobs) -> bytes:
     """How many jobs; (ticket, how many rows) of each; the places of its rows; all rows."""
-    head = [len(jobs), *(number for member, places in jobs for number in (member, len(places)))]
+    head = [number for member, places in jobs for number in (member, len(places))]
     places = [place for _, places in jobs for place in places]
-    return np.array(head + places, np.int32).tobytes() + np.ascontiguousarray(rows).tobytes()
+    return struct.pack(f"{1 + len(head) + len(places)}i", len(jobs), *head, *places) + rows.tobytes()
 
 
 def understood(message: bytes) -> tuple[Rows, Jobs]:
-    (count,) = np.frombuffer(message, np.int32, 1).tolist()
-    pairs = np.frombuffer(message, np.int32, 2 * count, 4).reshape(-1, 2)
-    total = int(pairs[:, 1].sum())
-    places = np.frombuffer(message, np.int32, total, 4 + 8 * count)
-    rows = np.frombuffer(message, np.uint8, offset=4 + 8 * count + 4 * total).reshape(-1, 3, 32, 32)
-    parts = [part.tolist() for part in np.split(places, np.cumsum(pairs[:, 1])[:-1])]
-    return rows, list(zip(pairs[:, 0].tolist(), parts, strict=True))
+    (count,) = struct.unpack_from("i", message)
+    head = struct.unpack_from(f"{2 * count}i", message, 4)
+    members, sizes = head[::2], head[1::2]
+    places = struct.unpack_from(f"{sum(sizes)}i", message, 4 + 4 * len(head))
+    rows = np.frombuffer(message, np.uint8, offset=4 + 4 * len(head) + 4 * len(places)).reshape(-1, 3, 32, 32)
+    ends = itertools.accumulate(sizes)
+    return rows, [(member, places[end - size : end]) for member, size, end in zip(members, sizes, ends, strict=True)]
 
 
 def found(ran: Sequence[Ran]) -> bytes:
     """The seconds of each job; all logits."""
-    seconds = np.array([seconds for _, seconds in ran], np.float64)
-    return WORD.pack(FOUND) + seconds.tobytes() + np.concatenate([logits for logits, _ in ran]).tobytes()
+    seconds = struct.pack(f"{len(ran)}d", *(seconds for _, seconds in ran))
+    return WORD.pack(FOUND) + seconds + b"".join(logits.tobytes() for logits, _ in ran)
 
 
 def read(answer: bytes, jobs: Jobs, classes: int) -> list[Ran]:
     """`found` without its first word."""
-    seconds = np.frombuffer(answer, np.float64, len(jobs)).tolist()
+    seconds = struct.unpack_from(f"{len(jobs)}d", answer)
     logits = np.frombuffer(answer, np.float32, offset=8 * len(jobs)).reshape(-1, classes)
-    cuts = np.cumsum([len(places) for _, places in jobs])[:-1]
-    return list(zip(np.split(logits, cuts), seconds, strict=True))
+    sizes = [len(places) for _, places in jobs]
+    ends = itertools.accumulate(sizes)
+    return [(logits[end - size : end], passed) for size, end, passed in zip(sizes, ends, seconds, strict=True)]
 
 
 def failed(error: Exception) -> bytes:

@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -106,6 +107,7 @@ class Pool:
     def hired(self) -> Process:
         """Raises EngineDied."""
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit(self.timeout_s))
         with self.lock, theirs:
             try:
                 with socket.socket(fileno=os.dup(self.control.fileno())) as control:
@@ -124,15 +126,14 @@ class Pool:
 
     def heard(self, process: Process) -> bytes:
         """What it says next. Raises EngineDied, and ends it, if it has died or is silent for too long."""
-        hangs = False
         try:
-            if process.connection.poll(self.timeout_s):
-                return process.connection.recv_bytes()
-            hangs = True
+            return process.connection.recv_bytes()
+        except BlockingIOError:  # the socket's own limit
+            process.end(hangs=True)
+            raise EngineDied("a process of the engine hung") from None
         except (EOFError, OSError):
-            pass
-        process.end(hangs=hangs)
-        raise EngineDied("a process of the engine hung" if hangs else "a process of the engine died")
+            process.end()
+            raise EngineDied("a process of the engine died") from None
 
     def run(self, rows: Rows, jobs: Jobs, alive: Alive) -> list[Ran]:
         """Raises RuntimeError with the name of what a process raised, EngineDied."""
@@ -161,6 +162,12 @@ class Pool:
 
     def forward(self, member: int, rows: Rows) -> Logits:
         return self.run(rows, [(member, list(range(len(rows))))], lambda: None)[0][0]
+
+
+def limit(seconds: float) -> bytes:
+    """A timeval."""
+    whole = int(seconds)
+    return struct.pack("ll", whole, max(1, round(1e6 * (seconds - whole))))
 
 
 def ended(control: Connection, popen: "subprocess.Popen[bytes]") -> None:
