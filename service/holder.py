@@ -1,10 +1,14 @@
 """The library being served, whether it may be asked, and how another takes its place."""
 
 import asyncio
+import gc
 import logging
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -18,6 +22,7 @@ from service.scheduler import Gate, Scheduler
 from service.settings import Settings
 from service.workers import Workers
 
+COLLECT_S: Final = 2.0  # between collections while the engine of a replaced library is still there
 log = logging.getLogger(__name__)
 
 
@@ -44,8 +49,10 @@ class Holder:
         self.gate = Gate(settings, metrics)
         niceness = 0 if runs_apart(settings) else RUNNING
         self.workers = Workers(engine_threads(settings), settings, metrics, on_broken, niceness=niceness)
-        self.workers.on_beat = self.tell
+        self.workers.on_beat = self.beat
         self.opening = asyncio.Lock()
+        self.leaving: list[weakref.ref[Engine]] = []  # engines of libraries that others have taken the place of
+        self.collected = 0.0
         self.spent: dict[int, float] = {}  # processor seconds of the engine's processes, as last told
 
     async def start(self) -> Serving:
@@ -68,6 +75,8 @@ class Holder:
         async with self.opening:
             library, engine = await self.opened()
             scheduler = Scheduler(library, engine, self.workers, self.gate, self.settings, self.metrics)
+            if self.current is not None:
+                self.leaving.append(weakref.ref(self.current.engine))
             self.current = Serving(library, engine, scheduler)
             self.workers.probe = lambda: engine.forward(0, np.zeros((1, 3, 32, 32), np.uint8))
             self.describe(library)
@@ -114,8 +123,17 @@ class Holder:
     def ready(self) -> bool:
         return not self.reason
 
+    def beat(self) -> None:
+        """At every beat of the watchdog. Requests that failed can keep a library alive in circles of exceptions and
+        frames, and on a server at rest no collection would come by: the memory is too much to leave to that."""
+        self.tell()
+        self.leaving = [engine for engine in self.leaving if engine() is not None]
+        if self.leaving and time.monotonic() - self.collected > COLLECT_S:
+            gc.collect()
+            self.collected = time.monotonic()
+
     def tell(self) -> None:
-        """The state as metrics; called whenever it may have changed, and at every beat of the watchdog."""
+        """The state as metrics, whenever it may have changed."""
         self.metrics.set("ready", float(self.ready))
         self.metrics.set("draining", float(self.draining))
         if self.current is not None and self.current.engine.host is not None:

@@ -28,7 +28,7 @@ from service.workers import Workers
 
 # Of the time left, what may be spent waiting by the estimate. At twice the capacity everyone admitted waits as long as
 # the gate allows: with all of it a third came too late, by the estimate's error, after their rows had been computed.
-SURE: Final = 0.5
+SURE: Final = 0.4
 
 
 class Gate:

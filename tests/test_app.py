@@ -1,6 +1,7 @@
 """Both planes over a real engine and a tiny library, in process."""
 
 import asyncio
+import gc
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,6 +262,24 @@ def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
         assert (await planes.classify()).status_code == 200
 
     with_planes(ask, tiny.path, state)
+
+
+def test_a_replaced_library_goes_though_something_dead_still_holds_it(tiny: Library, state: Path) -> None:
+    async def swap(planes: Planes) -> None:
+        assert planes.holder.current is not None
+        engine = weakref.ref(planes.holder.current.engine)
+        circle: list[Any] = [planes.holder.current]
+        circle.append(circle)
+        del circle
+        gc.disable()  # a server at rest allocates nothing that would start a collection
+        try:
+            await planes.holder.reload()
+            await until(lambda: engine() is None)
+        finally:
+            gc.enable()
+        assert (await planes.classify()).status_code == 200
+
+    with_planes(swap, tiny.path, state)
 
 
 def test_a_request_keeps_the_library_it_began_with(state: Path, tmp_path: Path) -> None:

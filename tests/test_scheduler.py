@@ -297,7 +297,7 @@ def test_what_cannot_be_ready_in_time_is_refused_at_once() -> None:
         blocker = stand.task(some_rows(10))
         await until(lambda: stand.gate.rows == 10)
         stand.gate.pace.row_s = 1.0
-        for within_s in (5.0, 20.0):  # 11 s by the estimate: half of the time has to do
+        for within_s in (5.0, 20.0):  # 11 s by the estimate: two fifths of the time have to do
             with pytest.raises(Overloaded) as refused:
                 await stand.task(some_rows(1), within_s=within_s)
             assert refused.value.retry_after == 10

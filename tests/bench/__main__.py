@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--library", type=Path, help="folder of the library (the embedded one)")
     parser.add_argument("--seconds", type=float, help="of every measurement (20), of the overload (60)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak (10)")
-    parser.add_argument("--only", nargs="*", help="servers, such as tombola fastapi 'mosec grouped' (all)")
+    parser.add_argument("--only", nargs="*", help="peers, such as fastapi 'mosec grouped' (all); ours always")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--into", type=Path, help="report: the page whose table is rebuilt")
     given = parser.parse_args()
@@ -89,17 +89,32 @@ def version_of(package: str) -> str:
 
 
 def compare(given: argparse.Namespace, state: Path) -> dict[str, Any]:
-    """(a) the raw engine, (b) this server, (c) its peers, which come first: ours is also given the best ones' load."""
+    """(a) the raw engine, (b) this server, (c) its peers, which come first: ours is also given the best ones' load. The
+    raw engine is measured before and after ours: a shared machine is not as fast ten minutes later."""
     prepare_peers()
-    servers = [*peers(state), ours(given.library, state)]
-    chosen = [server for server in servers if not given.only or server.name in given.only]
-    found: dict[str, Any] = {"raw": raw(given, state), "forwards": forwards(given, state), "servers": {}}
-    for server in chosen:
-        rates = [] if server.kind else [peer["rate"] for peer in best_peers(found["servers"]).values()]
-        with started(server, given.library) as running:
-            found["servers"][server.name] = measured(server, running, given.seconds, rates)
-        print(f"{server.name}: done", flush=True)
+    served: dict[str, Any] = {}
+    for server in peers(state):
+        if not given.only or server.name in given.only:
+            served[server.name] = benched(server, given, [])
+    before = raw(given, state), forwards(given, state)
+    mine = ours(given.library, state)
+    served[mine.name] = benched(mine, given, [peer["rate"] for peer in best_peers(served).values()])
+    after = raw(given, state), forwards(given, state)
+    found = {"raw": mean_of(before[0], after[0]), "forwards": mean_of(before[1], after[1]), "servers": served}
     return found | {"ratios": ratios(found)}
+
+
+def benched(server: Server, given: argparse.Namespace, rates: Sequence[float]) -> dict[str, Any]:
+    with started(server, given.library) as running:
+        found = measured(server, running, given.seconds, rates)
+    print(f"{server.name}: done", flush=True)
+    return found
+
+
+def mean_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Of two runs, what they measured: numbers with a fraction."""
+    means = {name: round((first[name] + second[name]) / 2, 3) for name in first if isinstance(first[name], float)}
+    return first | means | {"runs": [first, second]}
 
 
 def raw(given: argparse.Namespace, state: Path) -> dict[str, Any]:
