@@ -26,7 +26,9 @@ from typing import Any, Final
 
 from model_store.errors import StoreError
 from model_store.library import open_library, write_library
+from service.cores import family
 from service.sample import ship
+from tests.bench.servers import set_size_kb
 from tests.tickets import CLASSES, eight_tickets, items
 
 ROOT: Final = Path(__file__).parent.parent.parent
@@ -299,8 +301,7 @@ def prove_inside(proof: Proof, process: int, image: Json) -> None:
     proof.check("HEALTHCHECK succeeds when ready", holds=within(process, *image["Healthcheck"]["Test"][1:]) == 0)
     sockets = listening(process)
     proof.check("the admin plane listens on loopback", holds=sockets == {("00000000", 8000), ("0100007F", 8001)})
-    kilobytes = status["VmRSS"].split()[0]
-    proof.figures["resident_mb"] = round(int(kilobytes) / 1000)
+    proof.figures["resident_mb"] = round(sum(set_size_kb(member) for member in family(process)) / 1000)
 
 
 def prove_outside(proof: Proof, library: str) -> None:
