@@ -39,25 +39,25 @@ def add_parser(commands: Any) -> None:
     raw = kinds.add_parser("raw", help="the engine on recorded draws, against the plain loop")
     raw.add_argument("--images", type=int, default=512, help="images, each with a recorded draw (512)")
     raw.add_argument("--seed", type=int, default=0, help="of the images and the draws (0)")
-    raw.set_defaults(measure=raw_engine)
+    raw.set_defaults(measure=raw_engine, opened=open_served)
     latency = kinds.add_parser("latency", help="mutual information between an answer's time and its ensemble's size")
     latency.add_argument("--images", type=int, default=1500, help="single images, one after the other (1500)")
     latency.add_argument(
         "--quantum-ms", type=float, nargs="+", default=[10.0, 25.0], help="the quanta to compare with none (10 25)"
     )
-    latency.set_defaults(measure=latency_information, table=leak.table)
+    latency.set_defaults(measure=latency_information, opened=open_served, table=leak.table)
     whole = kinds.add_parser("capacity", help="processor time of an image in a whole server, and replicas for a load")
     whole.add_argument("--images", type=int, default=2000, help="images of each kind of request (2000)")
-    whole.set_defaults(measure=server_capacity, table=capacity.table)
+    whole.set_defaults(measure=server_capacity, opened=open_engine, table=capacity.table)
     digits = kinds.add_parser("precision", help="how well one answer tells the ensemble that gave it")
     digits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
     digits.add_argument("--images", type=int, default=40, help="of them (40)")
     digits.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    digits.set_defaults(measure=answer_precision, table=disclosure.table)
+    digits.set_defaults(measure=answer_precision, opened=open_engine, table=disclosure.table)
     bits = kinds.add_parser("int8", help="what 8 bits cost in accuracy and buy in time")
     bits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
     bits.add_argument("--images", type=int, default=500, help="of them; 256 more are to calibrate on (500)")
-    bits.set_defaults(measure=eight_bits, table=rounding.table)
+    bits.set_defaults(measure=eight_bits, opened=open_engine, table=rounding.table)
     for kind in (latency, whole, digits, bits):
         kind.add_argument("--into", type=Path, help="page in which the table of these figures is written anew")
     for kind in (raw, latency, whole, digits, bits):
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace) -> int:
     settings = read_settings({name: value for name, value in vars(given).items() if name in FLAGS})
     library = open_library(settings.library)
     try:
-        engine = open_served(library, settings)
+        engine = given.opened(library, settings)
         figures, line = given.measure(given, settings, library, engine)
     except (EngineRejected, DataRejected) as error:
         raise SettingsRejected(str(error)) from None

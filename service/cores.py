@@ -2,6 +2,7 @@
 which of its threads go first on them; and what other processes of ours use."""
 
 import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ ROOT: Final = Path("/")
 # knows of; and what opens a library, while another is served, waits for both. Audits come last of all.
 RUNNING: Final = 5
 OPENING: Final = 10
+SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 
 
 def stand_back(steps: int) -> None:
@@ -43,6 +45,13 @@ def resident_bytes(pid: int) -> int:
     """Memory of a process, with what it shares; 0 as above."""
     fields = words(Path(f"/proc/{pid}/statm"))
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
+
+
+def end_with_the_parent(number: int) -> None:
+    """This process gets the signal when the thread that started it ends. Only Linux has that."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, number)
 
 
 def usable_cores(root: Path = ROOT) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -127,6 +128,13 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 -- the condition is somebody else's
             await asyncio.sleep(0.002)
+
+
+def holds(condition: Callable[[], bool]) -> None:
+    late = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < late, "the condition did not come true"
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,19 +18,12 @@ import pytest
 from PIL import Image
 
 from service.sample import ship
-from tests.serving import ROOT, Process, serving, tiny_library
+from tests.serving import ROOT, Process, holds, serving, tiny_library
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_library(tmp_path_factory.mktemp("tiny") / "library").path
-
-
-def holds(condition: Callable[[], bool]) -> None:
-    late = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < late, "the condition did not come true"
-        time.sleep(0.01)
 
 
 def png(colour: str) -> bytes:

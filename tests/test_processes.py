@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from service.metrics import Metrics
 from service.sample import ship
 from service.settings import Settings
 from service.window import Model, Part, Request, lay_out, run, shared_out, summed
-from tests.serving import over_and_over, serving, some_rows, tiny_library
+from tests.serving import holds, over_and_over, serving, some_rows, tiny_library
 
 pytest.importorskip("openvino")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tickets get processes of their own on Linux alone")
@@ -72,13 +71,6 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def holds(condition: Callable[[], bool]) -> None:
-    late = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < late, "the condition did not come true"
-        time.sleep(0.01)
 
 
 # What is said

@@ -1,7 +1,5 @@
 """The process of one audit: low priority, its folder for everything, and it ends when the service does."""
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -10,14 +8,15 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+from service.cores import end_with_the_parent
+
 FAILED: Final = 2
 Json = dict[str, Any]
 
 
 def main(folder: Path, niceness: int) -> int:
     """Runs the audit that job.json asks for. Its events, and why it failed, go to events.jsonl."""
-    end_with_the_parent()
+    end_with_the_parent(signal.SIGTERM)  # a killed service takes its audit with it; the next one resumes it
     os.nice(niceness)
     events = folder / "events.jsonl"
 
@@ -62,13 +61,6 @@ def work(folder: Path, job: Json, tell: Any) -> None:
         int8_images=served,
         tell=tell,
     )
-
-
-def end_with_the_parent() -> None:
-    """A service that is killed takes its audit with it; the next one resumes it."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ by then that could hold a lock; and each fork shows that its logits are the host
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,11 +16,10 @@ from typing import Final, NoReturn
 
 import numpy as np
 
-from service.cores import RUNNING, stand_back
+from service.cores import RUNNING, end_with_the_parent, stand_back
 from service.engine.base import Engine, Logits, Rows, difference
 from service.engine.messages import ALIVE, PROVEN, WORD, failed, found, understood
 
-SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 BEAT_S: Final = 0.25  # a fork that works shows life this often, if its tickets let it
 SAME: Final = 1e-6  # the same code on the same numbers
 
@@ -55,7 +52,7 @@ def every_ticket(engine: Engine, rows: Rows) -> Logits:
 def fork(connection: Connection, engine: Engine, rows: Rows, expected: Logits) -> NoReturn:
     """Proves itself, then works until the connection is closed."""
     with contextlib.suppress(EOFError, OSError):  # the service has ended, or has no use for this process any more
-        end_with_the_host()
+        end_with_the_parent(signal.SIGKILL)
         stand_back(RUNNING)
         if difference(every_ticket(engine, rows), expected) <= SAME:
             connection.send_bytes(WORD.pack(PROVEN))
@@ -81,9 +78,3 @@ def beat(connection: Connection) -> Callable[[], None]:
             connection.send_bytes(WORD.pack(ALIVE))
 
     return alive
-
-
-def end_with_the_host() -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)

@@ -138,14 +138,14 @@ def overloaded(whole: Found) -> str:
 
 
 def soaked(whole: Found) -> str:
-    size = f", {whole['after_mb']:,.0f} MB" if "after_mb" in whole else ""  # results of before 2026-11-26 lack it
     return (
         f"Soak, {whole['seconds'] / 60:.0f} minutes at {whole['rate']:.0f} images/s beside 200 slow senders, hang-ups, "
         f"nonsense, requests of 100 images, and the library swapped every minute: {counts(whole['statuses'])}; p50 "
         f"{whole['p50_ms']:.0f} ms, p99 {whole['p99_ms']:.0f} ms; beside it {counts(whole['beside'])}; memory grows by "
         f"{whole['memory_mb_per_hour']:.0f} MB an hour; afterwards {whole['left']['queue_depth']:.0f} rows queued, "
         f"{whole['left']['in_flight']:.0f} requests and {whole['left']['held_bytes']:.0f} bytes held, "
-        f"{whole['open_files']['before']} → {whole['open_files']['after']} open files{size}. {told(whole)}"
+        f"{whole['open_files']['before']} → {whole['open_files']['after']} open files, "
+        f"{whole['after_mb']:,.0f} MB. {told(whole)}"
     )
 
 
