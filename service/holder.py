@@ -5,7 +5,7 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +14,7 @@ import numpy as np
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
-from service.cores import OPENING, RUNNING, cpu_s, family, resident_bytes, stand_back
+from service.cores import OPENING, RUNNING, cpu_s, resident_bytes, stand_back
 from service.engine import Engine, EngineRejected, engine_threads, open_served, runs_apart
 from service.errors import NotReady
 from service.metrics import Metrics
@@ -136,15 +136,16 @@ class Holder:
         """The state as metrics, whenever it may have changed."""
         self.metrics.set("ready", float(self.ready))
         self.metrics.set("draining", float(self.draining))
-        if self.current is not None and self.current.engine.host is not None:
-            self.tell_of_processes(self.current.engine.host)
+        pids = [] if self.current is None else self.current.engine.pids()
+        if pids:
+            self.tell_of_processes(pids)
 
-    def tell_of_processes(self, host: int) -> None:
-        spent = {pid: cpu_s(pid) for pid in family(host)}
+    def tell_of_processes(self, pids: Sequence[int]) -> None:
+        spent = {pid: cpu_s(pid) for pid in pids}
         self.metrics.inc(
             "engine_cpu_seconds_total", sum(max(0, s - self.spent.get(pid, 0)) for pid, s in spent.items())
         )
-        self.metrics.set("engine_resident_memory_bytes", resident_bytes(host))
+        self.metrics.set("engine_resident_memory_bytes", resident_bytes(pids[0]))
         self.spent = spent
 
     def drain(self) -> None:

@@ -56,13 +56,13 @@ def engine(tiny: Library, state: Path) -> Iterator[Engine]:
     """For tests that do not."""
     made = open_served(tiny, settings(state, engine_timeout_s=1.0))
     yield made
-    if made.host is not None and alive(made.host):
-        os.kill(made.host, signal.SIGKILL)
+    host = made.pids()[0]
+    if alive(host):
+        os.kill(host, signal.SIGKILL)
 
 
 def forks(engine: Engine) -> list[int]:
-    assert engine.host is not None
-    return family(engine.host)[1:]
+    return family(engine.pids()[0])[1:]
 
 
 def alive(pid: int) -> bool:
@@ -118,7 +118,7 @@ def test_logits_are_those_of_this_process(shared: Engine, tiny: Library, state: 
         np.testing.assert_allclose(logits, here.forward(member, rows[places]), atol=1e-6)
         np.testing.assert_allclose(logits, shared.forward(member, rows[places]), atol=1e-6)
         assert seconds > 0
-    assert here.host is None
+    assert here.pids() == []
     assert len(forks(shared)) == 2
 
 
@@ -137,7 +137,7 @@ def test_a_process_stands_back_for_the_event_loop(shared: Engine) -> None:
 def test_no_secret_is_handed_on(tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOMBOLA_ADMIN_TOKEN", "a-secret-that-stays-here")
     made = open_served(tiny, settings(state))
-    for pid in family(made.host or 0):
+    for pid in made.pids():
         assert b"a-secret-that-stays-here" not in Path(f"/proc/{pid}/environ").read_bytes()
         assert b"a-secret-that-stays-here" not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
@@ -171,7 +171,7 @@ def test_a_process_that_hangs_is_ended_and_another_takes_its_place(engine: Engin
 
 
 def test_without_its_host_there_is_no_engine(engine: Engine) -> None:
-    pids = family(engine.host or 0)
+    pids = engine.pids()
     os.kill(pids[0], signal.SIGKILL)
     holds(lambda: not any(alive(pid) for pid in pids))
     with pytest.raises(EngineDied):
@@ -180,7 +180,7 @@ def test_without_its_host_there_is_no_engine(engine: Engine) -> None:
 
 def test_a_forgotten_engine_ends_its_processes(tiny: Library, state: Path) -> None:
     made = open_served(tiny, settings(state))
-    pids = family(made.host or 0)
+    pids = made.pids()
     assert len(pids) == 3
     del made
     gc.collect()
@@ -188,14 +188,14 @@ def test_a_forgotten_engine_ends_its_processes(tiny: Library, state: Path) -> No
 
 
 def test_what_the_processes_use_is_told(shared: Engine) -> None:
-    before = sum(cpu_s(pid) for pid in family(shared.host or 0))
+    before = sum(cpu_s(pid) for pid in shared.pids())
 
     def more() -> bool:
         shared.forward(0, some_rows(64))
-        return sum(cpu_s(pid) for pid in family(shared.host or 0)) > before + 0.05
+        return sum(cpu_s(pid) for pid in shared.pids()) > before + 0.05
 
     holds(more)
-    assert resident_bytes(shared.host or 0) > 50e6
+    assert resident_bytes(shared.pids()[0]) > 50e6
     assert (cpu_s(2**22 + 1), resident_bytes(2**22 + 1)) == (0, 0)
 
 

@@ -53,8 +53,8 @@ class Engine:
 
     threads: how many calls of `forward` may run at once.  costs: multiply-adds of one image by ticket.
     difference: the largest difference of a probe's logit from torch's in float32, relative as TOLERANCE is.
-    apart: several jobs at once in a process of its own, one of those below the process `host`; None where tickets run
-    in the calling thread.
+    apart: several jobs at once in a process of its own; None where tickets run in the calling thread.
+    pids: of the processes that are there for that, the host's first.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Engine:
     note: str
     warm_up_s: float
     apart: Callable[[Rows, Jobs, Alive], list[Ran]] | None = None
-    host: int | None = None
+    pids: Callable[[], list[int]] = list
 
     def run(self, rows: Rows, jobs: Jobs, alive: Alive) -> list[Ran]:
         """Every job's logits. Raises whatever the backend does."""

@@ -50,7 +50,7 @@ def open_apart(library: Library, settings: Settings) -> Engine:
         pool.fill(found["threads"])
     except EngineDied as error:
         raise EngineRejected(f"engine {found['name']}: {error}") from None
-    return Engine(forward=pool.forward, apart=pool.run, host=popen.pid, **found)
+    return Engine(forward=pool.forward, apart=pool.run, pids=pool.pids, **found)
 
 
 def launched(library: Library, settings: Settings) -> "tuple[Connection, subprocess.Popen[bytes]]":
@@ -80,13 +80,6 @@ class Process:
     pid: int
     connection: Connection
 
-    def end(self, *, hangs: bool = False) -> None:
-        """hangs: it holds its end of the connection, so its number is still its own."""
-        if hangs:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        self.connection.close()
-
 
 class Pool:
     """Processes that are free. A thread takes one for each part of a window, and a new one where there is none, so that
@@ -94,6 +87,8 @@ class Pool:
 
     def __init__(self, control: Connection, popen: "subprocess.Popen[bytes]", classes: int, timeout_s: float) -> None:
         self.control = control
+        self.host = popen.pid
+        self.forks: dict[int, Process] = {}
         self.classes = classes
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
@@ -103,6 +98,9 @@ class Pool:
     def fill(self, processes: int) -> None:
         for process in [self.hired() for _ in range(processes)]:
             self.free.put(process)
+
+    def pids(self) -> list[int]:
+        return [self.host, *list(self.forks)]
 
     def hired(self) -> Process:
         """Raises EngineDied."""
@@ -118,21 +116,29 @@ class Pool:
             except (EOFError, OSError):
                 ours.close()
                 raise EngineDied("the process that starts the others has ended, or hangs") from None
-        process = Process(pid, Connection(ours.detach()))
+        process = self.forks[pid] = Process(pid, Connection(ours.detach()))
         if self.heard(process) != WORD.pack(PROVEN):
-            process.end()
+            self.dismiss(process)
             raise EngineDied("a new process said something else than that its logits are right")
         return process
+
+    def dismiss(self, process: Process, *, hangs: bool = False) -> None:
+        """hangs: it holds its end of the connection, so its number is still its own."""
+        self.forks.pop(process.pid, None)
+        if hangs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        process.connection.close()
 
     def heard(self, process: Process) -> bytes:
         """What it says next. Raises EngineDied, and ends it, if it has died or is silent for too long."""
         try:
             return process.connection.recv_bytes()
         except BlockingIOError:  # the socket's own limit
-            process.end(hangs=True)
+            self.dismiss(process, hangs=True)
             raise EngineDied("a process of the engine hung") from None
         except (EOFError, OSError):
-            process.end()
+            self.dismiss(process)
             raise EngineDied("a process of the engine died") from None
 
     def run(self, rows: Rows, jobs: Jobs, alive: Alive) -> list[Ran]:
@@ -156,7 +162,7 @@ class Pool:
             try:
                 process.connection.send_bytes(message)
             except OSError:
-                process.end()
+                self.dismiss(process)
             else:
                 return process
 
