@@ -4,7 +4,7 @@
 #   docker build -t tombola:cuda .                                       the default wheels bring CUDA (several GB)
 #   docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -p 8000:8000 tombola:cpu
 #
-# Also: EXTRAS for optional dependencies ("tracing", "tracing audit"), VERSION, COMMIT and CREATED for the labels,
+# Also: EXTRAS for optional dependencies ("tracing"), VERSION, COMMIT and CREATED for the labels,
 # PYTHON_IMAGE for a base pinned by digest.
 # tests/container/prove.py builds and runs this file without a container engine and checks what is promised here.
 ARG PYTHON_IMAGE=python:3.11-slim
@@ -25,7 +25,7 @@ ARG TORCH_INDEX_URL=
 RUN grep '^torch' all.txt > torch.txt \
     && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
 # The second step must not trade the chosen torch for another. A server has no use for headers, compilers, tests,
-# OpenVINO's plugins for devices that we run with torch, its readers of other formats, and pip. Licences stay where
+# examples, OpenVINO's plugins for devices that we run with torch, its readers of other formats, and pip. Licences stay where
 # each package keeps them; packages.json lists every package with its version and licence.
 RUN pip freeze > held.txt \
     && pip install --constraint held.txt -r all.txt \
@@ -35,7 +35,8 @@ RUN pip freeze > held.txt \
         openvino/libs/libopenvino_onnx_frontend.so* openvino/libs/libopenvino_tensorflow*_frontend.so* \
         openvino/libs/libopenvino_paddle_frontend.so* openvino/libs/libopenvino_gguf_frontend.so* \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
-    && find numpy matplotlib sympy -type d -name tests -prune -exec rm -r {} + \
+    && rm -rf pyautoattack/examples sklearn/datasets/data sklearn/datasets/images \
+    && find numpy matplotlib sympy scipy sklearn -type d -name tests -prune -exec rm -r {} + \
     && pip inspect --local > /opt/tombola/packages.json \
     && pip uninstall --yes pip
 

@@ -252,10 +252,10 @@ def listening(process: int) -> set[tuple[str, int]]:
     return {(row[1].split(":")[0], int(row[1].split(":")[1], 16)) for row in rows if row[3] == "0A"}
 
 
-def within(process: int, *command: str) -> int:
-    """The exit code of a command run in the container, as its user: what `docker exec` does."""
+def within(process: int, image: Json, *command: str) -> int:
+    """The exit code of a command run in the container, as its user and in its environment: what `docker exec` does."""
     enter = ["nsenter", "--target", str(process), "--mount", "--net", "--pid", "--root", "--wd"]
-    plain = ["env", "--ignore-environment", "PATH=/opt/tombola/bin:/usr/bin:/bin", *command]
+    plain = ["env", "--ignore-environment", *image["Env"], *command]
     drop = ["setpriv", "--reuid", "10001", "--regid", "10001", "--clear-groups"]
     return subprocess.run([*enter, *drop, *plain], capture_output=True, check=False).returncode
 
@@ -274,6 +274,7 @@ def prove_running(proof: Proof, root: str, library: str) -> None:
             process = first_process(server.pid)
             prove_inside(proof, process, image)
             prove_outside(proof, library)
+            prove_audit(proof, process, image)
             prove_end(proof, server, process)
         finally:
             server.kill()
@@ -298,7 +299,7 @@ def prove_inside(proof: Proof, process: int, image: Json) -> None:
     proof.check("it can gain none", holds=status["NoNewPrivs"] == "1")
     mounts = [line.split() for line in Path(f"/proc/{process}/mountinfo").read_text().splitlines()]
     proof.check("its root is read-only", holds=any(m[4] == "/" and "ro" in m[5].split(",") for m in mounts))
-    proof.check("HEALTHCHECK succeeds when ready", holds=within(process, *image["Healthcheck"]["Test"][1:]) == 0)
+    proof.check("HEALTHCHECK succeeds when ready", holds=within(process, image, *image["Healthcheck"]["Test"][1:]) == 0)
     sockets = listening(process)
     proof.check("the admin plane listens on loopback", holds=sockets == {("00000000", 8000), ("0100007F", 8001)})
     proof.figures["resident_mb"] = round(sum(set_size_kb(member) for member in family(process)) / 1000)
@@ -310,6 +311,14 @@ def prove_outside(proof: Proof, library: str) -> None:
     proof.check("the admin plane is out of reach", holds=not reachable(8001) and status_of("/metrics")[0] == 404)
     said = run("ip", "-n", NETWORK, "route", "show", "default")
     proof.check("it needed no network to start", holds=said == "")
+
+
+def prove_audit(proof: Proof, process: int, image: Json) -> None:
+    """Beside the server, from what the image holds: the smoke profile, and what only longer ones ask with."""
+    audit = ["python", "-m", "service", "audit", "--profile", "smoke", "--out", "/tmp/audit"]  # noqa: S108 -- as above
+    proof.check("an audit runs in it, and is valid", holds=within(process, image, *audit) == 0)
+    asks = "import httpx, art.attacks.evasion, art.estimators.classification"
+    proof.check("the black-box attacks are there", holds=within(process, image, "python", "-c", asks) == 0)
 
 
 def prove_end(proof: Proof, server: subprocess.Popen[bytes], process: int) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel, per_image, project
 from service.audits.attacks.losses import ensembles, log_expected_softmax
-from service.audits.errors import AuditRejected
 from service.audits.evaluate import CERTAIN, Target, failure
 
 Proxy = Literal["soft-vote", "mean-logits", "mean-log-softmax"]
@@ -103,17 +102,6 @@ def isolated(seed: int) -> Iterator[None]:
             random.setstate(python_state)
 
 
-def require_pyautoattack() -> Any:
-    try:
-        import pyautoattack
-        import pyautoattack.autopgd_base
-        import pyautoattack.fab_pt
-        import pyautoattack.square
-    except ImportError:
-        raise AuditRejected("pyautoattack is not installed: `pip install tombola[audit]`, or leave it out") from None
-    return pyautoattack
-
-
 def attack(
     target: Target, images: Tensor, labels: Tensor, threat: ThreatModel, standard: Standard, seed: int
 ) -> Tensor:
@@ -150,24 +138,23 @@ def offer(kept: Riskiest, final: Tensor) -> None:
 def built(
     classifier: ExpectedLogits, threat: ThreatModel, standard: Standard, seed: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    library = require_pyautoattack()
+    from pyautoattack import autopgd_base, fab_pt, square  # here, since a server that only serves has no use for them
+
     norm, device = NORMS[threat.norm], classifier.target.draws.rows.device
     shared: dict[str, Any] = {"eps": threat.epsilon, "seed": seed, "device": device}
     shared |= {"norm": norm, "n_iter": standard.iterations, "n_restarts": standard.restarts, "verbose": False}
     if standard.method in ("apgd-ce", "apgd-dlr"):
-        apgd = library.autopgd_base.APGDAttack(classifier, loss=standard.method.removeprefix("apgd-"), **shared)
+        apgd = autopgd_base.APGDAttack(classifier, loss=standard.method.removeprefix("apgd-"), **shared)
         return lambda x, y: apgd.perturb(x, y, best_loss=True)  # the highest loss: a proxy's mistake is not our risk
     if standard.method == "apgd-t":
-        targeted = library.autopgd_base.APGDAttack_targeted(classifier, n_target_classes=standard.targets, **shared)
+        targeted = autopgd_base.APGDAttack_targeted(classifier, n_target_classes=standard.targets, **shared)
         return lambda x, y: targeted.perturb(x, y)
     if standard.method == "fab-t":
-        fab = library.fab_pt.FABAttack_PT(classifier, targeted=True, n_target_classes=standard.targets, **shared)
+        fab = fab_pt.FABAttack_PT(classifier, targeted=True, n_target_classes=standard.targets, **shared)
         return lambda x, y: fab.perturb(x, y)
     settings = {("n_queries" if name == "n_iter" else name): value for name, value in shared.items()}
-    square = library.square.SquareAttack(
-        no_graph(classifier), p_init=0.8, loss="margin", resc_schedule=False, **settings
-    )
-    return lambda x, y: square.perturb(x, y)
+    search = square.SquareAttack(no_graph(classifier), p_init=0.8, loss="margin", resc_schedule=False, **settings)
+    return lambda x, y: search.perturb(x, y)
 
 
 def no_graph(classifier: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -55,10 +55,8 @@ class Oracle(Protocol):
 
 
 def http_client() -> Any:
-    try:
-        import httpx
-    except ImportError:
-        raise AuditRejected("httpx is not installed: `pip install tombola[audit]`, or attack in process") from None
+    import httpx
+
     return httpx.Client(timeout=TIMEOUT_S)
 
 
@@ -315,7 +313,6 @@ def hop_skip_jump(
     oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: BlackBox, seed: int
 ) -> list[Stop]:
     """Minimises the distance from an image of another class; what it holds is clipped into the ball and handed on."""
-    attacks, estimators = require_art()
     classes, limit = oracle(pixels[:1]).shape[1], settings.probes * settings.averages
     each = []
     with isolated(seed):
@@ -323,8 +320,7 @@ def hop_skip_jump(
             candidates = [image, *other_classes(pixels, labels, place)[:STARTS]]
             votes = Votes(oracle, image, label, classes, settings.averages, limit, candidates[1])
             votes.start(candidates)
-            classifier = estimators.BlackBoxClassifier(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
-            hop(attacks, classifier, votes)
+            hop(votes, classes)
             each.append(votes)
     epsilon, clean = int(threat.epsilon * 255 + 1e-6), pixels.numpy().astype(np.int16)
     stops = []
@@ -335,11 +331,15 @@ def hop_skip_jump(
     return stops
 
 
-def hop(attacks: Any, classifier: Any, votes: Votes) -> None:
+def hop(votes: Votes, classes: int) -> None:
+    from art.attacks.evasion import HopSkipJump  # here: it takes seconds
+    from art.estimators.classification import BlackBoxClassifier
+
     if torch.equal(votes.best, votes.clean):
         return  # misread as it is
     clean, start = ((image.numpy() / 255).astype(np.float32)[None] for image in (votes.clean, votes.best))
-    attack = attacks.HopSkipJump(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
+    classifier = BlackBoxClassifier(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
+    attack = HopSkipJump(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
     with suppress(Spent):
         attack.generate(clean, np.array([votes.label]), x_adv_init=start)
 
@@ -351,14 +351,3 @@ def other_classes(pixels: Tensor, labels: Tensor, place: int) -> list[Tensor]:
         raise AuditRejected("HopSkipJump needs images of at least two classes to start from")
     away = (pixels[others].float() - pixels[place].float()).flatten(1).norm(dim=1)
     return [pixels[index] for index in others[away.argsort()].tolist()]
-
-
-def require_art() -> tuple[Any, Any]:
-    try:
-        from art.attacks import evasion
-        from art.estimators import classification
-    except ImportError:
-        raise AuditRejected(
-            "adversarial-robustness-toolbox is not installed: `pip install tombola[audit]`, or leave HopSkipJump out"
-        ) from None
-    return evasion, classification
