@@ -5,6 +5,7 @@ The comparison over HTTP with other servers is `make bench`.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -28,8 +29,11 @@ from service import capacity, disclosure, leak, rounding
 from service.audits.data import read_data
 from service.audits.errors import DataRejected
 from service.engine import Engine, EngineRejected, Rows, engine_threads, open_engine, open_served
+from service.leak import scheduling
+from service.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
 
+ASKERS: Final = 32
 FLAGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")
 
 
@@ -125,7 +129,8 @@ def described(engine: Engine) -> dict[str, Any]:
 def raw_engine(
     given: argparse.Namespace, settings: Settings, library: Library, engine: Engine
 ) -> tuple[dict[str, Any], str]:
-    """Images per second on the same images and draws: one by one in torch, and by the engine in windows."""
+    """Images per second on the same images and draws, one by one in torch and by the engine in windows; and, on draws
+    of their own, for ASKERS who wait for answers: all of the server but HTTP and decoding."""
     rng = random.Random(given.seed)
     images = np.random.default_rng(given.seed).integers(0, 256, (given.images, 3, 32, 32), np.uint8)
     thetas = [draw_theta(library.policy, rng) for _ in range(given.images)]
@@ -133,6 +138,7 @@ def raw_engine(
     networks = [ticket.network() for ticket in library.tickets]
     plain = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
     grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.window_rows))
+    asked = given.images / timed(lambda: asyncio.run(waited_for(library, engine, settings, images)))
     figures = {
         "images": given.images,
         "seed": given.seed,
@@ -141,8 +147,13 @@ def raw_engine(
         "plain_loop_images_per_s": round(plain, 1),
         "engine_images_per_s": round(grouped, 1),
         "ratio": round(grouped / plain, 2),
+        "askers": ASKERS,
+        "without_http_images_per_s": round(asked, 1),
     }
-    return figures, f"engine {grouped:.0f} images/s, plain loop {plain:.0f}: {grouped / plain:.1f} times"
+    return figures, (
+        f"engine {grouped:.0f} images/s, plain loop {plain:.0f}: {grouped / plain:.1f} times; "
+        f"{asked:.0f} for {ASKERS} who wait for answers, without HTTP"
+    )
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -182,6 +193,18 @@ def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int)
 
     with ThreadPoolExecutor(engine.threads) as pool:
         list(pool.map(window, range(0, len(images), size)))
+
+
+async def waited_for(library: Library, engine: Engine, settings: Settings, images: Rows) -> None:
+    """Each asker takes the next image when the last is answered."""
+    left = iter(images)
+    async with scheduling(Scheduler, library, engine, settings) as scheduler:
+
+        async def asker() -> None:
+            for image in left:
+                await scheduler.submit(image[None], client="bench")
+
+        await asyncio.gather(*(asker() for _ in range(ASKERS)))
 
 
 # What digits tell

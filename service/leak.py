@@ -9,8 +9,9 @@ import math
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from service.settings import Settings
 from service.window import Window
 from service.workers import Workers
 
+Kind = TypeVar("Kind", bound=Scheduler)
 BINS: Final = 16  # of equally many latencies each
 SHUFFLES: Final = 20
 
@@ -62,19 +64,27 @@ def leak(
 
 
 async def latencies(library: Library, engine: Engine, settings: Settings, images: int) -> tuple[list[float], list[int]]:
+    rows = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
+    seconds = []
+    async with scheduling(Spy, library, engine, settings) as spy:
+        spy.sizes = []
+        for _ in range(images):
+            begun = time.perf_counter()
+            await spy.submit(rows, client="bench")
+            seconds.append(time.perf_counter() - begun)
+    return seconds, spy.sizes
+
+
+@asynccontextmanager
+async def scheduling(kind: type[Kind], library: Library, engine: Engine, settings: Settings) -> AsyncIterator[Kind]:
+    """A scheduler with threads of its own, as a server would have them."""
     metrics = Metrics()
     workers = Workers(engine.threads, settings, metrics, lambda: None, niceness=RUNNING if engine.apart is None else 0)
     workers.start()
-    spy = Spy(library, engine, workers, Gate(settings, metrics), settings, metrics)
-    spy.sizes = []
-    rows = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
-    seconds = []
-    for _ in range(images):
-        begun = time.perf_counter()
-        await spy.submit(rows, client="bench")
-        seconds.append(time.perf_counter() - begun)
-    workers.stop()
-    return seconds, spy.sizes
+    try:
+        yield kind(library, engine, workers, Gate(settings, metrics), settings, metrics)
+    finally:
+        workers.stop()
 
 
 def mutual_information(seconds: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:

@@ -94,7 +94,33 @@ def test_the_engine_says_what_it_is_and_how_near_to_torch(engine: base.Engine, s
 
 def test_compiled_models_are_kept_on_disk(engine: base.Engine, state: Path) -> None:
     if engine.name == "openvino":
-        assert len(list((state / "engine").glob("*.blob"))) == 8 * len(openvino.BATCHES)
+        assert len(list((state / "engine").rglob("*.blob"))) == 8 * len(openvino.BATCHES)
+
+
+def test_compiled_models_are_found_again_by_the_same_library(tiny: Library, tmp_path: Path) -> None:
+    settings = Settings(engine="openvino", state_dir=tmp_path, threads=2)
+    open_engine(tiny, settings)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "engine").rglob("*.blob")}
+    again = open_engine(tiny, settings)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "engine").rglob("*.blob")} == kept
+    assert len(kept) == len(tiny.tickets) * len(openvino.BATCHES)
+    assert again.difference <= base.TOLERANCE
+
+
+def test_compiled_models_of_the_last_libraries_stay_and_the_rest_goes(tiny: Library, tmp_path: Path) -> None:
+    settings = Settings(engine="openvino", state_dir=tmp_path)
+    for place in range(engines.KEPT + 1):
+        folder = tmp_path / "engine" / f"older-{place}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (place, place))
+    open_engine(tiny, settings)
+    left = {path.name for path in (tmp_path / "engine").iterdir()}
+    assert left == {tiny.digest} | {f"older-{place}" for place in range(2, engines.KEPT + 1)}
+
+
+def test_without_room_for_compiled_models_there_is_an_engine_all_the_same(tiny: Library, tmp_path: Path) -> None:
+    (tmp_path / "engine").write_text("where a folder should be")
+    assert open_engine(tiny, Settings(engine="openvino", state_dir=tmp_path)).name == "openvino"
 
 
 # Choosing
@@ -140,7 +166,7 @@ def test_a_damaged_cache_is_passed_by(monkeypatch: pytest.MonkeyPatch, tiny: Lib
     caches = wrong_once(monkeypatch, times=1)
     found = open_engine(tiny, Settings(engine="openvino", state_dir=tmp_path))
     assert found.name == "openvino"
-    assert caches == [tmp_path / "engine", None]
+    assert caches == [tmp_path / "engine" / tiny.digest, None]
 
 
 def test_auto_falls_back_to_torch_when_logits_differ(

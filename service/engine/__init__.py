@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES: Final = 256
+KEPT: Final = 2  # libraries whose compiled models stay on disk: the one served, and the way back to the one before
 PROBES: Final = 3  # random images on which every ticket is compared with torch in float32: a pair and one alone
 
 
@@ -161,7 +163,7 @@ def started(
     calibration: Rows | None,
 ) -> Engine:
     begun, threads = time.perf_counter(), engine_threads(settings)
-    cache = state_folder(settings) / "engine" if cached else None
+    cache = cache_of(library, settings) if cached else None
     backend = build(name, tickets, cache, device, threads, calibration)
     difference = verified(name, backend, tickets, threads, None if calibration is None else calibration[-PROBES:])
     return Engine(
@@ -174,6 +176,23 @@ def started(
         note=backend.note,
         warm_up_s=time.perf_counter() - begun,
     )
+
+
+def cache_of(library: Library, settings: Settings) -> Path | None:
+    """The folder of a library's compiled models; those of the libraries that were opened last stay, the rest goes. None
+    where there is no room for it."""
+    everything = state_folder(settings) / "engine"
+    folder = everything / library.digest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        by_age = sorted(everything.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        log.warning("compiled models are not kept: %s", error)
+        return None
+    return folder
 
 
 def build(

@@ -60,6 +60,7 @@ class Compiled:
         try:
             if calibration is not None:
                 model = in_eight_bits(core, model, calibration, ONE_CORE)
+            name_nodes(model)
             self.batches = {size: Batch(core, model, size, options) for size in BATCHES}
         except RuntimeError as error:  # OpenVINO's own text says where in its sources it gave up
             raise EngineRejected(f"OpenVINO cannot compile {ticket.name}: {str(error).splitlines()[0]}") from error
@@ -115,6 +116,15 @@ def graph(ticket: Folded) -> Any:
     pooled = ops.reduce_mean(features, np.array([2, 3]), keep_dims=True)
     logits = ops.reshape(layer(network.classifier, pooled), np.array([0, -1]), special_zero=True)
     return openvino.Model([ops.divide(logits, ops.constant(np.float32(ticket.temperature)))], [pixels])
+
+
+def name_nodes(model: Any) -> None:
+    """OpenVINO's own names count all nodes of the process, and it finds compiled models on disk by names, too: without
+    names that come again, none would ever be found."""
+    for place, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(str(place))
+    model.input().get_tensor().set_names({"pixels"})
+    model.output().get_tensor().set_names({"logits"})
 
 
 def layer(module: nn.Module, x: Node) -> Node:
