@@ -53,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     add_flags(serve)
     serve.set_defaults(run=run_serve)
     check = commands.add_parser("check", help="verify a library, warm it up, measure it", description=run_check.__doc__)
-    check.add_argument("library", nargs="?", type=Path, help="folder of the library (the embedded one)")
+    check.add_argument(
+        "library", nargs="?", type=Path, help="folder of the library (TOMBOLA_LIBRARY, or the embedded one)"
+    )
     check.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_flags(check, CHECKED)
     check.set_defaults(run=run_check)
@@ -116,7 +118,6 @@ def run_check(given: argparse.Namespace) -> int:
     """Verifies a library, warms it up, compares its logits with torch's and measures it. Exit code 0 if all is well."""
     from service.check import figures, lines
 
-    given.library = given.library or Settings.model_fields["library"].default
     found = figures(read_settings({name: value for name, value in vars(given).items() if value is not None}))
     print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found)))
     return 0

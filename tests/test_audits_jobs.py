@@ -19,7 +19,9 @@ from fastapi import FastAPI
 
 from model_store.library import Library, write_library
 from service import errors
+from service.__main__ import main
 from service.audits import jobs as jobs_module
+from service.audits.command import INVALID
 from service.audits.errors import AuditConflict
 from service.audits.jobs import Jobs
 from service.audits.routes import router
@@ -28,6 +30,7 @@ from service.auth import AdminGate
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.audit_models import tiny
+from tests.planes import behind_a_port
 from tests.tickets import items, make_ticket
 
 Json = dict[str, Any]
@@ -167,6 +170,27 @@ def test_an_audit_from_request_to_report(plane: Plane, monkeypatch: pytest.Monke
     shown = plane.ask("GET", f"/admin/audits/{audit}").json()
     assert "library" not in shown
     assert shown["progress"]["share"] == 1
+
+
+def test_the_command_asks_a_running_service_shows_how_it_goes_and_keeps_the_report(
+    plane: Plane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs_module, "NICENESS", 1)
+    plane.jobs.start()
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    words = ["--profile", "smoke", "--images", "2", "--attacks", "paper-eot", "--epsilons", "8"]
+    with behind_a_port(plane.app) as place:
+        words += ["--url", f"http://{place}", "--out", str(tmp_path / "out")]
+        assert main(["audit", *words]) == 2
+        assert "401" in capsys.readouterr().err
+        code = main(["audit", *words, "--token-file", str(tmp_path / "token")])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert code == (INVALID if report["verdict"] == "invalid" else 0)
+    shown = capsys.readouterr().out
+    assert shown.count("\ncheck ") == 34
+    assert "%  paper-eot on tombola" in shown
+    assert f"report {report['digest'][:12]}" in shown
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_only_whole_valid_audits_of_the_served_library_say_what_all_attacks_left(plane: Plane) -> None:

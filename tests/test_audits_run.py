@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from model_store.errors import LibraryRejected
 from model_store.library import write_library
 from service.audits import checks, checks_attack, checks_model, sanity, systems
 from service.audits.audit import audit, labelled
@@ -249,6 +250,17 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
 def test_the_command_says_what_is_wrong(words: list[str], text: str, library: Any, tmp_path: Path, capsys: Any) -> None:
     assert command(*words, "--threads", "1", "--out", str(tmp_path / "out"), str(library.path)) == 2
     assert text in capsys.readouterr().err
+
+
+def test_the_configured_library_is_the_one_that_is_audited(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("TOMBOLA_LIBRARY", str(library.path))
+    words = ["--profile", "smoke", "--data", "nothing.zip", "--threads", "1", "--out", str(tmp_path / "out")]
+    assert command(*words) == 2  # after the library was opened
+    monkeypatch.setenv("TOMBOLA_LIBRARY", str(tmp_path / "nothing"))
+    with pytest.raises(LibraryRejected, match=f"{tmp_path}/nothing: no such folder"):
+        command(*words)
 
 
 def test_generated_images_are_for_smoke_alone(library: Any) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 BELOW: Final = 3  # exit code: the figure is below --fail-under
+AGAIN_S: Final = 0.5  # until a running service is asked again, when it has ended what it was telling
 INVALID: Final = 4  # exit code: a hard check failed
 EPILOG: Final = """\
 examples:
@@ -35,7 +37,9 @@ def add_parser(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("library", nargs="?", type=Path, help="folder of the library (the embedded one)")
+    parser.add_argument(
+        "library", nargs="?", type=Path, help="folder of the library (TOMBOLA_LIBRARY, or the embedded one)"
+    )
     parser.add_argument("--profile", default="standard", help="smoke, standard or full (standard)")
     parser.add_argument("--data", help="zip, npz or folder of labelled images; with --url, the name of a data set")
     parser.add_argument("--attacks", nargs="*", help="only these (all of the profile's)")
@@ -98,6 +102,7 @@ def local(given: argparse.Namespace) -> Json:
     from service.audits.evaluate import cores_used, use_cores
     from service.cores import usable_cores
     from service.engine import EngineRejected, chosen_device
+    from service.settings import read_settings
 
     try:
         device = str(chosen_device(given.device))
@@ -105,7 +110,7 @@ def local(given: argparse.Namespace) -> Json:
         raise AuditRejected(str(error)) from None
     use_cores(given.threads or usable_cores())
     asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
-    library = open_library(given.library)
+    library = open_library(given.library or read_settings({}).library)
     outside = open_library(given.outside) if given.outside else None
     data: Labelled = labelled(asked, library, Path(given.data) if given.data else None)
     print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
@@ -162,9 +167,10 @@ def remote(given: argparse.Namespace) -> Json:
     """Starts an audit on the admin plane and waits for its report."""
     import httpx
 
-    headers = {}
-    if given.token_file:
-        headers["authorization"] = f"Bearer {given.token_file.read_text(encoding='ascii').strip()}"
+    token = given.token_file.read_text(encoding="utf-8", errors="replace").strip() if given.token_file else ""
+    if not token.isascii():
+        raise AuditRejected(f"{given.token_file}: not an admin token")
+    headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
         with httpx.Client(base_url=given.url, headers=headers, timeout=60) as client:
             return waited(client, given)
@@ -176,13 +182,32 @@ def waited(client: Any, given: argparse.Namespace) -> Json:
     asked = {**request_of(given), **({"data": given.data} if given.data else {})}
     job = answered(client.post("/admin/audits", json=asked))
     print(f"audit {job['id']}: about {job['cost']['seconds'] / 60:.0f} min")
-    while (state := answered(client.get(f"/admin/audits/{job['id']}")))["state"] in ("queued", "running"):
-        time.sleep(2.0)
+    seen = 0
+    with Shown() as shown:
+        while (state := answered(client.get(f"/admin/audits/{job['id']}")))["state"] in ("queued", "running"):
+            seen = followed(client, job["id"], seen, shown)
+            time.sleep(AGAIN_S)
     if state["state"] != "done":
         raise AuditError(f"audit {job['id']}: {state['state']}: {state.get('why', '')}")
     report = answered(client.get(f"/admin/audits/{job['id']}/report.json"))
     keep(given.out, report, client.get(f"/admin/audits/{job['id']}/report").text)
     return report
+
+
+def followed(client: Any, name: str, seen: int, shown: Shown) -> int:
+    """Shows what the audit tells until it ends, or is silent for too long; how much has been shown by then."""
+    import httpx
+
+    with suppress(httpx.TimeoutException), client.stream("GET", f"/admin/audits/{name}/events") as answer:
+        if answer.is_error:
+            raise AuditError(f"{answer.url}: {answer.status_code}")
+        told = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
+        for place, text in enumerate(told):
+            event = json.loads(text)
+            if place >= seen and "event" in event:  # the last one is the state, asked for anew
+                shown.tell(event)
+                seen = place + 1
+    return seen
 
 
 def keep(folder: Path, report: Json, page: str) -> None:
