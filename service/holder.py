@@ -3,12 +3,13 @@
 import asyncio
 import gc
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from service.workers import Workers
 
 COLLECT_S: Final = 2.0  # between collections while the engine of a replaced library is still there
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,14 @@ class Holder:
 
     async def opened(self) -> tuple[Library, Engine]:
         """Off the event loop, by threads that stand back for those that answer meanwhile. Processes would inherit that
-        priority for good, so whoever starts those has the usual one."""
+        priority for good, so whoever starts those and waits for them has the usual one."""
         loop = asyncio.get_running_loop()
         slowly = ThreadPoolExecutor(1, "open", initializer=stand_back, initargs=(OPENING,))
         try:
             library = await loop.run_in_executor(slowly, open_library, self.settings.library)
-            where = None if runs_apart(self.settings) else slowly
-            return library, await loop.run_in_executor(where, open_served, library, self.settings)
+            if runs_apart(self.settings):
+                return library, await left_behind(lambda: open_served(library, self.settings))
+            return library, await loop.run_in_executor(slowly, open_served, library, self.settings)
         except EngineRejected as error:
             raise LibraryRejected(f"{library.path}: {error}") from error
         finally:
@@ -151,3 +154,18 @@ class Holder:
     def drain(self) -> None:
         self.draining = True
         self.tell()
+
+
+async def left_behind(work: Callable[[], Result]) -> Result:
+    """As asyncio.to_thread, in a thread that the end of the process does not wait for."""
+    answer: Future[Result] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as error:  # noqa: BLE001 -- whoever waits gets it
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="open", daemon=True).start()
+    return await asyncio.wrap_future(answer)

@@ -32,7 +32,7 @@ def found() -> dict[str, Any]:
         "b": server("plain", 60.0, 90.0),
         "b grouped": server("grouped", 150, 70),
     }
-    raw = {"ratio": 7.5, "engine_images_per_s": 320.0}
+    raw = {"ratio": 7.5, "engine_images_per_s": 320.0, "without_http_images_per_s": 310.0, "askers": 32}
     return {"raw": raw, "forwards": {"median_sum_ms": 8.0}, "servers": {**peers, "tombola": ours}}
 
 
@@ -49,6 +49,7 @@ def test_the_best_peer_of_a_kind_is_the_one_that_answers_most_and_its_load_80_pe
 def test_ratios_worked_by_hand(found: dict[str, Any]) -> None:
     result = ratios(found)
     assert result["raw_over_plain_loop"] == 7.5
+    assert result["without_http_over_raw"] == 0.969  # 310 / 320
     assert result["http_over_raw_at_32"] == 0.938  # 300 / 320
     assert result["idle_p50_over_forwards"] == 1.25  # 10 / 8
     plain = {"peer": "a", "images_per_s": 3.0, "rate": 80.0, "p99_ms": 20.0, "peer_p99_ms": 400.0}

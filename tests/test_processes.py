@@ -269,6 +269,22 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
     holds(lambda: not any(alive(pid) for pid in now))
 
 
+def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being_opened(
+    tiny: Library, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
+    command += ["--library", str(tiny.path), "--state-dir", str(tmp_path), "--engine", "openvino"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        holds(lambda: b"service.host" in Path(f"/proc/{family(process.pid)[-1]}/cmdline").read_bytes())
+        host = family(process.pid)[-1]
+        os.kill(host, signal.SIGSTOP)  # it will be opening for ever
+        try:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+        finally:
+            os.kill(host, signal.SIGKILL)
+
+
 def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path) -> None:
     with serving(tiny.path, tmp_path / "state", "--engine", "openvino") as process:
         pids = family(process.process.pid)

@@ -48,6 +48,9 @@ def ratios(found: Found) -> Found:
     if OURS not in servers:
         return result
     mine = at(servers[OURS], 32)
+    result["without_http_over_raw"] = round(
+        found["raw"]["without_http_images_per_s"] / found["raw"]["engine_images_per_s"], 3
+    )
     result["http_over_raw_at_32"] = round(mine["images_per_s"] / found["raw"]["engine_images_per_s"], 3)
     result["idle_p50_over_forwards"] = round(at(servers[OURS], 1)["p50_ms"] / found["forwards"]["median_sum_ms"], 2)
     result["over_best_peer"] = {
@@ -97,11 +100,14 @@ def server_rows(name: str, server: Found) -> list[tuple[str, ...]]:
 
 
 def reached(whole: Found) -> list[str]:
-    ratio, raw = whole["ratios"], whole["raw"]["engine_images_per_s"]
-    lines = [f"- raw engine: {raw:.0f} images/s, {ratio['raw_over_plain_loop']:.1f} times the plain loop (3 wanted)"]
+    ratio, raw = whole["ratios"], whole["raw"]
+    speed, asked, askers = raw["engine_images_per_s"], raw["without_http_images_per_s"], raw["askers"]
+    lines = [f"- raw engine: {speed:.0f} images/s, {ratio['raw_over_plain_loop']:.1f} times the plain loop (3 wanted)"]
     if "over_best_peer" not in ratio:
         return lines
+    share = 100 * ratio["without_http_over_raw"]
     lines += [
+        f"- {asked:.0f} images/s for {askers} who wait, without HTTP and decoding: {share:.0f} % of the raw engine",
         f"- over HTTP at 32 clients: {100 * ratio['http_over_raw_at_32']:.0f} % of the raw engine (85 % wanted)",
         f"- one idle client: p50 is {ratio['idle_p50_over_forwards']:.2f} times its members' forward times (2 at most)",
     ]
