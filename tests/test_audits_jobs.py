@@ -468,6 +468,7 @@ def test_uploads_of_other_kinds_are_refused_and_leave_nothing(plane: Plane, name
     answer = plane.ask("PUT", "/admin/datasets/mine", content=body)
     assert answer.status_code == 400
     assert text in answer.json()["error"]
+    assert answer.json()["error"].startswith(("mine: ", "the upload"))
     assert list(plane.jobs.datasets.uploads.iterdir()) == []
 
 

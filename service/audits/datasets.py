@@ -62,6 +62,8 @@ class Datasets:
         try:
             found = read_data(named, library.classes, CHECKED_IMAGES)
             named.rename(self.uploads / f"{stem}{kind}")
+        except DataRejected as error:  # in the words of whoever sent it
+            raise DataRejected(str(error).replace(named.name, name)) from None
         finally:
             named.unlink(missing_ok=True)
         return {"name": f"{stem}{kind}", "checked": len(found), "classes": len(set(found.labels.tolist()))}
