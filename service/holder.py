@@ -164,7 +164,7 @@ async def left_behind(work: Callable[[], Result]) -> Result:
     def run() -> None:
         try:
             answer.set_result(work())
-        except Exception as error:  # noqa: BLE001 -- whoever waits gets it
+        except BaseException as error:  # noqa: BLE001 -- whoever waits gets it
             answer.set_exception(error)
 
     threading.Thread(target=run, name="open", daemon=True).start()
