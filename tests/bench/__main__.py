@@ -183,7 +183,7 @@ def overload_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
 
 def soak_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     with started(ours(given.library, state), given.library) as running:
-        return asyncio.run(soak(running, given.minutes * 60))
+        return asyncio.run(soak(running, given.minutes * 60, state / "engine"))
 
 
 def report(given: argparse.Namespace) -> int:

@@ -1,11 +1,13 @@
 """Twice the capacity, and a long mixture of honest, hasty, slow and hostile clients: what the server does meanwhile."""
 
 import asyncio
+import shutil
 import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 from tests.bench import requests
@@ -72,9 +74,9 @@ async def first_of_fast(place: str, message: bytes, fast_s: float) -> float:
     return moments[0]
 
 
-async def soak(running: Running, seconds: float) -> dict[str, Any]:
+async def soak(running: Running, seconds: float, compiled: Path) -> dict[str, Any]:
     """Honest load at LOAD of the capacity; beside it hang-ups, slow senders, nonsense, requests of 100 images, and the
-    library swapped for itself again and again."""
+    library swapped for itself again and again.  compiled: the folder of the server's compiled models."""
     form = requests.files("/v1/classify")
     measured = await asyncio.to_thread(closed_loop, running.place, form, 32, 5)
     files, samples = running.open_files(), list[dict[str, float]]()
@@ -83,7 +85,7 @@ async def soak(running: Running, seconds: float) -> dict[str, Any]:
         asyncio.ensure_future(task)
         for task in (
             watch(running, samples),
-            swap(running, odd),
+            swap(running, odd, compiled),
             again(running.place, hang_up, odd, 0.05),
             again(running.place, nonsense, odd, 0.2),
             again(running.place, many, odd, 5.0),
@@ -114,9 +116,10 @@ async def soak(running: Running, seconds: float) -> dict[str, Any]:
     }
 
 
-async def swap(running: Running, odd: Counter[str]) -> None:
+async def swap(running: Running, odd: Counter[str], compiled: Path) -> None:
     while True:
         await asyncio.sleep(SWAP_S)
+        shutil.rmtree(compiled, ignore_errors=True)  # those of a new library would have to be made, too
         running.process.send_signal(signal.SIGHUP)
         odd["swaps"] += 1
 
