@@ -7,10 +7,12 @@ the delay; a second signal: at once. SIGHUP: the library and the API keys are re
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -37,6 +39,8 @@ from service.settings import Settings, SettingsRejected, admin_token, require_fo
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 2048  # connections the kernel holds while the event loop is busy
+SO_ATTACH_FILTER: Final = 26  # <asm-generic/socket.h>
+BPF_RETURN: Final = 0x06  # BPF_RET | BPF_K, <linux/bpf_common.h>
 LINGER_S: Final = 1.0  # between closing a port and closing its idle connections: a request may be on its way
 SWITCH_S: Final = 0.00005  # an engine thread that waits for the interpreter gets it after so long; Python's own is 5 ms
 
@@ -103,19 +107,22 @@ class Together:
 
 
 class Patient(HttpToolsProtocol):
-    """uvicorn's protocol with a limit on the time from connection to the end of the first request's headers."""
+    """uvicorn's protocol with a limit on the time until a request's headers are there. It runs from the connection, and
+    again from the first byte after an answer: be it of the next request, of a body that was answered before all of it
+    had come, or an empty line, it ends uvicorn's own limit on idle connections for good."""
 
     header_timeout_s: float = 10.0
     header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast("asyncio.Transport", Together(transport, self.loop)))
-        self.header_timer = self.loop.call_later(self.header_timeout_s, self.transport.close)
+        self.start_timer()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self.header_timer is None:
-            self.header_timer = self.loop.call_later(self.header_timeout_s, self.transport.close)
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        answered = getattr(self.cycle, "response_complete", True)  # before the first request uvicorn has None there
+        if answered and self.header_timer is None and self.timeout_keep_alive_task is None:
+            self.start_timer()
 
     def on_headers_complete(self) -> None:
         self.cancel_timer()
@@ -132,6 +139,9 @@ class Patient(HttpToolsProtocol):
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
+
+    def start_timer(self) -> None:
+        self.header_timer = self.loop.call_later(self.header_timeout_s, self.transport.close)
 
     def cancel_timer(self) -> None:
         if self.header_timer is not None:
@@ -158,6 +168,7 @@ class Plane(uvicorn.Server):
         """No new connections, but none is turned away that was made before: not those the kernel holds, which a closed
         port would reset, and not those whose request is still on its way. While draining every answer ends its
         connection, so what is open now has not been used yet, or soon ends."""
+        knock_in_vain(self.second_hand)
         for server in self.servers:
             server.close()
         for connection in last_arrivals(self.second_hand):
@@ -172,6 +183,17 @@ class Plane(uvicorn.Server):
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return made
+
+
+def knock_in_vain(listener: socket.socket) -> None:
+    """From now on the kernel drops whatever comes to this port, as if it had been lost. Without that, connections made
+    between the last one accepted and the port's end would be reset, and their requests lost; these try again after a
+    second, and are refused. Only Linux can do that."""
+    if sys.platform == "linux":
+        keep_nothing = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
+        program = struct.pack("HP", 1, ctypes.addressof(keep_nothing))
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
 def last_arrivals(listener: socket.socket) -> list[socket.socket]:

@@ -138,6 +138,20 @@ def test_while_draining_work_is_answered_and_connections_end(tiny: Library, stat
     with_planes(ask, tiny.path, state)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux drops what comes to one port")
+def test_who_comes_while_the_port_is_being_closed_is_neither_served_nor_reset() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listener.getsockname(), timeout=5) as before:
+        before.sendall(b"before")
+        apps.knock_in_vain(listener)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(listener.getsockname(), timeout=0.2)
+        (found,) = apps.last_arrivals(listener)
+        with found:
+            found.settimeout(5)
+            assert found.recv(6) == b"before"
+
+
 def test_the_admin_plane_wants_its_token_but_for_metrics_and_health(tiny: Library, state: Path) -> None:
     async def ask(planes: Planes) -> None:
         bare = httpx.AsyncClient(transport=planes.admin._transport, base_url="http://admin")

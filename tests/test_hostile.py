@@ -12,6 +12,7 @@ import pickle
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -67,6 +68,25 @@ def app() -> FastAPI:
 def server(app: FastAPI) -> Iterator[str]:
     with behind_a_port(app) as address:
         yield address
+
+
+def eventually_closed(connection: socket.socket, rest: bytes) -> bytes:
+    """What was answered; then these bytes one by one, until the other end closes."""
+    answer, late = b"", time.monotonic() + 30
+    while time.monotonic() < late:
+        try:
+            if rest and answer:
+                connection.sendall(rest[:1])
+                rest = rest[1:]
+            found = connection.recv(4096)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return answer
+        if not found:
+            return answer
+        answer += found
+    raise AssertionError("the connection is still open")
 
 
 def wire(server: str, sent: bytes) -> bytes:
@@ -184,6 +204,20 @@ class TestSizes:
             for _ in range(10):
                 refused(client.post(CLASSIFY, content=bytes(30 * MEGABYTE)), 413, Text.BODY_TOO_LARGE)
                 assert client.post(CLASSIFY, content=png()).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("size", "after"),
+        [(2, b"x"), (1 << 30, b"x" * 1000), (0, b"\r\n"), (0, b"GET / HT")],
+        ids=["a body that is whole soon", "a body without end", "an empty line", "half a request"],
+    )
+    def test_no_byte_after_an_answer_keeps_a_connection_for_good(self, app: FastAPI, size: int, after: bytes) -> None:
+        """Each byte ends the limit on idle connections."""
+        request = b"POST /nothing HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + b"x" * min(size, 1)
+        with behind_a_port(app, header_timeout_s=0.5, keep_alive_s=3600.0) as address:
+            host, port = address.split(":")
+            with socket.create_connection((host, int(port)), timeout=0.05) as connection:
+                connection.sendall(request)
+                assert eventually_closed(connection, after).startswith(b"HTTP/1.1 404 ")
 
     def test_the_same_with_tritonclient(self, server: str) -> None:
         client = triton.InferenceServerClient(server)
