@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service.leak import entropy, mutual_information, named_right
+from tests.bench.beside import AUDIT
 from tests.bench.chaos import slope_per_hour
 from tests.bench.load import quantile_ms
 from tests.bench.report import MARKS, best_peers, put_into, ratios, table
@@ -122,3 +123,23 @@ def test_sizes_are_named_as_often_as_their_times_differ() -> None:
     assert named_right([(size > 2) + chance.random() / 2 for size in sizes], sizes) == pytest.approx(0.5, abs=0.05)
     assert named_right([chance.random() for _ in sizes], sizes) == pytest.approx(0.25, abs=0.05)
     assert named_right([0.01] * len(sizes), sizes) == pytest.approx(0.25, abs=0.05)
+
+
+def test_serving_beside_an_audit_is_told_with_what_it_was_without(tmp_path: Path) -> None:
+    def loads(factor: float) -> dict[str, Any]:
+        return {
+            "one": {"p50_ms": 5 * factor, "p99_ms": 9 * factor},
+            "many": {"images_per_s": 500 / factor, "p99_ms": 100 * factor},
+            "open": {"p50_ms": 7 * factor, "p99_ms": 20 * factor},
+        }
+
+    machine = {"cpu": "a processor", "cores": 2, "python": "3.11", "torch": "2", "openvino": "2026.4-1"}
+    told = {"machine": machine, "versions": {"wrk": "4"}, "library": {"digest": "ab" * 32, "tickets": 40}}
+    whole = told | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "rate": 250.0, "share_done": 0.04}
+    whole |= {"audit": AUDIT, "alone": [loads(1), loads(2)], "beside": loads(4)}
+    (tmp_path / "audited.json").write_text(json.dumps(whole))
+    said = table(tmp_path)
+    assert "32 clients get 125 (500 before, 250 after) images/s, p99 400 (100 before, 200 after) ms" in said
+    assert "one client p50 20 (5 before, 10 after) and p99 36 (9 before, 18 after) ms" in said
+    assert "250 images/s, p50 28 (7 before, 14 after)" in said
+    assert "4 % of it done" in said

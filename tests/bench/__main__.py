@@ -1,4 +1,4 @@
-"""python -m tests.bench compare | overload | soak | report, and `make bench`, which is compare with its defaults.
+"""python -m tests.bench compare | overload | audited | soak | report; `make bench` is compare with its defaults.
 
 Everything runs on this machine: run nothing else beside it. Needs wrk (Debian: apt-get install wrk).
 """
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from model_store.library import open_library
 from service.bench import machine
+from tests.bench.beside import beside_an_audit
 from tests.bench.chaos import overload, soak
 from tests.bench.figure import draw
 from tests.bench.load import closed_loop, open_figures
@@ -39,7 +40,7 @@ def main() -> int:
         print("bench: wrk is not installed; on Debian: apt-get install wrk", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        found = {"compare": compare, "overload": overload_only, "soak": soak_only}[given.what](given, Path(folder))
+        found = MEASURED[given.what](given, Path(folder))
     whole = {"what": given.what, "when": datetime.now(UTC).isoformat(timespec="seconds"), **conditions(given), **found}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"{given.what}.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -51,10 +52,11 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    kinds = ("compare", "overload", "soak", "report")
-    parser.add_argument("what", nargs="?", default="compare", choices=kinds, help="report: of results that are there")
+    parser.add_argument(
+        "what", nargs="?", default="compare", choices=(*MEASURED, "report"), help="report: of results that are there"
+    )
     parser.add_argument("--library", type=Path, help="folder of the library (the embedded one)")
-    parser.add_argument("--seconds", type=float, help="of every measurement (20), of the overload (60)")
+    parser.add_argument("--seconds", type=float, help="of a measurement (20), of the overload (60)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak (10)")
     parser.add_argument("--only", nargs="*", help="peers, such as fastapi 'mosec grouped' (all); ours always")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -184,6 +186,14 @@ def overload_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
 def soak_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     with started(ours(given.library, state), given.library) as running:
         return asyncio.run(soak(running, given.minutes * 60, state / "engine"))
+
+
+def audited(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    with started(ours(given.library, state), given.library) as running:
+        return beside_an_audit(running, (state / "admin-token").read_text().strip(), given.seconds)
+
+
+MEASURED: Final = {"compare": compare, "overload": overload_only, "audited": audited, "soak": soak_only}
 
 
 def report(given: argparse.Namespace) -> int:

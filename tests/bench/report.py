@@ -67,8 +67,8 @@ def ratios(found: Found) -> Found:
 
 
 def table(folder: Path) -> str:
-    """Markdown of what is there of compare.json, overload.json and soak.json."""
-    parts = [("compare", comparison), ("overload", overloaded), ("soak", soaked)]
+    """Markdown of what is there of compare.json, overload.json, audited.json and soak.json."""
+    parts = [("compare", comparison), ("overload", overloaded), ("audited", audited), ("soak", soaked)]
     found = [
         make(json.loads((folder / f"{name}.json").read_text()))
         for name, make in parts
@@ -140,6 +140,20 @@ def overloaded(whole: Found) -> str:
         f"memory {sizes} MB; {whole['recovery_s']:.2f} s after the last request single images are answered as before "
         f"(p50 {idle['before']:.1f} ms, then {idle['after']:.1f} ms). "
         f"{told(whole)}"
+    )
+
+
+def audited(whole: Found) -> str:
+    def three(load: str, figure: str) -> str:
+        before, after = (f"{alone[load][figure]:.3g}" for alone in whole["alone"])
+        return f"{whole['beside'][load][figure]:.3g} ({before} before, {after} after)"
+
+    audit, rate, share = whole["audit"], whole["rate"], 100 * whole["share_done"]
+    return (
+        f"Beside an audit ({audit['profile']} on {audit['images']} images, {share:.0f} % of it done): 32 clients "
+        f"get {three('many', 'images_per_s')} images/s, p99 {three('many', 'p99_ms')} ms; one client p50 "
+        f"{three('one', 'p50_ms')} and p99 {three('one', 'p99_ms')} ms; Poisson arrivals at half of the capacity, "
+        f"{rate:.0f} images/s, p50 {three('open', 'p50_ms')} and p99 {three('open', 'p99_ms')} ms. {told(whole)}"
     )
 
 
