@@ -15,6 +15,7 @@ ROOT: Final = Path("/")
 # knows of; and what opens a library, while another is served, waits for both. Audits come last of all.
 RUNNING: Final = 5
 OPENING: Final = 10
+LOWEST: Final = 19
 SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 
 
@@ -24,6 +25,14 @@ def stand_back(steps: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # forbidden in some sandbox: slower under overload, and no reason to die
             os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + steps)
+
+
+def stand_aside() -> None:
+    """The calling process runs only where nobody else wants to: one with a low priority alone still has its turn out
+    when somebody wakes. Only Linux has that."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def family(pid: int) -> list[int]:

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -307,3 +309,10 @@ def test_threads_follow_the_affinity() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(bound).result() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a priority")
+def test_a_process_can_stand_aside_for_everybody() -> None:
+    words = "import os; from service.cores import stand_aside; stand_aside(); print(os.sched_getscheduler(0))"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == os.SCHED_IDLE

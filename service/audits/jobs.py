@@ -32,6 +32,7 @@ from service.audits.profiles import (
     multiply_adds_of,
     plan,
 )
+from service.cores import LOWEST
 from service.engine import chosen_device
 from service.metrics import Metrics
 from service.settings import Settings
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 ID: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 ATTEMPTS: Final = 3  # starts of one audit before it stays interrupted
 WAIT_S: Final = 2.0  # between looks at the queue where nothing tells of a new audit
-NICENESS: Final = 19  # serving keeps its latency: an audit gets what is left
+NICENESS: Final = LOWEST  # serving keeps its latency: an audit gets what is left
 PATIENCE_S: Final = 5.0  # from SIGTERM to SIGKILL
 WAITING: Final = ("queued", "running")
 REPORT: Final = "report.json"

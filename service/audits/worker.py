@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from service.cores import end_with_the_parent
+from service.cores import LOWEST, end_with_the_parent, stand_aside
 
 FAILED: Final = 2
 Json = dict[str, Any]
@@ -18,6 +18,8 @@ def main(folder: Path, niceness: int) -> int:
     """Runs the audit that job.json asks for. Its events, and why it failed, go to events.jsonl."""
     end_with_the_parent(signal.SIGTERM)  # a killed service takes its audit with it; the next one resumes it
     os.nice(niceness)
+    if niceness == LOWEST:
+        stand_aside()
     events = folder / "events.jsonl"
 
     def tell(event: Json) -> None:
