@@ -184,13 +184,13 @@ def test_the_command_asks_a_running_service_shows_how_it_goes_and_keeps_the_repo
         assert main(["audit", *words]) == 2
         assert "401" in capsys.readouterr().err
         code = main(["audit", *words, "--token-file", str(tmp_path / "token")])
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert code == (INVALID if report["verdict"] == "invalid" else 0)
     shown = capsys.readouterr().out
     assert shown.count("\ncheck ") == 34
     assert "%  paper-eot on tombola" in shown
     assert f"report {report['digest'][:12]}" in shown
-    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "out" / "report.html").read_text("utf-8").startswith("<!doctype html>")
 
 
 def test_only_whole_valid_audits_of_the_served_library_say_what_all_attacks_left(plane: Plane) -> None:
