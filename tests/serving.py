@@ -130,8 +130,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-def holds(condition: Callable[[], bool]) -> None:
-    late = time.monotonic() + 60
+def holds(condition: Callable[[], bool], limit_s: float = 60) -> None:
+    late = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < late, "the condition did not come true"
         time.sleep(0.01)

@@ -5,9 +5,8 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,19 +15,12 @@ from typing import Self
 import pytest
 
 from service.sample import ship
-from tests.serving import Process, fetch, serving, tiny_library
+from tests.serving import Process, fetch, holds, serving, tiny_library
 from tests.test_deploy import DEPLOY
 from tests.test_deploy_prometheus import free_port
 
 CLIENTS = 3
 PAUSE_S = 0.02  # of a client between two requests: the replicas that start need the cores more
-
-
-def holds(condition: Callable[[], bool]) -> None:
-    late = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < late, "the condition did not come true"
-        time.sleep(0.02)
 
 
 @contextmanager

@@ -115,6 +115,8 @@ def test_compiled_models_of_the_last_libraries_stay_and_the_rest_goes(tiny: Libr
         folder = tmp_path / "engine" / f"older-{place}"
         folder.mkdir(parents=True)
         os.utime(folder, (place, place))
+    (tmp_path / "engine" / "without-a-folder.blob").touch()
+    os.utime(tmp_path / "engine" / "without-a-folder.blob", (0, 0))
     open_engine(tiny, settings)
     left = {path.name for path in (tmp_path / "engine").iterdir()}
     assert left == {tiny.digest} | {f"older-{place}" for place in range(2, engines.KEPT + 1)}

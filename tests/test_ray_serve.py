@@ -3,16 +3,15 @@
 import base64
 import json
 import os
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.planes import png
-from tests.serving import fetch, over_and_over, tiny_library
+from tests.serving import fetch, holds, over_and_over, tiny_library
 from tests.test_deploy_prometheus import free_port
 
 ray = pytest.importorskip("ray")
@@ -26,13 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 IMAGES = 64
-
-
-def holds(condition: Callable[[], bool]) -> None:
-    late = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < late, "the condition did not come true"
-        time.sleep(0.1)
 
 
 def start_ray(tries: int = 3) -> None:
@@ -95,7 +87,7 @@ def test_two_replicas_draw_apart_and_the_death_of_one_costs_no_more_than_what_it
         answers.append(json.dumps(classify(address)))
         return busy(handle, known)
 
-    holds(both)
+    holds(both, 300)
     # Nine draws and 64 images: the odds of two equal sequences among so few are below 1e-20.
     assert len(set(answers)) == len(answers)
 
@@ -108,11 +100,11 @@ def test_two_replicas_draw_apart_and_the_death_of_one_costs_no_more_than_what_it
             outcomes.append(False)
 
     with over_and_over(ask):
-        holds(lambda: len(outcomes) > 5)
+        holds(lambda: len(outcomes) > 5, 300)
         os.kill(next(iter(known)), 9)
         before = len(outcomes)
         new: dict[int, float] = {}
-        holds(lambda: busy(handle, new) and set(new) != set(known) and len(outcomes) > before + 5)
+        holds(lambda: busy(handle, new) and set(new) != set(known) and len(outcomes) > before + 5, 300)
     lost = outcomes.count(False)
     print(f"\n{len(outcomes)} requests of {IMAGES} images, {lost} lost with the replica that was killed")
     assert lost <= 1  # one client: what was in flight in the replica that died

@@ -200,7 +200,8 @@ def followed(client: Any, name: str, seen: int, shown: Shown) -> int:
 
     with suppress(httpx.TimeoutException), client.stream("GET", f"/admin/audits/{name}/events") as answer:
         if answer.is_error:
-            raise AuditError(f"{answer.url}: {answer.status_code}")
+            answer.read()
+            answered(answer)
         told = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         for place, text in enumerate(told):
             event = json.loads(text)

@@ -188,7 +188,10 @@ def cache_of(library: Library, settings: Settings) -> Path | None:
         os.utime(folder)
         by_age = sorted(everything.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in by_age[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:  # from before each library had a folder
+                old.unlink()
     except OSError as error:
         log.warning("compiled models are not kept: %s", error)
         return None

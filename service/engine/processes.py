@@ -88,7 +88,7 @@ class Pool:
     def __init__(self, control: Connection, popen: "subprocess.Popen[bytes]", classes: int, timeout_s: float) -> None:
         self.control = control
         self.host = popen.pid
-        self.forks: dict[int, Process] = {}
+        self.forks: set[int] = set()
         self.classes = classes
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
@@ -116,7 +116,8 @@ class Pool:
             except (EOFError, OSError):
                 ours.close()
                 raise EngineDied("the process that starts the others has ended, or hangs") from None
-        process = self.forks[pid] = Process(pid, Connection(ours.detach()))
+        process = Process(pid, Connection(ours.detach()))
+        self.forks.add(pid)
         if self.heard(process) != WORD.pack(PROVEN):
             self.dismiss(process)
             raise EngineDied("a new process said something else than that its logits are right")
@@ -124,7 +125,7 @@ class Pool:
 
     def dismiss(self, process: Process, *, hangs: bool = False) -> None:
         """hangs: it holds its end of the connection, so its number is still its own."""
-        self.forks.pop(process.pid, None)
+        self.forks.discard(process.pid)
         if hangs:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
