@@ -17,7 +17,7 @@ from model_store.errors import StoreError
 from model_store.library import Library
 from service.errors import Conflict, NotReady, ServiceError, Text
 from service.front import Holder, PlainRoute, as_json
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -25,15 +25,16 @@ from fastapi import APIRouter, FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_store.errors import StoreError
-from service import admin, console_routes, errors, overview, public, tracing, v2
+from service import admin, console_routes, errors, overview, public, v2
 from service.audits import routes as audits
 from service.audits.jobs import Jobs
 from service.auth import AdminGate, Keys
 from service.front import ARRIVED, Front
 from service.holder import Holder, Serving
-from service.logs import log_as_json
 from service.meter import Crowd, Meter
-from service.metrics import Metrics, describe_build
+from service.observability import tracing
+from service.observability.logs import log_as_json
+from service.observability.metrics import Metrics, describe_build
 from service.settings import Settings, SettingsRejected, admin_token, require_folders, state_folder
 
 log = logging.getLogger(__name__)

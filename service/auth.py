@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.body import fields
 from service.errors import BadRequest, RateLimited, Text, Unauthorised
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from starlette.types import Receive, Scope
 
 from service.errors import BadRequest, BodyTooLarge, ClientGone, Overloaded, Text, TooLarge, TooSlow, Unsupported
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 ONCE: Final = frozenset(

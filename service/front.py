@@ -19,9 +19,9 @@ from service.auth import Keys
 from service.body import Bodies, Room, fields, unless_gone
 from service.errors import BadRequest, ClientGone, NotReady, ServiceError, Text, TooLarge
 from service.images import Decoder, Pixels
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.observability.tracing import stage
 from service.settings import Settings
-from service.tracing import stage
 
 Detail = Literal["rounded", "label", "full"]
 ARRIVED: Final = (

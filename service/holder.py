@@ -18,7 +18,7 @@ from model_store.library import Library, open_library
 from service.cores import OPENING, RUNNING, cpu_s, resident_bytes, stand_back
 from service.engine import Engine, EngineRejected, engine_threads, open_served, runs_apart
 from service.errors import NotReady
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.scheduler import Gate, Scheduler
 from service.settings import Settings
 from service.workers import Workers

@@ -39,7 +39,7 @@ def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
     from model_store.library import open_library
     from service.engine import EngineRejected, open_engine
     from service.engine.messages import described
-    from service.logs import log_as_json
+    from service.observability.logs import log_as_json
     from service.settings import Settings
 
     settings = Settings(**words["settings"])

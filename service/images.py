@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import BadRequest, Text, TooLarge, Unsupported
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 SIZE: Final = 32

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model_store.library import Library
 from service.cores import RUNNING
 from service.engine import Engine
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.scheduler import Gate, Scheduler
 from service.settings import Settings
 from service.window import Window

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import REQUEST_ID, Overloaded
 from service.holder import Holder
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

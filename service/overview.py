@@ -24,7 +24,7 @@ from service.errors import ClientGone, NotReady
 from service.front import PlainRoute, Probabilities, as_json
 from service.holder import Holder, Serving
 from service.images import Decoder
-from service.metrics import LOT, OUTCOMES, PREFIX, REASONS, SECONDS, Metrics
+from service.observability.metrics import LOT, OUTCOMES, PREFIX, REASONS, SECONDS, Metrics
 from service.public import PATH
 from service.settings import Settings
 

@@ -8,7 +8,7 @@ from typing import cast
 from fastapi import FastAPI
 
 from service.app import build
-from service.metrics import PREFIX, TABLE
+from service.observability.metrics import PREFIX, TABLE
 from service.settings import Settings, knobs
 
 HEAD = """\

@@ -20,9 +20,9 @@ from model_store.theta import inclusion_probabilities
 from service.admission import FairQueue, Pace, TokenBuckets
 from service.engine import Engine, Rows
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
-from service.metrics import LOT, Metrics
+from service.observability.metrics import LOT, Metrics
+from service.observability.tracing import waited
 from service.settings import Settings
-from service.tracing import waited
 from service.window import Model, Probabilities, Request, Window
 from service.workers import Workers
 

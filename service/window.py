@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from model_store.theta import Policy, Theta, draw_theta
 from service.engine import Alive, Engine, Logits, Rows
 from service.errors import ServiceError
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from service.admission import FairQueue
 from service.cores import RUNNING, stand_back
 from service.errors import EngineFailed
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.window import Model, Part, Probabilities, Request, Window, lay_out, run, shared_out, summed
 

@@ -22,7 +22,7 @@ from service.app import loop_factory, plane
 from service.auth import AdminGate, Keys
 from service.front import Front, Holder, Probabilities
 from service.images import Pixels
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.tickets import CLASSES
 

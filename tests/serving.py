@@ -24,7 +24,7 @@ from model_store.library import Library, write_library
 from model_store.structures import StructureName
 from model_store.theta import Policy
 from service.engine import Engine, Forward, Rows
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.scheduler import Gate, Scheduler
 from service.settings import Settings
 from service.workers import Workers

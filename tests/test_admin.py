@@ -12,7 +12,7 @@ from model_store.library import Library
 from model_store.theta import states
 from service.auth import FAILURES, PAUSE_S, Failures, Keys, read_keys
 from service.errors import RateLimited, Text
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
 from tests.planes import TOKEN, StandIn, admin_app, ask, refused
 

@@ -32,8 +32,8 @@ from service.engine import EngineRejected
 from service.engine.base import Folded, folded
 from service.errors import Text
 from service.holder import Holder
-from service.logs import JsonLines
-from service.metrics import Metrics
+from service.observability.logs import JsonLines
+from service.observability.metrics import Metrics
 from service.sample import ship
 from service.settings import Settings, SettingsRejected
 from tests.serving import TOKEN, tiny_library, until

@@ -27,7 +27,7 @@ from service.audits.jobs import Jobs
 from service.audits.routes import router
 from service.audits.worker import work
 from service.auth import AdminGate
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.audit_models import tiny
 from tests.planes import behind_a_port

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 from service import console_routes
 from service.auth import AdminGate
 from service.errors import Text, install
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.sample import ship
 from tests.console.browser import CHROMIUM, chromium, complaints, sign_in
 from tests.planes import TOKEN, ask, refused

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
-from service.metrics import PREFIX, TABLE
+from service.observability.metrics import PREFIX, TABLE
 from service.settings import SERVICE_LINK, Settings, knobs
 from tests.test_deploy import DEPLOY, PROMETHEUS
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from tests.planes import png
 from tests.serving import Process, over_and_over, serving, tiny_library
 from tests.test_deploy import PROMETHEUS, alerts, queries, rules

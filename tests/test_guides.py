@@ -14,7 +14,7 @@ from model_store.theta import expected_size
 from service import capacity, disclosure, leak, rounding
 from service.__main__ import main
 from service.bench import put_into
-from service.metrics import PREFIX, TABLE
+from service.observability.metrics import PREFIX, TABLE
 from service.settings import SettingsRejected, knobs
 from tests.serving import some_rows, tiny_library
 

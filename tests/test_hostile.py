@@ -34,7 +34,7 @@ from service.errors import Text
 from service.front import Probabilities
 from service.holder import Holder
 from service.images import Pixels
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.planes import (
     TOKEN,

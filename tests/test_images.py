@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from service import images
 from service.errors import BadRequest, ServiceError, Text, TooLarge, Unsupported
 from service.images import Decoder, Pixels, decode, orientation
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.planes import encoded, picture, png
 from training.data import decode as training_decode

@@ -1,7 +1,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import PREFIX, TABLE, Metrics, describe_build
+from service.observability.metrics import PREFIX, TABLE, Metrics, describe_build
 
 
 def families(metrics: Metrics) -> dict[str, str]:

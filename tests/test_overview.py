@@ -18,7 +18,7 @@ from service.audits.jobs import Jobs
 from service.auth import Keys
 from service.errors import Text
 from service.holder import Holder
-from service.metrics import LOT, Metrics
+from service.observability.metrics import LOT, Metrics
 from service.overview import DRAWS, latency, spread
 from service.settings import Settings
 from tests.planes import TOKEN, png, refused

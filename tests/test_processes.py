@@ -21,7 +21,7 @@ from model_store.library import Library
 from service.cores import RUNNING, cpu_s, family, resident_bytes
 from service.engine import Engine, EngineDied, EngineRejected, open_engine, open_served, runs_apart
 from service.engine.messages import FAILED, FOUND, WORD, failed, found, question, read, understood
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.sample import ship
 from service.settings import Settings
 from service.window import Model, Part, Request, lay_out, run, shared_out, summed

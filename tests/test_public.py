@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.errors import DeadlinePassed, Draining, EngineFailed, Overloaded, RateLimited, ServiceError, Text
 from service.front import ARRIVED
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from tests.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
 from tests.tickets import CLASSES
 

@@ -24,7 +24,7 @@ from service.admission import FairQueue, Pace, TokenBuckets
 from service.cores import RUNNING
 from service.engine import Engine, Rows, open_engine
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
-from service.metrics import LOT, Metrics
+from service.observability.metrics import LOT, Metrics
 from service.scheduler import Tally
 from service.settings import Settings
 from service.window import Model, Request, Window, lay_out, run, shared_out, summed

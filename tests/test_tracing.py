@@ -21,8 +21,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from service.engine import Rows
 from service.errors import EngineFailed
+from service.observability.tracing import PATIENCE_S, Traces, provider
 from service.settings import SettingsRejected
-from service.tracing import PATIENCE_S, Traces, provider
 from tests.planes import Oracle, StandIn, png, public_app
 from tests.serving import Stand, environment, serving, tiny_library, with_scheduler
 
@@ -221,7 +221,7 @@ trace.set_tracer_provider(TracerProvider())
 trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(memory))
 from service.app import create_public_app
 from service.auth import Keys
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.planes import StandIn, png
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.errors import Text
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.tensors import flatten, quantise
 from tests.planes import StandIn, ask, encoded, picture, png, public_app, refused
 from tests.tickets import CLASSES

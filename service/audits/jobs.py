@@ -34,7 +34,7 @@ from service.audits.profiles import (
 )
 from service.cores import LOWEST
 from service.engine import chosen_device
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
