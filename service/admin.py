@@ -1,6 +1,6 @@
 """The admin plane: metrics, and what is being served. Audits and the console have routers of their own.
 
-Nothing here is reachable from the public plane, and AdminGate (service/auth.py) stands before all of it.
+Nothing here is reachable from the public plane, and AdminGate (service/web/auth.py) stands before all of it.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from model_store import theta
 from model_store.errors import StoreError
 from model_store.library import Library
 from service.errors import Conflict, NotReady, ServiceError, Text
-from service.front import Holder, PlainRoute, as_json
 from service.observability.metrics import Metrics
+from service.web.inference import Holder, PlainRoute, as_json
 
 log = logging.getLogger(__name__)
 

@@ -25,17 +25,18 @@ from fastapi import APIRouter, FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_store.errors import StoreError
-from service import admin, console_routes, errors, overview, public, v2
+from service import admin, console_routes, errors, overview
 from service.audits import routes as audits
 from service.audits.jobs import Jobs
-from service.auth import AdminGate, Keys
-from service.front import ARRIVED, Front
 from service.holder import Holder, Serving
-from service.meter import Crowd, Meter
 from service.observability import tracing
 from service.observability.logs import log_as_json
 from service.observability.metrics import Metrics, describe_build
 from service.settings import Settings, SettingsRejected, admin_token, require_folders, state_folder
+from service.web import classify, open_inference
+from service.web.auth import AdminGate, Keys
+from service.web.inference import ARRIVED, Front
+from service.web.middleware import Crowd, Meter
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,12 @@ def plain(**words: Any) -> FastAPI:
 
 def create_public_app(holder: Holder, settings: Settings, metrics: Metrics, keys: Keys) -> FastAPI:
     """Classification, health, and the Open Inference Protocol."""
-    app = plain(title="Tombola", version=v2.product_version())
-    public.install(app, Front(holder, settings, metrics, keys))
+    app = plain(title="Tombola", version=open_inference.product_version())
+    classify.install(app, Front(holder, settings, metrics, keys))
     app.add_middleware(Crowd, limit=settings.max_requests, metrics=metrics)  # around the shortcut, too
     finished(app, holder, settings, metrics, "public")
     if settings.tracing:
-        tracing.install(app, v2.product_version())
+        tracing.install(app, open_inference.product_version())
     return app
 
 
@@ -294,7 +295,7 @@ class Service:
 def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] = lambda _: ()) -> Service:
     """Binds both ports and puts the parts together. Raises SettingsRejected."""
     metrics = Metrics()
-    describe_build(metrics, v2.product_version(), settings.commit, torch.__version__)
+    describe_build(metrics, open_inference.product_version(), settings.commit, torch.__version__)
     token, keys = admin_token(settings), Keys(settings.api_keys_file, metrics)
     state_folder(settings)
     require_folders(settings)

@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from service.images import SIZE
 from service.settings import Settings, SettingsRejected
+from service.web.decoder import SIZE
 
 ROWS: Final = 512  # images under way at the most: full windows, and half of what a server admits
 CLIENTS: Final = 32  # connections at the most

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import NotFound
-from service.front import PlainRoute
+from service.web.inference import PlainRoute
 
 FOLDER: Final = Path(__file__).parent / "console"
 PAGE: Final = "index.html"

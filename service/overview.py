@@ -14,24 +14,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from model_store.theta import inclusion_probabilities, size_probabilities
-from service import v2
 from service.audits.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
 from service.audits.jobs import Jobs
 from service.audits.profiles import PROFILES, Profile, attacks_of
 from service.audits.routes import limited, read_json, told
-from service.body import unless_gone
 from service.errors import ClientGone, NotReady
-from service.front import PlainRoute, Probabilities, as_json
 from service.holder import Holder, Serving
-from service.images import Decoder
 from service.observability.metrics import LOT, OUTCOMES, PREFIX, REASONS, SECONDS, Metrics
-from service.public import PATH
 from service.settings import Settings
+from service.web import open_inference
+from service.web.body import unless_gone
+from service.web.classify import PATH
+from service.web.decoder import Decoder
+from service.web.inference import PlainRoute, Probabilities, as_json
 
 DRAWS: Final = 20  # of theta, for a picture that is tried
 CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
 DIGITS: Final = 4
-ROUTES: Final = frozenset((PATH, *v2.INFER_PATHS))
+ROUTES: Final = frozenset((PATH, *open_inference.INFER_PATHS))
 DURATION: Final = "http_request_duration_seconds"
 Json = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Handlers:
             {
                 "ready": self.holder.ready,
                 "reason": self.holder.reason,
-                "version": v2.product_version(),
+                "version": open_inference.product_version(),
                 "commit": self.settings.commit,
                 "uptime_s": round(time.monotonic() - self.began, 3),
                 "traffic": traffic(self.metrics),

@@ -15,10 +15,10 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from service.app import create_public_app
-from service.auth import Keys
 from service.holder import Holder
 from service.observability.metrics import Metrics
 from service.settings import Settings, read_settings
+from service.web.auth import Keys
 
 HEALTH_S: Final = 2.0  # between looks at a replica: a dead one is missed within so long
 

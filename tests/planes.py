@@ -17,13 +17,14 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.types import ASGIApp
 
-from service import admin, errors, public
+from service import admin, errors
 from service.app import loop_factory, plane
-from service.auth import AdminGate, Keys
-from service.front import Front, Holder, Probabilities
-from service.images import Pixels
 from service.observability.metrics import Metrics
 from service.settings import Settings
+from service.web import classify
+from service.web.auth import AdminGate, Keys
+from service.web.decoder import Pixels
+from service.web.inference import Front, Holder, Probabilities
 from tests.tickets import CLASSES
 
 DIGEST: Final = "ab" * 32
@@ -104,7 +105,7 @@ def public_app(holder: Holder | None = None, metrics: Metrics | None = None, **k
     settings, metrics = Settings(**knobs), metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
     front = Front(holder or StandIn(), settings, metrics, Keys(settings.api_keys_file, metrics))
-    public.install(app, front)
+    classify.install(app, front)
     errors.install(app)
     return app
 

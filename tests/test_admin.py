@@ -10,10 +10,10 @@ import pytest
 from model_store.errors import LibraryRejected
 from model_store.library import Library
 from model_store.theta import states
-from service.auth import FAILURES, PAUSE_S, Failures, Keys, read_keys
 from service.errors import RateLimited, Text
 from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
+from service.web.auth import FAILURES, PAUSE_S, Failures, Keys, read_keys
 from tests.planes import TOKEN, StandIn, admin_app, ask, refused
 
 BEARER: Final = {"authorization": f"Bearer {TOKEN}"}

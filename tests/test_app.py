@@ -25,7 +25,6 @@ from model_store.library import Library
 from model_store.ticket import Ticket
 from service import app as apps
 from service.__main__ import main
-from service.auth import Keys
 from service.check import figures, lines
 from service.cores import OPENING
 from service.engine import EngineRejected
@@ -36,6 +35,7 @@ from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
 from service.sample import ship
 from service.settings import Settings, SettingsRejected
+from service.web.auth import Keys
 from tests.serving import TOKEN, tiny_library, until
 
 Answer = TypeVar("Answer")
@@ -429,10 +429,12 @@ def test_what_is_written_in_one_turn_of_the_loop_leaves_as_one_and_before_the_en
 def test_failures_are_logged_one_by_one_and_refusals_only_counted(
     tiny: Library, state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "service.meter")
+    caplog.set_level(logging.INFO, "service.web.middleware")
 
     def statuses() -> list[int]:
-        return [record.__dict__["fields"]["status"] for record in caplog.records if record.name == "service.meter"]
+        return [
+            record.__dict__["fields"]["status"] for record in caplog.records if record.name == "service.web.middleware"
+        ]
 
     async def ask(planes: Planes) -> None:
         planes.holder.drain()

@@ -26,9 +26,9 @@ from service.audits.errors import AuditConflict
 from service.audits.jobs import Jobs
 from service.audits.routes import router
 from service.audits.worker import work
-from service.auth import AdminGate
 from service.observability.metrics import Metrics
 from service.settings import Settings
+from service.web.auth import AdminGate
 from tests.audit_models import tiny
 from tests.planes import behind_a_port
 from tests.tickets import items, make_ticket

@@ -11,8 +11,8 @@ from service.audits.attacks import query
 from service.audits.attacks.query import BlackBox, HttpOracle
 from service.audits.errors import AuditRejected, OracleFailed
 from service.errors import EngineFailed, Overloaded
-from service.front import Probabilities
-from service.images import Pixels
+from service.web.decoder import Pixels
+from service.web.inference import Probabilities
 from tests.planes import Oracle, StandIn, behind_a_port, probabilities, public_app
 from tests.tickets import CLASSES
 

@@ -17,10 +17,10 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 
 from service import console_routes
-from service.auth import AdminGate
 from service.errors import Text, install
 from service.observability.metrics import Metrics
 from service.sample import ship
+from service.web.auth import AdminGate
 from tests.console.browser import CHROMIUM, chromium, complaints, sign_in
 from tests.planes import TOKEN, ask, refused
 from tests.serving import Process, serving, tiny_library

@@ -29,13 +29,13 @@ from tritonclient.utils import InferenceServerException
 
 from model_store.library import Library
 from service.app import create_admin_app, create_public_app
-from service.auth import Keys
 from service.errors import Text
-from service.front import Probabilities
 from service.holder import Holder
-from service.images import Pixels
 from service.observability.metrics import Metrics
 from service.settings import Settings
+from service.web.auth import Keys
+from service.web.decoder import Pixels
+from service.web.inference import Probabilities
 from tests.planes import (
     TOKEN,
     Oracle,

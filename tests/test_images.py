@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from service import images
 from service.errors import BadRequest, ServiceError, Text, TooLarge, Unsupported
-from service.images import Decoder, Pixels, decode, orientation
 from service.observability.metrics import Metrics
 from service.settings import Settings
+from service.web import decoder as decoder_module
+from service.web.decoder import Decoder, Pixels, decode, orientation
 from tests.planes import encoded, picture, png
 from training.data import decode as training_decode
 
@@ -240,12 +240,12 @@ class TestDecoder:
             threads.append(threading.current_thread().name)
             return found
 
-        monkeypatch.setattr(images, "decode", spied)
+        monkeypatch.setattr(decoder_module, "decode", spied)
         here = threading.current_thread().name
         unpacking = encoded(picture(), icc_profile=bytes(1000))
         for data in (png(), png(size=(64, 65)), encoded(NOISE), unpacking):
             asyncio.run(decoder.rows([data]))
-        assert len(encoded(NOISE)) > images.SMALL_BYTES > len(unpacking)
+        assert len(encoded(NOISE)) > decoder_module.SMALL_BYTES > len(unpacking)
         assert [name == here for name in threads] == [True, False, False, False]
 
     def test_many_images_in_order(self, decoder: Decoder) -> None:
@@ -267,7 +267,7 @@ class TestDecoder:
             done.append(data)
             return decode(data, max_pixels)
 
-        monkeypatch.setattr(images, "decode", slow)
+        monkeypatch.setattr(decoder_module, "decode", slow)
         with pytest.raises(BadRequest, match="longer than"):
             asyncio.run(decoder.rows([png()] * 5))
         go.set()
@@ -281,7 +281,7 @@ class TestDecoder:
             assert go.wait(30)
             return decode(data, max_pixels)
 
-        monkeypatch.setattr(images, "decode", held)
+        monkeypatch.setattr(decoder_module, "decode", held)
 
         async def both() -> Any:
             large = asyncio.ensure_future(decoder.rows([encoded(NOISE)]))

@@ -15,12 +15,12 @@ from model_store.theta import inclusion_probabilities
 from service import app as apps
 from service import console_routes, overview
 from service.audits.jobs import Jobs
-from service.auth import Keys
 from service.errors import Text
 from service.holder import Holder
 from service.observability.metrics import LOT, Metrics
 from service.overview import DRAWS, latency, spread
 from service.settings import Settings
+from service.web.auth import Keys
 from tests.planes import TOKEN, png, refused
 from tests.serving import tiny_library
 

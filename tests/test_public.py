@@ -15,8 +15,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from service.errors import DeadlinePassed, Draining, EngineFailed, Overloaded, RateLimited, ServiceError, Text
-from service.front import ARRIVED
 from service.observability.metrics import Metrics
+from service.web.inference import ARRIVED
 from tests.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
 from tests.tickets import CLASSES
 

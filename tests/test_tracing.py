@@ -220,7 +220,7 @@ memory = InMemorySpanExporter()
 trace.set_tracer_provider(TracerProvider())
 trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(memory))
 from service.app import create_public_app
-from service.auth import Keys
+from service.web.auth import Keys
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.planes import StandIn, png

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from service.errors import Text
 from service.observability.metrics import Metrics
-from service.tensors import flatten, quantise
+from service.web.infer_request import flatten, quantise
 from tests.planes import StandIn, ask, encoded, picture, png, public_app, refused
 from tests.tickets import CLASSES
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from service.audits.errors import DataRejected
 from service.errors import ServiceError
-from service.images import SIZE, decode
+from service.web.decoder import SIZE, decode
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
 MAX_FILES: Final = 200_000

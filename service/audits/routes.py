@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from service.audits.errors import AuditError, AuditRejected
 from service.audits.jobs import PAGE, REPORT, WAITING, Jobs
-from service.front import PlainRoute, as_json
+from service.web.inference import PlainRoute, as_json
 
 MAX_REQUEST_BYTES: Final = 65_536
 POLL_S: Final = 0.25

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 with atheris.instrument_imports(include=["service", "PIL", "json"]):
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 -- loaded late otherwise
 
-    from service.body import inflate, parse_json
     from service.errors import ServiceError
-    from service.images import decode, orientation
-    from service.public import images_in
-    from service.tensors import HEADER_LENGTH, Model, read_inference
+    from service.web.body import inflate, parse_json
+    from service.web.classify import images_in
+    from service.web.decoder import decode, orientation
+    from service.web.infer_request import HEADER_LENGTH, Model, read_inference
 from tests.planes import encoded, one_of_the_catalogue, picture, png
 
 MODEL: Final = Model(("probabilities", "index", "label"), classes=10, max_images=64)

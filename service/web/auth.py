@@ -12,10 +12,10 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.body import fields
 from service.errors import BadRequest, RateLimited, Text, Unauthorised
 from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
+from service.web.body import fields
 
 log = logging.getLogger(__name__)
 

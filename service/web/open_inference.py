@@ -18,11 +18,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.body import media_type
 from service.errors import NotFound, NotOffered, NotReady, Text, Unsupported
-from service.front import ENCODER, ERRORS, Front, PlainRoute, Probabilities, Visit, as_json, ranking, shown
-from service.images import SIZE
-from service.tensors import HEADER_LENGTH, Inference, Model, Output, read_inference
+from service.web.body import media_type
+from service.web.decoder import SIZE
+from service.web.infer_request import HEADER_LENGTH, Inference, Model, Output, read_inference
+from service.web.inference import ENCODER, ERRORS, Front, PlainRoute, Probabilities, Visit, as_json, ranking, shown
 
 MODEL: Final = "tombola"
 VERSION: Final = "1"

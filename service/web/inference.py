@@ -15,13 +15,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.library import Library
-from service.auth import Keys
-from service.body import Bodies, Room, fields, unless_gone
 from service.errors import BadRequest, ClientGone, NotReady, ServiceError, Text, TooLarge
-from service.images import Decoder, Pixels
 from service.observability.metrics import Metrics
 from service.observability.tracing import stage
 from service.settings import Settings
+from service.web.auth import Keys
+from service.web.body import Bodies, Room, fields, unless_gone
+from service.web.decoder import Decoder, Pixels
 
 Detail = Literal["rounded", "label", "full"]
 ARRIVED: Final = (

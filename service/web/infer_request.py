@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.body import parse_json, whole_number
 from service.errors import BadRequest, Text, TooLarge
-from service.images import SIZE, Pixels, sniff
+from service.web.body import parse_json, whole_number
+from service.web.decoder import SIZE, Pixels, sniff
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 MAX_ID: Final = 256

@@ -8,12 +8,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.library import Library
-from service import v2
-from service.body import media_type, parse_json, whole_number
 from service.errors import REQUEST_ID, BadRequest, NotReady, Text, Unsupported
-from service.front import DIGITS, ERRORS, Front, PlainRoute, Probabilities, Shortcut, Visit, as_json
-from service.images import sniff
-from service.tensors import from_base64
+from service.web import open_inference
+from service.web.body import media_type, parse_json, whole_number
+from service.web.decoder import sniff
+from service.web.infer_request import from_base64
+from service.web.inference import DIGITS, ERRORS, Front, PlainRoute, Probabilities, Shortcut, Visit, as_json
 
 PATH: Final = "/v1/classify"
 TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
@@ -134,11 +134,11 @@ def router(here: Handlers) -> APIRouter:
 
 def install(app: FastAPI, front: Front) -> None:
     """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it."""
-    here, protocol = Handlers(front), v2.Handlers(front)
+    here, protocol = Handlers(front), open_inference.Handlers(front)
     app.include_router(router(here))
-    app.include_router(v2.router(protocol))
-    model = {"model": v2.MODEL, "version": v2.VERSION}
-    endpoints = {PATH: here.classify} | dict.fromkeys(v2.INFER_PATHS, protocol.infer)
+    app.include_router(open_inference.router(protocol))
+    model = {"model": open_inference.MODEL, "version": open_inference.VERSION}
+    endpoints = {PATH: here.classify} | dict.fromkeys(open_inference.INFER_PATHS, protocol.infer)
     app.add_middleware(
         Shortcut,
         routes={
