@@ -30,7 +30,7 @@ from service.audits.data import read_data
 from service.audits.errors import DataRejected
 from service.engine import Engine, EngineRejected, Rows, engine_threads, open_engine, open_served
 from service.leak import scheduling
-from service.scheduler import Scheduler
+from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
 
 ASKERS: Final = 32

@@ -19,9 +19,9 @@ from service.cores import OPENING, RUNNING, cpu_s, resident_bytes, stand_back
 from service.engine import Engine, EngineRejected, engine_threads, open_served, runs_apart
 from service.errors import NotReady
 from service.observability.metrics import Metrics
-from service.scheduler import Gate, Scheduler
+from service.scheduling.scheduler import Gate, Scheduler
+from service.scheduling.worker_pool import Workers
 from service.settings import Settings
-from service.workers import Workers
 
 COLLECT_S: Final = 2.0  # between collections while the engine of a replaced library is still there
 log = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from model_store.library import Library
 from service.cores import RUNNING
 from service.engine import Engine
 from service.observability.metrics import Metrics
-from service.scheduler import Gate, Scheduler
+from service.scheduling.batch import Window
+from service.scheduling.scheduler import Gate, Scheduler
+from service.scheduling.worker_pool import Workers
 from service.settings import Settings
-from service.window import Window
-from service.workers import Workers
 
 Kind = TypeVar("Kind", bound=Scheduler)
 BINS: Final = 16  # of equally many latencies each

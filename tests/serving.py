@@ -25,9 +25,9 @@ from model_store.structures import StructureName
 from model_store.theta import Policy
 from service.engine import Engine, Forward, Rows
 from service.observability.metrics import Metrics
-from service.scheduler import Gate, Scheduler
+from service.scheduling.scheduler import Gate, Scheduler
+from service.scheduling.worker_pool import Workers
 from service.settings import Settings
-from service.workers import Workers
 from tests.tickets import CLASSES, items, make_ticket
 
 ROOT: Final = Path(__file__).parent.parent

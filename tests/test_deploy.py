@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from model_store.theta import Policy, draw_theta, expected_size
 from service.observability.metrics import LOT, PREFIX, TABLE, Metrics
-from service.scheduler import Tally
+from service.scheduling.scheduler import Tally
 from service.settings import Settings, knobs
 from tests.serving import stand_in_library
 

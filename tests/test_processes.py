@@ -23,8 +23,8 @@ from service.engine import Engine, EngineDied, EngineRejected, open_engine, open
 from service.engine.messages import FAILED, FOUND, WORD, failed, found, question, read, understood
 from service.observability.metrics import Metrics
 from service.sample import ship
+from service.scheduling.batch import Model, Part, Request, lay_out, run, shared_out, summed
 from service.settings import Settings
-from service.window import Model, Part, Request, lay_out, run, shared_out, summed
 from tests.serving import holds, over_and_over, serving, some_rows, tiny_library
 
 pytest.importorskip("openvino")

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from model_store.ensemble import calibrated, ensemble_logits, probabilities
 from model_store.library import Library
 from model_store.theta import Policy, inclusion_probabilities
-from service.admission import FairQueue, Pace, TokenBuckets
 from service.cores import RUNNING
 from service.engine import Engine, Rows, open_engine
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import LOT, Metrics
-from service.scheduler import Tally
+from service.scheduling.admission import FairQueue, Pace, TokenBuckets
+from service.scheduling.batch import Model, Request, Window, lay_out, run, shared_out, summed
+from service.scheduling.scheduler import Tally
+from service.scheduling.worker_pool import Workers
 from service.settings import Settings
-from service.window import Model, Request, Window, lay_out, run, shared_out, summed
-from service.workers import Workers
 from tests.serving import Stand, engine, marks_its_members, some_rows, stand_in_library, until, with_scheduler
 
 # The law: a batched answer is the solo answer
@@ -607,7 +607,7 @@ def test_answers_leave_on_the_quantum_when_there_is_one(
         async def note(seconds: float) -> None:
             waits.append(seconds)
 
-        monkeypatch.setattr("service.scheduler.asyncio.sleep", note)
+        monkeypatch.setattr("service.scheduling.scheduler.asyncio.sleep", note)
         for passed_s in (0.001, 0.019, 0.020, 0.0213):
             await stand.scheduler.quantum(passed_s)
 

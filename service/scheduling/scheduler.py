@@ -17,14 +17,14 @@ import numpy as np
 
 from model_store.library import Library
 from model_store.theta import inclusion_probabilities
-from service.admission import FairQueue, Pace, TokenBuckets
 from service.engine import Engine, Rows
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import LOT, Metrics
 from service.observability.tracing import waited
+from service.scheduling.admission import FairQueue, Pace, TokenBuckets
+from service.scheduling.batch import Model, Probabilities, Request, Window
+from service.scheduling.worker_pool import Workers
 from service.settings import Settings
-from service.window import Model, Probabilities, Request, Window
-from service.workers import Workers
 
 # Of the time left, what may be spent waiting by the estimate. At twice the capacity everyone admitted waits as long as
 # the gate allows: with all of it a third came too late, by the estimate's error, after their rows had been computed.

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from service.admission import FairQueue
 from service.cores import RUNNING, stand_back
 from service.errors import EngineFailed
 from service.observability.metrics import Metrics
+from service.scheduling.admission import FairQueue
+from service.scheduling.batch import Model, Part, Probabilities, Request, Window, lay_out, run, shared_out, summed
 from service.settings import Settings
-from service.window import Model, Part, Probabilities, Request, Window, lay_out, run, shared_out, summed
 
 log = logging.getLogger(__name__)
 
