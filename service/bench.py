@@ -28,7 +28,8 @@ from model_store.theta import Theta, draw_theta
 from service import capacity, disclosure, leak, rounding
 from service.audits.data import read_data
 from service.audits.errors import DataRejected
-from service.engine import Engine, EngineRejected, Rows, engine_threads, open_engine, open_served
+from service.engine.base import Engine, EngineRejected, Rows
+from service.engine.factory import engine_threads, open_engine, open_served
 from service.leak import scheduling
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings

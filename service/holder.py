@@ -16,7 +16,8 @@ import numpy as np
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
 from service.cores import OPENING, RUNNING, cpu_s, resident_bytes, stand_back
-from service.engine import Engine, EngineRejected, engine_threads, open_served, runs_apart
+from service.engine.base import Engine, EngineRejected
+from service.engine.factory import engine_threads, open_served, runs_apart
 from service.errors import NotReady
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import Gate, Scheduler

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model_store.library import Library
 from service.cores import RUNNING
-from service.engine import Engine
+from service.engine.base import Engine
 from service.observability.metrics import Metrics
 from service.scheduling.batch import Window
 from service.scheduling.scheduler import Gate, Scheduler

@@ -18,7 +18,8 @@ from service.audits.attacks.simple import Single, attack_member
 from service.audits.data import Labelled, read_data
 from service.audits.evaluate import Member, as_floats, bench_of, on_grid
 from service.audits.stats import paired
-from service.engine import CALIBRATION_IMAGES, Engine, Rows
+from service.engine.base import Engine, Rows
+from service.engine.factory import CALIBRATION_IMAGES
 
 THREAT: Final = ThreatModel("linf", 8 / 255)
 BATCH: Final = 50

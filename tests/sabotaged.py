@@ -6,7 +6,8 @@ from typing import Any
 from model_store.library import Library
 from service import holder
 from service.__main__ import main
-from service.engine import Engine, Logits, Rows, open_served
+from service.engine.base import Engine, Logits, Rows
+from service.engine.factory import open_served
 from service.settings import Settings
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from model_store.library import Library, write_library
 from model_store.structures import StructureName
 from model_store.theta import Policy
-from service.engine import Engine, Forward, Rows
+from service.engine.base import Engine, Forward, Rows
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import Gate, Scheduler
 from service.scheduling.worker_pool import Workers

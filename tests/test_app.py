@@ -27,8 +27,7 @@ from service import app as apps
 from service.__main__ import main
 from service.check import figures, lines
 from service.cores import OPENING
-from service.engine import EngineRejected
-from service.engine.base import Folded, folded
+from service.engine.base import EngineRejected, Folded, folded
 from service.errors import Text
 from service.holder import Holder
 from service.observability.logs import JsonLines
@@ -270,7 +269,7 @@ def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
 
     async def ask(planes: Planes) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr("service.engine.folded", looks)
+            patched.setattr("service.engine.factory.folded", looks)
             await planes.holder.reload()
         assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + OPENING)}
         assert (await planes.classify()).status_code == 200

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from model_store.ensemble import calibrated
 from model_store.library import Library
 from model_store.structures import multiply_adds
-from service import engine as engines
 from service.cores import affinity, usable_cores
-from service.engine import EngineRejected, Rows, base, int8, open_engine, torch_engine
+from service.engine import base, int8, torch_engine
+from service.engine import factory as engines
+from service.engine.base import EngineRejected, Rows
+from service.engine.factory import open_engine
 from service.settings import Settings
 from tests.serving import some_rows, tiny_library
 from tests.tickets import CLASSES

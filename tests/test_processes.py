@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from model_store.library import Library
 from service.cores import RUNNING, cpu_s, family, resident_bytes
-from service.engine import Engine, EngineDied, EngineRejected, open_engine, open_served, runs_apart
-from service.engine.messages import FAILED, FOUND, WORD, failed, found, question, read, understood
+from service.engine.base import Engine, EngineDied, EngineRejected
+from service.engine.factory import open_engine, open_served, runs_apart
+from service.engine.ipc import FAILED, FOUND, WORD, failed, found, question, read, understood
 from service.observability.metrics import Metrics
 from service.sample import ship
 from service.scheduling.batch import Model, Part, Request, lay_out, run, shared_out, summed
@@ -275,7 +276,7 @@ def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
     command += ["--library", str(tiny.path), "--state-dir", str(tmp_path), "--engine", "openvino"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        holds(lambda: b"service.host" in Path(f"/proc/{family(process.pid)[-1]}/cmdline").read_bytes())
+        holds(lambda: b"service.engine.fork_server" in Path(f"/proc/{family(process.pid)[-1]}/cmdline").read_bytes())
         host = family(process.pid)[-1]
         os.kill(host, signal.SIGSTOP)  # it will be opening for ever
         try:
@@ -296,7 +297,7 @@ def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path
 def test_a_host_without_its_service_ends(tiny: Library, state: Path) -> None:
     ours, theirs = socket.socketpair()
     words = json.dumps({"library": str(tiny.path), "settings": {"state_dir": str(state), "threads": 1}})
-    command = [sys.executable, "-m", "service.host", str(theirs.fileno()), words]
+    command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), words]
     with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as host:
         theirs.close()
         ours.close()

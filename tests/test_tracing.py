@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from service.engine import Rows
+from service.engine.base import Rows
 from service.errors import EngineFailed
 from service.observability.tracing import PATIENCE_S, Traces, provider
 from service.settings import SettingsRejected

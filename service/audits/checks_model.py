@@ -63,7 +63,8 @@ def relative(first: Tensor, second: Tensor) -> float:
 
 
 def against_engine(lab: Lab, pixels: Tensor) -> float | str:
-    from service.engine import EngineRejected, open_engine
+    from service.engine.base import EngineRejected
+    from service.engine.factory import open_engine
     from service.settings import Settings
 
     try:

@@ -101,7 +101,8 @@ def local(given: argparse.Namespace) -> Json:
     from service.audits.config import read_audit
     from service.audits.evaluate import cores_used, use_cores
     from service.cores import usable_cores
-    from service.engine import EngineRejected, chosen_device
+    from service.engine.base import EngineRejected
+    from service.engine.factory import chosen_device
     from service.settings import read_settings
 
     try:

@@ -33,7 +33,7 @@ from service.audits.profiles import (
     plan,
 )
 from service.cores import LOWEST
-from service.engine import chosen_device
+from service.engine.factory import chosen_device
 from service.observability.metrics import Metrics
 from service.settings import Settings
 

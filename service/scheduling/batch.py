@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.theta import Policy, Theta, draw_theta
-from service.engine import Alive, Engine, Logits, Rows
+from service.engine.base import Alive, Engine, Logits, Rows
 from service.errors import ServiceError
 from service.observability.metrics import Metrics
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from model_store.library import Library
 from model_store.theta import inclusion_probabilities
-from service.engine import Engine, Rows
+from service.engine.base import Engine, Rows
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import LOT, Metrics
 from service.observability.tracing import waited

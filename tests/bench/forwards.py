@@ -15,7 +15,8 @@ import numpy as np
 
 from model_store.library import open_library
 from model_store.theta import draw_theta
-from service.engine import Engine, Rows, open_engine
+from service.engine.base import Engine, Rows
+from service.engine.factory import open_engine
 from service.settings import Settings
 
 DRAWS: Final = 1000

@@ -1,6 +1,6 @@
-"""`python -m service.host SOCKET SETTINGS`: opens a library, compiles it, and forks a process for whoever asks.
+"""`python -m service.engine.fork_server SOCKET SETTINGS`: opens and compiles a library, and forks worker processes.
 
-Started by `service/engine/processes.py`, which says why. It ends, and every fork with it, when SOCKET is closed.
+Started by `service/engine/process_pool.py`, which says why. It ends, and every fork with it, when SOCKET is closed.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from service.cores import OPENING, stand_back
 
 if TYPE_CHECKING:
-    from service.engine import Engine
+    from service.engine.base import Engine
 
 
 def main(descriptor: int, words: dict[str, Any]) -> int:
@@ -26,9 +26,9 @@ def main(descriptor: int, words: dict[str, Any]) -> int:
         control.send_bytes(json.dumps(said).encode())
     if engine is None:
         return 1
-    from service.engine import forks
+    from service.engine import worker_process
 
-    forks.serve(descriptor, control, engine)
+    worker_process.serve(descriptor, control, engine)
     return 0
 
 
@@ -37,8 +37,9 @@ def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
     they are here, at this thread's priority."""
     from model_store.errors import StoreError
     from model_store.library import open_library
-    from service.engine import EngineRejected, open_engine
-    from service.engine.messages import described
+    from service.engine.base import EngineRejected
+    from service.engine.factory import open_engine
+    from service.engine.ipc import described
     from service.observability.logs import log_as_json
     from service.settings import Settings
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from service.cores import RUNNING, end_with_the_parent, stand_back
 from service.engine.base import Engine, Logits, Rows, difference
-from service.engine.messages import ALIVE, PROVEN, WORD, failed, found, understood
+from service.engine.ipc import ALIVE, PROVEN, WORD, failed, found, understood
 
 BEAT_S: Final = 0.25  # a fork that works shows life this often, if its tickets let it
 SAME: Final = 1e-6  # the same code on the same numbers

@@ -1,8 +1,9 @@
 """Tickets in processes of their own: the service's side of it.
 
 Threads that run tickets would share one interpreter with the event loop, and a crash inside a native library would end
-the service. So a host (`service/host.py`) opens and compiles the library once, and forks a process for each core, which
-share its memory. A process answers one part of a window at a time; one that dies or hangs is replaced by another fork,
+the service. So a host (`service/engine/fork_server.py`) opens and compiles the library once, and forks a process for
+each core, which share its memory.
+A process answers one part of a window at a time; one that dies or hangs is replaced by another fork,
 within milliseconds. What ends the service or forgets the engine closes their sockets, and so ends them all.
 """
 
@@ -24,7 +25,7 @@ from typing import Final
 
 from model_store.library import Library
 from service.engine.base import Alive, Engine, EngineDied, EngineRejected, Jobs, Logits, Ran, Rows
-from service.engine.messages import ALIVE, FAILED, PROVEN, WORD, question, read
+from service.engine.ipc import ALIVE, FAILED, PROVEN, WORD, question, read
 from service.settings import PREFIX, Settings
 
 TOLD: Final = ("engine", "device", "threads", "state_dir", "int8_images", "log_level")
@@ -60,7 +61,7 @@ def launched(library: Library, settings: Settings) -> "tuple[Connection, subproc
     packages = str(Path(__file__).parents[2])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     environment["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "service.host", str(theirs.fileno()), words]
+    command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), words]
     with theirs:
         popen = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
             command,
