@@ -28,7 +28,7 @@ from model_store.errors import StoreError
 from service import admin, console_routes, errors, overview
 from service.audits import routes as audits
 from service.audits.jobs import Jobs
-from service.holder import Holder, Serving
+from service.library_manager import Holder, Serving
 from service.observability import tracing
 from service.observability.logs import log_as_json
 from service.observability.metrics import Metrics, describe_build

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.library import Library
-from service.cores import RUNNING
+from service.cpu import RUNNING
 from service.engine.base import Engine
 from service.observability.metrics import Metrics
 from service.scheduling.batch import Window

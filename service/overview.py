@@ -19,7 +19,7 @@ from service.audits.jobs import Jobs
 from service.audits.profiles import PROFILES, Profile, attacks_of
 from service.audits.routes import limited, read_json, told
 from service.errors import ClientGone, NotReady
-from service.holder import Holder, Serving
+from service.library_manager import Holder, Serving
 from service.observability.metrics import LOT, OUTCOMES, PREFIX, REASONS, SECONDS, Metrics
 from service.settings import Settings
 from service.web import open_inference

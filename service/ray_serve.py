@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from service.app import create_public_app
-from service.holder import Holder
+from service.library_manager import Holder
 from service.observability.metrics import Metrics
 from service.settings import Settings, read_settings
 from service.web.auth import Keys

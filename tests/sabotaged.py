@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from model_store.library import Library
-from service import holder
+from service import library_manager
 from service.__main__ import main
 from service.engine.base import Engine, Logits, Rows
 from service.engine.factory import open_served
@@ -24,5 +24,5 @@ def mortal(library: Library, settings: Settings) -> Engine:
 
 
 if __name__ == "__main__":
-    holder.open_served = mortal  # type: ignore[attr-defined]
+    library_manager.open_served = mortal  # type: ignore[attr-defined]
     sys.exit(main())

@@ -26,10 +26,10 @@ from model_store.ticket import Ticket
 from service import app as apps
 from service.__main__ import main
 from service.check import figures, lines
-from service.cores import OPENING
+from service.cpu import OPENING
 from service.engine.base import EngineRejected, Folded, folded
 from service.errors import Text
-from service.holder import Holder
+from service.library_manager import Holder
 from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
 from service.sample import ship
@@ -326,7 +326,7 @@ def test_an_engine_that_refuses_a_library_is_a_library_refused(
 
     async def swap(planes: Planes) -> None:
         before = planes.holder.current
-        monkeypatch.setattr("service.holder.open_served", refuse)
+        monkeypatch.setattr("service.library_manager.open_served", refuse)
         with pytest.raises(StoreError, match="no such device"):
             await planes.holder.reload()
         assert planes.holder.current is before

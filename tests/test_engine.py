@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from model_store.ensemble import calibrated
 from model_store.library import Library
 from model_store.structures import multiply_adds
-from service.cores import affinity, usable_cores
+from service.cpu import affinity, usable_cores
 from service.engine import base, int8, torch_engine
 from service.engine import factory as engines
 from service.engine.base import EngineRejected, Rows
@@ -299,7 +299,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 def test_threads_follow_the_container_s_quota(
     files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cores.affinity", lambda: 8)
+    monkeypatch.setattr("service.cpu.affinity", lambda: 8)
     assert usable_cores(write(tmp_path, files)) == cores
 
 
@@ -317,6 +317,6 @@ def test_threads_follow_the_affinity() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a priority")
 def test_a_process_can_stand_aside_for_everybody() -> None:
-    words = "import os; from service.cores import stand_aside; stand_aside(); print(os.sched_getscheduler(0))"
+    words = "import os; from service.cpu import stand_aside; stand_aside(); print(os.sched_getscheduler(0))"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert int(done.stdout) == os.SCHED_IDLE

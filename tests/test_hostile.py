@@ -30,7 +30,7 @@ from tritonclient.utils import InferenceServerException
 from model_store.library import Library
 from service.app import create_admin_app, create_public_app
 from service.errors import Text
-from service.holder import Holder
+from service.library_manager import Holder
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.auth import Keys

@@ -16,7 +16,7 @@ from service import app as apps
 from service import console_routes, overview
 from service.audits.jobs import Jobs
 from service.errors import Text
-from service.holder import Holder
+from service.library_manager import Holder
 from service.observability.metrics import LOT, Metrics
 from service.overview import DRAWS, latency, spread
 from service.settings import Settings

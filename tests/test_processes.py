@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_store.library import Library
-from service.cores import RUNNING, cpu_s, family, resident_bytes
+from service.cpu import RUNNING, cpu_s, family, resident_bytes
 from service.engine.base import Engine, EngineDied, EngineRejected
 from service.engine.factory import open_engine, open_served, runs_apart
 from service.engine.ipc import FAILED, FOUND, WORD, failed, found, question, read, understood

@@ -100,7 +100,7 @@ def local(given: argparse.Namespace) -> Json:
     from service.audits.audit import audit, labelled
     from service.audits.config import read_audit
     from service.audits.evaluate import cores_used, use_cores
-    from service.cores import usable_cores
+    from service.cpu import usable_cores
     from service.engine.base import EngineRejected
     from service.engine.factory import chosen_device
     from service.settings import read_settings

@@ -32,7 +32,7 @@ from service.audits.profiles import (
     multiply_adds_of,
     plan,
 )
-from service.cores import LOWEST
+from service.cpu import LOWEST
 from service.engine.factory import chosen_device
 from service.observability.metrics import Metrics
 from service.settings import Settings

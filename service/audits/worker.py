@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from service.cores import LOWEST, end_with_the_parent, stand_aside
+from service.cpu import LOWEST, end_with_the_parent, stand_aside
 
 FAILED: Final = 2
 Json = dict[str, Any]

@@ -16,7 +16,7 @@ import torch
 from model_store.library import Library
 from model_store.structures import multiply_adds
 from model_store.ticket import Ticket
-from service.cores import usable_cores
+from service.cpu import usable_cores
 from service.engine.base import (
     Alive,
     Backend,

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.cores import OPENING, stand_back
+from service.cpu import OPENING, stand_back
 
 if TYPE_CHECKING:
     from service.engine.base import Engine

@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 
 import numpy as np
 
-from service.cores import RUNNING, end_with_the_parent, stand_back
+from service.cpu import RUNNING, end_with_the_parent, stand_back
 from service.engine.base import Engine, Logits, Rows, difference
 from service.engine.ipc import ALIVE, PROVEN, WORD, failed, found, understood
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from service.cores import RUNNING, stand_back
+from service.cpu import RUNNING, stand_back
 from service.errors import EngineFailed
 from service.observability.metrics import Metrics
 from service.scheduling.admission import FairQueue

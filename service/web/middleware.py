@@ -6,7 +6,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import REQUEST_ID, Overloaded
-from service.holder import Holder
+from service.library_manager import Holder
 from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from service.cores import cpu_s, family, usable_cores
+from service.cpu import cpu_s, family, usable_cores
 from tests.bench import requests
 from tests.bench.requests import Form
 

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from model_store.errors import StoreError
 from model_store.library import open_library, write_library
-from service.cores import family
+from service.cpu import family
 from service.sample import ship
 from tests.bench.servers import set_size_kb
 from tests.tickets import CLASSES, eight_tickets, items

@@ -15,7 +15,7 @@ import numpy as np
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
-from service.cores import OPENING, RUNNING, cpu_s, resident_bytes, stand_back
+from service.cpu import OPENING, RUNNING, cpu_s, resident_bytes, stand_back
 from service.engine.base import Engine, EngineRejected
 from service.engine.factory import engine_threads, open_served, runs_apart
 from service.errors import NotReady
