@@ -25,9 +25,10 @@ from fastapi import APIRouter, FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_store.errors import StoreError
-from service import admin, console_routes, errors, overview
-from service.audits import routes as audits
-from service.audits.jobs import Jobs
+from service import errors
+from service.admin import audit_api as audits
+from service.admin import console_api, console_files, library_api
+from service.admin.audit_jobs import Jobs
 from service.library_manager import Holder, Serving
 from service.observability import tracing
 from service.observability.logs import log_as_json
@@ -68,7 +69,7 @@ def create_admin_app(
 ) -> FastAPI:
     """Metrics and the library, and what `routers` add; all but metrics and health behind the token."""
     app = plain(title="Tombola, admin plane")
-    for router in (admin.router(holder, metrics), *routers):
+    for router in (library_api.router(holder, metrics), *routers):
         app.include_router(router)
     app.add_middleware(AdminGate, token=token, metrics=metrics, metrics_open=settings.metrics_open)
     return finished(app, holder, settings, metrics, "admin")
@@ -304,7 +305,7 @@ def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] =
     holder = Holder(settings, metrics)
     jobs = Jobs(settings, metrics, holder.library, url(front))
     outer = create_public_app(holder, settings, metrics, keys)
-    console = (console_routes.router(), overview.router(holder, settings, metrics, jobs))
+    console = (console_files.router(), console_api.router(holder, settings, metrics, jobs))
     inner = create_admin_app(holder, settings, metrics, token, (*console, audits.router(jobs), *routers(holder)))
     planes = (plane(outer, settings, front), plane(inner, settings, back))
     service = Service(settings, holder, keys, planes, url(front), url(back), jobs)

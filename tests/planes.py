@@ -17,7 +17,8 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.types import ASGIApp
 
-from service import admin, errors
+from service import errors
+from service.admin import library_api
 from service.app import loop_factory, plane
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -113,7 +114,7 @@ def public_app(holder: Holder | None = None, metrics: Metrics | None = None, **k
 def admin_app(holder: Holder | None = None, metrics: Metrics | None = None, *, metrics_open: bool = True) -> FastAPI:
     metrics = metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
-    app.include_router(admin.router(holder or StandIn(), metrics))
+    app.include_router(library_api.router(holder or StandIn(), metrics))
     app.add_middleware(AdminGate, token=TOKEN, metrics=metrics, metrics_open=metrics_open)
     errors.install(app)
     return app

@@ -20,12 +20,12 @@ from fastapi import FastAPI
 from model_store.library import Library, write_library
 from service import errors
 from service.__main__ import main
-from service.audits import jobs as jobs_module
+from service.admin import audit_jobs as jobs_module
+from service.admin.audit_api import router
+from service.admin.audit_jobs import Jobs
+from service.admin.audit_worker import work
 from service.audits.command import INVALID
 from service.audits.errors import AuditConflict
-from service.audits.jobs import Jobs
-from service.audits.routes import router
-from service.audits.worker import work
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.auth import AdminGate

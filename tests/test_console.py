@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 
-from service import console_routes
+from service.admin import console_files
 from service.errors import Text, install
 from service.observability.metrics import Metrics
 from service.sample import ship
@@ -25,7 +25,7 @@ from tests.console.browser import CHROMIUM, chromium, complaints, sign_in
 from tests.planes import TOKEN, ask, refused
 from tests.serving import Process, serving, tiny_library
 
-FOLDER: Final = console_routes.FOLDER
+FOLDER: Final = console_files.FOLDER
 SCRIPTS: Final = sorted(FOLDER.glob("*.js"))
 PAGE: Final = (FOLDER / "index.html").read_text(encoding="utf-8")
 SLOW_MS: Final = 90_000  # the machine may be busy
@@ -50,7 +50,7 @@ def console_app() -> Any:
     from fastapi import FastAPI
 
     app = FastAPI(redirect_slashes=False)
-    app.include_router(console_routes.router())
+    app.include_router(console_files.router())
     app.add_middleware(AdminGate, token=TOKEN, metrics=Metrics(), metrics_open=True)
     install(app)
     return app
@@ -85,7 +85,7 @@ class TestFiles:
         for path in named:
             response = ask(console_app(), "GET", path)
             assert response.status_code == 200, path
-            assert response.headers["content-type"] == console_routes.KINDS[Path(path).suffix]
+            assert response.headers["content-type"] == console_files.KINDS[Path(path).suffix]
 
     def test_other_names_are_not_found_and_nothing_outside_the_folder_is_served(self) -> None:
         for path in ("/console/none.js", "/console/..%2fauth.py", "/console/%2e%2e/auth.py", "/console/"):

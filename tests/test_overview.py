@@ -13,12 +13,12 @@ import pytest
 from model_store.library import Library
 from model_store.theta import inclusion_probabilities
 from service import app as apps
-from service import console_routes, overview
-from service.audits.jobs import Jobs
+from service.admin import console_api, console_files
+from service.admin.audit_jobs import Jobs
+from service.admin.console_api import DRAWS, latency, spread
 from service.errors import Text
 from service.library_manager import Holder
 from service.observability.metrics import LOT, Metrics
-from service.overview import DRAWS, latency, spread
 from service.settings import Settings
 from service.web.auth import Keys
 from tests.planes import TOKEN, png, refused
@@ -41,7 +41,7 @@ class Plane:
         self.metrics = Metrics()
         self.holder = Holder(settings, self.metrics)
         jobs = Jobs(settings, self.metrics, self.holder.library)
-        routers = (console_routes.router(), overview.router(self.holder, settings, self.metrics, jobs))
+        routers = (console_files.router(), console_api.router(self.holder, settings, self.metrics, jobs))
         admin = apps.create_admin_app(self.holder, settings, self.metrics, TOKEN, routers)
         public = apps.create_public_app(self.holder, settings, self.metrics, Keys(None, self.metrics))
         self.admin = client(admin, authorization=f"Bearer {TOKEN}")

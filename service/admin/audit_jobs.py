@@ -20,9 +20,9 @@ from torch import nn
 from model_store.errors import StoreError
 from model_store.library import Library, open_library
 from model_store.ticket import Ticket, write_atomically
+from service.admin.dataset_store import Datasets
 from service.audits import systems
 from service.audits.config import Audit, read_audit
-from service.audits.datasets import Datasets
 from service.audits.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
 from service.audits.evaluate import Member, bench_of
 from service.audits.profiles import (
@@ -325,7 +325,7 @@ def mend(path: Path) -> None:
 def spawn(folder: Path, threads: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
     environment = {name: value for name, value in environment.items() if not name.startswith("TOMBOLA_ADMIN_TOKEN")}
-    command = [sys.executable, "-m", "service.audits.worker", str(folder), str(NICENESS)]
+    command = [sys.executable, "-m", "service.admin.audit_worker", str(folder), str(NICENESS)]
     with (folder / "worker.log").open("ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)  # noqa: S603
 
