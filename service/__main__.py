@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=run_sample)
     reference = commands.add_parser("reference", help="print REFERENCE.md: every setting, metric and route")
     reference.set_defaults(run=run_reference)
-    for module in ("service.bench", "service.audits.command"):
+    for module in ("service.bench", "service.audit.command"):
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module).add_parser(commands)
     return top

@@ -26,8 +26,8 @@ from model_store.library import Library, open_library
 from model_store.structures import Network
 from model_store.theta import Theta, draw_theta
 from service import capacity, disclosure, leak, rounding
-from service.audits.data import read_data
-from service.audits.errors import DataRejected
+from service.audit.errors import DataRejected
+from service.audit.labelled_data import read_data
 from service.engine.base import Engine, EngineRejected, Rows
 from service.engine.factory import engine_threads, open_engine, open_served
 from service.leak import scheduling

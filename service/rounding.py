@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from model_store.attacks import ThreatModel
 from model_store.library import Library
-from service.audits.attacks.simple import Single, attack_member
-from service.audits.data import Labelled, read_data
-from service.audits.evaluate import Member, as_floats, bench_of, on_grid
-from service.audits.stats import paired
+from service.audit.attacks.simple import Single, attack_member
+from service.audit.evaluation import Member, as_floats, bench_of, on_grid
+from service.audit.labelled_data import Labelled, read_data
+from service.audit.stats import paired
 from service.engine.base import Engine, Rows
 from service.engine.factory import CALIBRATION_IMAGES
 

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from model_store.library import Library, write_library
 from model_store.theta import Policy
-from service.audits.config import Audit
-from service.audits.data import Labelled
-from service.audits.evaluate import Bench, Draws, Member, System, Target
-from service.audits.runner import Run
+from service.audit.attack_runner import Run
+from service.audit.config import Audit
+from service.audit.evaluation import Bench, Draws, Member, System, Target
+from service.audit.labelled_data import Labelled
 from tests.digits import digits
 from tests.tickets import items, make_ticket
 

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from model_store.attacks import Norm, ThreatModel, misclassified, pgd
 from model_store.theta import Policy
-from service.audits import evaluate
-from service.audits.attacks import arc, eot, libraries, query, simple
-from service.audits.attacks.arc import Sweeps
-from service.audits.attacks.eot import Ascent
-from service.audits.attacks.libraries import ExpectedLogits, Proxy, Standard, isolated
-from service.audits.attacks.losses import LOSSES, Stage
-from service.audits.attacks.query import BlackBox, LocalOracle
-from service.audits.attacks.simple import Single, Universal
-from service.audits.checks_report import Linear, closed_form_error, linear_target, two_against_one_direction
-from service.audits.evaluate import Draws, Member, Target, as_floats, draws_of, failure
+from service.audit import evaluation
+from service.audit.attacks import arc, autoattack, black_box, eot, simple
+from service.audit.attacks.arc import Sweeps
+from service.audit.attacks.autoattack import ExpectedLogits, Proxy, Standard, isolated
+from service.audit.attacks.black_box import BlackBox, LocalOracle
+from service.audit.attacks.eot import Ascent
+from service.audit.attacks.losses import LOSSES, Stage
+from service.audit.attacks.simple import Single, Universal
+from service.audit.checks.report import Linear, closed_form_error, linear_target, two_against_one_direction
+from service.audit.evaluation import Draws, Member, Target, as_floats, draws_of, failure
 from tests.audit_models import alone, faint_digits, small_cnn, undefended
 
 EIGHT = ThreatModel("linf", 8 / 255)
@@ -170,7 +170,7 @@ def test_apgd_reaches_what_pyautoattacks_reaches() -> None:
     """On a deterministic network, the same loss and steps: within two images of a hundred, either way."""
     _, images, labels = some(100)
     target, threat = alone(undefended()), THREE
-    theirs = libraries.attack(target, images, labels, threat, Standard("apgd-ce", "mean-logits", 30), 0)
+    theirs = autoattack.attack(target, images, labels, threat, Standard("apgd-ce", "mean-logits", 30), 0)
     ours = eot.attack(target, images, labels, threat, Ascent("mean-loss", steps=30, schedule="adaptive"), generator())
     left = accuracy(undefended(), theirs, labels)
     assert 0.02 < left < 0.9
@@ -185,7 +185,7 @@ def test_our_proxy_is_what_pyautoattack_would_attack_itself() -> None:
     with torch.no_grad():
         right = undefended()(images).argmax(dim=1) == labels
     images, labels = images[right].contiguous(), labels[right]
-    through = libraries.attack(alone(undefended()), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 10), 5)
+    through = autoattack.attack(alone(undefended()), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 10), 5)
     with isolated(5):
         bare = APGDAttack(undefended(), n_iter=10, norm="Linf", eps=EIGHT.epsilon, seed=5, device=images.device)
         direct = bare.perturb(images, labels, best_loss=True)
@@ -212,7 +212,7 @@ def test_autoattacks_parts_bite_and_leave_our_generators_alone(method: Any) -> N
     steps = 200 if method == "square" else 10
     torch.manual_seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
-    found = libraries.attack(
+    found = autoattack.attack(
         alone(undefended()), images, labels, EIGHT, Standard(method, "soft-vote", steps, targets=3), 0
     )
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
@@ -232,7 +232,7 @@ def test_autoattack_takes_members_that_are_laid_out_channels_last() -> None:
     asked = images.contiguous().requires_grad_(True)
     (gradient,) = torch.autograd.grad(logits(asked).sum(), asked)
     assert gradient.is_contiguous()
-    libraries.attack(alone(network), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 3), 0)
+    autoattack.attack(alone(network), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 3), 0)
 
 
 def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
@@ -242,7 +242,7 @@ def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
     with torch.no_grad():
         clean = failure(target(images), labels, target.draws)
     tried: list[Tensor] = []
-    kept = libraries.Riskiest(target, images, labels, THREE)
+    kept = autoattack.Riskiest(target, images, labels, THREE)
 
     def see(asked: Tensor, logits: Tensor) -> None:
         tried.append(asked)
@@ -250,7 +250,7 @@ def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
 
     classifier = ExpectedLogits(target, "mean-logits", see)
     with isolated(0):
-        libraries.built(classifier, THREE, Standard("apgd-t", "mean-logits", 8, targets=3), 0)(
+        autoattack.built(classifier, THREE, Standard("apgd-t", "mean-logits", 8, targets=3), 0)(
             images.contiguous(), labels
         )
     assert len(tried) > 8
@@ -295,7 +295,7 @@ def test_one_perturbation_takes_the_same_steps_however_much_fits_into_memory(mon
     _, images, labels = some(40)
     found = []
     for held in (5e8, 1.0):
-        monkeypatch.setattr(evaluate, "GRAPH_BYTES", held)
+        monkeypatch.setattr(evaluation, "GRAPH_BYTES", held)
         target = alone(undefended())
         assert target.batch(images) == (64 if held > 1 else 4)
         found.append(simple.universal(target, images, labels, EIGHT, Universal(epochs=3), generator()))
@@ -329,7 +329,7 @@ def test_the_oracle_draws_by_the_law_for_every_image_and_counts() -> None:
 def test_black_box_attacks_break_the_undefended_and_keep_a_true_ledger(method: Any, averages: int) -> None:
     pixels, images, labels = some(4)
     asked, probes = oracle(), 1500 if method == "hopskipjump" else 300
-    stops = query.attack(asked, pixels, labels, EIGHT, BlackBox(method, averages, probes), 0)
+    stops = black_box.attack(asked, pixels, labels, EIGHT, BlackBox(method, averages, probes), 0)
     last = stops[-1]
     assert last.queries == probes * averages
     assert asked.queries <= len(pixels) * last.queries * 1.6 + 10
@@ -341,7 +341,7 @@ def test_black_box_attacks_break_the_undefended_and_keep_a_true_ledger(method: A
 def test_black_box_attacks_repeat_with_their_seed() -> None:
     pixels, _, labels = some(3)
     first, second = (
-        query.attack(oracle(), pixels, labels, EIGHT, BlackBox("square", 1, 30), 7)[-1].pixels for _ in range(2)
+        black_box.attack(oracle(), pixels, labels, EIGHT, BlackBox("square", 1, 30), 7)[-1].pixels for _ in range(2)
     )
     assert torch.equal(first, second)
 

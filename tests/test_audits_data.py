@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from service.audits.config import Audit, read_audit
-from service.audits.data import generated, read_data
-from service.audits.errors import AuditRejected, DataRejected
+from service.audit.config import Audit, read_audit
+from service.audit.errors import AuditRejected, DataRejected
+from service.audit.labelled_data import generated, read_data
 
 CLASSES = ("cat", "dog", "ship")
 

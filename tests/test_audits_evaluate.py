@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from model_store.theta import Policy, inclusion_probabilities, size_probabilities, states
-from service.audits.evaluate import (
+from service.audit.evaluation import (
     GRAPH_BYTES,
     PASS_IMAGES,
     Draws,
@@ -30,7 +30,7 @@ from service.audits.evaluate import (
     use_cores,
     worst,
 )
-from service.audits.stats import bootstrap, clopper_pearson, paired, resampled_means
+from service.audit.stats import bootstrap, clopper_pearson, paired, resampled_means
 from tests.audit_models import alone, system
 
 GROUPS = ["a", "a", "a", "b", "b", "c"]

@@ -24,8 +24,8 @@ from service.admin import audit_jobs as jobs_module
 from service.admin.audit_api import router
 from service.admin.audit_jobs import Jobs
 from service.admin.audit_worker import work
-from service.audits.command import INVALID
-from service.audits.errors import AuditConflict
+from service.audit.command import INVALID
+from service.audit.errors import AuditConflict
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.auth import AdminGate

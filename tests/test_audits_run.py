@@ -13,18 +13,19 @@ from torch import nn
 
 from model_store.errors import LibraryRejected
 from model_store.library import write_library
-from service.audits import checks, checks_attack, checks_model, sanity, systems
-from service.audits.audit import audit, labelled
-from service.audits.checks import Finding, Lab
-from service.audits.command import BELOW, INVALID, add_parser, conclude
-from service.audits.config import Audit, Step
-from service.audits.errors import AuditRejected, DataRejected
-from service.audits.evaluate import bench_of
-from service.audits.profiles import PROFILES, SHARED, attacks_of, images_of, plan
-from service.audits.runner import Outcome, Run
-from service.audits.stats import Interval
-from service.audits.summary import compare, digest_holds, words
-from service.audits.tables import MARKS
+from service.audit import baselines
+from service.audit.attack_runner import Outcome, Run
+from service.audit.checks import attacks, base, model, run
+from service.audit.checks.base import Finding, Lab
+from service.audit.command import BELOW, INVALID, add_parser, conclude
+from service.audit.config import Audit, Step
+from service.audit.errors import AuditRejected, DataRejected
+from service.audit.evaluation import bench_of
+from service.audit.profiles import PROFILES, SHARED, attacks_of, images_of, plan
+from service.audit.report.markdown_report import MARKS
+from service.audit.report.summary import compare, digest_holds, words
+from service.audit.run import audit, labelled
+from service.audit.stats import Interval
 from tests.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
 from tests.serving import some_rows
 from tests.tickets import items, make_ticket
@@ -156,7 +157,7 @@ def test_the_page_needs_nothing_but_itself(report: Json, folder: Path) -> None:
 
 
 def test_names_from_a_library_cannot_break_the_page(report: Json) -> None:
-    from service.audits.page import page
+    from service.audit.report.html_report import page
 
     evil = json.loads(json.dumps(report).replace("generated smooth colours", "<script>alert(1)</script>"))
     assert "<script>" not in page(evil, {}, [{"label": "<b>", "clean": 1, "attacked": 0, "pictures": []}])
@@ -276,7 +277,7 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
     for profile in PROFILES:
         asked = Audit(profile)
         bench = bench_of(library)
-        steps = plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+        steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
         assert len({step.id for step in steps}) == len(steps)
         assert all(step.images <= images_of(asked) for step in steps)
         costs.append(sum(Run(folder / "unused", asked, library, faint_digits(2)).costs))
@@ -290,7 +291,7 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
     for norm, headline, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
         asked = Audit("standard", norm=norm)  # type: ignore[arg-type]
         assert asked.headline == headline
-        steps = plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+        steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
         assert max(step.epsilon for step in steps) == unbounded
         assert {step.epsilon for step in steps} >= set(asked.epsilons) - {0.0}
 
@@ -298,7 +299,7 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
 def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
     """Comparisons count stages 0 and 1: the same attacks with the same settings on every compared system."""
     bench = bench_of(library)
-    compared = systems.compared(bench, systems.strengths(library))
+    compared = baselines.compared(bench, baselines.strengths(library))
     for profile in PROFILES:
         steps = [step for step in plan(Audit(profile), bench, compared) if step.stage <= SHARED]
         faced = {
@@ -313,14 +314,14 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
 @pytest.mark.parametrize("name", ["smoke", "standard", "full"])
 def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
     bench = bench_of(library)
-    steps = plan(Audit(name, norm=norm), bench, systems.compared(bench, systems.strengths(library)))
+    steps = plan(Audit(name, norm=norm), bench, baselines.compared(bench, baselines.strengths(library)))
     assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
     bench = bench_of(library)
     asked = Audit("standard", attacks=("arc", "fgsm"))
-    steps = plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+    steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
     assert {step.name for step in steps} == {"arc", "fgsm"}
 
 
@@ -337,12 +338,12 @@ def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
     """An audit of nothing would report the clean accuracy as what the attacks left."""
     bench = bench_of(library)
     with pytest.raises(AuditRejected, match=f"'{missing}': profile {asked.profile} in {asked.norm} does not run it"):
-        plan(asked, bench, systems.compared(bench, systems.strengths(library)))
+        plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
 
 
 def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:
-    from service.audits.page import heading, headline
-    from service.audits.summary import verdict
+    from service.audit.report.html_report import heading, headline
+    from service.audit.report.summary import verdict
 
     assert verdict([], partial=True)["verdict"] == "warnings"
     some = {**report, "verdict": "warnings", "audit": {**report["audit"], "attacks": ["fgsm"]}}
@@ -391,22 +392,22 @@ def lab_of(network: nn.Module, folder: Path) -> Lab:
 
 def test_the_undefended_network_raises_no_flag_and_falls(tmp_path: Path) -> None:
     lab = lab_of(undefended(), tmp_path)
-    assert checks_model.no_zero_gradients(lab).ok
-    assert checks_model.right_gradients(lab).ok
-    found = lab.right(lab.attack(checks_model.PROBE, "probe").images)
+    assert model.no_zero_gradients(lab).ok
+    assert model.right_gradients(lab).ok
+    found = lab.right(lab.attack(model.PROBE, "probe").images)
     assert float(found.mean()) <= 0.01
 
 
 def test_saturated_logits_raise_the_flags(tmp_path: Path) -> None:
     lab = lab_of(Scaled(undefended(), 1e4), tmp_path)
-    assert checks_model.no_zero_gradients(lab).ok is False
-    assert checks_attack.output_range(lab).ok is False
+    assert model.no_zero_gradients(lab).ok is False
+    assert attacks.output_range(lab).ok is False
 
 
 def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
     """No gradient at all: the white box finds nothing, Square does, and both checks say so."""
     lab = lab_of(Quantised(undefended(), 64), tmp_path)
-    assert checks_model.no_zero_gradients(lab).ok is False
+    assert model.no_zero_gradients(lab).ok is False
     square = Audit("standard", attacks=("eot-mean-loss", "square"), images=12)
     run = run_on(Quantised(undefended(), 64), tmp_path / "square", square, 12)
     run.steps = [s for s in run.steps if s.system == "tombola" and s.epsilon == 8 and s.name in square.attacks][:1] + [
@@ -414,7 +415,7 @@ def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
     ]
     run.costs = [1.0] * len(run.steps)
     run.attack()
-    finding = checks_attack.below_black_box(Lab(run))
+    finding = attacks.below_black_box(Lab(run))
     assert finding.ok is False, finding.value
     assert not finding.warn
 
@@ -432,28 +433,28 @@ def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: boo
     nearest = lab.attacks("hopskipjump-queries")[0].extra["nearest"]
     assert len(nearest) == 4
     assert all(1 <= size <= 255 and right < 0.5 for size, right in nearest)
-    finding = checks_attack.below_hard_label(lab)
+    finding = attacks.below_hard_label(lab)
     assert finding.ok is not hidden, finding.value
-    least = checks_attack.least_epsilons(lab, 4)
+    least = attacks.least_epsilons(lab, 4)
     which = torch.arange(4)
     if hidden:
         assert all(size < white for (size, _), white in zip(nearest, least.tolist(), strict=True))
         return
     for size in sorted(set(least.tolist())):
         at = which[least == size]
-        assert checks_attack.fooled_at(lab, at, size).all()
-        assert not checks_attack.fooled_at(lab, at, size - 1).any()
+        assert attacks.fooled_at(lab, at, size).all()
+        assert not attacks.fooled_at(lab, at, size - 1).any()
 
 
 def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
     np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
     served = folder / "pictures.npz"
     run = Run(folder / "rounded", Audit("standard", images=4), library, faint_digits(4), int8_images=served)
-    finding = checks_model.same_model(Lab(run))
+    finding = model.same_model(Lab(run))
     assert finding.ok is False
     assert finding.warn
     assert "in 8 bits" in finding.value
-    assert checks_model.same_model(Lab(Run(folder / "rounded", run.audit, library, run.data))).ok
+    assert model.same_model(Lab(Run(folder / "rounded", run.audit, library, run.data))).ok
 
 
 def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) -> None:
@@ -461,7 +462,7 @@ def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) ->
     run.steps = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
     run.costs = [1.0] * len(run.steps)
     run.attack()
-    finding = checks_attack.known_theta(Lab(run))
+    finding = attacks.known_theta(Lab(run))
     assert finding.ok, finding.value
     assert all(f"{count}: " in finding.value for count in (4, 16, 256))
 
@@ -470,7 +471,7 @@ def test_small_random_steps_move_the_loss_of_a_ragged_network_most(tmp_path: Pat
     moves = []
     for name, network in (("flat", Scaled(undefended(), 0.0)), ("smooth", undefended()), ("ragged", ragged())):
         lab = lab_of(network, tmp_path / name)
-        moves.append(checks_attack.jitter(lab, lab.images, lab.labels))
+        moves.append(attacks.jitter(lab, lab.images, lab.labels))
     assert moves[0] == 0
     assert moves[0] < moves[1] < moves[2]
     assert moves[2] > 0.1
@@ -483,12 +484,12 @@ def ragged() -> nn.Module:
 def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
     network = undefended()
     lab = lab_of(network, tmp_path)
-    assert checks_model.no_side_effects(lab).ok
+    assert model.no_side_effects(lab).ok
     last = network[-1]
     assert isinstance(last, nn.Linear)
     last.bias[0] += 1e-3
     try:
-        assert checks_model.no_side_effects(lab).ok is False
+        assert model.no_side_effects(lab).ok is False
     finally:
         last.bias[0] -= 1e-3
 
@@ -499,11 +500,11 @@ def test_an_image_outside_the_ball_is_noticed(tmp_path: Path) -> None:
     pixels = lab.run.data.pixels.clone()
     pixels[0, 0, 0, 0] += 9
     lab.run.outcomes = [Outcome(step, pixels, lab.run.clean_logits, {}, {}, 0, 0.0)]
-    assert checks_model.feasible(lab).ok is False
+    assert model.feasible(lab).ok is False
 
 
 def test_a_hard_failure_makes_the_audit_invalid_and_a_warning_heads_it() -> None:
-    from service.audits.summary import verdict
+    from service.audit.report.summary import verdict
 
     row: Json = {"id": 5, "hard": True}
     assert verdict([{**row, "outcome": "pass"}])["verdict"] == "valid"
@@ -515,8 +516,8 @@ def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
     lab = lab_of(undefended(), tmp_path)
 
     def judged(ok: bool | None, hard: bool, warn: bool = False, least: Any = "smoke") -> str:
-        check = checks.Check(1, "name", "criterion", hard, least, lambda _: Finding(ok, "value", warn))
-        return str(checks.judged(check, lab)["outcome"])
+        check = base.Check(1, "name", "criterion", hard, least, lambda _: Finding(ok, "value", warn))
+        return str(base.judged(check, lab)["outcome"])
 
     assert judged(True, True) == "pass"
     assert judged(False, True) == "fail"
@@ -527,7 +528,7 @@ def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
 
 
 def test_all_thirty_four_checks_are_there_once() -> None:
-    assert [check.id for check in sanity.CHECKS] == list(range(1, 35))
+    assert [check.id for check in run.CHECKS] == list(range(1, 35))
 
 
 def test_a_warm_start_comes_from_earlier_stages_alone(library: Any, folder: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model_store.attacks import ThreatModel
-from service.audits.attacks import query
-from service.audits.attacks.query import BlackBox, HttpOracle
-from service.audits.errors import AuditRejected, OracleFailed
+from service.audit.attacks import black_box
+from service.audit.attacks.black_box import BlackBox, HttpOracle
+from service.audit.errors import AuditRejected, OracleFailed
 from service.errors import EngineFailed, Overloaded
 from service.web.decoder import Pixels
 from service.web.inference import Probabilities
@@ -51,7 +51,9 @@ class BusyOnce(Oracle):
 
 def test_a_busy_service_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(query, "time", SimpleNamespace(sleep=pauses.append))  # its own alone: other threads sleep too
+    monkeypatch.setattr(
+        black_box, "time", SimpleNamespace(sleep=pauses.append)
+    )  # its own alone: other threads sleep too
     with behind_a_port(public_app(StandIn(BusyOnce()))) as address, asking(address) as oracle:
         oracle(grey(0))
     assert pauses == [1.0]
@@ -74,14 +76,14 @@ def test_square_finds_its_way_over_http() -> None:
     """The stand-in's class is a matter of mean red alone, 3 away from the next: epsilon 8 reaches it."""
     pixels, labels = grey(22, 53), torch.tensor([0, 2])
     with behind_a_port(public_app()) as address, asking(address) as oracle:
-        stops = query.attack(oracle, pixels, labels, ThreatModel("linf", 8 / 255), BlackBox("square", 1, 120), 0)
+        stops = black_box.attack(oracle, pixels, labels, ThreatModel("linf", 8 / 255), BlackBox("square", 1, 120), 0)
         assert oracle(stops[-1].pixels).argmax(axis=1).tolist() != labels.tolist()
     assert oracle.queries == 2 * 120 + 2
 
 
 def test_other_norms_are_refused() -> None:
     with nobody() as oracle, pytest.raises(AuditRejected, match="l-infinity"):
-        query.attack(oracle, grey(0), torch.tensor([0]), ThreatModel("l2", 1.0), BlackBox(), 0)
+        black_box.attack(oracle, grey(0), torch.tensor([0]), ThreatModel("l2", 1.0), BlackBox(), 0)
 
 
 def asking(address: str) -> HttpOracle:

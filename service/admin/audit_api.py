@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from service.admin.audit_jobs import PAGE, REPORT, WAITING, Jobs
-from service.audits.errors import AuditError, AuditRejected
+from service.audit.errors import AuditError, AuditRejected
 from service.web.inference import PlainRoute, as_json
 
 MAX_REQUEST_BYTES: Final = 65_536

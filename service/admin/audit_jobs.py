@@ -21,11 +21,11 @@ from model_store.errors import StoreError
 from model_store.library import Library, open_library
 from model_store.ticket import Ticket, write_atomically
 from service.admin.dataset_store import Datasets
-from service.audits import systems
-from service.audits.config import Audit, read_audit
-from service.audits.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
-from service.audits.evaluate import Member, bench_of
-from service.audits.profiles import (
+from service.audit import baselines
+from service.audit.config import Audit, read_audit
+from service.audit.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
+from service.audit.evaluation import Member, bench_of
+from service.audit.profiles import (
     check_giga_multiply_adds,
     estimated_seconds,
     giga_multiply_adds,
@@ -179,10 +179,10 @@ class Jobs:
             if report["verdict"] == "invalid":
                 continue
             kind = {name: report["audit"][name] for name in ("profile", "norm")}
-            rows = [row for row in report["attacks"] if row["system"] == systems.OURS]
+            rows = [row for row in report["attacks"] if row["system"] == baselines.OURS]
             found = [(row["name"], row["epsilon"], row["expected"]["value"]) for row in rows]
             if not report["audit"]["attacks"]:
-                curve = report["systems"][systems.OURS]["curve"]
+                curve = report["systems"][baselines.OURS]["curve"]
                 found += [("all", point["epsilon"], point["value"]) for point in curve]
             for attack, epsilon, value in found:
                 self.metrics.set("audit_accuracy", value, **kind, attack=attack, epsilon=f"{epsilon:g}")
@@ -236,9 +236,9 @@ class Jobs:
     def cost(self, asked: Audit, library: Library) -> Json:
         """What it will cost, before it starts. Raises CostRejected."""
         bench = bench_of(library, outside=self.outside, made=unbuilt)
-        compared = systems.compared(bench, systems.strengths(library))
+        compared = baselines.compared(bench, baselines.strengths(library))
         steps, each = plan(asked, bench, compared), multiply_adds_of(library, self.outside)
-        by_name = {s.name: s for s in (*compared, *(systems.single(bench, j) for j in range(len(bench.members))))}
+        by_name = {s.name: s for s in (*compared, *(baselines.single(bench, j) for j in range(len(bench.members))))}
         attacks = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
         giga = attacks + check_giga_multiply_adds(asked, each)
         seconds = estimated_seconds(giga, self.settings.audits_threads)

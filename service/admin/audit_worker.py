@@ -28,7 +28,7 @@ def main(folder: Path, niceness: int) -> int:
             file.write(line)
 
     from model_store.errors import StoreError
-    from service.audits.errors import AuditError
+    from service.audit.errors import AuditError
 
     try:
         work(folder, json.loads((folder / "job.json").read_text(encoding="utf-8")), tell)
@@ -40,10 +40,10 @@ def main(folder: Path, niceness: int) -> int:
 
 def work(folder: Path, job: Json, tell: Any) -> None:
     from model_store.library import open_library
-    from service.audits.audit import audit, labelled
-    from service.audits.config import read_audit
-    from service.audits.errors import AuditConflict
-    from service.audits.evaluate import use_cores
+    from service.audit.config import read_audit
+    from service.audit.errors import AuditConflict
+    from service.audit.evaluation import use_cores
+    from service.audit.run import audit, labelled
 
     use_cores(job["threads"])
     asked = read_audit(job["request"])

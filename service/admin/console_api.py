@@ -16,8 +16,8 @@ from starlette.responses import Response
 from model_store.theta import inclusion_probabilities, size_probabilities
 from service.admin.audit_api import limited, read_json, told
 from service.admin.audit_jobs import Jobs
-from service.audits.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
-from service.audits.profiles import PROFILES, Profile, attacks_of
+from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
+from service.audit.profiles import PROFILES, Profile, attacks_of
 from service.errors import ClientGone, NotReady
 from service.library_manager import Holder, Serving
 from service.observability.metrics import LOT, OUTCOMES, PREFIX, REASONS, SECONDS, Metrics

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from model_store.library import Library
-from service.audits.data import GENERATED, read_data
-from service.audits.errors import AuditRejected, AuditUnknown, DataRejected
+from service.audit.errors import AuditRejected, AuditUnknown, DataRejected
+from service.audit.labelled_data import GENERATED, read_data
 from service.settings import Settings
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

@@ -107,8 +107,8 @@ def calibration_images(name: str, library: Library, settings: Settings) -> Rows 
         return None
     if name != "openvino":
         raise EngineRejected(f"TOMBOLA_INT8_IMAGES: 8 bits are for OpenVINO on a CPU; the engine is {name}")
-    from service.audits.data import read_data
-    from service.audits.errors import DataRejected
+    from service.audit.errors import DataRejected
+    from service.audit.labelled_data import read_data
 
     try:
         return read_data(settings.int8_images, library.classes, CALIBRATION_IMAGES).pixels.numpy()

@@ -14,12 +14,12 @@ from torch import Tensor
 from model_store.attacks import cross_entropy, random_start
 from model_store.ensemble import calibrated
 from model_store.theta import draw_theta, inclusion_probabilities, size_probabilities, states
-from service.audits.attacks.eot import Ascent, gradient_of
-from service.audits.attacks.libraries import isolated
-from service.audits.attacks.losses import LOSSES, Stage
-from service.audits.checks import Check, Finding, Lab, points
-from service.audits.evaluate import Draws, Member, Target, as_floats, failure
-from service.audits.runner import fingerprint, inside
+from service.audit.attack_runner import fingerprint, inside
+from service.audit.attacks.autoattack import isolated
+from service.audit.attacks.eot import Ascent, gradient_of
+from service.audit.attacks.losses import LOSSES, Stage
+from service.audit.checks.base import Check, Finding, Lab, points
+from service.audit.evaluation import Draws, Member, Target, as_floats, failure
 
 PROBE: Final = Ascent("mean-loss", steps=20, step=0.125, momentum=0.75)
 STAGE: Final = Stage(scale=1.0, progress=0.0)

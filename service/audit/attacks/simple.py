@@ -19,8 +19,8 @@ from model_store.attacks import (
     random_start,
     unit,
 )
-from service.audits.attacks.losses import LOSSES, Stage, typical_margin
-from service.audits.evaluate import Member, Target, failure, workers
+from service.audit.attacks.losses import LOSSES, Stage, typical_margin
+from service.audit.evaluation import Member, Target, failure, workers
 
 BATCH: Final = 64
 PART: Final = 16  # images of one PGD on one ticket

@@ -16,16 +16,15 @@ from torch import Tensor
 
 from model_store.library import Library
 from model_store.ticket import write_atomically
-from service.audits import systems
-from service.audits.attacks import arc, eot, libraries, query, simple
-from service.audits.attacks.arc import Sweeps
-from service.audits.attacks.eot import Ascent
-from service.audits.attacks.libraries import Standard
-from service.audits.attacks.query import BlackBox, HttpOracle, LocalOracle
-from service.audits.attacks.simple import Corners, Single, Universal
-from service.audits.config import Audit, Step, digest_of
-from service.audits.data import Labelled
-from service.audits.evaluate import (
+from service.audit import baselines
+from service.audit.attacks import arc, autoattack, black_box, eot, simple
+from service.audit.attacks.arc import Sweeps
+from service.audit.attacks.autoattack import Standard
+from service.audit.attacks.black_box import BlackBox, HttpOracle, LocalOracle
+from service.audit.attacks.eot import Ascent
+from service.audit.attacks.simple import Corners, Single, Universal
+from service.audit.config import Audit, Step, digest_of
+from service.audit.evaluation import (
     CERTAIN,
     Bench,
     Draws,
@@ -45,7 +44,8 @@ from service.audits.evaluate import (
     target_of,
     worst,
 )
-from service.audits.profiles import SHARED, giga_multiply_adds, multiply_adds_of, plan
+from service.audit.labelled_data import Labelled
+from service.audit.profiles import SHARED, giga_multiply_adds, multiply_adds_of, plan
 
 CODE: Final = 4  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
@@ -108,9 +108,9 @@ class Run:
         self.tell = tell
         self.bench = bench or bench_of(library, device, outside)
         self.fingerprint = fingerprint(self.bench.members)
-        self.strength = systems.strengths(library)
-        self.systems = systems.compared(self.bench, self.strength)
-        singles = [systems.single(self.bench, index) for index in range(len(self.bench.members))]
+        self.strength = baselines.strengths(library)
+        self.systems = baselines.compared(self.bench, self.strength)
+        singles = [baselines.single(self.bench, index) for index in range(len(self.bench.members))]
         self.by_name = {system.name: system for system in (*singles, *self.systems)}
         self.steps = plan(audit, self.bench, self.systems)
         self.multiply_adds = multiply_adds_of(library, outside)
@@ -222,7 +222,7 @@ class Run:
                 return Attacked(found)
             case Standard():
                 seed = seed_of("library", self.audit.seed, step.id)
-                return Attacked(libraries.attack(target, images, labels, step.threat, step.settings, seed))
+                return Attacked(autoattack.attack(target, images, labels, step.threat, step.settings, seed))
             case Single():
                 member = target.members[0]
                 return Attacked(simple.attack_member(member, images, labels, step.threat, step.settings, generator))
@@ -255,7 +255,7 @@ class Run:
     def query(self, step: Step, settings: BlackBox, part: Labelled) -> Attacked:
         seed, system = seed_of("query", self.audit.seed, step.id, settings), self.system(step.system)
         with self.oracle(step) as oracle:
-            stops = query.attack(oracle, part.pixels, part.labels, step.threat, settings, seed)
+            stops = black_box.attack(oracle, part.pixels, part.labels, step.threat, settings, seed)
         curve = [[stop.queries, float(self.rights(system, stop.pixels, part.labels).mean())] for stop in stops]
         where = "service" if isinstance(oracle, HttpOracle) else "in-process"
         extra: Json = {"oracle": where, "averages": settings.averages, "queries": oracle.queries, "curve": curve}
@@ -267,7 +267,7 @@ class Run:
 
     def oracle(self, step: Step) -> HttpOracle | LocalOracle:
         system = self.system(step.system)
-        if self.url is not None and step.system == systems.OURS:
+        if self.url is not None and step.system == baselines.OURS:
             return HttpOracle(self.url, len(self.library.classes), self.key)
         rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
         return LocalOracle(self.bench.members, system.policy, self.bench.device, rng)

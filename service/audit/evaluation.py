@@ -21,7 +21,7 @@ from model_store.library import Library
 from model_store.structures import fold
 from model_store.theta import Policy, Theta, draw_matrix, group_sizes, inclusion_probabilities, matrix, states
 from model_store.ticket import Ticket
-from service.audits.errors import AuditRejected
+from service.audit.errors import AuditRejected
 
 SCORING_DRAWS: Final = 10_000
 ATTACK_DRAWS: Final = 2_000

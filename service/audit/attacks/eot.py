@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, unit
-from service.audits.attacks.losses import LOSSES, Loss, Stage, typical_margin
-from service.audits.evaluate import CERTAIN, Target, failure
+from service.audit.attacks.losses import LOSSES, Loss, Stage, typical_margin
+from service.audit.evaluation import CERTAIN, Target, failure
 
 DAMPING: Final = 0.75  # APGD's alpha
 RISING: Final = 0.75  # APGD's rho: the share of steps that must raise the loss

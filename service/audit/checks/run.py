@@ -6,12 +6,12 @@ import time
 from typing import Final
 
 from model_store.ticket import write_atomically
-from service.audits import checks_attack, checks_model, checks_report
-from service.audits.checks import Check, Lab, judged
-from service.audits.config import digest_of
-from service.audits.runner import Json, Run
+from service.audit.attack_runner import Json, Run
+from service.audit.checks import attacks, model, report
+from service.audit.checks.base import Check, Lab, judged
+from service.audit.config import digest_of
 
-CHECKS: Final[tuple[Check, ...]] = (*checks_model.CHECKS, *checks_attack.CHECKS, *checks_report.CHECKS)
+CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS)
 
 
 def inspect(run: Run) -> list[Json]:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from model_store.attacks import Norm, ThreatModel
-from service.audits.attacks import arc, eot
-from service.audits.attacks.arc import Sweeps
-from service.audits.attacks.eot import Ascent
-from service.audits.checks import Check, Finding, Lab, points
-from service.audits.checks_model import PROBE
-from service.audits.config import threat_model
-from service.audits.evaluate import Draws, Member, Target, on_grid
-from service.audits.runner import Outcome, Run
-from service.audits.stats import standard_error
+from service.audit.attack_runner import Outcome, Run
+from service.audit.attacks import arc, eot
+from service.audit.attacks.arc import Sweeps
+from service.audit.attacks.eot import Ascent
+from service.audit.checks.base import Check, Finding, Lab, points
+from service.audit.checks.model import PROBE
+from service.audit.config import threat_model
+from service.audit.evaluation import Draws, Member, Target, on_grid
+from service.audit.stats import standard_error
 
 
 class Linear(nn.Module):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import ThreatModel, per_image, project
-from service.audits.attacks.losses import ensembles, log_expected_softmax
-from service.audits.evaluate import CERTAIN, Target, failure
+from service.audit.attacks.losses import ensembles, log_expected_softmax
+from service.audit.evaluation import CERTAIN, Target, failure
 
 Proxy = Literal["soft-vote", "mean-logits", "mean-log-softmax"]
 Method = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]

@@ -12,28 +12,18 @@ from torch import Tensor
 
 from model_store.attacks import fgsm, l1_unit, project, random_start, unit
 from model_store.theta import draw_theta, matrix
-from service.audits import systems
-from service.audits.attacks import eot
-from service.audits.attacks.eot import gradient_of
-from service.audits.attacks.libraries import ExpectedLogits, Standard
-from service.audits.attacks.libraries import attack as library_attack
-from service.audits.attacks.losses import LOSSES, Stage
-from service.audits.checks import Check, Finding, Lab, points, tolerance
-from service.audits.checks_model import PROBE
-from service.audits.config import ATTACKS, LARGEST, ProfileName
-from service.audits.evaluate import (
-    CERTAIN,
-    Draws,
-    Member,
-    Target,
-    as_floats,
-    failure,
-    logits_of,
-    on_grid,
-    worst,
-)
-from service.audits.profiles import FAR, refine
-from service.audits.runner import Outcome, Run, seed_of
+from service.audit import baselines
+from service.audit.attack_runner import Outcome, Run, seed_of
+from service.audit.attacks import eot
+from service.audit.attacks.autoattack import ExpectedLogits, Standard
+from service.audit.attacks.autoattack import attack as library_attack
+from service.audit.attacks.eot import gradient_of
+from service.audit.attacks.losses import LOSSES, Stage
+from service.audit.checks.base import Check, Finding, Lab, points, tolerance
+from service.audit.checks.model import PROBE
+from service.audit.config import ATTACKS, LARGEST, ProfileName
+from service.audit.evaluation import CERTAIN, Draws, Member, Target, as_floats, failure, logits_of, on_grid, worst
+from service.audit.profiles import FAR, refine
 
 GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))
 BLACK_BOX: Final = ("square", "square-queries")
@@ -123,7 +113,7 @@ def drawn_alone(lab: Lab, rng: random.Random) -> Target:
 def iterative_below_single_step(lab: Lab) -> Finding:
     rows = []
     for index in range(lab.run.bench.tickets):
-        own = systems.single(lab.run.bench, index)
+        own = baselines.single(lab.run.bench, index)
         by_name = {o.step.name: lab.run.scores(own, o).right for o in lab.run.outcomes if o.step.system == own.name}
         if {"fgsm", "pgd-20"} <= set(by_name):
             excess = float((by_name["pgd-20"] - by_name["fgsm"]).mean()) - tolerance(by_name["pgd-20"], by_name["fgsm"])
@@ -301,7 +291,7 @@ def left_of(lab: Lab, name: str, target: Target) -> Tensor:
 
 def baselines_present(lab: Lab) -> Finding:
     names = [system.name for system in lab.run.systems]
-    there = {systems.MEAN, systems.BEST, systems.COST} <= set(names)
+    there = {baselines.MEAN, baselines.BEST, baselines.COST} <= set(names)
     attacked = {o.step.system for o in lab.run.outcomes if o.step.epsilon == lab.run.audit.headline}
     missing = [name for name in names if name not in attacked and not lab.run.audit.attacks]
     return Finding(there and not missing, f"{len(names) - 1} systems beside ours under the same attacks")
@@ -311,7 +301,7 @@ def no_masked_ticket(lab: Lab) -> Finding:
     """PGD-20 against AutoAttack's APGD on each ticket: a wide gap is a masked gradient, FGSM above clean an overfit."""
     overfit, gaps = [], {}
     for index, member in enumerate(lab.run.bench.members[: lab.run.bench.tickets]):
-        own = systems.single(lab.run.bench, index)
+        own = baselines.single(lab.run.bench, index)
         by_name = {o.step.name: lab.run.scores(own, o).right for o in lab.run.outcomes if o.step.system == own.name}
         if not {"fgsm", "pgd-20"} <= set(by_name):
             continue

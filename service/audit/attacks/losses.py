@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from model_store.attacks import margin
 from model_store.ensemble import combine
-from service.audits.evaluate import Draws
+from service.audit.evaluation import Draws
 
 HINGE: Final = 0.5  # how far beyond the boundary a draw is pushed, in typical margins
 SMOOTH_FROM, SMOOTH_TO = 1.0, 0.05  # the sigmoid's width at the first and the last step, in typical margins

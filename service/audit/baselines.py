@@ -6,7 +6,7 @@ from typing import Final
 
 from model_store.library import Library
 from model_store.theta import Policy, expected_size
-from service.audits.evaluate import Bench, System, widened
+from service.audit.evaluation import Bench, System, widened
 
 OURS: Final = "tombola"
 MEAN: Final = "mean-of-all"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from service.audits.runner import Run
+from service.audit.attack_runner import Run
 
 STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "tombola",

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel
 from model_store.theta import Policy, draw_matrix
-from service.audits.attacks.libraries import isolated
-from service.audits.errors import AuditRejected, OracleFailed
-from service.audits.evaluate import Member, as_floats, plain, workers
+from service.audit.attacks.autoattack import isolated
+from service.audit.errors import AuditRejected, OracleFailed
+from service.audit.evaluation import Member, as_floats, plain, workers
 
 SIZE: Final = 32
 REQUEST_IMAGES: Final = 128

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from model_store.ticket import write_atomically
-from service.audits.errors import AuditError
+from service.audit.errors import AuditError
 
 FIGURES: Final = {"Transfer between tickets": "transfer.svg", "Accuracy against epsilon": "accuracy.svg"}
 MARKS: Final = ("<!-- audit: python -m service audit --tables -->", "<!-- end of audit -->")
@@ -90,7 +90,7 @@ def conditions(report: Json) -> str:
 
 def write_figures(report: Json, folder: Path) -> list[Path]:
     """The report itself, and Fig. 1 and Fig. 2, those that it has data for."""
-    from service.audits.figures import all_figures
+    from service.audit.report.plots import all_figures
 
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "report.json"]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from model_store import theta
-from service.audits import systems
-from service.audits.config import NOT_COVERED, digest_of, threat_model
-from service.audits.evaluate import Scores, System, countable
-from service.audits.profiles import PROFILES, SHARED, left_out
-from service.audits.runner import Outcome, Run
-from service.audits.stats import Interval, bootstrap, clopper_pearson, paired
+from service.audit import baselines
+from service.audit.attack_runner import Outcome, Run
+from service.audit.config import NOT_COVERED, digest_of, threat_model
+from service.audit.evaluation import Scores, System, countable
+from service.audit.profiles import PROFILES, SHARED, left_out
+from service.audit.stats import Interval, bootstrap, clopper_pearson, paired
 
 FORMAT: Final = "tombola-audit"
 VERSION: Final = 1
@@ -225,7 +225,7 @@ def tickets_of(run: Run) -> list[Json]:
     rows = []
     attacked = {name: singles(run, name) for name in ("fgsm", "pgd-20")}
     for index, name in enumerate(run.bench.names):
-        own = systems.single(run.bench, index)
+        own = baselines.single(run.bench, index)
         row: Json = {"name": name, "structure": run.bench.structures[index], "role": own.name.split(" ")[0]}
         row["clean"] = interval(bootstrap(run.clean(own).right.numpy()))
         for attack, outcomes in attacked.items():
@@ -295,7 +295,7 @@ def comparisons(run: Run) -> list[Json]:
                 "against": other.name,
                 "robust": interval(robust),
                 "clean": interval(clean),
-                "words": words(robust, randomness=other.name in (systems.MEAN, systems.COST)),
+                "words": words(robust, randomness=other.name in (baselines.MEAN, baselines.COST)),
             }
         )
     return rows

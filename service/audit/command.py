@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from service.audits.errors import AuditError, AuditRejected
+from service.audit.errors import AuditError, AuditRejected
 
 if TYPE_CHECKING:
-    from service.audits.data import Labelled
+    from service.audit.labelled_data import Labelled
 
 Json = dict[str, Any]
 BELOW: Final = 3  # exit code: the figure is below --fail-under
@@ -25,7 +25,7 @@ examples:
   python -m service audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
   python -m service audit --url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
   python -m service audit --compare old/report.json new/report.json
-  python -m service audit --tables service/audits/results/report.json --out service/audits/results --into README.md
+  python -m service audit --tables service/audit/results/report.json --out service/audit/results --into README.md
 """
 
 
@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def conclude(report: Json, fail_under: float | None) -> int:
-    from service.audits.page import headline
+    from service.audit.report.html_report import headline
 
     print(f"report {report['digest'][:12]} ({report['verdict']}): {headline(report)}")
     value = report["systems"]["tombola"]["robust"]["expected"]["value"]
@@ -97,9 +97,9 @@ def request_of(given: argparse.Namespace) -> Json:
 
 def local(given: argparse.Namespace) -> Json:
     from model_store.library import open_library
-    from service.audits.audit import audit, labelled
-    from service.audits.config import read_audit
-    from service.audits.evaluate import cores_used, use_cores
+    from service.audit.config import read_audit
+    from service.audit.evaluation import cores_used, use_cores
+    from service.audit.run import audit, labelled
     from service.cpu import usable_cores
     from service.engine.base import EngineRejected
     from service.engine.factory import chosen_device
@@ -233,7 +233,7 @@ def answered(response: Any) -> Json:
 
 def read_report(path: Path) -> Json:
     """Raises AuditError if it is no report, or has been changed since it was written."""
-    from service.audits.summary import digest_holds
+    from service.audit.report.summary import digest_holds
 
     try:
         report: Json = json.loads(path.read_text(encoding="utf-8"))
@@ -246,7 +246,7 @@ def read_report(path: Path) -> Json:
 
 
 def run_tables(path: Path, folder: Path, into: Path | None) -> int:
-    from service.audits.tables import section, write_figures, write_into
+    from service.audit.report.markdown_report import section, write_figures, write_into
 
     report = read_report(path)
     seen_from = into.resolve().parent if into else Path.cwd()
@@ -262,7 +262,7 @@ def run_tables(path: Path, folder: Path, into: Path | None) -> int:
 
 
 def run_compare(first: Path, second: Path) -> int:
-    from service.audits.summary import compare
+    from service.audit.report.summary import compare
 
     found = compare(read_report(first), read_report(second))
     for name, pair in found["changed"].items():

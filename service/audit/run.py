@@ -11,14 +11,16 @@ from torch import Tensor
 from model_store.ensemble import combine, predictions
 from model_store.library import Library
 from model_store.ticket import write_atomically
-from service.audits import data as sets
-from service.audits import figures, page, sanity, summary, systems
-from service.audits.config import Audit
-from service.audits.data import Labelled
-from service.audits.errors import DataRejected
-from service.audits.evaluate import bench_of, cores_used, logits_of, scoring_draws
-from service.audits.profiles import check_giga_multiply_adds, estimated_seconds, images_of
-from service.audits.runner import Json, Run, Tell
+from service.audit import baselines
+from service.audit import labelled_data as sets
+from service.audit.attack_runner import Json, Run, Tell
+from service.audit.checks.run import inspect
+from service.audit.config import Audit
+from service.audit.errors import DataRejected
+from service.audit.evaluation import bench_of, cores_used, logits_of, scoring_draws
+from service.audit.labelled_data import Labelled
+from service.audit.profiles import check_giga_multiply_adds, estimated_seconds, images_of
+from service.audit.report import html_report, plots, summary
 
 REPORT: Final = "report.json"
 PAGE: Final = "report.html"
@@ -36,7 +38,7 @@ def labelled(audit: Audit, library: Library, path: Path | None) -> Labelled:
 def majority(library: Library, pixels: Tensor) -> Tensor:
     """What the ensemble says most often, int64 [N]."""
     bench = bench_of(library)
-    draws = scoring_draws(systems.ours(bench), 0)
+    draws = scoring_draws(baselines.ours(bench), 0)
     said = predictions(combine(logits_of(bench.members, pixels, bench.device), draws.rows))
     classes = len(library.classes)
     shares = torch.stack([draws.weights @ (said == label).double() for label in range(classes)])
@@ -77,10 +79,10 @@ def audit(
     )
     tell({"event": "cost", **cost(run)})
     run.attack()
-    checks = sanity.inspect(run)
+    checks = inspect(run)
     report = summary.summary(run, checks, time.monotonic() - began)
     write_atomically(folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
-    text = page.page(report, figures.all_figures(report), figures.examples(run))
+    text = html_report.page(report, plots.all_figures(report), plots.examples(run))
     write_atomically(folder / PAGE, text.encode())
     return report
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from service.audits.errors import DataRejected
+from service.audit.errors import DataRejected
 from service.errors import ServiceError
 from service.web.decoder import SIZE, decode
 

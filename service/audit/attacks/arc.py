@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import TINY, ThreatModel, per_image, project, unit
-from service.audits.evaluate import CERTAIN, Target, failure, wrong
+from service.audit.evaluation import CERTAIN, Target, failure, wrong
 
 OVERSHOOT = 0.05  # in epsilons, beyond the linearised boundary
 

@@ -8,15 +8,15 @@ from model_store.attacks import Norm
 from model_store.library import Library
 from model_store.structures import multiply_adds
 from model_store.theta import expected_size
-from service.audits.attacks.arc import Sweeps
-from service.audits.attacks.eot import Ascent, Reach
-from service.audits.attacks.libraries import Standard
-from service.audits.attacks.query import BlackBox
-from service.audits.attacks.simple import Corners, Single, Universal
-from service.audits.config import ATTACKS, LARGEST, Audit, ProfileName, Settings, Step
-from service.audits.errors import AuditRejected
-from service.audits.evaluate import Bench, System, everything
-from service.audits.systems import BEST, COST, MEAN, OURS, single
+from service.audit.attacks.arc import Sweeps
+from service.audit.attacks.autoattack import Standard
+from service.audit.attacks.black_box import BlackBox
+from service.audit.attacks.eot import Ascent, Reach
+from service.audit.attacks.simple import Corners, Single, Universal
+from service.audit.baselines import BEST, COST, MEAN, OURS, single
+from service.audit.config import ATTACKS, LARGEST, Audit, ProfileName, Settings, Step
+from service.audit.errors import AuditRejected
+from service.audit.evaluation import Bench, System, everything
 
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
 FAR: Final[dict[Norm, tuple[float, float]]] = {"linf": (64.0, 128.0), "l2": (1020.0, 2040.0)}  # 255ths, for the checks

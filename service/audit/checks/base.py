@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import ThreatModel
-from service.audits.attacks import eot
-from service.audits.attacks.eot import Ascent, Found
-from service.audits.config import ProfileName
-from service.audits.evaluate import System, Target, as_floats, on_grid
-from service.audits.profiles import PROFILES, Profile
-from service.audits.runner import Outcome, Run, seed_of
-from service.audits.stats import standard_error
+from service.audit.attack_runner import Outcome, Run, seed_of
+from service.audit.attacks import eot
+from service.audit.attacks.eot import Ascent, Found
+from service.audit.config import ProfileName
+from service.audit.evaluation import System, Target, as_floats, on_grid
+from service.audit.profiles import PROFILES, Profile
+from service.audit.stats import standard_error
 
 Result = Literal["pass", "warn", "fail", "skipped"]
 RANK: Final[dict[ProfileName, int]] = {"smoke": 0, "standard": 1, "full": 2}

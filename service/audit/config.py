@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
 from model_store.attacks import Norm, ThreatModel
-from service.audits.attacks.arc import Sweeps
-from service.audits.attacks.eot import Ascent
-from service.audits.attacks.libraries import Standard
-from service.audits.attacks.query import BlackBox
-from service.audits.attacks.simple import Corners, Single, Universal
-from service.audits.errors import AuditRejected
+from service.audit.attacks.arc import Sweeps
+from service.audit.attacks.autoattack import Standard
+from service.audit.attacks.black_box import BlackBox
+from service.audit.attacks.eot import Ascent
+from service.audit.attacks.simple import Corners, Single, Universal
+from service.audit.errors import AuditRejected
 
 ProfileName = Literal["smoke", "standard", "full"]
 Settings = Ascent | Sweeps | Standard | Single | Universal | Corners | BlackBox
