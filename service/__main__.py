@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=run_sample)
     reference = commands.add_parser("reference", help="print REFERENCE.md: every setting, metric and route")
     reference.set_defaults(run=run_reference)
-    for module in ("service.bench", "service.audit.command"):
+    for module in ("service.benchmarks.command", "service.audit.command"):
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module).add_parser(commands)
     return top
@@ -116,7 +116,7 @@ def run_sample(given: argparse.Namespace) -> int:
 
 def run_check(given: argparse.Namespace) -> int:
     """Verifies a library, warms it up, compares its logits with torch's and measures it. Exit code 0 if all is well."""
-    from service.check import figures, lines
+    from service.benchmarks.library_check import figures, lines
 
     found = figures(read_settings({name: value for name, value in vars(given).items() if value is not None}))
     print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found)))

@@ -25,7 +25,7 @@ from model_store.library import Library
 from model_store.ticket import Ticket
 from service import app as apps
 from service.__main__ import main
-from service.check import figures, lines
+from service.benchmarks.library_check import figures, lines
 from service.cpu import OPENING
 from service.engine.base import EngineRejected, Folded, folded
 from service.errors import Text

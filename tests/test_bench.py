@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks, tests/bench and service/bench.py; nothing is measured here."""
+"""The arithmetic of the benchmarks, tests/bench and service/benchmarks/command.py; nothing is measured here."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.leak import entropy, mutual_information, named_right
+from service.benchmarks.timing_leakage import entropy, mutual_information, named_right
 from tests.bench.beside import AUDIT
 from tests.bench.chaos import slope_per_hour
 from tests.bench.load import quantile_ms

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from model_store.theta import expected_size
-from service import capacity, disclosure, leak, rounding
 from service.__main__ import main
-from service.bench import put_into
+from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
+from service.benchmarks.command import put_into
 from service.observability.metrics import PREFIX, TABLE
 from service.settings import SettingsRejected, knobs
 from tests.serving import some_rows, tiny_library
@@ -27,9 +27,9 @@ GUIDES: Final = [
 ALL: Final = [ROOT / "README.md", *GUIDES]
 TABLES: Final = {
     "capacity.json": ("OPERATING.md", capacity.table),
-    "latency.json": ("THREATS.md", leak.table),
-    "int8.json": ("OPERATING.md", rounding.table),
-    "precision.json": ("THREATS.md", disclosure.table),
+    "latency.json": ("THREATS.md", timing_leakage.table),
+    "int8.json": ("OPERATING.md", quantization.table),
+    "precision.json": ("THREATS.md", output_leakage.table),
 }
 
 
@@ -93,13 +93,13 @@ def test_replicas_by_hand() -> None:
 
 def test_what_names_theta_right_by_hand() -> None:
     """Answer a: twice 1 and once 2; answer b: 3. Naming 1 and 3 is right three times out of four."""
-    assert disclosure.named_right([b"a", b"a", b"a", b"b"], [1, 1, 2, 3]) == 0.75
+    assert output_leakage.named_right([b"a", b"a", b"a", b"b"], [1, 1, 2, 3]) == 0.75
 
 
 def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disclosure, "DRAWS", 500)
+    monkeypatch.setattr(output_leakage, "DRAWS", 500)
     library = tiny_library(tmp_path / "library")
-    found = disclosure.disclosure(library, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    found = output_leakage.disclosure(library, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     for what in ("theta", "n"):
         rates = [rates[what] for name, rates in found["named_right"].items() if name != "label"]
         assert rates == sorted(rates)
@@ -111,10 +111,10 @@ def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_eight_bits_change_is_measured_on_images_that_chose_no_range(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rounding, "CALIBRATION_IMAGES", 30)
+    monkeypatch.setattr(quantization, "CALIBRATION_IMAGES", 30)
     library = tiny_library(tmp_path / "library")
     np.savez(tmp_path / "data.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
-    measured, others = rounding.measured_images(tmp_path / "data.npz", library, 10)
+    measured, others = quantization.measured_images(tmp_path / "data.npz", library, 10)
     assert (len(measured), len(others)) == (10, 30)
     assert not {row.tobytes() for row in measured.pixels.numpy()} & {row.tobytes() for row in others}
     figures = tmp_path / "figures.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from model_store.library import open_library
-from service.bench import machine
+from service.benchmarks.command import machine
 from tests.bench.beside import beside_an_audit
 from tests.bench.chaos import overload, soak
 from tests.bench.figure import draw

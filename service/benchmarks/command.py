@@ -25,12 +25,12 @@ import torch
 from model_store.library import Library, open_library
 from model_store.structures import Network
 from model_store.theta import Theta, draw_theta
-from service import capacity, disclosure, leak, rounding
 from service.audit.errors import DataRejected
 from service.audit.labelled_data import read_data
+from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
+from service.benchmarks.timing_leakage import scheduling
 from service.engine.base import Engine, EngineRejected, Rows
 from service.engine.factory import engine_threads, open_engine, open_served
-from service.leak import scheduling
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
 
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     latency.add_argument(
         "--quantum-ms", type=float, nargs="+", default=[10.0, 25.0], help="the quanta to compare with none (10 25)"
     )
-    latency.set_defaults(measure=latency_information, opened=open_served, table=leak.table)
+    latency.set_defaults(measure=latency_information, opened=open_served, table=timing_leakage.table)
     whole = kinds.add_parser("capacity", help="processor time of an image in a whole server, and replicas for a load")
     whole.add_argument("--images", type=int, default=2000, help="images of each kind of request (2000)")
     whole.set_defaults(measure=server_capacity, opened=open_engine, table=capacity.table)
@@ -58,11 +58,11 @@ def add_parser(commands: Any) -> None:
     digits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
     digits.add_argument("--images", type=int, default=40, help="of them (40)")
     digits.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    digits.set_defaults(measure=answer_precision, opened=open_engine, table=disclosure.table)
+    digits.set_defaults(measure=answer_precision, opened=open_engine, table=output_leakage.table)
     bits = kinds.add_parser("int8", help="what 8 bits cost in accuracy and buy in time")
     bits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
     bits.add_argument("--images", type=int, default=500, help="of them; 256 more are to calibrate on (500)")
-    bits.set_defaults(measure=eight_bits, opened=open_engine, table=rounding.table)
+    bits.set_defaults(measure=eight_bits, opened=open_engine, table=quantization.table)
     for kind in (latency, whole, digits, bits):
         kind.add_argument("--into", type=Path, help="page in which the table of these figures is written anew")
     for kind in (raw, latency, whole, digits, bits):
@@ -218,7 +218,7 @@ def answer_precision(
     _engine: Engine,
 ) -> tuple[dict[str, Any], str]:
     data = read_data(given.data, library.classes, given.images)
-    figures = disclosure.disclosure(library, data.pixels.float() / 255, given.seed)
+    figures = output_leakage.disclosure(library, data.pixels.float() / 255, given.seed)
     rate = figures["named_right"]["2 decimals"]["theta"]
     return figures | {"data": data.name}, f"two decimals tell theta in {100 * rate:.0f} % of answers"
 
@@ -234,8 +234,8 @@ def eight_bits(
 ) -> tuple[dict[str, Any], str]:
     if settings.int8_images is not None:
         raise SettingsRejected("TOMBOLA_INT8_IMAGES: unset it; what 8 bits change is measured against float32")
-    data, others = rounding.measured_images(given.data, library, given.images)
-    figures = rounding.compare(library, engine, open_engine(library, settings, others), data)
+    data, others = quantization.measured_images(given.data, library, given.images)
+    figures = quantization.compare(library, engine, open_engine(library, settings, others), data)
     mean = figures["mean"]
     said = f"8 bits: {mean['clean_of_tickets']:+.2f} points clean, {mean['pgd_of_tickets']:+.2f} under PGD-20"
     return figures, f"{said}, {mean['speed']:.2f} times as fast"
@@ -261,6 +261,6 @@ def server_capacity(
 def latency_information(
     given: argparse.Namespace, settings: Settings, library: Library, engine: Engine
 ) -> tuple[dict[str, Any], str]:
-    figures = leak.leak(library, engine, settings, given.images, sorted({0.0, *given.quantum_ms}))
+    figures = timing_leakage.leak(library, engine, settings, given.images, sorted({0.0, *given.quantum_ms}))
     said = ", ".join(f"{row['quantum_ms']:g} ms: {row['bits']:.2f}" for row in figures["quanta"])
     return figures, f"bits of n that latency tells, by quantum: {said}"
