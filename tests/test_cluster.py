@@ -9,10 +9,10 @@ import torch
 
 from model_store.ticket import Ticket, load_ticket
 from tests.test_training import CPU, data, job_in, recipe
-from training.cluster import run_ray
 from training.data import read_split
 from training.errors import TrainingError
-from training.plan import work
+from training.executors.ray import run_ray
+from training.jobs import work
 
 ray = pytest.importorskip("ray")
 __all__ = ["data"]  # the fixture

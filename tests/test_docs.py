@@ -13,7 +13,7 @@ from service.__main__ import parser as service_parser
 from service.reference import page
 from training.__main__ import parser as training_parser
 from training.export import END, PRINTED, mark, table
-from training.plan import GPU_SPEED, cost
+from training.jobs import GPU_SPEED, cost
 from training.recipes import DENSITIES, PRESETS
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from model_store.structures import Structure
 from tests.digits import digits
 from training.data import Images, as_floats
 from training.export import export
-from training.plan import Job, work
+from training.jobs import Job, work
 from training.recipes import Recipe
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model_store.ticket import kept_count
-from training.scores import first_scores, mask_of, overlap, score_gradient, signed_constant, top_k
+from training.sparsity import first_scores, mask_of, overlap, score_gradient, signed_constant, top_k
 
 
 def test_top_k_keeps_the_largest_scores_by_magnitude() -> None:

@@ -20,12 +20,12 @@ from model_store.library import EMBEDDED, open_library
 from model_store.structures import Structure
 from model_store.ticket import load_ticket
 from tests.digits import digits
-from training import plan
+from training import jobs
 from training.__main__ import main
 from training.data import Images, read_split
 from training.errors import CheckpointRejected, TrainingError
 from training.export import export, table
-from training.plan import Job, find_jobs, prepare, read_result, run_local, status, work
+from training.jobs import Job, find_jobs, prepare, read_result, run_local, status, work
 from training.recipes import Recipe
 
 CPU = torch.device("cpu")
@@ -92,15 +92,15 @@ def test_a_finished_job_exports_as_a_library_with_its_claims(finished: Path, tmp
 def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, finished: Path, tmp_path: Path) -> None:
     job = job_in(tmp_path)
     prepare(job)
-    worker = plan.start_worker(job, data, "cpu", environment={"TRAINING_CHECKPOINT_SECONDS": "0"})
+    worker = jobs.start_worker(job, data, "cpu", environment={"TRAINING_CHECKPOINT_SECONDS": "0"})
     until(lambda: (job.folder / "checkpoint.safetensors").exists())
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     assert not (job.folder / "done.json").exists()
     assert status(job).state in {"interrupted", "waiting"}
-    plan.note_death(job, worker.returncode)  # as run_local does, so that the search does not end as if all were done
+    jobs.note_death(job, worker.returncode)  # as run_local does, so that the search does not end as if all were done
     assert status(job).error == "its process ended with signal 9"
-    assert plan.start_worker(job, data, "cpu").wait() == 0
+    assert jobs.start_worker(job, data, "cpu").wait() == 0
     killed, whole = (load_ticket(folder / job.name / "ticket.safetensors") for folder in (tmp_path, finished))
     assert all(torch.equal(killed.values[name], whole.values[name]) for name in whole.values)
     assert [claim.value for claim in read_result(job.folder).claims] == [
@@ -130,7 +130,7 @@ def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
 ) -> None:
     folder = tmp_path / "resnet18-07"
     folder.mkdir()
-    with plan.locked(folder):
+    with jobs.locked(folder):
         words = ["--data", str(data), "--state", str(tmp_path), "--only", "resnet18-07", "--set", "width=2", "steps=2"]
         assert main(["search", *words]) == 1
     assert "resnet18-07: running, but not by this command" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
 def test_two_processes_never_work_on_one_job(data: Path, tmp_path: Path) -> None:
     job = job_in(tmp_path)
     prepare(job)
-    with plan.locked(job.folder) as mine:
+    with jobs.locked(job.folder) as mine:
         assert mine
         work(job, read_split(data), CPU)  # leaves at once: the lock is held
         assert status(job).state == "running"

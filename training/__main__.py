@@ -21,12 +21,13 @@ from model_store.errors import StoreError, os_error_text
 from model_store.library import Library, open_library
 from model_store.manifest import Entry
 from model_store.structures import STRUCTURES
-from training import export, plan
-from training.cluster import run_ray
-from training.compare import differences, summary
+from training import export
+from training import jobs as job_store
 from training.data import Split, read_split
+from training.diversity import differences, summary
 from training.errors import TrainingError
-from training.plan import Job, Status
+from training.executors.ray import run_ray
+from training.jobs import Job, Status
 from training.recipes import DENSITIES, PRESETS, SHAPE, Recipe, baseline, going_on, mask_phase
 
 COUNTS = ("steps", "batch", "attack_steps", *SHAPE)  # numbers of a recipe that are at least 1; the others may be 0
@@ -267,12 +268,12 @@ def entries_of(library: Library, given: Path, only: Sequence[str] | None) -> lis
 
 def show_plan(arguments: argparse.Namespace) -> None:
     preset = PRESETS[arguments.preset]
-    speed, unit = (plan.GPU_SPEED, "GPU-hours") if preset.gpus else (plan.THREAD_SPEED, "thread-hours")
+    speed, unit = (job_store.GPU_SPEED, "GPU-hours") if preset.gpus else (job_store.THREAD_SPEED, "thread-hours")
     table = Table("ticket", "structure", "kind", "steps", "PFLOP", unit, title=preset.about)
-    table.caption = plan.SPEEDS
+    table.caption = job_store.SPEEDS
     costs: dict[str, float] = {}
     for recipe in recipes_of(arguments, images=49_000, classes=10):
-        costs[recipe.name] = plan.cost(recipe)
+        costs[recipe.name] = job_store.cost(recipe)
         steps = f"{recipe.steps:,}"
         table.add_row(recipe.name, str(recipe.structure), recipe.kind, steps, *spent(costs[recipe.name], speed))
     table.add_section()
@@ -338,7 +339,7 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
 
 def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[list[Status]]:
     if arguments.ray is None:
-        return plan.run_local(jobs, arguments.data, arguments.workers, arguments.device)
+        return job_store.run_local(jobs, arguments.data, arguments.workers, arguments.device)
     preset = PRESETS[arguments.preset]
     gpus = 0 if arguments.device == "cpu" else preset.gpus
     return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=gpus)
@@ -356,7 +357,7 @@ def device_of(name: str, *, here: bool = True) -> torch.device:
 
 
 def show_status(arguments: argparse.Namespace) -> None:
-    Console().print(status_table([plan.status(job) for job in plan.find_jobs(arguments.state)]))
+    Console().print(status_table([job_store.status(job) for job in job_store.find_jobs(arguments.state)]))
 
 
 def status_table(rows: Sequence[Status]) -> Table:
@@ -378,9 +379,9 @@ def status_table(rows: Sequence[Status]) -> Table:
 
 
 def draw_figures(arguments: argparse.Namespace) -> None:
-    from training.figures import draw
+    from training.plots import draw
 
-    draw(plan.find_jobs(arguments.state), arguments.out)
+    draw(job_store.find_jobs(arguments.state), arguments.out)
     print(f"figure in {arguments.out}")
 
 
@@ -429,7 +430,7 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    plan.work(plan.read_job(arguments.folder), read_split(arguments.data), device_of(arguments.device))
+    job_store.work(job_store.read_job(arguments.folder), read_split(arguments.data), device_of(arguments.device))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from model_store.manifest import Claim, Entry, Provenance
 from model_store.structures import STRUCTURES
 from model_store.ticket import Ticket
 from training.errors import TrainingError
-from training.plan import Job, find_jobs, read_made
+from training.jobs import Job, find_jobs, read_made
 
 Made = tuple[Ticket, Provenance, Sequence[Claim]]
 

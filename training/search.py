@@ -28,7 +28,7 @@ from model_store.ticket import Ticket
 from training.data import Images, Split, as_floats, batches
 from training.errors import CheckpointRejected, SearchFailed
 from training.recipes import Recipe
-from training.scores import first_scores, score_gradient, signed_constant, top_k
+from training.sparsity import first_scores, score_gradient, signed_constant, top_k
 
 Phase = Literal["mask", "weights"]
 CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", "45"))

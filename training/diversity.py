@@ -10,10 +10,10 @@ from torch import Tensor
 from model_store.library import Library
 from model_store.structures import fold
 from model_store.ticket import Ticket
-from training.claims import BATCH, PGD20, SEED, attacked
 from training.data import Images, batches
-from training.scores import overlap
+from training.evaluation import BATCH, PGD20, SEED, attacked
 from training.search import generator_of
+from training.sparsity import overlap
 
 Classifier = Callable[[Tensor], Tensor]
 

@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 
 from training.errors import TrainingError
-from training.plan import Job, read_log
+from training.jobs import Job, read_log
 
 mpl.use("Agg")
 from matplotlib import pyplot

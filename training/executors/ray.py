@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from training import plan
+from training import jobs as job_store
 from training.data import read_split
 from training.errors import TrainingError
-from training.plan import POLL_SECONDS, Job, Status
+from training.jobs import POLL_SECONDS, Job, Status
 
 RETRIES = 10
 CONNECT_S = 5.0
@@ -22,7 +22,7 @@ CONNECT_S = 5.0
 def carry(folder: str, data: str, device: str) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
-    plan.work(plan.read_job(Path(folder)), read_split(Path(data)), torch.device(device))
+    job_store.work(job_store.read_job(Path(folder)), read_split(Path(data)), torch.device(device))
 
 
 def knock(address: str) -> None:
@@ -50,18 +50,20 @@ def run_ray(
         raise TrainingError("--ray: Ray is not installed; `pip install 'tombola[ray]'` brings it") from None
     knock(address)
     for job in jobs:
-        plan.prepare(job)
+        job_store.prepare(job)
     try:
         ray.init(address=None if address == "local" else address, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise TrainingError(f"--ray {address}: no such cluster ({error})") from None
     task = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)(carry)
-    waiting = [task.remote(str(job.folder.resolve()), str(data.resolve()), device) for job in plan.unfinished(jobs)]
+    waiting = [
+        task.remote(str(job.folder.resolve()), str(data.resolve()), device) for job in job_store.unfinished(jobs)
+    ]
     try:
         while waiting:
             _, waiting = ray.wait(waiting, timeout=POLL_SECONDS)  # a failed task is ready too; its folder says why
-            yield [plan.status(job) for job in jobs]
-        yield [plan.status(job) for job in jobs]
+            yield [job_store.status(job) for job in jobs]
+        yield [job_store.status(job) for job in jobs]
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)

@@ -23,9 +23,9 @@ from model_store.manifest import Claim, Provenance
 from model_store.structures import multiply_adds
 from model_store.ticket import Record, Ticket, load_ticket, save_ticket
 from training import search
-from training.claims import measure
 from training.data import Split
 from training.errors import CheckpointRejected, TrainingError
+from training.evaluation import measure
 from training.files import commit, write_atomically
 from training.recipes import Recipe
 
