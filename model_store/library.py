@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from model_store import manifest as manifests
 from model_store.errors import LibraryRejected, PolicyRejected, StoreError, TicketRejected
 from model_store.manifest import Claim, DefaultPolicy, Entry, Manifest, Provenance
-from model_store.theta import Policy
+from model_store.policy import Policy
 from model_store.ticket import (
     PART,
     UNSIGNED,

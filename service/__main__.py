@@ -80,7 +80,7 @@ def run_serve(given: argparse.Namespace) -> int:
 
 def announce(service: Any, serving: Any) -> None:
     """What a person wants to know once it runs, and a line to paste."""
-    from model_store.theta import states
+    from model_store.policy import states
     from service.sample import ship
 
     picture = state_folder(service.settings).resolve() / "sample.png"

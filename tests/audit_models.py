@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model_store.library import Library, write_library
-from model_store.theta import Policy
+from model_store.policy import Policy
 from service.audit.attack_runner import Run
 from service.audit.config import Audit
 from service.audit.evaluation import Bench, Draws, Member, System, Target

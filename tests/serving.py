@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.library import Library, write_library
+from model_store.policy import Policy
 from model_store.structures import StructureName
-from model_store.theta import Policy
 from service.engine.base import Engine, Forward, Rows
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import Gate, Scheduler

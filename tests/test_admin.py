@@ -9,7 +9,7 @@ import pytest
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library
-from model_store.theta import states
+from model_store.policy import states
 from service.errors import RateLimited, Text
 from service.observability.metrics import Metrics
 from service.settings import SettingsRejected

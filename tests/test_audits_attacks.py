@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model_store.attacks import Norm, ThreatModel, misclassified, pgd
-from model_store.theta import Policy
+from model_store.policy import Policy
 from service.audit import evaluation
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
 from service.audit.attacks.arc import Sweeps

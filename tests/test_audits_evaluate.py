@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import nn
 
-from model_store.theta import Policy, inclusion_probabilities, size_probabilities, states
+from model_store.policy import Policy, inclusion_probabilities, size_probabilities, states
 from service.audit.evaluation import (
     GRAPH_BYTES,
     PASS_IMAGES,

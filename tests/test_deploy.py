@@ -15,7 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from model_store.theta import Policy, draw_theta, expected_size
+from model_store.policy import Policy, draw_theta, expected_size
 from service.observability.metrics import LOT, PREFIX, TABLE, Metrics
 from service.scheduling.scheduler import Tally
 from service.settings import Settings, knobs

@@ -15,7 +15,7 @@ from model_store.ensemble import (
     probabilities,
 )
 from model_store.library import Library
-from model_store.theta import Policy, draw_matrix, draw_theta
+from model_store.policy import Policy, draw_matrix, draw_theta
 from tests.tickets import make_ticket
 
 METHOD = Policy.over([f"structure {index // 10}" for index in range(40)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.theta import expected_size
+from model_store.policy import expected_size
 from service.__main__ import main
 from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
 from service.benchmarks.command import put_into

@@ -18,7 +18,7 @@ from model_store import library as library_module
 from model_store.errors import LibraryRejected, StoreError, TicketRejected
 from model_store.library import MANIFEST, WRITING, Library, open_library, write_library
 from model_store.manifest import Entry
-from model_store.theta import Policy, draw_theta
+from model_store.policy import Policy, draw_theta
 from model_store.ticket import Ticket, encode
 from tests.tickets import CLASSES, identical, items, make_ticket
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from model_store.library import Library
-from model_store.theta import inclusion_probabilities
+from model_store.policy import inclusion_probabilities
 from service import app as apps
 from service.admin import console_api, console_files
 from service.admin.audit_jobs import Jobs

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from model_store.ensemble import calibrated, ensemble_logits, probabilities
 from model_store.library import Library
-from model_store.theta import Policy, inclusion_probabilities
+from model_store.policy import Policy, inclusion_probabilities
 from service.cpu import RUNNING
 from service.engine.base import Engine, Rows
 from service.engine.factory import open_engine

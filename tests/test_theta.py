@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
 from model_store.errors import PolicyRejected
-from model_store.theta import (
+from model_store.policy import (
     Policy,
     Theta,
     draw_matrix,

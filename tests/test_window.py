@@ -2,7 +2,7 @@ import os
 
 import numpy as np
 
-from model_store.theta import Policy, Theta, draw_theta
+from model_store.policy import Policy, Theta, draw_theta
 from service.scheduling.batch import CHANCE
 
 METHOD = Policy.over(["a"] * 10 + ["b"] * 10 + ["c"] * 10 + ["d"] * 10)

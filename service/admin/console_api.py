@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from model_store.theta import inclusion_probabilities, size_probabilities
+from model_store.policy import inclusion_probabilities, size_probabilities
 from service.admin.audit_api import limited, read_json, told
 from service.admin.audit_jobs import Jobs
 from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit

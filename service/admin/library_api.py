@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from model_store import theta
+from model_store import policy as sampling
 from model_store.errors import StoreError
 from model_store.library import Library
 from service.errors import Conflict, NotReady, ServiceError, Text
@@ -84,18 +84,18 @@ def describe_policy(library: Library) -> Json:
     """The exact law of theta over this library."""
     policy = library.policy
     names = [entry.name for entry in library.entries]
-    sizes = theta.size_probabilities(policy)
+    sizes = sampling.size_probabilities(policy)
     return {
         "library": library.digest,
         "groups": [[names[index] for index in group] for group in policy.groups],
         "sizes": list(policy.sizes),
         "every": policy.every,
         "replacement": policy.replacement,
-        "states": theta.states(policy),
-        "entropy_bits": theta.entropy_bits(policy),
-        "expected_size": theta.expected_size(policy),
+        "states": sampling.states(policy),
+        "entropy_bits": sampling.entropy_bits(policy),
+        "expected_size": sampling.expected_size(policy),
         "size_probabilities": {str(n): probability for n, probability in sizes.items()},
-        "inclusion_probabilities": dict(zip(names, theta.inclusion_probabilities(policy), strict=True)),
+        "inclusion_probabilities": dict(zip(names, sampling.inclusion_probabilities(policy), strict=True)),
     }
 
 

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Final
 
 from model_store.library import Library
-from model_store.theta import Policy, expected_size
+from model_store.policy import Policy, expected_size
 from service.audit.evaluation import Bench, System, widened
 
 OURS: Final = "tombola"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from model_store.ensemble import combine, predictions
 from model_store.library import Library
+from model_store.policy import Policy, Theta, draw_matrix, group_sizes, inclusion_probabilities, matrix, states
 from model_store.structures import fold
-from model_store.theta import Policy, Theta, draw_matrix, group_sizes, inclusion_probabilities, matrix, states
 from model_store.ticket import Ticket
 from service.audit.errors import AuditRejected
 

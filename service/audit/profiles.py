@@ -6,8 +6,8 @@ from typing import Final, Literal
 
 from model_store.attacks import Norm
 from model_store.library import Library
+from model_store.policy import expected_size
 from model_store.structures import multiply_adds
-from model_store.theta import expected_size
 from service.audit.attacks.arc import Sweeps
 from service.audit.attacks.autoattack import Standard
 from service.audit.attacks.black_box import BlackBox

@@ -23,8 +23,8 @@ import openvino
 import torch
 
 from model_store.library import Library, open_library
+from model_store.policy import Theta, draw_theta
 from model_store.structures import Network
-from model_store.theta import Theta, draw_theta
 from service.audit.errors import DataRejected
 from service.audit.labelled_data import read_data
 from service.benchmarks import capacity, output_leakage, quantization, timing_leakage

@@ -13,7 +13,7 @@ import numpy as np
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
-from model_store.theta import Policy, Theta, draw_theta, expected_size, size_probabilities, states
+from model_store.policy import Policy, Theta, draw_theta, expected_size, size_probabilities, states
 from service.engine.base import Engine, EngineRejected, Rows
 from service.engine.factory import open_engine
 from service.settings import Settings

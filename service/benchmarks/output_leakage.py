@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model_store.ensemble import calibrated, combine, member_logits, probabilities
 from model_store.library import Library
-from model_store.theta import Theta, draw_theta, matrix, states
+from model_store.policy import Theta, draw_theta, matrix, states
 
 DECIMALS: Final = (1, 2, 3, 4, 6)
 DRAWS: Final = 20_000  # of theta, for each image; with far fewer than the law has states the figures are too high

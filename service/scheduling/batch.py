@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from model_store.theta import Policy, Theta, draw_theta
+from model_store.policy import Policy, Theta, draw_theta
 from service.engine.base import Alive, Engine, Logits, Rows
 from service.errors import ServiceError
 from service.observability.metrics import Metrics

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from model_store.library import Library
-from model_store.theta import inclusion_probabilities
+from model_store.policy import inclusion_probabilities
 from service.engine.base import Engine, Rows
 from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import LOT, Metrics

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from model_store.library import open_library
-from model_store.theta import draw_theta
+from model_store.policy import draw_theta
 from service.engine.base import Engine, Rows
 from service.engine.factory import open_engine
 from service.settings import Settings

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from model_store.attacks import ThreatModel
-from model_store.theta import Policy, draw_matrix
+from model_store.policy import Policy, draw_matrix
 from service.audit.attacks.autoattack import isolated
 from service.audit.errors import AuditRejected, OracleFailed
 from service.audit.evaluation import Member, as_floats, plain, workers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import fgsm, l1_unit, project, random_start, unit
-from model_store.theta import draw_theta, matrix
+from model_store.policy import draw_theta, matrix
 from service.audit import baselines
 from service.audit.attack_runner import Outcome, Run, seed_of
 from service.audit.attacks import eot

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model_store.attacks import cross_entropy, random_start
 from model_store.ensemble import calibrated
-from model_store.theta import draw_theta, inclusion_probabilities, size_probabilities, states
+from model_store.policy import draw_theta, inclusion_probabilities, size_probabilities, states
 from service.audit.attack_runner import fingerprint, inside
 from service.audit.attacks.autoattack import isolated
 from service.audit.attacks.eot import Ascent, gradient_of

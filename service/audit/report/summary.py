@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from model_store import theta
+from model_store import policy as sampling
 from service.audit import baselines
 from service.audit.attack_runner import Outcome, Run
 from service.audit.config import NOT_COVERED, digest_of, threat_model
@@ -95,10 +95,10 @@ def library_of(run: Run) -> Json:
         "tickets": list(run.bench.names[: run.bench.tickets]),
         "baselines": list(run.bench.names[run.bench.tickets : run.bench.own]),
         "outside": outside_of(run),
-        "states": theta.states(policy),
-        "effective_states": round(theta.effective_states(policy), 3),
-        "entropy_bits": round(theta.entropy_bits(policy), 4),
-        "expected_size": round(theta.expected_size(policy), 6),
+        "states": sampling.states(policy),
+        "effective_states": round(sampling.effective_states(policy), 3),
+        "entropy_bits": round(sampling.entropy_bits(policy), 4),
+        "expected_size": round(sampling.expected_size(policy), 6),
     }
 
 
@@ -169,7 +169,7 @@ def scored_on(run: Run, system: System) -> str:
     if draws.counted:
         return f"all {len(draws.rows):,} states"
     if countable(system.policy):
-        return f"all {theta.states(system.policy):,} states, its images chosen on {len(draws.rows):,} draws"
+        return f"all {sampling.states(system.policy):,} states, its images chosen on {len(draws.rows):,} draws"
     return f"{len(draws.rows):,} draws"
 
 

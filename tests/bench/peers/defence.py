@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model_store.ensemble import calibrated
 from model_store.library import Library, open_library
-from model_store.theta import Theta, draw_theta
+from model_store.policy import Theta, draw_theta
 from service.engine.factory import open_engine
 from service.settings import Settings
 
