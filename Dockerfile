@@ -6,7 +6,7 @@
 #
 # Also: EXTRAS for optional dependencies ("tracing"), VERSION, COMMIT and CREATED for the labels,
 # PYTHON_IMAGE for a base pinned by digest.
-# tests/container/prove.py builds and runs this file without a container engine and checks what is promised here.
+# tools/container/prove.py builds and runs this file without a container engine and checks what is promised here.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS dependencies

@@ -21,7 +21,7 @@ format: .venv/test.stamp
 	$(BIN)/ruff check --fix .
 
 bench: .venv/test.stamp
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks, tests/bench and service/benchmarks/command.py; nothing is measured here."""
+"""The arithmetic of the benchmarks, benchmarks and service/benchmarks/command.py; nothing is measured here."""
 
 import json
 import random
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.beside import AUDIT
+from benchmarks.chaos import slope_per_hour
+from benchmarks.load import quantile_ms
+from benchmarks.report import MARKS, best_peers, put_into, ratios, table
+from benchmarks.requests import files, tensors
 from service.benchmarks.timing_leakage import entropy, mutual_information, named_right
-from tests.bench.beside import AUDIT
-from tests.bench.chaos import slope_per_hour
-from tests.bench.load import quantile_ms
-from tests.bench.report import MARKS, best_peers, put_into, ratios, table
-from tests.bench.requests import files, tensors
 
 
 def server(kind: str, images: float, p99_ms: float) -> dict[str, Any]:

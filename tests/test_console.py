@@ -21,9 +21,9 @@ from service.errors import Text, install
 from service.observability.metrics import Metrics
 from service.sample import ship
 from service.web.auth import AdminGate
-from tests.console.browser import CHROMIUM, chromium, complaints, sign_in
 from tests.planes import TOKEN, ask, refused
 from tests.serving import Process, serving, tiny_library
+from tools.console.browser import CHROMIUM, chromium, complaints, sign_in
 
 FOLDER: Final = console_files.FOLDER
 SCRIPTS: Final = sorted(FOLDER.glob("*.js"))

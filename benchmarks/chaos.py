@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import requests
-from tests.bench.load import answer, closed_loop, open_figures, open_loop, quantile_ms
-from tests.bench.servers import Running
+from benchmarks import requests
+from benchmarks.load import answer, closed_loop, open_figures, open_loop, quantile_ms
+from benchmarks.servers import Running
 
 LOAD: Final = 0.6  # of the capacity, during the soak
 DEADLINE_S: Final = 1.0  # of every request of the overload

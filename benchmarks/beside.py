@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from tests.bench import requests
-from tests.bench.load import closed_loop, open_figures
-from tests.bench.requests import Form
-from tests.bench.servers import Running
+from benchmarks import requests
+from benchmarks.load import closed_loop, open_figures
+from benchmarks.requests import Form
+from benchmarks.servers import Running
 
 SHARE: Final = 0.5  # of the capacity, in the open loop
 AUDIT: Final = {"profile": "smoke", "images": 200}  # on images made here; far longer than it is looked at

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-MARKS: Final = ("<!-- benchmarks: python -m tests.bench report -->", "<!-- end of benchmarks -->")
+MARKS: Final = ("<!-- benchmarks: python -m benchmarks report -->", "<!-- end of benchmarks -->")
 OURS: Final = "tombola"
 KINDS: Final = {
     "plain": "as one writes it",

@@ -12,7 +12,7 @@ import anyio.to_thread
 import uvicorn
 from fastapi import Body, FastAPI
 
-from tests.bench.peers.defence import Defence, decode
+from benchmarks.peers.defence import Defence, decode
 
 
 @asynccontextmanager
@@ -38,7 +38,7 @@ def classify(image: Annotated[bytes, Body(media_type="application/octet-stream")
 
 if __name__ == "__main__":
     uvicorn.run(
-        "tests.bench.peers.plain:app",
+        "benchmarks.peers.plain:app",
         host="127.0.0.1",
         port=int(sys.argv[1]),
         workers=int(sys.argv[2]),

@@ -1,4 +1,4 @@
-"""Pictures of the console: python -m tests.console.screenshots FOLDER [--whole] [--url URL --token TOKEN]
+"""Pictures of the console: python -m tools.console.screenshots FOLDER [--whole] [--url URL --token TOKEN]
 
 Without --url it serves the embedded library, runs a short audit, and looks while clients ask. A picture is what a
 window shows; with --whole, the whole page in every width and scheme, to be reviewed.
@@ -21,9 +21,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from model_store.library import open_library
 from service.sample import ship
-from tests.console.browser import chromium, sign_in
-from tests.console.traffic import traffic
 from tests.serving import serving
+from tools.console.browser import chromium, sign_in
+from tools.console.traffic import traffic
 
 Scheme = Literal["light", "dark"]
 SLOW_MS: Final = 300_000

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from benchmarks import requests
+from benchmarks.requests import Form
 from service.cpu import cpu_s, family, usable_cores
-from tests.bench import requests
-from tests.bench.requests import Form
 
 ROOT: Final = Path(__file__).parent.parent.parent
 VENV: Final = ROOT / ".venv" / "bench"  # the peers, over the packages of the project's own environment
@@ -52,7 +52,7 @@ def ours(library: Path | None, state: Path) -> Server:
 
 def peers(state: Path) -> list[Server]:
     """FastAPI gives no batches, so there is nothing to group there."""
-    python, where = str(VENV / "bin" / "python"), "tests.bench.peers."
+    python, where = str(VENV / "bin" / "python"), "benchmarks.peers."
     plain = (sys.executable, "-m", where + "plain", "{port}", "{cores}")
     litserve = (python, "-m", where + "litserve_server", "{port}", "{cores}")
     mosec = (python, "-m", where + "mosec_server", "--address", "127.0.0.1", "--port", "{port}", "--timeout", "30000")

@@ -1,4 +1,4 @@
-"""python -m tests.bench compare | overload | audited | soak | report; `make bench` is compare with its defaults.
+"""python -m benchmarks compare | overload | audited | soak | report; `make bench` is compare with its defaults.
 
 Everything runs on this machine: run nothing else beside it. Needs wrk (Debian: apt-get install wrk).
 """
@@ -16,15 +16,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.beside import beside_an_audit
+from benchmarks.chaos import overload, soak
+from benchmarks.figure import draw
+from benchmarks.load import closed_loop, open_figures
+from benchmarks.report import best_peers, put_into, ratios, table
+from benchmarks.requests import Form
+from benchmarks.servers import ROOT, VENV, Running, Server, ours, peers, prepare_peers, started
 from model_store.library import open_library
 from service.benchmarks.command import machine
-from tests.bench.beside import beside_an_audit
-from tests.bench.chaos import overload, soak
-from tests.bench.figure import draw
-from tests.bench.load import closed_loop, open_figures
-from tests.bench.report import best_peers, put_into, ratios, table
-from tests.bench.requests import Form
-from tests.bench.servers import ROOT, VENV, Running, Server, ours, peers, prepare_peers, started
 
 CLIENTS: Final = (1, 8, 32, 128)
 SHARES: Final = (0.5, 0.8, 1.2)
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "what", nargs="?", default="compare", choices=(*MEASURED, "report"), help="report: of results that are there"
     )
@@ -135,7 +135,7 @@ def forwards(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "tests.bench.forwards",
+        "benchmarks.forwards",
         str(state),
         *([str(given.library)] if given.library else []),
     ]

@@ -1,4 +1,4 @@
-"""python -m tests.bench.forwards STATE [LIBRARY]: what a draw's members cost in the engine, one image and one thread.
+"""python -m benchmarks.forwards STATE [LIBRARY]: what a draw's members cost in the engine, one image and one thread.
 
 Prints JSON: the median over draws of the sum of its members' forward times, each the median of a ticket's own.
 """

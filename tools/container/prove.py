@@ -2,7 +2,7 @@
 
 As root, with Debian's debootstrap, buildah, iproute2 and util-linux:
 
-    python -m tests.container.prove            everything; ends with the figures as JSON, 0 if all holds
+    python -m tools.container.prove            everything; ends with the figures as JSON, 0 if all holds
 
 The file's own instructions are run by buildah, each in a chroot, on a Debian made by debootstrap that stands in for the
 slim Python image. The image is then started as an engine would: its entry point as process 1 of new process, mount and
@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.servers import set_size_kb
 from model_store.errors import StoreError
 from model_store.library import open_library, write_library
 from service.cpu import family
 from service.sample import ship
-from tests.bench.servers import set_size_kb
 from tests.tickets import CLASSES, eight_tickets, items
 
 ROOT: Final = Path(__file__).parent.parent.parent

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tests.bench.peers.defence import Defence, decode
+from benchmarks.peers.defence import Defence, decode
 
 ls: Any = importlib.import_module("litserve")
 

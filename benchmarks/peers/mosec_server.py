@@ -4,7 +4,7 @@ import importlib
 import os
 from typing import Any
 
-from tests.bench.peers.defence import Defence, decode
+from benchmarks.peers.defence import Defence, decode
 
 mosec: Any = importlib.import_module("mosec")
 

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of everything that reads untrusted bytes: images, JSON, tensors, packing, headers.
 
     pip install "atheris>=3,<4"
-    python tests/fuzz/fuzz_edge.py -max_total_time=600 -rss_limit_mb=4096 -timeout=5
+    python tools/fuzz/fuzz_edge.py -max_total_time=600 -rss_limit_mb=4096 -timeout=5
 
 The arguments are libFuzzer's. It ends with a message and a file `crash-*` (or `slow-unit-*`, `oom-*`) if an input
 made anything but an answer or a refusal with a text of the catalogue.

@@ -1,7 +1,7 @@
-"""The Grafana dashboard's panels, drawn without Grafana: python -m tests.console.dashboard FILE [--seconds N]
+"""The Grafana dashboard's panels, drawn without Grafana: python -m tools.console.dashboard FILE [--seconds N]
 
 A real server with the embedded library under load, a real Prometheus with the shipped rules that scrapes it, and every
-query of service/deploy/grafana/tombola.json put to that Prometheus as Grafana would put it. What comes back is drawn by
+query of deploy/grafana/tombola.json put to that Prometheus as Grafana would put it. What comes back is drawn by
 matplotlib where the dashboard places it. Titles, queries, legends, units and places are the dashboard's; the looks are
 not Grafana's, and the picture says so.
 """
@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from model_store.library import open_library
-from tests.console.screenshots import AUDIT, submit, wait_for_audits
-from tests.console.traffic import traffic
 from tests.serving import ROOT, serving
 from tests.test_deploy_prometheus import answer, filled, prometheus
+from tools.console.screenshots import AUDIT, submit, wait_for_audits
+from tools.console.traffic import traffic
 
 DASHBOARD: Final = ROOT / "service" / "deploy" / "grafana" / "tombola.json"
 RATE_INTERVAL: Final = "15s"  # the server has been scraped for two minutes
@@ -91,7 +91,7 @@ def draw(address: str, period: Period) -> Figure:
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels) + 2
     figure = Figure(figsize=(COLUMNS * UNIT_IN[0], rows * UNIT_IN[1]))
     length = period.end - period.start
-    about = f"every query of service/deploy/grafana/tombola.json over a real Prometheus, {length:.0f} s of load"
+    about = f"every query of deploy/grafana/tombola.json over a real Prometheus, {length:.0f} s of load"
     figure.text(0.01, 1 - 0.8 / rows, f"Drawn by matplotlib, not by Grafana: {about}", fontsize=9, style="italic")
     for panel in panels:
         place(figure, panel, rows, address, period)

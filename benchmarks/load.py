@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import uvloop
 
-from tests.bench.requests import Form
+from benchmarks.requests import Form
 
 LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 KEEP_S: Final = 2.0  # an idle connection; servers here keep theirs for 5 s

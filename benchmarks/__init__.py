@@ -1,0 +1,1 @@
+"""python -m benchmarks: this server over HTTP, its engine alone, and its peers, on one machine in one run."""

@@ -1,1 +1,0 @@
-"""python -m tests.bench: this server over HTTP, its engine alone, and its peers, on one machine in one run."""
