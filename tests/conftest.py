@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from model_store.library import Library, write_library
 from model_store.ticket import Ticket
-from tests.tickets import CLASSES, eight_tickets, items
+from tests.support.tickets import CLASSES, eight_tickets, items
 
 # The same examples in every run, on any machine at any load; nothing is written to the work tree.
 settings.register_profile("tombola", deadline=None, derandomize=True, database=None)

@@ -18,7 +18,7 @@ from PIL import Image
 from model_store.ensemble import calibrated
 from model_store.library import open_library
 from model_store.structures import Structure
-from tests.digits import digits
+from tests.support.digits import digits
 from training.data import Images, as_floats
 from training.export import export
 from training.jobs import Job, work

@@ -24,12 +24,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from model_store.library import open_library
-from tests.serving import ROOT, serving
-from tests.test_deploy_prometheus import answer, filled, prometheus
+from tests.deploy.test_prometheus import answer, filled, prometheus
+from tests.support.serving import ROOT, serving
 from tools.console.screenshots import AUDIT, submit, wait_for_audits
 from tools.console.traffic import traffic
 
-DASHBOARD: Final = ROOT / "service" / "deploy" / "grafana" / "tombola.json"
+DASHBOARD: Final = ROOT / "deploy" / "grafana" / "tombola.json"
 RATE_INTERVAL: Final = "15s"  # the server has been scraped for two minutes
 COLUMNS: Final = 24  # of the dashboard's grid
 UNIT_IN: Final = 0.72, 0.34  # width and height of one of the grid's cells

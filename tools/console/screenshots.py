@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from model_store.library import open_library
 from service.sample import ship
-from tests.serving import serving
+from tests.support.serving import serving
 from tools.console.browser import chromium, sign_in
 from tools.console.traffic import traffic
 

@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import Final
 
 from service.sample import ship
-from tests.serving import fetch, over_and_over
+from tests.support.serving import fetch, over_and_over
 
 PAUSE_S: Final = 0.1
 IMAGES: Final = (1, 1, 1, 4, 16)  # in requests, over and over: enough that draws are soon compared with their law

@@ -29,9 +29,9 @@ from model_store.errors import StoreError
 from model_store.library import open_library, write_library
 from service.cpu import family
 from service.sample import ship
-from tests.tickets import CLASSES, eight_tickets, items
+from tests.support.tickets import CLASSES, eight_tickets, items
 
-ROOT: Final = Path(__file__).parent.parent.parent
+ROOT: Final = Path(__file__).parents[1]
 SUITE: Final = "bookworm"  # its Python is the Dockerfile's
 PACKAGES: Final = "python3,python3-venv,python-is-python3,ca-certificates"
 BASE: Final = "python:3.11-slim"

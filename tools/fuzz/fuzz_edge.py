@@ -23,7 +23,7 @@ from typing import Final
 
 import atheris  # type: ignore[import-untyped]
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 with atheris.instrument_imports(include=["service", "PIL", "json"]):
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 -- loaded late otherwise
 
@@ -32,7 +32,7 @@ with atheris.instrument_imports(include=["service", "PIL", "json"]):
     from service.web.classify import images_in
     from service.web.decoder import decode, orientation
     from service.web.infer_request import HEADER_LENGTH, Model, read_inference
-from tests.planes import encoded, one_of_the_catalogue, picture, png
+from tests.support.planes import encoded, one_of_the_catalogue, picture, png
 
 MODEL: Final = Model(("probabilities", "index", "label"), classes=10, max_images=64)
 MAX_PIXELS: Final = 250_000

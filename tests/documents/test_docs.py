@@ -1,0 +1,102 @@
+"""The documents say what is there: code that runs, commands and flags that exist, files that are listed."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from model_store.library import open_library
+from model_store.structures import STRUCTURES, StructureName
+from service.__main__ import parser as service_parser
+from service.reference import page
+from training.__main__ import parser as training_parser
+from training.export import END, PRINTED, mark, table
+from training.jobs import GPU_SPEED, cost
+from training.recipes import DENSITIES, PRESETS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [page for page in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(page.parts)]
+PARSERS = {"training": training_parser, "service": service_parser}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every command of a shell block of any page that runs one of our programs; a backslash joins two lines to one."""
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks(page.read_text(encoding="utf-8"), "sh")
+        for line in block.replace("\\\n", " ").split("\n")
+    ]
+    return [line for line in lines if re.search(r"python -m (training|service)\b", line)]
+
+
+@pytest.mark.parametrize("code", blocks(README, "python"))
+def test_the_readme_s_python_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_a_page_is_one_that_its_program_takes(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    start = words.index("-m")
+    parser = PARSERS[words[start + 1]]()
+    try:
+        parser.parse_args(words[start + 2 :])
+    except SystemExit as ended:
+        pytest.fail(f"{line}: refused with exit code {ended.code}")
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE))))
+def test_every_make_target_of_the_readme_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_tree_lists_every_module_and_nothing_else() -> None:
+    tree = README.split("## The tree")[1].split("```")[1]
+    for package in ("model_store", "training", "service"):
+        part = re.split(r"\n(?=\S)", tree[tree.index(f"{package}/") :])[0]
+        listed = set(re.findall(r"^  (\S+)", part, re.MULTILINE))
+        there = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py", "__main__.py"}
+        folders = {f"{path.name}/" for path in (ROOT / package).iterdir() if path.is_dir() and path.name[0] not in "._"}
+        assert listed >= there | folders
+        assert all((ROOT / package / name).exists() for name in listed)
+
+
+@pytest.mark.parametrize("library", [None, Path("model_store/library-scratch")])
+def test_the_readme_s_tables_of_claims_are_the_libraries_own(library: Path | None) -> None:
+    shown = README.split(mark(library))[1].split(END)[0].strip()
+    assert shown == table(open_library(library and ROOT / library)).strip()
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_readme_s_cost_of_the_paper_s_preset_is_the_counted_one(name: StructureName) -> None:
+    recipes = [PRESETS["paper"].recipe(name, density, 49_000) for density in DENSITIES]
+    flops = sum(cost(recipe) for recipe in recipes)
+    width = PRESETS["paper"].widths[name]
+    assert f"| {PRINTED[name]} | {width} | {flops / 1e15:,.0f} | {flops / GPU_SPEED / 3600:.0f} |" in README
+
+
+def flags(parser: argparse.ArgumentParser) -> set[str]:
+    subs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    found = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    return found.union(*(flags(child) for sub in subs for child in sub.choices.values()))
+
+
+def test_every_option_explains_itself() -> None:
+    for make in PARSERS.values():
+        for sub in (action for action in make()._actions if isinstance(action, argparse._SubParsersAction)):
+            for name, child in sub.choices.items():
+                silent = [a.option_strings for a in child._actions if a.option_strings and not a.help]
+                assert not silent, f"{name}: {silent}"
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    """Every setting, flag, metric and route; rebuilt by `python -m service reference > service/REFERENCE.md`."""
+    assert (ROOT / "service" / "REFERENCE.md").read_text(encoding="utf-8").strip() == page().strip()

@@ -1,0 +1,160 @@
+"""The operator's guide, the threat model and the security policy: names that exist, links that lead somewhere, figures
+that are those of the data beside them, defaults that are the defaults."""
+
+import json
+import re
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+
+from model_store.policy import expected_size
+from service.__main__ import main
+from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
+from service.benchmarks.command import put_into
+from service.observability.metrics import PREFIX, TABLE
+from service.settings import SettingsRejected, knobs
+from tests.support.serving import some_rows, tiny_library
+
+ROOT: Final = Path(__file__).parents[1]
+GUIDES: Final = [
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "deploy" / "RUNBOOK.md",
+]
+ALL: Final = [ROOT / "README.md", *GUIDES]
+TABLES: Final = {
+    "capacity.json": ("OPERATING.md", capacity.table),
+    "latency.json": ("THREATS.md", timing_leakage.table),
+    "int8.json": ("OPERATING.md", quantization.table),
+    "precision.json": ("THREATS.md", output_leakage.table),
+}
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def exposed() -> set[str]:
+    """Names of series as queries write them."""
+    parts = ("", "_bucket", "_sum", "_count")
+    return {f"{PREFIX}{row.name}{part}" for row in TABLE for part in parts}
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_every_setting_and_metric_that_a_page_names_exists(page: Path) -> None:
+    variables = set(re.findall(r"\bTOMBOLA_[A-Z_]*[A-Z]\b", text(page)))
+    assert variables <= {knob.variable for knob in knobs()}
+    assert set(re.findall(r"\btombola_[a-z_]+[a-z]\b", text(page))) <= exposed()
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text(page))
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_a_reader_of_the_readme_finds_every_guide() -> None:
+    readme = text(ROOT / "README.md")
+    assert all(f"({page.relative_to(ROOT)})" in readme for page in GUIDES)
+
+
+def test_the_policy_s_defaults_are_the_defaults() -> None:
+    told = re.findall(r"`(TOMBOLA_\w+)` = ([\w.]+)", text(ROOT / "SECURITY.md"))
+    defaults = {knob.variable: knob.default for knob in knobs()}
+    assert len(told) >= 10
+    assert told == [(name, defaults[name]) for name, _ in told]
+
+
+def test_every_knob_that_bears_on_theta_is_in_the_threat_model_with_its_cost() -> None:
+    section = text(ROOT / "docs" / "THREATS.md").split("## What each knob costs")[1]
+    wanted = "DETAIL TOP QUANTUM_MS WINDOW_ROWS RATE_IMAGES_PER_S RATE_BURST_IMAGES API_KEYS_FILE MAX_IMAGES TRACING"
+    assert all(f"`TOMBOLA_{name}`" in section for name in [*wanted.split(), "METRICS_OPEN"])
+
+
+@pytest.mark.parametrize("figures", TABLES)
+def test_the_tables_are_those_of_the_figures_beside_them(figures: str) -> None:
+    page, table = TABLES[figures]
+    assert table(json.loads(text(ROOT / "docs" / figures))) in text(ROOT / "docs" / page)
+
+
+# Where the figures come from
+
+
+def test_replicas_by_hand() -> None:
+    """1,000 images/s of 3 ms keep 3 cores busy; replicas of 2 cores at 60 % have 1.2 of them each: 2.5, so 3."""
+    assert capacity.replicas(1000, 3.0) == 3
+    assert capacity.replicas(1, 3.0) == 1
+    assert capacity.replicas(1_000_000, 2.4, cores=4, share=0.5) == 1200
+
+
+def test_what_names_theta_right_by_hand() -> None:
+    """Answer a: twice 1 and once 2; answer b: 3. Naming 1 and 3 is right three times out of four."""
+    assert output_leakage.named_right([b"a", b"a", b"a", b"b"], [1, 1, 2, 3]) == 0.75
+
+
+def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_leakage, "DRAWS", 500)
+    library = tiny_library(tmp_path / "library")
+    found = output_leakage.disclosure(library, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    for what in ("theta", "n"):
+        rates = [rates[what] for name, rates in found["named_right"].items() if name != "label"]
+        assert rates == sorted(rates)
+        assert found["by_prior"][what] <= found["named_right"]["label"][what] <= found["named_right"]["full"][what]
+    assert found["named_right"]["full"]["theta"] == 1
+    assert expected_size(library.policy) > 1
+
+
+def test_what_eight_bits_change_is_measured_on_images_that_chose_no_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantization, "CALIBRATION_IMAGES", 30)
+    library = tiny_library(tmp_path / "library")
+    np.savez(tmp_path / "data.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
+    measured, others = quantization.measured_images(tmp_path / "data.npz", library, 10)
+    assert (len(measured), len(others)) == (10, 30)
+    assert not {row.tobytes() for row in measured.pixels.numpy()} & {row.tobytes() for row in others}
+    figures = tmp_path / "figures.json"
+    command = [
+        "bench",
+        "int8",
+        "--library",
+        str(library.path),
+        "--state-dir",
+        str(tmp_path / "state"),
+        "--images",
+        "10",
+    ]
+    assert main([*command, "--data", str(tmp_path / "data.npz"), "--json", str(figures)]) == 0
+    assert "under PGD-20" in capsys.readouterr().out.splitlines()[-1]
+    found = json.loads(figures.read_text())
+    assert [row["ticket"] for row in found["tickets"]] == [entry.name for entry in library.entries]
+    for row in found["tickets"]:
+        for kind in ("clean", "pgd"):
+            change = row[kind]["int8"] - row[kind]["float32"]
+            assert row[kind]["difference"]["value"] == pytest.approx(change, abs=0.002)
+
+
+def test_a_server_s_cost_is_measured_on_a_real_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library, page, figures = tiny_library(tmp_path / "library"), tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text("before\n<!-- python -m service bench capacity -->\nold\n<!-- end -->\nafter\n")
+    words = ["bench", "capacity", "--library", str(library.path), "--engine", "torch", "--threads", "1"]
+    words += ["--state-dir", str(tmp_path / "state"), "--images", "64", "--json", str(figures), "--into", str(page)]
+    assert main(words) == 0
+    found = json.loads(figures.read_text())
+    assert found["one"]["images"] == 64
+    assert found["one"]["cpu_ms"] > 0
+    assert found["series"] > len(TABLE)
+    assert page.read_text("utf-8") == f"before\n{capacity.table(found)}\n<!-- end -->\nafter\n"
+    assert "processor time" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_page_without_the_table_s_place_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing\n")
+    with pytest.raises(SettingsRejected, match=r"page\.md: expected <!-- a -->"):
+        put_into(page, "<!-- a -->\ntable")
+    assert page.read_text("utf-8") == "nothing\n"

@@ -1,0 +1,214 @@
+"""The admin plane: who gets in, what it shows, and how a library is swapped."""
+
+import asyncio
+import logging
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from model_store.errors import LibraryRejected
+from model_store.library import Library
+from model_store.policy import states
+from service.errors import RateLimited, Text
+from service.observability.metrics import Metrics
+from service.settings import SettingsRejected
+from service.web.auth import FAILURES, PAUSE_S, Failures, Keys, read_keys
+from tests.support.planes import TOKEN, StandIn, admin_app, ask, refused
+
+BEARER: Final = {"authorization": f"Bearer {TOKEN}"}
+PATHS: Final = (
+    ("GET", "/admin/library"),
+    ("POST", "/admin/library"),
+    ("GET", "/admin/policy"),
+    ("GET", "/admin/audits"),
+)
+
+
+class TestTheGate:
+    @pytest.mark.parametrize(("method", "path"), PATHS)
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            {"authorization": "Bearer "},
+            {"authorization": f"Bearer {TOKEN}x"},
+            {"authorization": f"Bearer {TOKEN[:-1]}"},
+            {"authorization": f"Basic {TOKEN}"},
+            {"authorization": TOKEN},
+            {"x-api-key": TOKEN},
+            {"cookie": f"token={TOKEN}"},
+        ],
+    )
+    def test_nothing_passes_without_the_token(self, method: str, path: str, headers: dict[str, str]) -> None:
+        metrics = Metrics()
+        response = ask(admin_app(metrics=metrics), method, path, headers=headers)
+        refused(response, 401, Text.TOKEN_REQUIRED)
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert metrics.value("auth_failures_total", plane="admin") == 1
+
+    def test_paths_that_do_not_exist_are_behind_it_too(self) -> None:
+        refused(ask(admin_app(), "GET", "/secret"), 401, Text.TOKEN_REQUIRED)
+        refused(ask(admin_app(), "GET", "/secret", headers=BEARER), 404, Text.NOT_FOUND)
+        refused(ask(admin_app(), "GET", "/consoles"), 401, Text.TOKEN_REQUIRED)
+        refused(ask(admin_app(), "GET", "//admin/library"), 401, Text.TOKEN_REQUIRED)
+
+    def test_health_is_open(self) -> None:
+        for path in ("/health/live", "/health/ready"):
+            assert ask(admin_app(), "GET", path).status_code == 200
+        refused(ask(admin_app(StandIn(ready=False)), "GET", "/health/ready"), 503, Text.NOT_READY)
+
+    def test_metrics_are_open_unless_the_settings_close_them(self) -> None:
+        assert "tombola_ready" in ask(admin_app(), "GET", "/metrics").text
+        closed = admin_app(metrics_open=False)
+        refused(ask(closed, "GET", "/metrics"), 401, Text.TOKEN_REQUIRED)
+        response = ask(closed, "GET", "/metrics", headers=BEARER)
+        assert response.headers["content-type"].startswith("text/plain")
+
+    def test_a_token_in_the_url_is_refused_even_beside_the_right_one(self) -> None:
+        for name in ("token", "access_token", "Authorization"):
+            refused(ask(admin_app(), "GET", f"/admin/policy?{name}={TOKEN}", headers=BEARER), 400, Text.TOKEN_IN_URL)
+            refused(ask(admin_app(), "GET", f"/metrics?{name}={TOKEN}"), 400, Text.TOKEN_IN_URL)
+
+    def test_two_different_tokens_are_refused(self) -> None:
+        headers = [("authorization", "Bearer x"), ("authorization", f"Bearer {TOKEN}")]
+        refused(ask(admin_app(), "GET", "/admin/policy", headers=headers), 400, Text.HEADER_TWICE)
+
+    def test_after_many_failures_the_address_has_to_wait(self) -> None:
+        async def attempts() -> list[httpx.Response]:
+            transport = httpx.ASGITransport(admin_app())
+            async with httpx.AsyncClient(transport=transport, base_url="http://tombola") as client:
+                wrong = [await client.get("/admin/policy") for _ in range(FAILURES + 1)]
+                return [*wrong, await client.get("/admin/policy", headers=BEARER)]
+
+        *wrong, right = asyncio.run(attempts())
+        assert [response.status_code for response in wrong] == [401] * FAILURES + [429]
+        refused(right, 429, Text.FAILURES)
+        assert 1 <= int(right.headers["retry-after"]) <= PAUSE_S + 1
+
+    def test_the_token_is_never_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG)
+        for headers in (BEARER, {"authorization": f"Bearer {TOKEN}x"}):
+            ask(admin_app(), "GET", "/admin/policy", headers=headers)
+            ask(admin_app(), "GET", f"/admin/policy?token={TOKEN}", headers=headers)
+        ours = [record.getMessage() for record in caplog.records if not record.name.startswith("httpx")]
+        assert ours
+        assert TOKEN not in "".join(ours)
+
+
+class TestFailures:
+    def test_one_more_after_each_pause(self) -> None:
+        now = [0.0]
+        failures = Failures(lambda: now[0])
+        for _ in range(FAILURES):
+            failures.check("a")
+            failures.note("a")
+        with pytest.raises(RateLimited) as caught:
+            failures.check("a")
+        assert caught.value.retry_after == PAUSE_S + 1
+        failures.check("b")
+        now[0] = PAUSE_S + 0.01
+        failures.check("a")
+        failures.note("a")
+        with pytest.raises(RateLimited):
+            failures.check("a")
+
+    def test_memory_is_bounded_whatever_the_number_of_addresses(self) -> None:
+        failures = Failures(lambda: 0.0)
+        for number in range(5000):
+            failures.note(str(number))
+        assert len(failures.until) <= 1024
+
+
+class TestKeyFiles:
+    def test_reloading_takes_new_keys_and_keeps_the_old_ones_when_the_file_is_bad(self, tmp_path: Any) -> None:
+        path = tmp_path / "keys"
+        path.write_text(f"alice {'a' * 64}\n")
+        keys = Keys(path, Metrics())
+        path.write_text(f"bob {'b' * 64}\ncarol {'c' * 64}\n")
+        keys.reload()
+        assert sorted(keys.owners.values()) == ["bob", "carol"]
+        path.write_text("bob plaintext\n")
+        keys.reload()
+        path.unlink()
+        keys.reload()
+        assert sorted(keys.owners.values()) == ["bob", "carol"]
+
+    @pytest.mark.parametrize(
+        "line", ["alice", "alice secret", f"two words {'a' * 64}", f"alice {'A' * 64}", f"alice {'a' * 63}"]
+    )
+    def test_a_bad_line_is_named_but_not_quoted(self, tmp_path: Any, line: str) -> None:
+        path = tmp_path / "keys"
+        path.write_text(f"# comment\n{line}\n")
+        with pytest.raises(SettingsRejected, match="line 2") as caught:
+            read_keys(path)
+        assert line not in str(caught.value)
+
+    def test_a_missing_file(self, tmp_path: Any) -> None:
+        with pytest.raises(SettingsRejected, match="cannot be read"):
+            read_keys(tmp_path / "none")
+
+
+class TestLibrary:
+    @pytest.fixture
+    def holder(self, small_library: Library) -> StandIn:
+        return StandIn(library=small_library)
+
+    def test_it_is_shown_with_digests_claims_and_provenance(self, holder: StandIn, small_library: Library) -> None:
+        found = ask(admin_app(holder), "GET", "/admin/library", headers=BEARER).json()
+        assert (found["digest"], found["tickets"]) == (small_library.digest, 8)
+        entry = found["entries"][0]
+        assert entry["sha256"] == small_library.entries[0].sha256
+        assert {"provenance", "claims", "density", "structure", "kind"} <= set(entry)
+
+    def test_the_law_of_theta_is_exact(self, holder: StandIn, small_library: Library) -> None:
+        found = ask(admin_app(holder), "GET", "/admin/policy", headers=BEARER).json()
+        assert found["library"] == small_library.digest
+        assert found["states"] == states(small_library.policy)
+        assert abs(sum(found["size_probabilities"].values()) - 1) < 1e-12
+        assert set(found["inclusion_probabilities"]) == {entry.name for entry in small_library.entries}
+        assert abs(sum(found["inclusion_probabilities"].values()) - found["expected_size"]) < 1e-12
+
+    def test_swapping_answers_with_both_digests(self, holder: StandIn) -> None:
+        def swap() -> None:
+            holder.library = type("Library", (), {"digest": "new"})()
+
+        before = holder.library.digest
+        holder.on_reload = swap
+        found = ask(admin_app(holder), "POST", "/admin/library", headers=BEARER, json={"path": "/etc/passwd"})
+        assert found.json() == {"digest": "new", "before": before}
+
+    def test_a_bad_library_is_refused_without_a_word_of_why_on_the_wire(
+        self, holder: StandIn, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def bad() -> None:
+            raise LibraryRejected("/srv/library/tickets/x.safetensors: damaged")
+
+        holder.on_reload = bad
+        refused(ask(admin_app(holder), "POST", "/admin/library", headers=BEARER), 422, Text.LIBRARY_REFUSED)
+        assert "damaged" in caplog.text
+
+    def test_one_swap_at_a_time(self, holder: StandIn) -> None:
+        async def both() -> list[int]:
+            go, begun = asyncio.Event(), asyncio.Event()
+
+            class Slow(StandIn):
+                async def reload(self) -> StandIn:
+                    begun.set()
+                    await go.wait()
+                    return self
+
+            transport = httpx.ASGITransport(admin_app(Slow(library=holder.library)))
+            async with httpx.AsyncClient(transport=transport, base_url="http://tombola", headers=BEARER) as client:
+                first = asyncio.ensure_future(client.post("/admin/library"))
+                await begun.wait()
+                second = await client.post("/admin/library")
+                go.set()
+                refused(second, 409, Text.SWAP_RUNNING)
+                return [(await first).status_code, second.status_code]
+
+        assert asyncio.run(both()) == [200, 409]
+
+    def test_before_the_first_library(self) -> None:
+        for method, path in PATHS[:3]:
+            refused(ask(admin_app(StandIn(loaded=False)), method, path, headers=BEARER), 503, Text.NOT_READY)

@@ -1,0 +1,212 @@
+"""The quantity and its intervals: by hand, by brute force, and against scipy."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from torch import nn
+
+from model_store.policy import Policy, inclusion_probabilities, size_probabilities, states
+from service.audit.evaluation import (
+    GRAPH_BYTES,
+    PASS_IMAGES,
+    Draws,
+    Member,
+    Scores,
+    Target,
+    count_through,
+    distance,
+    draws_of,
+    enumerated,
+    failure,
+    on_grid,
+    scores,
+    scoring_draws,
+    use_cores,
+    worst,
+)
+from service.audit.stats import bootstrap, clopper_pearson, paired, resampled_means
+from tests.support.audit_models import alone, system
+
+GROUPS = ["a", "a", "a", "b", "b", "c"]
+LAWS = [
+    Policy.over(GROUPS),
+    Policy.switching([0, 2, 4], 6),
+    Policy.fixed([1, 5], 6),
+    Policy.all(6),
+    Policy.over(GROUPS, every=True),
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_enumeration_is_the_law(law: Policy) -> None:
+    draws = enumerated(law)
+    assert len(draws.rows) == states(law) == len({tuple(row) for row in draws.rows.tolist()})
+    assert (draws.weights @ draws.rows.double()).tolist() == pytest.approx(inclusion_probabilities(law))
+    for n, p in size_probabilities(law).items():
+        assert float(draws.weights[draws.sizes == n].sum()) == pytest.approx(p)
+
+
+def test_large_laws_are_sampled_and_small_ones_counted() -> None:
+    large = Policy.over([name for name in "abcd" for _ in range(10)])
+    assert not draws_of(large, 50, random.Random(0)).counted
+    assert draws_of(LAWS[0], 50, random.Random(0)).counted
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_counting_through_in_halves_is_counting_through(law: Policy) -> None:
+    """Against every state scored on its own, ties included: logits are small whole numbers."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randint(-2, 3, (6, 20, 4), generator=generator).float()
+    labels = torch.randint(0, 4, (20,), generator=generator)
+    plain = scores(logits, labels, enumerated(law))
+    found = count_through(plain, logits, labels, law)
+    assert found.right.tolist() == pytest.approx(plain.right.tolist(), abs=1e-6)
+    assert torch.equal(found.any_wrong, plain.any_wrong)
+
+
+def test_failure_by_hand() -> None:
+    """Member 0 is right by 1 on both images; member 1 is wrong by 3 on the second. The draws: 0, 1, both."""
+    logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]]])
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    draws = Draws(rows, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), counted=True)
+    labels = torch.tensor([0, 0])
+    assert failure(logits, labels, draws).tolist() == [0.0, 0.5]
+    found = scores(logits, labels, draws)
+    assert found.right.tolist() == [1.0, 0.5]
+    assert found.any_wrong.tolist() == [False, True]
+    assert {n: p.tolist() for n, p in found.by_size.items()} == {1: [1.0, pytest.approx(2 / 3)], 2: [1.0, 0.0]}
+
+
+def test_what_is_never_right_is_exactly_zero() -> None:
+    """Weights that are no round numbers add up to almost 1; checks ask whether nothing is left."""
+    law = Policy.over(["a", "a", "b", "b", "c", "c", "d", "d"])
+    logits = torch.tensor([0.0, 1.0]).expand(8, 3, 2).contiguous()
+    labels = torch.zeros(3, dtype=torch.int64)
+    found = scores(logits, labels, enumerated(law))
+    assert found.right.tolist() == [0.0, 0.0, 0.0]
+    assert count_through(found, logits, labels, law).right.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits = torch.tensor([[[math.nan, 0.0]]])
+    with pytest.raises(ValueError, match="not finite"):
+        failure(logits, torch.tensor([0]), enumerated(Policy.all(1)))
+
+
+def told(*right: float) -> Scores:
+    values = torch.tensor(right, dtype=torch.float64)
+    return Scores(values, values < 1, {1: values})
+
+
+def test_the_mean_of_minima_is_below_the_minimum_of_means() -> None:
+    found = worst([told(0.2, 0.9), told(0.8, 0.1)])
+    assert found.right.tolist() == [0.2, 0.1]
+    assert found.by_size[1].tolist() == [0.2, 0.1]
+
+
+def test_the_defenders_draws_depend_on_nothing_of_the_attackers() -> None:
+    large = system(Policy.over([name for name in "abcd" for _ in range(10)]))
+    first, again, other = scoring_draws(large, 0), scoring_draws(large, 0), scoring_draws(large, 1)
+    assert torch.equal(first.rows, again.rows)
+    assert not torch.equal(first.rows, other.rows)
+    assert len(first.rows) >= 10_000
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@given(seed=st.integers(0, 2**16), epsilon=st.sampled_from([0.0, 1 / 255, 2.5 / 255, 8 / 255, 0.5]))
+def test_the_grid_stays_inside_the_threat_model(norm: str, seed: int, epsilon: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(0, 256, (3, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    offset = torch.randn(3, 3, 4, 4, generator=generator)
+    length = offset.flatten(1).abs().amax(1) if norm == "linf" else offset.flatten(1).norm(dim=1)
+    moved = (clean / 255 + epsilon * offset / length.view(-1, 1, 1, 1)).clamp(0, 1)
+    assert float(distance(on_grid(moved, clean, norm, epsilon), clean, norm).max()) <= epsilon + 1e-9
+
+
+def test_rounding_leaves_nearly_all_of_an_l2_perturbation() -> None:
+    """Cutting every number towards the clean image would cost a fifth of it."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(20, 236, (8, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    offset = torch.randn(8, 3, 32, 32, generator=generator)
+    epsilon = 128 / 255
+    moved = clean / 255 + epsilon * offset / offset.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    found = distance(on_grid(moved, clean, "l2", epsilon), clean, "l2")
+    assert float(found.max()) <= epsilon + 1e-9
+    assert float(found.min()) >= 0.99 * epsilon
+
+
+def test_a_corner_of_the_ball_is_on_the_grid() -> None:
+    clean = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
+    assert on_grid(clean / 255 + 8 / 255, clean, "linf", 8 / 255).flatten().tolist() == [108] * 12
+
+
+@pytest.mark.parametrize(("count", "images"), [(0, 10), (3, 10), (8, 10), (10, 10), (37, 500)])
+def test_clopper_pearson_is_scipys(count: int, images: int) -> None:
+    theirs = binomtest(count, images).proportion_ci(method="exact")
+    ours = clopper_pearson(count, images)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+def test_a_bootstrap_interval_has_the_width_of_the_normal_one() -> None:
+    """Of 400 images at p = 1/2: 1.96 * 0.5 / 20 = 4.9 points each way."""
+    values = np.arange(400) % 2
+    found = bootstrap(values)
+    assert found.value == 0.5
+    assert found.high - found.low == pytest.approx(2 * 0.049, rel=0.1)
+    assert resampled_means(values.astype(float), 3).std() == pytest.approx(0.025, rel=0.1)
+
+
+def test_paired_differences_are_tighter_than_two_intervals() -> None:
+    """Two systems that disagree on five of a hundred images differ significantly; their own intervals overlap."""
+    first = np.r_[np.ones(55), np.zeros(45)]
+    second = np.r_[np.ones(47), np.zeros(53)]
+    assert paired(first, second).low > 0
+    assert bootstrap(first).low < bootstrap(second).high
+
+
+def test_where_all_images_agree_the_interval_is_not_empty() -> None:
+    assert bootstrap(np.zeros(10)).high == pytest.approx(0.3085, abs=1e-3)
+
+
+def test_members_side_by_side_give_what_one_after_another_gives() -> None:
+    """Logits to the bit and gradients to rounding, whatever the number of threads."""
+    networks = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)) for _ in range(3)]
+    target, images = alone(*networks), torch.rand(4, 3, 8, 8)
+    with torch.no_grad():
+        plain = torch.stack([network(images) for network in networks])
+    weights, found, threads = torch.rand(3, 4, 5), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            use_cores(count)
+            ours = images.clone().requires_grad_(True)
+            logits = target(ours)
+            assert torch.equal(logits, plain)
+            assert torch.equal(target(images), plain)
+            found.append(torch.autograd.grad((logits * weights).sum(), ours)[0])
+    finally:
+        use_cores(1)
+        torch.set_num_threads(threads)
+    ours = images.clone().requires_grad_(True)
+    outputs = torch.stack([network(ours) for network in networks])
+    (expected,) = torch.autograd.grad((outputs * weights).sum(), ours)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+    assert torch.allclose(found[0], expected, atol=1e-6)
+
+
+def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory() -> None:
+    """What is held: the convolution's input and the rectifier's output, of one image, in float32."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten()).requires_grad_(requires_grad=False)
+    member = Member("network", network, 2.0)
+    image = torch.zeros(1, 3, 32, 32)
+    assert member.held(image) == 4 * 32 * 32 * (3 + 8)
+    draws = Draws(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True)
+    assert Target((member,), draws).batch(image) == PASS_IMAGES
+    assert Target((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.held(image))
+    assert Target((member,) * 10_000, draws).batch(image) == 4

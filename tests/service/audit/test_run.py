@@ -1,0 +1,544 @@
+"""Whole audits: what repeats, what resumes, what is refused, and which defences the checks see through."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model_store.errors import LibraryRejected
+from model_store.library import write_library
+from service.audit import baselines
+from service.audit.attack_runner import Outcome, Run
+from service.audit.checks import attacks, base, model, run
+from service.audit.checks.base import Finding, Lab
+from service.audit.command import BELOW, INVALID, add_parser, conclude
+from service.audit.config import Audit, Step
+from service.audit.errors import AuditRejected, DataRejected
+from service.audit.evaluation import bench_of
+from service.audit.profiles import PROFILES, SHARED, attacks_of, images_of, plan
+from service.audit.report.markdown_report import MARKS
+from service.audit.report.summary import compare, digest_holds, words
+from service.audit.run import audit, labelled
+from service.audit.stats import Interval
+from tests.support.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
+from tests.support.serving import some_rows
+from tests.support.tickets import items, make_ticket
+
+Json = dict[str, Any]
+SMALL = Audit("smoke", epsilons=(0.0, 2.0, 8.0), images=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_commit() -> Iterator[None]:
+    """A report's digest covers the commit of the code, which another hand may move between two audits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMBOLA_COMMIT", "0" * 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audits")
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Any:
+    return tiny(folder / "library")
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path, library: Any) -> Json:
+    """A smoke audit of four random tickets on images that they label themselves."""
+    torch.set_num_threads(1)
+    return audit(folder / "first", SMALL, library, labelled(SMALL, library, None))
+
+
+def without_timings(report: Json) -> Json:
+    return {name: value for name, value in report.items() if name != "timings"}
+
+
+def test_a_smoke_audit_is_whole(report: Json) -> None:
+    assert digest_holds(report)
+    assert len(report["checks"]) == 34
+    assert [row["id"] for row in report["checks"]] == list(range(1, 35))
+    assert not report["failed"], [row for row in report["checks"] if row["outcome"] == "fail"]
+    assert {"tombola", "mean-of-all", "best-ticket", "fixed-equal-cost", "r2s resnet18", "r2s resnet34"} == set(
+        report["systems"]
+    )
+    assert "no measure of accuracy" in report["data"]["origin"]
+
+
+def test_the_figures_follow_from_the_definitions(report: Json) -> None:
+    for name, system in report["systems"].items():
+        robust, per_image = system["robust"], report["per_image"][name]["robust"]
+        assert robust["expected"]["value"] == pytest.approx(np.mean(per_image), abs=1e-5)
+        assert robust["tries"]["k10"]["value"] == pytest.approx(np.mean(np.array(per_image) ** 10), abs=1e-4)
+        assert robust["majority"]["value"] == np.mean(np.array(per_image) > 0.5)
+        assert robust["no_failing_draw"]["value"] <= robust["tries"]["k100"]["value"] + 1e-6
+        assert robust["expected"]["value"] <= system["clean"]["expected"]["value"]
+
+
+def test_the_attack_bites(report: Json) -> None:
+    """The labels are the ensemble's own most frequent answers, so that epsilon 8/255 must cost something."""
+    ours = report["systems"]["tombola"]
+    assert ours["clean"]["expected"]["value"] > 0.1
+    assert ours["robust"]["expected"]["value"] < ours["clean"]["expected"]["value"]
+
+
+def test_another_attackers_seed_leaves_the_defender_alone(report: Json, library: Any, folder: Path) -> None:
+    one, other = (Run(folder / "unused", Audit("smoke", images=4, seed=s), library, faint_digits(4)) for s in (0, 1))
+    for system in one.systems:
+        assert torch.equal(one.scoring(system).rows, other.scoring(system).rows)
+        assert torch.equal(one.clean(system).right, other.clean(system).right)
+    step = one.steps[-1]
+    assert one.key_of(step) != other.key_of(step)
+
+
+def test_a_finished_attack_is_never_run_again(report: Json, folder: Path, library: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Run, "run", lambda *_: pytest.fail("an attack ran again"))
+    assert audit(folder / "first", SMALL, library, labelled(SMALL, library, None))["digest"] == report["digest"]
+
+
+def test_an_interrupted_audit_goes_on_where_it_was(
+    report: Json, folder: Path, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another folder, cut off after five attacks: the rest alone is run, and the report is the same to the digest,
+    as with equal seeds it must be."""
+    told: list[Json] = []
+
+    def cut(event: Json) -> None:
+        told.append(event)
+        if sum(e["event"] == "step" for e in told) == 5:
+            raise KeyboardInterrupt
+
+    data = labelled(SMALL, library, None)
+    with pytest.raises(KeyboardInterrupt):
+        audit(folder / "cut", SMALL, library, data, tell=cut)
+    ran: list[Step] = []
+    plain = Run.run
+
+    def counted(run: Run, step: Step) -> Any:
+        ran.append(step)
+        return plain(run, step)
+
+    monkeypatch.setattr(Run, "run", counted)
+    found = audit(folder / "cut", SMALL, library, data)
+    assert found["digest"] == report["digest"]
+    assert without_timings(found) == without_timings(report)
+    repeated = 1  # check 32 runs one attack again to compare
+    assert len(ran) == len(report["attacks"]) - 5 + repeated
+
+
+def test_the_page_needs_nothing_but_itself(report: Json, folder: Path) -> None:
+    page = (folder / "first/report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "<script" not in page
+    assert 'src="http' not in page
+    assert "@import" not in page
+    assert page.count('<img src="data:image/png') == 3 * 4
+    assert page.count("<svg") >= 3
+    assert "upper bound" in page
+    for row in report["checks"]:
+        assert row["name"] in page
+
+
+def test_names_from_a_library_cannot_break_the_page(report: Json) -> None:
+    from service.audit.report.html_report import page
+
+    evil = json.loads(json.dumps(report).replace("generated smooth colours", "<script>alert(1)</script>"))
+    assert "<script>" not in page(evil, {}, [{"label": "<b>", "clean": 1, "attacked": 0, "pictures": []}])
+
+
+def test_two_reports_compare(report: Json) -> None:
+    same = compare(report, report)
+    assert same["paired"]
+    assert not same["changed"]
+    assert same["systems"]["tombola"]["robust"] == {"value": 0, "low": 0, "high": 0}
+    worse = json.loads(json.dumps(report))
+    worse["per_image"]["tombola"]["clean"] = [0.0] * 4
+    assert compare(report, worse)["systems"]["tombola"]["clean"]["value"] < 0
+    other = json.loads(json.dumps(report))
+    other["data"]["ids_digest"] = "0" * 64
+    assert compare(report, other)["systems"]["tombola"]["robust"] is None
+
+
+def test_words_are_said_only_where_the_interval_says_them() -> None:
+    assert words(Interval(0.1, 0.01, 0.2), randomness=True) == "randomisation helps"
+    assert words(Interval(-0.1, -0.2, -0.01), randomness=True).startswith("randomisation does not help")
+    assert words(Interval(0.1, -0.01, 0.2), randomness=True).startswith("no difference shown")
+
+
+# The command
+
+
+def command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    given = parser.parse_args(["audit", *arguments])
+    code: int = given.run(given)
+    return code
+
+
+def test_the_command_audits_and_gates(report: Json, folder: Path, library: Any, capsys: Any) -> None:
+    """--out is the first audit's folder: everything is there already."""
+    words = ["--profile", "smoke", "--images", "4", "--epsilons", "0", "2", "8", "--threads", "1"]
+    words += ["--out", str(folder / "first"), str(library.path)]
+    assert command(*words, "--fail-under", "1.0") == BELOW
+    assert report["digest"][:12] in capsys.readouterr().out
+    assert conclude(report, None) == conclude(report, 0.0) == 0
+    assert conclude({**report, "verdict": "invalid"}, None) == INVALID
+    capsys.readouterr()
+    first = str(folder / "first/report.json")
+    assert command("--compare", first, first) == 0
+    assert "+0.00 points" in capsys.readouterr().out
+
+
+def test_the_readme_s_table_and_figures_are_made_from_a_report(
+    report: Json, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert command("--tables", str(folder / "first/report.json"), "--out", str(tmp_path / "figures")) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\n| ") == len(report["systems"]) + 1  # and one row for the attacks on ours alone
+    assert report["digest"][:12] in shown
+    made = tmp_path / "figures"
+    assert {path.name for path in made.iterdir()} == {"report.json", "transfer.svg", "accuracy.svg"}
+    assert json.loads((made / "report.json").read_text())["digest"] == report["digest"]
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{MARKS[0]}\nto be replaced\n{MARKS[1]}\nafter\n")
+    assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 0
+    text = page.read_text("utf-8")
+    assert text.startswith(f"before\n{MARKS[0]}\n| System")
+    assert text.endswith(f"{MARKS[1]}\nafter\n")
+    assert "to be replaced" not in text
+    assert "](figures/accuracy.svg)" in text
+    page.write_text("no marks")
+    assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 2
+    capsys.readouterr()
+    changed = {**report, "verdict": "perfect"}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    assert command("--tables", str(tmp_path / "changed.json")) == 2
+    assert "digest does not hold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--profile", "quick"], "expected one of smoke, standard, full"),
+        (["--profile", "standard"], "needs labelled images"),
+        (["--profile", "smoke", "--epsilons", "0.03"], "8 is 8/255"),
+        (["--profile", "smoke", "--data", "nothing.zip"], "no such file"),
+        (["--profile", "smoke", "--attacks", "square-queries"], "does not run it; it has fgsm"),
+        (["--profile", "smoke", "--device", "nothing"], "device nothing: torch cannot use"),
+        (["--compare", "a", "b"], "not a report of an audit"),
+        (["--profile", "smoke", "--url", "http://127.0.0.1:1"], "ConnectError"),
+        (["--profile", "smoke", "--url", "nowhere"], "is the admin plane there?"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words: list[str], text: str, library: Any, tmp_path: Path, capsys: Any) -> None:
+    assert command(*words, "--threads", "1", "--out", str(tmp_path / "out"), str(library.path)) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_the_configured_library_is_the_one_that_is_audited(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("TOMBOLA_LIBRARY", str(library.path))
+    words = ["--profile", "smoke", "--data", "nothing.zip", "--threads", "1", "--out", str(tmp_path / "out")]
+    assert command(*words) == 2  # after the library was opened
+    monkeypatch.setenv("TOMBOLA_LIBRARY", str(tmp_path / "nothing"))
+    with pytest.raises(LibraryRejected, match=f"{tmp_path}/nothing: no such folder"):
+        command(*words)
+
+
+def test_generated_images_are_for_smoke_alone(library: Any) -> None:
+    with pytest.raises(DataRejected, match="needs labelled images"):
+        labelled(Audit("standard"), library, None)
+
+
+# Plans and costs
+
+
+def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> None:
+    costs = []
+    for profile in PROFILES:
+        asked = Audit(profile)
+        bench = bench_of(library)
+        steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+        assert len({step.id for step in steps}) == len(steps)
+        assert all(step.images <= images_of(asked) for step in steps)
+        costs.append(sum(Run(folder / "unused", asked, library, faint_digits(2)).costs))
+    assert costs == sorted(costs)
+    assert costs[1] > 10 * costs[0]
+
+
+def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
+    """8/255 of l2 length is a hundredth of a grey level: nothing would be attacked, and all would look robust."""
+    bench = bench_of(library)
+    for norm, headline, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
+        asked = Audit("standard", norm=norm)  # type: ignore[arg-type]
+        assert asked.headline == headline
+        steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+        assert max(step.epsilon for step in steps) == unbounded
+        assert {step.epsilon for step in steps} >= set(asked.epsilons) - {0.0}
+
+
+def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
+    """Comparisons count stages 0 and 1: the same attacks with the same settings on every compared system."""
+    bench = bench_of(library)
+    compared = baselines.compared(bench, baselines.strengths(library))
+    for profile in PROFILES:
+        steps = [step for step in plan(Audit(profile), bench, compared) if step.stage <= SHARED]
+        faced = {
+            system.name: {(s.name, s.epsilon, s.settings, s.warm) for s in steps if s.system == system.name}
+            for system in compared
+        }
+        assert len({frozenset(attacks) for attacks in faced.values()}) == 1
+        assert faced["tombola"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["smoke", "standard", "full"])
+def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
+    bench = bench_of(library)
+    steps = plan(Audit(name, norm=norm), bench, baselines.compared(bench, baselines.strengths(library)))
+    assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
+
+
+def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
+    bench = bench_of(library)
+    asked = Audit("standard", attacks=("arc", "fgsm"))
+    steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+    assert {step.name for step in steps} == {"arc", "fgsm"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [
+        (Audit("smoke", attacks=("fgsm", "arc")), "arc"),
+        (Audit("standard", attacks=("square-queries",), norm="l2"), "square-queries"),
+    ],
+)
+def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
+    asked: Audit, missing: str, library: Any
+) -> None:
+    """An audit of nothing would report the clean accuracy as what the attacks left."""
+    bench = bench_of(library)
+    with pytest.raises(AuditRejected, match=f"'{missing}': profile {asked.profile} in {asked.norm} does not run it"):
+        plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+
+
+def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:
+    from service.audit.report.html_report import heading, headline
+    from service.audit.report.summary import verdict
+
+    assert verdict([], partial=True)["verdict"] == "warnings"
+    some = {**report, "verdict": "warnings", "audit": {**report["audit"], "attacks": ["fgsm"]}}
+    assert "Only fgsm ran, as asked" in heading(some)
+    assert "(of them only fgsm)" in headline(some)
+    assert "only" not in headline(report)
+
+
+def test_a_choice_of_tickets_makes_a_matrix_of_their_own(report: Json, library: Any, folder: Path) -> None:
+    chosen = ("resnet18-50", "resnet34-20")
+    asked = Audit("smoke", attacks=("fgsm",), tickets=chosen, epsilons=(8.0,), images=4)
+    some = audit(folder / "some", asked, library, labelled(asked, library, None))["transfer"]
+    whole = report["transfer"]
+    places = [whole["names"].index(name) for name in chosen]
+    assert some["names"] == list(chosen)
+    assert some["accuracy"] == [[whole["accuracy"][i][j] for j in places] for i in places]
+    assert set(some["blocks"]) == {"resnet18 -> resnet34", "resnet34 -> resnet18"}
+    with pytest.raises(AuditRejected, match="'resnet18-51'; expected some of resnet18-20"):
+        Run(folder / "unused", Audit("smoke", tickets=("resnet18-51",)), library, faint_digits(2))
+
+
+def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
+    report: Json, library: Any, folder: Path
+) -> None:
+    theirs = tiny(folder / "theirs", ("resnet18",), (0.3,))
+    found = audit(folder / "outside", SMALL, library, labelled(SMALL, library, None), outside=theirs)
+    name = f"{theirs.digest[:6]}/resnet18-30"
+    assert found["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
+    assert set(found["systems"]) == set(report["systems"])
+    (row,) = [row for row in found["attacks"] if row["system"] == f"outside {name}"]
+    assert found["systems"]["tombola"]["robust"]["expected"]["value"] <= row["tombola"] + 1e-6  # it counts on ours
+    assert found["transfer"]["names"] == [*report["transfer"]["names"], name]
+    assert found["transfer"]["diagonal"] == report["transfer"]["diagonal"]
+    two = items([make_ticket("resnet18", 0.5, classes=2)])
+    others = write_library(folder / "others", classes=("cat", "dog"), data="random", tickets=two)
+    with pytest.raises(AuditRejected, match="expected the library's own"):
+        Run(folder / "unused", SMALL, library, faint_digits(2), outside=others)
+
+
+# Defences that only look strong
+
+
+def lab_of(network: nn.Module, folder: Path) -> Lab:
+    return Lab(run_on(network, folder, Audit("smoke", images=12), 12))
+
+
+def test_the_undefended_network_raises_no_flag_and_falls(tmp_path: Path) -> None:
+    lab = lab_of(undefended(), tmp_path)
+    assert model.no_zero_gradients(lab).ok
+    assert model.right_gradients(lab).ok
+    found = lab.right(lab.attack(model.PROBE, "probe").images)
+    assert float(found.mean()) <= 0.01
+
+
+def test_saturated_logits_raise_the_flags(tmp_path: Path) -> None:
+    lab = lab_of(Scaled(undefended(), 1e4), tmp_path)
+    assert model.no_zero_gradients(lab).ok is False
+    assert attacks.output_range(lab).ok is False
+
+
+def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
+    """No gradient at all: the white box finds nothing, Square does, and both checks say so."""
+    lab = lab_of(Quantised(undefended(), 64), tmp_path)
+    assert model.no_zero_gradients(lab).ok is False
+    square = Audit("standard", attacks=("eot-mean-loss", "square"), images=12)
+    run = run_on(Quantised(undefended(), 64), tmp_path / "square", square, 12)
+    run.steps = [s for s in run.steps if s.system == "tombola" and s.epsilon == 8 and s.name in square.attacks][:1] + [
+        s for s in run.steps if s.name == "square"
+    ]
+    run.costs = [1.0] * len(run.steps)
+    run.attack()
+    finding = attacks.below_black_box(Lab(run))
+    assert finding.ok is False, finding.value
+    assert not finding.warn
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: bool, tmp_path: Path) -> None:
+    network = Quantised(undefended(), 64) if hidden else undefended()
+    asked = Audit("standard", attacks=("eot-mean-loss", "hopskipjump-queries"), images=4)
+    run = run_on(network, tmp_path, asked, 4)
+    ours = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
+    kept = {step.name: step for step in reversed(ours)}  # of the ones that average answers, the first: here all agree
+    run.steps, run.costs = list(kept.values()), [1.0] * len(kept)
+    run.attack()
+    lab = Lab(run)
+    nearest = lab.attacks("hopskipjump-queries")[0].extra["nearest"]
+    assert len(nearest) == 4
+    assert all(1 <= size <= 255 and right < 0.5 for size, right in nearest)
+    finding = attacks.below_hard_label(lab)
+    assert finding.ok is not hidden, finding.value
+    least = attacks.least_epsilons(lab, 4)
+    which = torch.arange(4)
+    if hidden:
+        assert all(size < white for (size, _), white in zip(nearest, least.tolist(), strict=True))
+        return
+    for size in sorted(set(least.tolist())):
+        at = which[least == size]
+        assert attacks.fooled_at(lab, at, size).all()
+        assert not attacks.fooled_at(lab, at, size - 1).any()
+
+
+def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
+    np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
+    served = folder / "pictures.npz"
+    run = Run(folder / "rounded", Audit("standard", images=4), library, faint_digits(4), int8_images=served)
+    finding = model.same_model(Lab(run))
+    assert finding.ok is False
+    assert finding.warn
+    assert "in 8 bits" in finding.value
+    assert model.same_model(Lab(Run(folder / "rounded", run.audit, library, run.data))).ok
+
+
+def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) -> None:
+    run = Run(folder / "known", Audit("standard", attacks=("eot-mean-loss",), images=8), library, faint_digits(8))
+    run.steps = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
+    run.costs = [1.0] * len(run.steps)
+    run.attack()
+    finding = attacks.known_theta(Lab(run))
+    assert finding.ok, finding.value
+    assert all(f"{count}: " in finding.value for count in (4, 16, 256))
+
+
+def test_small_random_steps_move_the_loss_of_a_ragged_network_most(tmp_path: Path) -> None:
+    moves = []
+    for name, network in (("flat", Scaled(undefended(), 0.0)), ("smooth", undefended()), ("ragged", ragged())):
+        lab = lab_of(network, tmp_path / name)
+        moves.append(attacks.jitter(lab, lab.images, lab.labels))
+    assert moves[0] == 0
+    assert moves[0] < moves[1] < moves[2]
+    assert moves[2] > 0.1
+
+
+def ragged() -> nn.Module:
+    return Quantised(undefended(), 6)
+
+
+def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
+    network = undefended()
+    lab = lab_of(network, tmp_path)
+    assert model.no_side_effects(lab).ok
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    last.bias[0] += 1e-3
+    try:
+        assert model.no_side_effects(lab).ok is False
+    finally:
+        last.bias[0] -= 1e-3
+
+
+def test_an_image_outside_the_ball_is_noticed(tmp_path: Path) -> None:
+    lab = lab_of(undefended(), tmp_path)
+    step = next(step for step in lab.run.steps if step.epsilon == 8)
+    pixels = lab.run.data.pixels.clone()
+    pixels[0, 0, 0, 0] += 9
+    lab.run.outcomes = [Outcome(step, pixels, lab.run.clean_logits, {}, {}, 0, 0.0)]
+    assert model.feasible(lab).ok is False
+
+
+def test_a_hard_failure_makes_the_audit_invalid_and_a_warning_heads_it() -> None:
+    from service.audit.report.summary import verdict
+
+    row: Json = {"id": 5, "hard": True}
+    assert verdict([{**row, "outcome": "pass"}])["verdict"] == "valid"
+    assert verdict([{**row, "outcome": "warn"}]) == {"verdict": "warnings", "failed": [], "warned": [5]}
+    assert verdict([{**row, "outcome": "fail"}, {**row, "outcome": "warn"}])["verdict"] == "invalid"
+
+
+def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
+    lab = lab_of(undefended(), tmp_path)
+
+    def judged(ok: bool | None, hard: bool, warn: bool = False, least: Any = "smoke") -> str:
+        check = base.Check(1, "name", "criterion", hard, least, lambda _: Finding(ok, "value", warn))
+        return str(base.judged(check, lab)["outcome"])
+
+    assert judged(True, True) == "pass"
+    assert judged(False, True) == "fail"
+    assert judged(False, True, warn=True) == "warn"
+    assert judged(False, False) == "warn"
+    assert judged(None, True) == "skipped"
+    assert judged(False, True, least="full") == "skipped"
+
+
+def test_all_thirty_four_checks_are_there_once() -> None:
+    assert [check.id for check in run.CHECKS] == list(range(1, 35))
+
+
+def test_a_warm_start_comes_from_earlier_stages_alone(library: Any, folder: Path) -> None:
+    """So that every system's refined attack starts from the same images, and a key costs one look at each attack."""
+    run = Run(folder / "unused", Audit("standard"), library, faint_digits(8))
+    warm = [step for step in run.steps if step.warm]
+    assert {"eot-risk", "arc"} <= {step.name for step in warm}
+    for step in warm:
+        assert all(other.stage < step.stage and other.epsilon <= step.epsilon for other in run.before(step))
+    refined = [step for step in warm if step.name == "eot-risk" and step.epsilon == 8 and step.stage == SHARED]
+    assert len({tuple(run.before(step)) for step in refined}) == 1
+    assert [step.stage for step in run.steps] == sorted(step.stage for step in run.steps)
+    assert len({run.key_of(step) for step in run.steps}) == len(run.steps)

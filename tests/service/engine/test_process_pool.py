@@ -1,0 +1,304 @@
+"""Tickets in processes of their own: the real host and its forks, stopped, killed and forgotten."""
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_store.library import Library
+from service.cpu import RUNNING, cpu_s, family, resident_bytes
+from service.engine.base import Engine, EngineDied, EngineRejected
+from service.engine.factory import open_engine, open_served, runs_apart
+from service.engine.ipc import FAILED, FOUND, WORD, failed, found, question, read, understood
+from service.observability.metrics import Metrics
+from service.sample import ship
+from service.scheduling.batch import Model, Part, Request, lay_out, run, shared_out, summed
+from service.settings import Settings
+from tests.support.serving import holds, over_and_over, serving, some_rows, tiny_library
+
+pytest.importorskip("openvino")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tickets get processes of their own on Linux alone")
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return tiny_library(tmp_path_factory.mktemp("tiny") / "library")
+
+
+def settings(state: Path, **knobs: Any) -> Settings:
+    return Settings(state_dir=state, threads=2, **knobs)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny: Library, state: Path) -> Engine:
+    """For tests that leave its processes alive."""
+    return open_served(tiny, settings(state))
+
+
+@pytest.fixture
+def engine(tiny: Library, state: Path) -> Iterator[Engine]:
+    """For tests that do not."""
+    made = open_served(tiny, settings(state, engine_timeout_s=1.0))
+    yield made
+    host = made.pids()[0]
+    if alive(host):
+        os.kill(host, signal.SIGKILL)
+
+
+def forks(engine: Engine) -> list[int]:
+    return family(engine.pids()[0])[1:]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+# What is said
+
+
+@given(
+    rows=st.integers(1, 5),
+    jobs=st.lists(st.tuples(st.integers(0, 39), st.lists(st.integers(0, 4), min_size=1, max_size=6)), min_size=1),
+)
+def test_a_question_is_understood_and_an_answer_read(rows: int, jobs: list[tuple[int, list[int]]]) -> None:
+    asked = some_rows(rows)
+    heard, tasks = understood(question(asked, jobs))
+    assert np.array_equal(heard, asked)
+    assert [(member, list(places)) for member, places in tasks] == jobs
+    ran = [
+        (np.full((len(places), 10), member, np.float32), 0.25 * place) for place, (member, places) in enumerate(jobs)
+    ]
+    message = found(ran)
+    assert message[: WORD.size] == WORD.pack(FOUND)
+    for (logits, seconds), (expected, passed) in zip(read(message[WORD.size :], jobs, 10), ran, strict=True):
+        assert np.array_equal(logits, expected)
+        assert seconds == passed
+
+
+def test_of_an_exception_only_its_type_is_said() -> None:
+    assert failed(ValueError("secret")) == WORD.pack(FAILED) + b"ValueError"
+
+
+# The engine
+
+
+def test_openvino_runs_apart_and_everything_else_here(state: Path) -> None:
+    assert runs_apart(settings(state))
+    assert runs_apart(settings(state, engine="openvino"))
+    assert not runs_apart(settings(state, engine="torch"))
+    assert not runs_apart(settings(state, engine_processes=False))
+
+
+def test_logits_are_those_of_this_process(shared: Engine, tiny: Library, state: Path) -> None:
+    here = open_engine(tiny, settings(state))
+    rows = some_rows(5)
+    jobs = [(member, [member, 4]) for member in range(4)]
+    assert (shared.name, shared.costs, shared.threads) == (here.name, here.costs, here.threads)
+    for (logits, seconds), (member, places) in zip(shared.run(rows, jobs, lambda: None), jobs, strict=True):
+        np.testing.assert_allclose(logits, here.forward(member, rows[places]), atol=1e-6)
+        np.testing.assert_allclose(logits, shared.forward(member, rows[places]), atol=1e-6)
+        assert seconds > 0
+    assert here.pids() == []
+    assert len(forks(shared)) == 2
+
+
+def test_a_ticket_that_raises_is_said_and_the_process_lives_on(shared: Engine) -> None:
+    before = forks(shared)
+    with pytest.raises(RuntimeError, match="IndexError"):
+        shared.run(some_rows(1), [(99, [0])], lambda: None)
+    assert shared.forward(0, some_rows(1)).shape == (1, 10)
+    assert forks(shared) == before
+
+
+def test_a_process_stands_back_for_the_event_loop(shared: Engine) -> None:
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in forks(shared)} == {min(19, os.nice(0) + RUNNING)}
+
+
+def test_no_secret_is_handed_on(tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOMBOLA_ADMIN_TOKEN", "a-secret-that-stays-here")
+    made = open_served(tiny, settings(state))
+    for pid in made.pids():
+        assert b"a-secret-that-stays-here" not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert b"a-secret-that-stays-here" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_the_processes_share_one_copy_of_the_tickets(shared: Engine) -> None:
+    def own_kb(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+    for pid in forks(shared):
+        assert 1024 * own_kb(pid) < resident_bytes(pid) / 3
+
+
+def test_a_process_that_is_killed_while_it_waits_costs_nobody_anything(engine: Engine) -> None:
+    for pid in forks(engine):
+        os.kill(pid, signal.SIGKILL)
+        holds(lambda gone=pid: not alive(gone))  # type: ignore[misc]
+    assert engine.forward(0, some_rows(2)).shape == (2, 10)
+    assert len(forks(engine)) == 1
+
+
+def test_a_process_that_hangs_is_ended_and_another_takes_its_place(engine: Engine) -> None:
+    stopped = forks(engine)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    for _ in stopped:
+        with pytest.raises(EngineDied):
+            engine.forward(0, some_rows(1))
+    assert engine.forward(0, some_rows(1)).shape == (1, 10)
+    holds(lambda: not any(alive(pid) for pid in stopped))
+
+
+def test_without_its_host_there_is_no_engine(engine: Engine) -> None:
+    pids = engine.pids()
+    os.kill(pids[0], signal.SIGKILL)
+    holds(lambda: not any(alive(pid) for pid in pids))
+    with pytest.raises(EngineDied):
+        engine.forward(0, some_rows(1))
+
+
+def test_a_forgotten_engine_ends_its_processes(tiny: Library, state: Path) -> None:
+    made = open_served(tiny, settings(state))
+    pids = made.pids()
+    assert len(pids) == 3
+    del made
+    gc.collect()
+    holds(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_what_the_processes_use_is_told(shared: Engine) -> None:
+    before = sum(cpu_s(pid) for pid in shared.pids())
+
+    def more() -> bool:
+        shared.forward(0, some_rows(64))
+        return sum(cpu_s(pid) for pid in shared.pids()) > before + 0.05
+
+    holds(more)
+    assert resident_bytes(shared.pids()[0]) > 50e6
+    assert (cpu_s(2**22 + 1), resident_bytes(2**22 + 1)) == (0, 0)
+
+
+def test_a_library_that_changed_meanwhile_is_refused(state: Path, tmp_path: Path) -> None:
+    first = tiny_library(tmp_path / "library")
+    tiny_library(tmp_path / "library", seed=50)
+    with pytest.raises(EngineRejected, match="changed while it was being opened"):
+        open_served(first, settings(state, engine="openvino"))
+
+
+def test_what_a_host_refuses_is_said_in_its_words(tiny: Library, state: Path, tmp_path: Path) -> None:
+    gone = tiny_library(tmp_path / "library")
+    (tmp_path / "library" / "manifest.json").unlink()
+    with pytest.raises(EngineRejected, match=r"manifest\.json"):
+        open_served(gone, settings(state, engine="openvino"))
+    with pytest.raises(EngineRejected, match=r"nothing\.npz: no such file"):
+        open_served(tiny, settings(state, int8_images=Path("nothing.npz")))
+
+
+def test_a_host_that_cannot_start_is_an_engine_refused_and_auto_takes_another(
+    tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(EngineRejected, match="ended with code 1 while it opened"):
+        open_served(tiny, settings(state, engine="openvino"))
+    assert open_served(tiny, settings(state)).name == "torch"
+
+
+# The law, and the service
+
+
+def test_a_window_in_parts_gives_the_sums_of_one_part(shared: Engine, tiny: Library, state: Path) -> None:
+    loop = asyncio.new_event_loop()
+    request = Request(some_rows(9), "someone", loop.create_future(), 0.0)
+    places = [(request, index) for index in range(9)]
+    window = lay_out(Model(shared, tiny.policy, 10), places)
+    for part in shared_out(window, 3):
+        run(part, Metrics())
+    first = summed(window)
+    run(Part(window, window.tasks), Metrics())
+    np.testing.assert_allclose(summed(window), first, atol=1e-6)
+    loop.close()
+
+
+def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_and_leaves_none_behind(
+    tiny: Library, tmp_path: Path
+) -> None:
+    flags = ("--engine", "openvino", "--threads", "2", "--engine-restarts", "100", "--drain-delay-s", "0")
+    with serving(tiny.path, tmp_path / "state", *flags) as process:
+        pids = family(process.process.pid)[1:]
+        process.process.send_signal(signal.SIGHUP)
+        holds(lambda: process.metric('library_swaps_total{outcome="ok"}') == 1)
+        holds(lambda: not any(alive(pid) for pid in pids))  # the old library's have no more to do
+        host, *first = family(process.process.pid)[1:]
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in first} == {min(19, os.nice(0) + RUNNING)}
+        answers: list[int] = []
+        with over_and_over(lambda: answers.append(process.classify(ship())[0])):
+            holds(lambda: len(answers) > 10)
+            for pid in first:
+                os.kill(pid, signal.SIGKILL)
+            seen = len(answers)
+            holds(lambda: len(answers) > seen + 50)
+        assert set(answers[-20:]) == {200}
+        assert answers.count(500) <= 2  # what each of the two was at
+        assert process.ready()
+        assert process.metric("engine_cpu_seconds_total") > 0
+        assert process.metric("engine_resident_memory_bytes") > 0
+        now = family(host)
+        assert not set(first) & set(now)
+        assert process.end() == 0
+    holds(lambda: not any(alive(pid) for pid in now))
+
+
+def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being_opened(
+    tiny: Library, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
+    command += ["--library", str(tiny.path), "--state-dir", str(tmp_path), "--engine", "openvino"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        holds(lambda: b"service.engine.fork_server" in Path(f"/proc/{family(process.pid)[-1]}/cmdline").read_bytes())
+        host = family(process.pid)[-1]
+        os.kill(host, signal.SIGSTOP)  # it will be opening for ever
+        try:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+        finally:
+            os.kill(host, signal.SIGKILL)
+
+
+def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path) -> None:
+    with serving(tiny.path, tmp_path / "state", "--engine", "openvino") as process:
+        pids = family(process.process.pid)
+        assert len(pids) >= 3
+        os.kill(pids[0], signal.SIGKILL)
+        holds(lambda: not any(alive(pid) for pid in pids[1:]))
+
+
+def test_a_host_without_its_service_ends(tiny: Library, state: Path) -> None:
+    ours, theirs = socket.socketpair()
+    words = json.dumps({"library": str(tiny.path), "settings": {"state_dir": str(state), "threads": 1}})
+    command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), words]
+    with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as host:
+        theirs.close()
+        ours.close()
+        assert host.wait(timeout=60) == 0

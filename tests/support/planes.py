@@ -1,0 +1,199 @@
+"""The planes of the service over a stand-in for the engine, in process or behind a real port."""
+
+import asyncio
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image
+from starlette.types import ASGIApp
+
+from service import errors
+from service.admin import library_api
+from service.app import loop_factory, plane
+from service.observability.metrics import Metrics
+from service.settings import Settings
+from service.web import classify
+from service.web.auth import AdminGate, Keys
+from service.web.decoder import Pixels
+from service.web.inference import Front, Holder, Probabilities
+from tests.support.tickets import CLASSES
+
+DIGEST: Final = "ab" * 32
+TOKEN: Final = "a-token-for-the-tests-alone"
+
+
+@dataclass
+class Oracle:
+    """Stands in for the scheduler: class j for an image whose red channel is about 25*j + 12 in the mean.
+
+    error: raised instead.  full: raised before anything is decoded.  hold: nothing is answered before it is set.
+    """
+
+    error: Exception | None = None
+    full: Exception | None = None
+    hold: asyncio.Event | None = None
+    rows: list[Pixels] = field(default_factory=list)
+    clients: list[str] = field(default_factory=list)
+    deadlines: list[float] = field(default_factory=list)
+    cancelled: int = 0
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def check(self, size: int, client: str, left_s: float) -> None:
+        if self.full is not None:
+            raise self.full
+
+    async def submit(self, rows: Pixels, *, client: str, deadline: float | None) -> Probabilities:
+        assert rows.dtype == np.uint8
+        assert rows.shape[1:] == (3, 32, 32)
+        self.rows.append(rows)
+        self.clients.append(client)
+        self.deadlines.append(-1 if deadline is None else deadline - asyncio.get_running_loop().time())
+        self.asked.set()
+        if self.hold is not None:
+            await self.wait(self.hold)
+        if self.error is not None:
+            raise self.error
+        return probabilities(rows)
+
+    async def wait(self, hold: asyncio.Event) -> None:
+        try:
+            await hold.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+def probabilities(rows: Pixels) -> Probabilities:
+    """0.6172 for the class the red channel names, and the rest, falling, for the others."""
+    indices = np.minimum(rows[:, 0].mean(axis=(1, 2)) // 25, len(CLASSES) - 1).astype(int)
+    found = np.tile(np.linspace(0.0701, 0.01495, len(CLASSES), dtype=np.float32), (len(rows), 1))
+    found[np.arange(len(rows)), indices] = 0
+    found *= (1 - 0.6172) / found.sum(axis=1, keepdims=True)
+    found[np.arange(len(rows)), indices] = 0.6172
+    return found
+
+
+@dataclass
+class StandIn:
+    """A holder of one library that is not there."""
+
+    scheduler: Oracle = field(default_factory=Oracle)
+    ready: bool = True
+    loaded: bool = True
+    library: Any = field(default_factory=lambda: SimpleNamespace(classes=CLASSES, digest=DIGEST))
+    on_reload: Callable[[], None] = lambda: None
+
+    @property
+    def current(self) -> "StandIn | None":
+        return self if self.loaded else None
+
+    async def reload(self) -> "StandIn":
+        self.on_reload()
+        return self
+
+
+def public_app(holder: Holder | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:
+    settings, metrics = Settings(**knobs), metrics or Metrics()
+    app = FastAPI(redirect_slashes=False)
+    front = Front(holder or StandIn(), settings, metrics, Keys(settings.api_keys_file, metrics))
+    classify.install(app, front)
+    errors.install(app)
+    return app
+
+
+def admin_app(holder: Holder | None = None, metrics: Metrics | None = None, *, metrics_open: bool = True) -> FastAPI:
+    metrics = metrics or Metrics()
+    app = FastAPI(redirect_slashes=False)
+    app.include_router(library_api.router(holder or StandIn(), metrics))
+    app.add_middleware(AdminGate, token=TOKEN, metrics=metrics, metrics_open=metrics_open)
+    errors.install(app)
+    return app
+
+
+def ask(app: ASGIApp, method: str, path: str, **request: Any) -> httpx.Response:
+    """One request, in process."""
+
+    async def once() -> httpx.Response:
+        transport = httpx.ASGITransport(cast("Any", app))  # an exception that passes the app would be raised here
+        async with httpx.AsyncClient(transport=transport, base_url="http://tombola", timeout=30) as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(once())
+
+
+def refused(response: httpx.Response, status: int, text: errors.Text | None = None) -> str:
+    """Checks the error form, and the text if one is given, up to its numbers; returns what was said."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert set(response.json()) == {"error"}
+    said: str = response.json()["error"]
+    if text is not None:
+        assert matches(text, said), said
+    return said
+
+
+def one_of_the_catalogue(said: str) -> bool:
+    return any(matches(text, said) for text in errors.Text)
+
+
+def matches(text: str, said: str) -> bool:
+    """Whether `said` is this text of the catalogue with nothing but a number filled in."""
+    before, _, after = text.replace("{{", "{").replace("}}", "}").partition("{limit}")
+    middle = said.removeprefix(before).removesuffix(after)
+    return (
+        said.startswith(before) and said.endswith(after) and all(part.isdigit() for part in middle.split(".") if part)
+    )
+
+
+@contextmanager
+def behind_a_port(app: FastAPI, **knobs: Any) -> Iterator[str]:
+    """The app in a real server on a free port, in a thread; gives host:port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = plane(app, Settings(**knobs), listener)
+
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listener.close()
+
+
+def until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+    """Waits for a condition, looking every few milliseconds."""
+    late = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < late, "the condition did not come true"
+        time.sleep(0.005)
+
+
+def picture(red: int = 100, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
+    """One colour throughout; in grey modes, that grey."""
+    return Image.new("RGB", size, (red, red, red) if mode in ("L", "1") else (red, 40, 200)).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(red: int = 100, size: tuple[int, int] = (32, 32)) -> bytes:
+    return encoded(picture(red, size))

@@ -1,0 +1,28 @@
+"""`python tests/support/sabotaged.py serve ...`: the real service, whose engine dies when it sees a white image."""
+
+import sys
+from typing import Any
+
+from model_store.library import Library
+from service import library_manager
+from service.__main__ import main
+from service.engine.base import Engine, Logits, Rows
+from service.engine.factory import open_served
+from service.settings import Settings
+
+
+def mortal(library: Library, settings: Settings) -> Engine:
+    made = open_served(library, settings)
+
+    def forward(member: int, rows: Rows) -> Logits:
+        if (rows.min(axis=(1, 2, 3)) == 255).any():
+            raise SystemExit
+        return made.forward(member, rows)
+
+    fields: dict[str, Any] = {name: getattr(made, name) for name in made.__dataclass_fields__}
+    return Engine(**fields | {"forward": forward})
+
+
+if __name__ == "__main__":
+    library_manager.open_served = mortal  # type: ignore[attr-defined]
+    sys.exit(main())

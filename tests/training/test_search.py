@@ -1,0 +1,397 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_store.structures import STRUCTURES, Structure, convs
+from model_store.ticket import Ticket, kept_count
+from tests.support.digits import digits
+from training import search
+from training.errors import CheckpointRejected, SearchFailed, TrainingError
+from training.recipes import PRESETS, Allocation, Attack, Recipe, going_on, mask_phase
+from training.search import (
+    Guard,
+    Search,
+    Step,
+    augmented,
+    generator_of,
+    layout_of,
+    load_checkpoint,
+    orthogonal,
+    run,
+    save_checkpoint,
+    scratch_of,
+)
+
+CPU = torch.device("cpu")
+TINY = Recipe(
+    structure=Structure("resnet18", 4),
+    density=0.3,
+    seed=7,
+    steps=24,
+    batch=32,
+    guards=0,
+    precision="float32",
+    mask_share=0.5,
+)
+
+
+def ignore(_event: Step | Guard) -> None:
+    pass
+
+
+def tensors_of(ticket: Ticket) -> dict[str, Tensor]:
+    parts = {"mask": ticket.masks, "value": ticket.values, "statistic": ticket.statistics}
+    return {f"{kind}/{name}": value for kind, group in parts.items() for name, value in group.items()}
+
+
+def same(first: Ticket, second: Ticket) -> bool:
+    one, other = tensors_of(first), tensors_of(second)
+    return first.temperature == second.temperature and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Ticket:
+    return run(TINY, digits(), tmp_path_factory.mktemp("whole"), ignore, CPU)
+
+
+@pytest.mark.parametrize("stop", [1, 11, 12, 13, 23])
+def test_a_search_that_goes_on_from_its_checkpoint_ends_in_the_same_bits(
+    stop: int, uninterrupted: Ticket, tmp_path: Path
+) -> None:
+    """Stopped in either phase and around the change from masks to weights (step 12 of 24)."""
+    begun = Search(TINY, digits(), CPU)
+    for _ in range(stop):
+        begun.advance()
+    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    seen: list[int] = []
+    ticket = run(TINY, digits(), tmp_path, lambda event: seen.append(event.step), CPU)
+    assert seen == list(range(stop + 1, 25))
+    assert same(ticket, uninterrupted)
+
+
+def test_one_seed_one_ticket_and_another_seed_another(uninterrupted: Ticket, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert same(run(TINY, digits(), tmp_path / "a", ignore, CPU), uninterrupted)
+    assert not same(run(replace(TINY, seed=8), digits(), tmp_path / "b", ignore, CPU), uninterrupted)
+
+
+def test_the_global_generator_is_neither_read_nor_moved(uninterrupted: Ticket, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    ticket = run(TINY, digits(), tmp_path, ignore, CPU)
+    assert torch.equal(before, torch.get_rng_state())
+    assert same(ticket, uninterrupted)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_ticket_keeps_exactly_its_share_of_every_layer(name: str, tmp_path: Path) -> None:
+    structure = Structure(name, 4 if name.startswith("resnet") else 1)  # type: ignore[arg-type]
+    recipe = replace(TINY, structure=structure, steps=2, batch=8, density=0.07)
+    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    for mask in ticket.masks.values():
+        assert int(mask.sum()) == kept_count(mask.numel(), 0.07)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.07, 0.15, 0.7, 1.0])
+def test_erk_gives_small_layers_more_and_the_whole_its_density(density: float) -> None:
+    shapes = {name: layer.weight.shape for name, layer in convs(Structure("resnet18", 16).blank()).items()}
+    densities = search.erk(shapes, density)
+    kept = sum(shapes[name].numel() * share for name, share in densities.items())
+    assert kept == pytest.approx(density * sum(shape.numel() for shape in shapes.values()))
+    assert max(densities.values()) <= 1
+    assert min(densities.values()) > 0
+    by_size = sorted(densities, key=lambda name: sum(shapes[name]) / shapes[name].numel())
+    assert [densities[name] for name in by_size] == sorted(densities.values())
+
+
+@pytest.mark.parametrize("allocation", ["dense-ends", "erk"])
+def test_a_ticket_of_either_allocation_is_whole_and_goes_on(allocation: Allocation, tmp_path: Path) -> None:
+    (tmp_path / "on").mkdir()
+    recipe = replace(TINY, allocation=allocation, steps=4)
+    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    assert ticket.masks["classifier"].all()
+    assert not ticket.masks["stages.6.conv2"].all()
+    onward = going_on(recipe, parent="0" * 64, steps=2, rate=0.5)
+    assert same_masks(run(onward, digits(), tmp_path / "on", ignore, CPU, ticket), ticket)
+
+
+def same_masks(first: Ticket, second: Ticket) -> bool:
+    return all(torch.equal(first.masks[name], second.masks[name]) for name in first.masks)
+
+
+def test_a_scratch_ticket_s_weights_are_what_they_were_drawn_as(tmp_path: Path) -> None:
+    recipe = replace(TINY, mask_share=1.0, steps=6)
+    first = Search(recipe, digits(), CPU)
+    frozen = {name: weight.clone() for name, weight in first.frozen.items()}
+    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    assert ticket.kind == "scratch"
+    assert any(not torch.equal(ticket.masks[name], first.masks[name]) for name in frozen)
+    for name, weight in frozen.items():
+        assert torch.equal(ticket.values[name], weight[ticket.masks[name]])
+
+
+def test_the_weights_phase_leaves_the_mask_and_moves_only_kept_weights(tmp_path: Path) -> None:
+    begun = Search(TINY, digits(), CPU)
+    while begun.phase == "mask":
+        begun.advance()
+    masks = {name: mask.clone() for name, mask in begun.masks.items()}
+    weights = {name: layer.weight.detach().clone() for name, layer in convs(begun.network).items()}
+    while not begun.done:
+        begun.advance()
+    for name, layer in convs(begun.network).items():
+        assert torch.equal(begun.masks[name], masks[name])
+        assert not layer.weight[~masks[name]].any()
+        assert not torch.equal(layer.weight[masks[name]], weights[name][masks[name]])
+
+
+@pytest.mark.parametrize(("attack", "steps"), [("n-fgsm", 1), ("fgsm-rs", 1), ("pgd", 3)])
+def test_the_inner_attack_raises_the_loss_and_knows_its_bounds(attack: Attack, steps: int) -> None:
+    recipe = replace(TINY, attack=attack, attack_steps=steps, clean_until=0.0, ramp_until=0.0, low_resolution_until=0.0)
+    trained = Search(replace(recipe, epsilon=0.0, step_size=0.0, steps=40), digits(), CPU)
+    for _ in range(40):
+        trained.advance()
+    trained.recipe = replace(recipe, steps=40, step_size=recipe.epsilon)
+    trained.step = 0
+    images, labels = trained.batch_of(0)
+    moved = trained.adversarial(images, labels)
+    furthest = float((moved - images).abs().max())
+    assert 0 <= float(moved.min()) <= float(moved.max()) <= 1
+    # N-FGSM does not project: noise of one epsilon and a step of one epsilon may add up to two
+    assert furthest <= recipe.epsilon * (2 if attack == "n-fgsm" else 1) + 1e-6
+    noise = images + (moved - images).abs().max() * torch.randn(images.shape, generator=generator_of(3)).sign()
+    with torch.no_grad():
+        losses = [
+            float(torch.nn.functional.cross_entropy(trained.network(x), labels))
+            for x in (images, noise.clamp(0, 1), moved)
+        ]
+    assert losses[2] > max(losses[:2])
+
+
+def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values() -> None:
+    for shape in ((16, 27), (64, 16), (32, 32)):
+        matrix = torch.randn(shape, generator=generator_of(9))
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        levelled = left.T @ orthogonal(matrix) @ right.T
+        assert torch.allclose(levelled, torch.diag(levelled.diag()), atol=1e-4)
+        assert 0.5 < float(levelled.diag().min()) <= float(levelled.diag().max()) < 1.3
+
+
+MUON = replace(TINY, muon_rate=0.02)
+
+
+def test_muon_moves_each_layer_by_its_share_and_keeps_the_kept_weights_norm() -> None:
+    begun = Search(replace(MUON, milestones=(1.0,)), digits(), CPU)
+    scores = {name: value.clone() for name, value in begun.scores.items()}
+    begun.advance()
+    for name, before in scores.items():
+        if name != "classifier":
+            moved = float((begun.scores[name] - before).norm() / before.norm())
+            assert moved == pytest.approx(0.02, rel=1e-3)
+    while begun.phase == "mask":
+        begun.advance()
+    norms = {name: layer.weight.norm() for name, layer in convs(begun.network).items() if name != "classifier"}
+    begun.advance()
+    for name, norm in norms.items():
+        weight = convs(begun.network)[name].weight
+        assert torch.allclose(weight.norm(), norm, rtol=1e-4)
+        assert not weight[~begun.masks[name]].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "last"), [("resnet18", 4, False), ("resnet18", 8, True), ("wideresnet32", 1, True)]
+)
+def test_only_networks_that_are_wide_enough_are_laid_out_channels_last(name: str, width: int, last: bool) -> None:
+    layout = layout_of(Structure(name, width))  # type: ignore[arg-type]
+    assert layout == (torch.channels_last if last else torch.contiguous_format)
+
+
+def test_muon_learns_in_both_phases(tmp_path: Path) -> None:
+    losses: list[float] = []
+    events = replace(MUON, steps=60, low_resolution_until=0.0, clean_until=1.0, ramp_until=1.0)
+    run(events, digits(), tmp_path, lambda event: losses.append(event.loss) if isinstance(event, Step) else None, CPU)
+    assert sum(losses[25:30]) < 0.95 * sum(losses[:5])
+    assert sum(losses[55:]) < 0.95 * sum(losses[25:30])
+
+
+def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = run(MUON, digits(), tmp_path / "whole", ignore, CPU)
+    begun = Search(MUON, digits(), CPU)
+    for _ in range(13):
+        begun.advance()
+    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    assert same(run(MUON, digits(), tmp_path, ignore, CPU), whole)
+
+
+def test_epsilon_is_zero_then_ramps_then_stays() -> None:
+    recipe = replace(TINY, steps=100, clean_until=0.1, ramp_until=0.4)
+    run_ = Search(recipe, digits(), CPU)
+    seen = []
+    for step in (0, 9, 10, 25, 40, 99):
+        run_.step = step
+        seen.append(run_.epsilon() / recipe.epsilon)
+    assert seen == pytest.approx([0, 0, 0, 0.5, 1, 1])
+
+
+def test_rates_fall_to_zero_in_each_phase_or_by_tenths() -> None:
+    run_ = Search(replace(TINY, steps=100, mask_share=0.5), digits(), CPU)
+    rates = []
+    for step in (0, 25, 50, 75, 99):
+        run_.step = step
+        rates.append(run_.rate())
+    assert rates == pytest.approx([0.1, 0.05, 0.05, 0.025, 0.05 * 0.5 * (1 - 0.998027)], rel=1e-3)
+    paper = Search(replace(TINY, steps=160, mask_share=1.0, milestones=(0.5, 0.75)), digits(), CPU)
+    steps = []
+    for step in (0, 79, 80, 119, 120):
+        paper.step = step
+        steps.append(paper.rate())
+    assert steps == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+
+
+def test_early_steps_see_small_images() -> None:
+    run_ = Search(TINY, digits(), CPU)
+    assert run_.batch_of(11)[0].shape[-1] == 16
+    assert run_.batch_of(12)[0].shape[-1] == 32
+
+
+def test_crops_and_mirror_images_are_the_image_s_own_pixels() -> None:
+    images = torch.arange(2 * 32 * 32, dtype=torch.float32).view(2, 1, 32, 32) + 1
+    out = augmented(images, generator_of(5))
+    assert out.shape == images.shape
+    for before, after in zip(images, out, strict=True):
+        shown = after[after > 0]
+        assert set(shown.tolist()) <= set(before.flatten().tolist())
+        assert len(set(shown.tolist())) == shown.numel()  # no pixel twice
+
+
+def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = iter([(0.5, 0.3), (0.5, 0.1), (0.5, 0.3), (0.5, 0.3)])
+    monkeypatch.setattr(Search, "guard", lambda self: next(measured))
+    recipe = replace(TINY, guards=4, ramp_until=0.0, clean_until=0.0)
+    events: list[Step | Guard] = []
+    run(recipe, digits(), tmp_path, events.append, CPU)
+    guards = [event for event in events if isinstance(event, Guard)]
+    assert [(guard.step, guard.rolled_back, guard.noise) for guard in guards] == [
+        (6, False, 1),
+        (12, True, 1),
+        (12, False, 1.5),
+        (18, False, 1.5),
+    ]
+
+
+def test_training_goes_on_from_an_exported_ticket(uninterrupted: Ticket) -> None:
+    further = going_on(TINY, parent="0" * 64, steps=4, rate=0.1)
+    begun = Search(further, digits(), CPU, uninterrupted)
+    for name, layer in convs(begun.network).items():
+        assert torch.equal(begun.masks[name], uninterrupted.masks[name])
+        assert torch.equal(layer.weight[begun.masks[name]], uninterrupted.values[name])
+    assert begun.epsilon() == TINY.epsilon
+    assert begun.phase == "weights"
+    assert begun.rate() == pytest.approx(0.1 * TINY.weight_rate)
+
+
+def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> None:
+    recipe = replace(TINY, mask_share=1.0, steps=6)
+    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    begun = Search(going_on(recipe, parent="0" * 64, steps=4, rate=0.1), digits(), CPU, ticket)
+    assert all(torch.equal(begun.masks[name], ticket.masks[name]) for name in ticket.masks)
+    assert all(torch.equal(begun.frozen[name][ticket.masks[name]], ticket.values[name]) for name in ticket.masks)
+
+
+def test_the_scratch_ticket_behind_a_trained_one_is_the_one_that_a_search_by_its_recipe_finds(
+    uninterrupted: Ticket, tmp_path: Path
+) -> None:
+    found = scratch_of(mask_phase(TINY), uninterrupted, digits(), CPU)
+    assert found.kind == "scratch"
+    assert same_masks(found, uninterrupted)
+    assert same(found, run(mask_phase(TINY), digits(), tmp_path, ignore, CPU))
+
+
+def test_masks_over_other_weights_are_not_taken_for_a_scratch_ticket(uninterrupted: Ticket) -> None:
+    with pytest.raises(SearchFailed, match="have the sign of those"):
+        scratch_of(mask_phase(replace(TINY, seed=8)), uninterrupted, digits(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mask_share": 1.0}, "never trained"),
+        ({"mask_share": 0.0}, "never trained"),
+        ({"parent": "0" * 64}, "went on from another ticket"),
+        ({"mask_share": 0.3, "low_resolution_until": 0.0}, "before epsilon and resolution were whole"),
+    ],
+)
+def test_a_recipe_without_a_whole_mask_phase_has_no_scratch_ticket(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(TrainingError, match=reason):
+        mask_phase(replace(TINY, **changes))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_another_recipe_or_data_set_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, Search(TINY, digits(), CPU))
+    with pytest.raises(CheckpointRejected, match="another recipe"):
+        load_checkpoint(path, Search(replace(TINY, seed=8), digits(), CPU))
+    other = replace(digits(), search=digits().test)
+    with pytest.raises(CheckpointRejected, match="another data set"):
+        load_checkpoint(path, Search(TINY, other, CPU))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, Search(TINY, digits(), CPU))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointRejected, match="unreadable checkpoint"):
+        load_checkpoint(path, Search(TINY, digits(), CPU))
+
+
+def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, Search(TINY, digits(), CPU))
+    before = path.read_bytes()
+
+    def full(*_args: object, **_more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(search, "save_file", full)
+    with pytest.raises(SearchFailed, match="No space left on device"):
+        save_checkpoint(path, Search(TINY, digits(), CPU))
+    assert path.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_search_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Search(TINY, digits(), CPU)
+    with torch.no_grad():
+        next(iter(convs(begun.network).values())).weight.fill_(float("nan"))
+    with pytest.raises(SearchFailed, match="Lower the rate"):
+        begun.advance()
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_paper_s_preset_takes_steps_at_full_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = PRESETS["paper"].recipe(name, 0.07, 49_000, batch=2, attack_steps=1, precision="float32")  # type: ignore[arg-type]
+    begun = Search(recipe, digits(), CPU)
+    loss, _ = begun.advance()
+    assert begun.step == 1
+    assert 0 < loss < 100
+
+
+def test_recipes_survive_json() -> None:
+    for preset in PRESETS.values():
+        recipe = preset.recipe("resnet34", 0.12, 49_000)
+        assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+def test_no_two_tickets_of_a_preset_share_a_seed() -> None:
+    make: Callable[..., Recipe] = PRESETS["compact"].recipe
+    from training.recipes import DENSITIES
+
+    seeds = {make(name, density, 49_000).seed for name in STRUCTURES for density in DENSITIES}
+    assert len(seeds) == 40
