@@ -18,15 +18,10 @@ from model_store.structures import multiply_adds
 from model_store.ticket import Ticket
 from service.cpu import usable_cores
 from service.engine.base import (
-    Alive,
     Backend,
     Engine,
-    EngineDied,
     EngineRejected,
     Folded,
-    Forward,
-    Jobs,
-    Logits,
     Rows,
     difference,
     folded,
