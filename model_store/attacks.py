@@ -97,7 +97,7 @@ def unit(gradient: Tensor, norm: Norm) -> Tensor:
     return scaled / per_image(scaled.flatten(1).norm(dim=1).clamp_min(TINY), gradient)
 
 
-def ascend(
+def loss_and_gradient(
     classifier: Callable[[Tensor], Any], images: Tensor, labels: Tensor, loss: Loss
 ) -> tuple[Any, Tensor, Tensor]:
     """What the classifier returns, the loss [N], and its gradient in the images."""
@@ -119,7 +119,7 @@ def fgsm(
 ) -> Tensor:
     """One step of length epsilon up the loss from the clean images [N, ...] (Goodfellow et al., 2015)."""
     check_pixels(images)
-    _, _, gradient = ascend(classifier, images, labels, loss)
+    _, _, gradient = loss_and_gradient(classifier, images, labels, loss)
     return project(images + threat.epsilon * unit(gradient, threat.norm), images, threat)
 
 
@@ -150,7 +150,7 @@ def pgd(
         start = random_start(images, threat, generator)
         velocity = torch.zeros_like(images)
         for _ in range(steps):
-            outputs, losses, gradient = ascend(classifier, start, labels, loss)
+            outputs, losses, gradient = loss_and_gradient(classifier, start, labels, loss)
             best = riskier(best, Best(start, risk(outputs, labels), losses))
             velocity = momentum * velocity + l1_unit(gradient)
             start = project(start + step_size * unit(velocity, threat.norm), images, threat)

@@ -22,11 +22,11 @@ from model_store.manifest import Claim, DefaultPolicy, Entry, Manifest, Provenan
 from model_store.policy import Policy
 from model_store.ticket import (
     PART,
-    UNSIGNED,
+    ZERO_DIGEST,
     Ticket,
     decode,
     encode,
-    first_fault,
+    first_error,
     read_bytes,
     sync_folder,
     write_atomically,
@@ -127,7 +127,7 @@ def verified(root: Path, data: bytes) -> Library:
     except LibraryRejected as error:
         raise LibraryRejected(f"{root / MANIFEST}: {error}") from error
     policy = default_policy(root / MANIFEST, manifest)
-    refuse_strangers(root, manifest)
+    check_no_unlisted_files(root, manifest)
     tickets = {entry.name: read_ticket(root, entry) for entry in manifest.entries}
     return Library(
         path=root,
@@ -151,7 +151,7 @@ def default_policy(where: Path, manifest: Manifest) -> Policy:
         raise LibraryRejected(f"{where}: policy: {error}") from error
 
 
-def refuse_strangers(root: Path, manifest: Manifest) -> None:
+def check_no_unlisted_files(root: Path, manifest: Manifest) -> None:
     """Nothing lies among the tickets that the manifest does not name, unless a writer is at work or was cut off."""
     folder = root / TICKETS
     if folder.is_symlink() or not folder.is_dir():
@@ -210,8 +210,8 @@ def write_library(
     manifest = composed(tuple(classes), data, law, [file.entry for file in files])
     default_policy(root / MANIFEST, manifest)
     (root / TICKETS).mkdir(parents=True, exist_ok=True)
-    refuse_foreign(root / TICKETS)
-    with sole_writer(root):
+    check_only_own_files(root / TICKETS)
+    with write_lock(root):
         for file in files:
             write_atomically(root / file.entry.file, file.data)
         write_atomically(root / MANIFEST, manifests.canonical(manifest))
@@ -237,7 +237,7 @@ def described(item: Item, role: str) -> File:
     try:
         return File(Entry.model_validate(fields), data)
     except ValidationError as error:
-        raise LibraryRejected(f"{ticket.name}: {first_fault(error)}") from error
+        raise LibraryRejected(f"{ticket.name}: {first_error(error)}") from error
 
 
 def composed(classes: tuple[str, ...], data: str, law: Policy, entries: list[Entry]) -> Manifest:
@@ -247,10 +247,10 @@ def composed(classes: tuple[str, ...], data: str, law: Policy, entries: list[Ent
     groups = tuple(tuple(names[index] for index in group) for group in law.groups)
     policy = DefaultPolicy(groups=groups, sizes=law.sizes, every=law.every, replacement=law.replacement)
     try:
-        return manifests.sealed(
+        return manifests.with_digest(
             Manifest(
                 version=manifests.VERSION,
-                digest=UNSIGNED,
+                digest=ZERO_DIGEST,
                 classes=classes,
                 data=data,
                 policy=policy,
@@ -258,11 +258,11 @@ def composed(classes: tuple[str, ...], data: str, law: Policy, entries: list[Ent
             )
         )
     except ValidationError as error:
-        raise LibraryRejected(f"manifest: {first_fault(error)}") from error
+        raise LibraryRejected(f"manifest: {first_error(error)}") from error
 
 
 @contextmanager
-def sole_writer(root: Path) -> Iterator[None]:
+def write_lock(root: Path) -> Iterator[None]:
     """Holds the folder's lock file, which tells readers that files may lie there that no manifest names yet."""
     marker = root / WRITING
     with marker.open("a") as lock:
@@ -280,7 +280,7 @@ def sole_writer(root: Path) -> Iterator[None]:
         sync_folder(root)
 
 
-def refuse_foreign(folder: Path) -> None:
+def check_only_own_files(folder: Path) -> None:
     """The sweep removes what no manifest names, so only what a library's writer leaves may lie here."""
     foreign = [path for path in sorted(folder.iterdir()) if not (OURS.fullmatch(path.name) or PART.match(path.name))]
     if foreign:

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from model_store.errors import LibraryRejected, StoreError
 from model_store.structures import Structure
-from model_store.ticket import UNSIGNED, Kind, Record, first_fault
+from model_store.ticket import ZERO_DIGEST, Kind, StrictModel, first_error
 
 VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 2**24
@@ -27,7 +27,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Attack(Record):
+class Attack(StrictModel):
     """The attack behind a claim, with nothing left out: projected gradient ascent on a loss.
 
     epsilon, step_size: pixel units of [0, 1], so 8/255 is 0.0314.  loss: the name of what was maximised.
@@ -42,7 +42,7 @@ class Attack(Record):
     loss: Text
 
 
-class Images(Record):
+class Images(StrictModel):
     """Which images were used. digest: SHA-256 of their content, as training.data computes it."""
 
     name: Text
@@ -50,7 +50,7 @@ class Images(Record):
     split: Literal["test", "selection"]
 
 
-class Claim(Record):
+class Claim(StrictModel):
     """One measured accuracy of one ticket.
 
     value: fraction of `images` classified rightly, 0 to 1.  low, high: its 95 % interval (Wilson's score).
@@ -79,7 +79,7 @@ class Claim(Record):
         return self
 
 
-class Provenance(Record):
+class Provenance(StrictModel):
     """How a ticket came to be. parent: SHA-256 of the ticket file it was continued from, or None."""
 
     recipe: dict[str, JsonValue]
@@ -96,7 +96,7 @@ def file_name(name: str, sha256: str) -> str:
     return f"tickets/{name}-{sha256[:12]}.safetensors"
 
 
-class Entry(Record):
+class Entry(StrictModel):
     """One ticket file of a library. role: "ticket" may be drawn; "baseline" is there to be compared with."""
 
     name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9.-]{0,99}$")]
@@ -117,7 +117,7 @@ class Entry(Record):
         return self
 
 
-class DefaultPolicy(Record):
+class DefaultPolicy(StrictModel):
     """The fields of a theta.Policy, its groups as ticket names."""
 
     groups: tuple[tuple[str, ...], ...]
@@ -126,7 +126,7 @@ class DefaultPolicy(Record):
     replacement: bool
 
 
-class Manifest(Record):
+class Manifest(StrictModel):
     """classes: labels in the order of the logits.  data: the name of what the tickets were searched on.
 
     digest: SHA-256 of canonical() with 64 zeros in its place. It is the library's own: it covers every ticket's.
@@ -171,9 +171,9 @@ def canonical(manifest: Manifest) -> bytes:
     return text.encode() + b"\n"
 
 
-def sealed(manifest: Manifest) -> Manifest:
+def with_digest(manifest: Manifest) -> Manifest:
     """The same manifest with its own digest in place."""
-    unsigned = canonical(manifest.model_copy(update={"digest": UNSIGNED}))
+    unsigned = canonical(manifest.model_copy(update={"digest": ZERO_DIGEST}))
     return manifest.model_copy(update={"digest": hashlib.sha256(unsigned).hexdigest()})
 
 
@@ -189,7 +189,7 @@ def parse(data: bytes) -> Manifest:
     if type(found) is not int or found != VERSION:
         raise LibraryRejected(f"version {found!r}; this reader knows {VERSION}")
     manifest = validated(data)
-    computed = sealed(manifest).digest
+    computed = with_digest(manifest).digest
     if computed != manifest.digest:
         raise LibraryRejected(f"digest {manifest.digest}, its content has {computed}: damaged, or altered by hand")
     return manifest
@@ -200,7 +200,7 @@ def validated(data: bytes) -> Manifest:
         manifest = Manifest.model_validate_json(data)
         same = canonical(manifest) == data
     except ValidationError as error:
-        raise LibraryRejected(first_fault(error)) from error
+        raise LibraryRejected(first_error(error)) from error
     except (StoreError, ValueError) as error:
         raise LibraryRejected(str(error)) from error
     if not same:

@@ -38,23 +38,23 @@ MIN_DENSITY: Final = 1e-4
 TEMPERATURES: Final = (1e-3, 1e3)
 DTYPES: Final = {"float16": torch.float16, "float32": torch.float32}
 CODES: Final = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
-UNSIGNED: Final = "0" * 64  # what stands in the digest's place while the digest is computed
+ZERO_DIGEST: Final = "0" * 64  # what stands in the digest's place while the digest is computed
 
 
-class Record(BaseModel):
+class StrictModel(BaseModel):
     """The strict reading of anything stored as JSON: no key missing or unknown, no conversion, no NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Slot(NamedTuple):
+class TensorSpec(NamedTuple):
     """One tensor of a file: what its dtype and shape must be."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-class Header(Record):
+class Header(StrictModel):
     """The metadata string of a ticket's file."""
 
     format: Literal["tombola-ticket"]
@@ -219,19 +219,19 @@ def unpack(name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return bits[:count].clone().view(shape)
 
 
-def slots(header: Header) -> dict[str, Slot]:
+def slots(header: Header) -> dict[str, TensorSpec]:
     """Every tensor the file must hold, and no other, from what its metadata says."""
     shapes, channels = layers(header.structure)
     same_names("densities", header.densities, shapes)
-    found = {name: Slot(torch.float32, (length,)) for name, length in channels.items()}
+    found = {name: TensorSpec(torch.float32, (length,)) for name, length in channels.items()}
     for name, shape in shapes.items():
         kept = kept_count(shape.numel(), header.densities[name])
-        found[f"{name}.mask"] = Slot(torch.uint8, (-(-shape.numel() // 8),))
+        found[f"{name}.mask"] = TensorSpec(torch.uint8, (-(-shape.numel() // 8),))
         if header.value_dtype is None:
-            found[f"{name}.signs"] = Slot(torch.uint8, (-(-kept // 8),))
-            found[f"{name}.scale"] = Slot(torch.float32, (1,))
+            found[f"{name}.signs"] = TensorSpec(torch.uint8, (-(-kept // 8),))
+            found[f"{name}.scale"] = TensorSpec(torch.float32, (1,))
         else:
-            found[f"{name}.values"] = Slot(DTYPES[header.value_dtype], (kept,))
+            found[f"{name}.values"] = TensorSpec(DTYPES[header.value_dtype], (kept,))
     return found
 
 
@@ -239,7 +239,7 @@ def header_of(ticket: Ticket) -> Header:
     return Header(
         format=FORMAT,
         version=VERSION,
-        digest=UNSIGNED,
+        digest=ZERO_DIGEST,
         structure=ticket.structure,
         density=float(ticket.density),
         densities={name: float(ticket.densities[name]) for name in layers(ticket.structure)[0]},
@@ -265,7 +265,7 @@ def encode(ticket: Ticket) -> bytes:
     """The ticket's file. Equal tickets give equal bytes."""
     # One metadata string: safetensors does not promise an order of several.
     unsigned = safetensors.torch.save(tensors_of(ticket), {"ticket": header_of(ticket).model_dump_json()})
-    return unsigned.replace(UNSIGNED.encode(), hashlib.sha256(unsigned).hexdigest().encode(), 1)
+    return unsigned.replace(ZERO_DIGEST.encode(), hashlib.sha256(unsigned).hexdigest().encode(), 1)
 
 
 def decode(data: bytes) -> Ticket:
@@ -282,7 +282,7 @@ def decode(data: bytes) -> Ticket:
     return assemble(header, tensors)
 
 
-def check_entry(name: str, entry: Any, slot: Slot) -> None:
+def check_entry(name: str, entry: Any, slot: TensorSpec) -> None:
     found = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else entry
     expected = (CODES[slot.dtype], list(slot.shape))
     if found != expected:
@@ -324,19 +324,19 @@ def parse_header(text: str) -> Header:
     try:
         return Header.model_validate_json(text)
     except ValidationError as error:
-        raise TicketRejected(f"metadata: {first_fault(error)}") from error
+        raise TicketRejected(f"metadata: {first_error(error)}") from error
     except StoreError as error:
         raise TicketRejected(f"metadata: {error}") from error
 
 
-def first_fault(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     fault = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in fault["loc"])
     return f"{where or 'JSON'}: {fault['msg']}, found {fault['input']!r:.80}"
 
 
 def check_digest(data: bytes, written: str) -> None:
-    unsigned = data.replace(written.encode(), UNSIGNED.encode(), 1)
+    unsigned = data.replace(written.encode(), ZERO_DIGEST.encode(), 1)
     computed = hashlib.sha256(unsigned).hexdigest()
     if computed != written:
         raise TicketRejected(f"its content has the digest {computed}, its metadata says {written}: damaged or altered")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from model_store.errors import StoreError, os_error_text
-from service.settings import Settings, SettingsRejected, add_flags, read_settings, state_folder
+from service.settings import Settings, SettingsRejected, add_flags, ensure_state_dir, read_settings
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -83,7 +83,7 @@ def announce(service: Any, serving: Any) -> None:
     from model_store.policy import states
     from service.sample import ship
 
-    picture = state_folder(service.settings).resolve() / "sample.png"
+    picture = ensure_state_dir(service.settings).resolve() / "sample.png"
     picture.write_bytes(ship())
     library, engine = serving.library, serving.engine
     key = "" if service.settings.api_keys_file is None else "-H 'Authorization: Bearer YOUR-KEY' "

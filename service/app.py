@@ -31,13 +31,13 @@ from service.admin import console_api, console_files, library_api
 from service.admin.audit_jobs import Jobs
 from service.library_manager import Holder, Serving
 from service.observability import tracing
-from service.observability.logs import log_as_json
+from service.observability.logs import configure_logging
 from service.observability.metrics import Metrics, describe_build
-from service.settings import Settings, SettingsRejected, admin_token, require_folders, state_folder
+from service.settings import Settings, SettingsRejected, admin_token, ensure_state_dir, require_folders
 from service.web import classify, open_inference
-from service.web.auth import AdminGate, Keys
-from service.web.inference import ARRIVED, Front
-from service.web.middleware import Crowd, Meter
+from service.web.auth import AdminAuthMiddleware, ApiKeyStore
+from service.web.inference import ARRIVAL_TIME, DataPlane
+from service.web.middleware import ConcurrencyLimitMiddleware, RequestMetricsMiddleware
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +50,18 @@ SWITCH_S: Final = 0.00005  # an engine thread that waits for the interpreter get
 
 def plain(**words: Any) -> FastAPI:
     """Without pages that load scripts from elsewhere, and without telemetry but our own."""
-    return FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=tracing.SILENT, **words)
+    return FastAPI(
+        docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=tracing.FASTAPI_TELEMETRY_OFF, **words
+    )
 
 
-def create_public_app(holder: Holder, settings: Settings, metrics: Metrics, keys: Keys) -> FastAPI:
+def create_public_app(holder: Holder, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> FastAPI:
     """Classification, health, and the Open Inference Protocol."""
     app = plain(title="Tombola", version=open_inference.product_version())
-    classify.install(app, Front(holder, settings, metrics, keys))
-    app.add_middleware(Crowd, limit=settings.max_requests, metrics=metrics)  # around the shortcut, too
+    classify.install(app, DataPlane(holder, settings, metrics, keys))
+    app.add_middleware(
+        ConcurrencyLimitMiddleware, limit=settings.max_requests, metrics=metrics
+    )  # around the shortcut, too
     finished(app, holder, settings, metrics, "public")
     if settings.tracing:
         tracing.install(app, open_inference.product_version())
@@ -71,18 +75,20 @@ def create_admin_app(
     app = plain(title="Tombola, admin plane")
     for router in (library_api.router(holder, metrics), *routers):
         app.include_router(router)
-    app.add_middleware(AdminGate, token=token, metrics=metrics, metrics_open=settings.metrics_open)
+    app.add_middleware(AdminAuthMiddleware, token=token, metrics=metrics, metrics_open=settings.metrics_open)
     return finished(app, holder, settings, metrics, "admin")
 
 
 def finished(app: FastAPI, holder: Holder, settings: Settings, metrics: Metrics, plane: str) -> FastAPI:
     """The middlewares that stand around everything else; the last one added is the outermost."""
     errors.install(app)
-    app.add_middleware(Meter, holder=holder, metrics=metrics, plane=plane, log_all=settings.log_requests)
+    app.add_middleware(
+        RequestMetricsMiddleware, holder=holder, metrics=metrics, plane=plane, log_all=settings.log_requests
+    )
     return app
 
 
-class Together:
+class WriteCoalescingTransport:
     """A transport whose writes of one turn of the event loop leave as one. uvicorn writes an answer's head and its body
     apart; each would be a system call that wakes the client while this thread holds the interpreter."""
 
@@ -109,7 +115,7 @@ class Together:
         self.transport.close()
 
 
-class Patient(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with a limit on the time until a request's headers are there. It runs from the connection, and
     again from the first byte after an answer: be it of the next request, of a body that was answered before all of it
     had come, or an empty line, it ends uvicorn's own limit on idle connections for good."""
@@ -118,7 +124,7 @@ class Patient(HttpToolsProtocol):
     header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", Together(transport, self.loop)))
+        super().connection_made(cast("asyncio.Transport", WriteCoalescingTransport(transport, self.loop)))
         self.start_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -129,7 +135,7 @@ class Patient(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.cancel_timer()
-        self.scope[ARRIVED] = self.loop.time()  # type: ignore[typeddict-unknown-key]
+        self.scope[ARRIVAL_TIME] = self.loop.time()  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -158,23 +164,23 @@ class Plane(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)
         self.listener = listener
-        self.second_hand = listener.dup()  # keeps the port open when the event loop has closed its own
+        self.dup_listener = listener.dup()  # keeps the port open when the event loop has closed its own
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
-    async def run_here(self) -> None:
+    async def serve_forever(self) -> None:
         await self.serve(sockets=[self.listener])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """No new connections, but none is turned away that was made before: not those the kernel holds, which a closed
         port would reset, and not those whose request is still on its way. While draining every answer ends its
         connection, so what is open now has not been used yet, or soon ends."""
-        knock_in_vain(self.second_hand)
+        drop_new_connections(self.dup_listener)
         for server in self.servers:
             server.close()
-        for connection in last_arrivals(self.second_hand):
+        for connection in drain_accept_backlog(self.dup_listener):
             await asyncio.get_running_loop().connect_accepted_socket(self.protocol, connection)
         late = time.monotonic() + LINGER_S
         while self.server_state.connections and time.monotonic() < late:  # noqa: ASYNC110 -- uvicorn has no event
@@ -188,7 +194,7 @@ class Plane(uvicorn.Server):
         return made
 
 
-def knock_in_vain(listener: socket.socket) -> None:
+def drop_new_connections(listener: socket.socket) -> None:
     """From now on the kernel drops whatever comes to this port, as if it had been lost. Without that, connections made
     between the last one accepted and the port's end would be reset, and their requests lost; these try again after a
     second, and are refused. Only Linux can do that."""
@@ -199,7 +205,7 @@ def knock_in_vain(listener: socket.socket) -> None:
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
-def last_arrivals(listener: socket.socket) -> list[socket.socket]:
+def drain_accept_backlog(listener: socket.socket) -> list[socket.socket]:
     """Closes the port, and returns the connections that had been made to it and not yet been accepted."""
     found: list[socket.socket] = []
     listener.setblocking(False)
@@ -210,7 +216,7 @@ def last_arrivals(listener: socket.socket) -> list[socket.socket]:
 
 
 def plane(app: FastAPI, settings: Settings, listener: socket.socket) -> Plane:
-    protocol = type("Protocol", (Patient,), {"header_timeout_s": settings.header_timeout_s})
+    protocol = type("Protocol", (HttpProtocol,), {"header_timeout_s": settings.header_timeout_s})
     config = uvicorn.Config(
         app,
         http=cast("Any", protocol),
@@ -229,7 +235,7 @@ def plane(app: FastAPI, settings: Settings, listener: socket.socket) -> Plane:
     return Plane(config, listener)
 
 
-def listen(host: str, port: int, knob: str) -> socket.socket:
+def bind(host: str, port: int, knob: str) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
@@ -243,12 +249,12 @@ def url(listener: socket.socket) -> str:
 
 
 @dataclass
-class Service:
+class ServerProcess:
     """Everything that runs, and how it ends."""
 
     settings: Settings
     holder: Holder
-    keys: Keys
+    keys: ApiKeyStore
     planes: tuple[Plane, Plane]
     public_url: str
     admin_url: str
@@ -269,7 +275,7 @@ class Service:
         self.delay = number == signal.SIGTERM
         self.stop.set()
 
-    def on_hangup(self) -> None:
+    def on_sighup(self) -> None:
         self.keys.reload()
         task = asyncio.ensure_future(self.reload())
         self.reloading = task  # a task that nobody holds may be collected
@@ -293,42 +299,42 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), self.settings.drain_delay_s)
 
 
-def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] = lambda _: ()) -> Service:
+def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] = lambda _: ()) -> ServerProcess:
     """Binds both ports and puts the parts together. Raises SettingsRejected."""
     metrics = Metrics()
     describe_build(metrics, open_inference.product_version(), settings.commit, torch.__version__)
-    token, keys = admin_token(settings), Keys(settings.api_keys_file, metrics)
-    state_folder(settings)
+    token, keys = admin_token(settings), ApiKeyStore(settings.api_keys_file, metrics)
+    ensure_state_dir(settings)
     require_folders(settings)
-    front = listen(settings.host, settings.port, "PORT")
-    back = listen(settings.admin_host, settings.admin_port, "ADMIN_PORT")
+    front = bind(settings.host, settings.port, "PORT")
+    back = bind(settings.admin_host, settings.admin_port, "ADMIN_PORT")
     holder = Holder(settings, metrics)
     jobs = Jobs(settings, metrics, holder.library, url(front))
     outer = create_public_app(holder, settings, metrics, keys)
     console = (console_files.router(), console_api.router(holder, settings, metrics, jobs))
     inner = create_admin_app(holder, settings, metrics, token, (*console, audits.router(jobs), *routers(holder)))
     planes = (plane(outer, settings, front), plane(inner, settings, back))
-    service = Service(settings, holder, keys, planes, url(front), url(back), jobs)
+    service = ServerProcess(settings, holder, keys, planes, url(front), url(back), jobs)
     holder.workers.on_broken = service.on_broken
     return service
 
 
-async def serve(settings: Settings, announce: Callable[[Service, Serving], None]) -> int:
+async def serve(settings: Settings, announce: Callable[[ServerProcess, Serving], None]) -> int:
     """Runs until told to end; the process's exit code. Raises SettingsRejected, StoreError."""
     service = build(settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, service.on_hangup)
-    running = [asyncio.ensure_future(server.run_here()) for server in service.planes]
+    loop.add_signal_handler(signal.SIGHUP, service.on_sighup)
+    running = [asyncio.ensure_future(server.serve_forever()) for server in service.planes]
     try:
-        await until_told(service, announce)
+        await wait_for_shutdown(service, announce)
     finally:
         await end(service, running)
     return service.code
 
 
-async def until_told(service: Service, announce: Callable[[Service, Serving], None]) -> None:
+async def wait_for_shutdown(service: ServerProcess, announce: Callable[[ServerProcess, Serving], None]) -> None:
     """Loads the library while the ports already answer, then waits for a signal."""
     loading = asyncio.ensure_future(service.holder.start())
     stop = asyncio.ensure_future(service.stop.wait())
@@ -345,7 +351,7 @@ async def until_told(service: Service, announce: Callable[[Service, Serving], No
     await stop
 
 
-async def end(service: Service, running: Sequence[Awaitable[None]]) -> None:
+async def end(service: ServerProcess, running: Sequence[Awaitable[None]]) -> None:
     await service.drain()
     await asyncio.to_thread(service.jobs.stop)
     for server, task in zip(service.planes, running, strict=True):
@@ -355,9 +361,9 @@ async def end(service: Service, running: Sequence[Awaitable[None]]) -> None:
     log.info("ended")
 
 
-def run(settings: Settings, announce: Callable[[Service, Serving], None]) -> int:
+def run(settings: Settings, announce: Callable[[ServerProcess, Serving], None]) -> int:
     """Serves in this thread until told to end. Raises SettingsRejected, StoreError."""
-    log_as_json(settings.log_level)
+    configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(serve(settings, announce))

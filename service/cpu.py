@@ -13,13 +13,13 @@ from typing import Final
 ROOT: Final = Path("/")
 # On a core that both want, whatever runs tickets waits for the event loop, since what that has not read no admission
 # knows of; and what opens a library, while another is served, waits for both. Audits come last of all.
-RUNNING: Final = 5
-OPENING: Final = 10
-LOWEST: Final = 19
+NICE_INFERENCE: Final = 5
+NICE_LOADING: Final = 10
+NICE_AUDIT: Final = 19
 SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 
 
-def stand_back(steps: int) -> None:
+def lower_priority(steps: int) -> None:
     """Lowers the priority of the calling thread, which those that it starts inherit, by so many steps of `nice`. Only
     Linux has priorities of threads."""
     if sys.platform == "linux":
@@ -27,7 +27,7 @@ def stand_back(steps: int) -> None:
             os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + steps)
 
 
-def stand_aside() -> None:
+def set_idle_priority() -> None:
     """The calling process runs only where nobody else wants to: one with a low priority alone still has its turn out
     when somebody wakes. Only Linux has that."""
     if sys.platform == "linux":
@@ -56,7 +56,7 @@ def resident_bytes(pid: int) -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 
 
-def end_with_the_parent(number: int) -> None:
+def die_with_parent(number: int) -> None:
     """This process gets the signal when the thread that started it ends. Only Linux has that."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -65,7 +65,7 @@ def end_with_the_parent(number: int) -> None:
 
 def usable_cores(root: Path = ROOT) -> int:
     """At least 1. A quota of 1.5 cores counts as 2: two threads that are throttled a little beat one."""
-    quotas = [*unified_quotas(root), *legacy_quotas(root)]
+    quotas = [*cgroup_v2_quotas(root), *cgroup_v1_quotas(root)]
     return max(1, min([affinity(), *(math.ceil(quota) for quota in quotas)]))
 
 
@@ -75,7 +75,7 @@ def affinity() -> int:
     return os.cpu_count() or 1
 
 
-def unified_quotas(root: Path) -> Iterator[float]:
+def cgroup_v2_quotas(root: Path) -> Iterator[float]:
     """cgroup v2: cpu.max ("<quota> <period>" in microseconds, or "max <period>") of our group and all above it."""
     for folder in groups(root / "sys/fs/cgroup", own_group(root, "0::")):
         fields = words(folder / "cpu.max")
@@ -83,7 +83,7 @@ def unified_quotas(root: Path) -> Iterator[float]:
             yield float(fields[0]) / float(fields[1])
 
 
-def legacy_quotas(root: Path) -> Iterator[float]:
+def cgroup_v1_quotas(root: Path) -> Iterator[float]:
     """cgroup v1: cpu.cfs_quota_us (-1: none) over cpu.cfs_period_us."""
     for folder in groups(root / "sys/fs/cgroup/cpu", own_group(root, ":cpu,cpuacct:", ":cpu:", ":cpuacct,cpu:")):
         quota, period = words(folder / "cpu.cfs_quota_us"), words(folder / "cpu.cfs_period_us")

@@ -108,7 +108,7 @@ class ServiceError(Exception):
     text: ClassVar[Text] = Text.FAILED
     pause_s: ClassVar[int | None] = None
     outcome: ClassVar[str] = "invalid"  # of the metric inference_requests_total
-    unread: ClassVar[bool] = False  # the body was left unread, so the connection cannot be used again
+    close_connection: ClassVar[bool] = False  # the body was left unread, so the connection cannot be used again
 
     def __init__(self, text: Text | None = None, *, limit: float = 0, retry_after: int | None = None) -> None:
         number = str(int(limit)) if limit == int(limit) else str(limit)
@@ -122,7 +122,7 @@ class BadRequest(ServiceError):
     text = Text.BAD_REQUEST
 
 
-class Unauthorised(ServiceError):
+class Unauthorized(ServiceError):
     status = 401
     text = Text.KEY_REQUIRED
 
@@ -137,12 +137,12 @@ class MethodNotAllowed(ServiceError):
     text = Text.METHOD
 
 
-class TooSlow(ServiceError):
+class RequestTimeout(ServiceError):
     """The client's body did not arrive in time."""
 
     status = 408
     text = Text.BODY_SLOW
-    unread = True
+    close_connection = True
 
 
 class Conflict(ServiceError):
@@ -150,18 +150,18 @@ class Conflict(ServiceError):
     text = Text.SWAP_RUNNING
 
 
-class TooLarge(ServiceError):
+class ContentTooLarge(ServiceError):
     status = 413
     text = Text.BODY_TOO_LARGE
 
 
-class BodyTooLarge(TooLarge):
+class BodyTooLarge(ContentTooLarge):
     """Known before, or while, the body is read."""
 
-    unread = True
+    close_connection = True
 
 
-class Unsupported(ServiceError):
+class UnsupportedMediaType(ServiceError):
     """Content of a kind that is not read here."""
 
     status = 415
@@ -179,7 +179,7 @@ class EngineFailed(ServiceError):
     outcome = "error"
 
 
-class NotOffered(ServiceError):
+class NotImplementedByServer(ServiceError):
     status = 501
     text = Text.NOT_OFFERED
 
@@ -202,19 +202,19 @@ class NotReady(ServiceError):
     outcome = "error"
 
 
-class DeadlinePassed(ServiceError):
+class DeadlineExceeded(ServiceError):
     status = 504
     text = Text.DEADLINE
     outcome = "deadline"
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client hung up before its answer was ready. Nobody is there to be told."""
 
 
 BY_STATUS: Final[dict[int, type[ServiceError]]] = {
     kind.status: kind
-    for kind in (Unauthorised, NotFound, MethodNotAllowed, TooLarge, Unsupported, RateLimited, NotReady)
+    for kind in (Unauthorized, NotFound, MethodNotAllowed, ContentTooLarge, UnsupportedMediaType, RateLimited, NotReady)
 }
 
 
@@ -245,7 +245,7 @@ def answer(error: Exception) -> Response:
         headers["Retry-After"] = str(known.retry_after)
     if known.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if known.unread:
+    if known.close_connection:
         headers["Connection"] = "close"
     body = json.dumps({"error": known.message})
     return Response(body, known.status, headers, media_type="application/json")
@@ -289,7 +289,7 @@ class Guard:
 
         try:
             await self.app(scope, receive, reply)
-        except ClientGone:
+        except ClientDisconnected:
             return
         except Exception as error:  # noqa: BLE001 -- the last resort, and it must not raise
             if started:
@@ -307,11 +307,11 @@ async def refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -
         return
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    await linger(receive)
+    await discard_body(receive)
     await send({"type": "http.response.body", "body": b""})
 
 
-async def linger(receive: Receive) -> None:
+async def discard_body(receive: Receive) -> None:
     try:
         async with asyncio.timeout(LINGER_S):
             while (message := await receive())["type"] == "http.request" and message.get("more_body", False):  # noqa: ASYNC110

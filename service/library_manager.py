@@ -15,13 +15,13 @@ import numpy as np
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
-from service.cpu import OPENING, RUNNING, cpu_s, resident_bytes, stand_back
+from service.cpu import NICE_INFERENCE, NICE_LOADING, cpu_s, lower_priority, resident_bytes
 from service.engine.base import Engine, EngineRejected
-from service.engine.factory import engine_threads, open_served, runs_apart
+from service.engine.factory import engine_threads, open_served, uses_processes
 from service.errors import NotReady
 from service.observability.metrics import Metrics
-from service.scheduling.scheduler import Gate, Scheduler
-from service.scheduling.worker_pool import Workers
+from service.scheduling.scheduler import AdmissionController, Scheduler
+from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 
 COLLECT_S: Final = 2.0  # between collections while the engine of a replaced library is still there
@@ -49,12 +49,12 @@ class Holder:
         self.metrics = metrics
         self.current: Serving | None = None
         self.draining = False
-        self.gate = Gate(settings, metrics)
-        niceness = 0 if runs_apart(settings) else RUNNING
-        self.workers = Workers(engine_threads(settings), settings, metrics, on_broken, niceness=niceness)
+        self.gate = AdmissionController(settings, metrics)
+        niceness = 0 if uses_processes(settings) else NICE_INFERENCE
+        self.workers = WorkerPool(engine_threads(settings), settings, metrics, on_broken, niceness=niceness)
         self.workers.on_beat = self.beat
         self.opening = asyncio.Lock()
-        self.leaving: list[weakref.ref[Engine]] = []  # engines of libraries that others have taken the place of
+        self.retired_engines: list[weakref.ref[Engine]] = []  # engines of libraries that others have taken the place of
         self.collected = 0.0
         self.spent: dict[int, float] = {}  # processor seconds of the engine's processes, as last told
 
@@ -79,7 +79,7 @@ class Holder:
             library, engine = await self.opened()
             scheduler = Scheduler(library, engine, self.workers, self.gate, self.settings, self.metrics)
             if self.current is not None:
-                self.leaving.append(weakref.ref(self.current.engine))
+                self.retired_engines.append(weakref.ref(self.current.engine))
             self.current = Serving(library, engine, scheduler)
             self.workers.probe = lambda: engine.forward(0, np.zeros((1, 3, 32, 32), np.uint8))
             self.describe(library)
@@ -90,11 +90,11 @@ class Holder:
         """Off the event loop, by threads that stand back for those that answer meanwhile. Processes would inherit that
         priority for good, so whoever starts those and waits for them has the usual one."""
         loop = asyncio.get_running_loop()
-        slowly = ThreadPoolExecutor(1, "open", initializer=stand_back, initargs=(OPENING,))
+        slowly = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,))
         try:
             library = await loop.run_in_executor(slowly, open_library, self.settings.library)
-            if runs_apart(self.settings):
-                return library, await left_behind(lambda: open_served(library, self.settings))
+            if uses_processes(self.settings):
+                return library, await run_in_daemon_thread(lambda: open_served(library, self.settings))
             return library, await loop.run_in_executor(slowly, open_served, library, self.settings)
         except EngineRejected as error:
             raise LibraryRejected(f"{library.path}: {error}") from error
@@ -131,8 +131,8 @@ class Holder:
         """At every beat of the watchdog. Requests that failed can keep a library alive in circles of exceptions and
         frames, and on a server at rest no collection would come by: the memory is too much to leave to that."""
         self.tell()
-        self.leaving = [engine for engine in self.leaving if engine() is not None]
-        if self.leaving and time.monotonic() - self.collected > COLLECT_S:
+        self.retired_engines = [engine for engine in self.retired_engines if engine() is not None]
+        if self.retired_engines and time.monotonic() - self.collected > COLLECT_S:
             gc.collect()
             self.collected = time.monotonic()
 
@@ -142,9 +142,9 @@ class Holder:
         self.metrics.set("draining", float(self.draining))
         pids = [] if self.current is None else self.current.engine.pids()
         if pids:
-            self.tell_of_processes(pids)
+            self.update_process_metrics(pids)
 
-    def tell_of_processes(self, pids: Sequence[int]) -> None:
+    def update_process_metrics(self, pids: Sequence[int]) -> None:
         spent = {pid: cpu_s(pid) for pid in pids}
         self.metrics.inc(
             "engine_cpu_seconds_total", sum(max(0, s - self.spent.get(pid, 0)) for pid, s in spent.items())
@@ -157,7 +157,7 @@ class Holder:
         self.tell()
 
 
-async def left_behind(work: Callable[[], Result]) -> Result:
+async def run_in_daemon_thread(work: Callable[[], Result]) -> Result:
     """As asyncio.to_thread, in a thread that the end of the process does not wait for."""
     answer: Future[Result] = Future()
     answer.set_running_or_notify_cancel()

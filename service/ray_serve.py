@@ -18,7 +18,7 @@ from service.app import create_public_app
 from service.library_manager import Holder
 from service.observability.metrics import Metrics
 from service.settings import Settings, read_settings
-from service.web.auth import Keys
+from service.web.auth import ApiKeyStore
 
 HEALTH_S: Final = 2.0  # between looks at a replica: a dead one is missed within so long
 
@@ -34,7 +34,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray calls it once the constructor is through. Raises SettingsRejected."""
         app = create_public_app(
-            self.holder, self.settings, self.metrics, Keys(self.settings.api_keys_file, self.metrics)
+            self.holder, self.settings, self.metrics, ApiKeyStore(self.settings.api_keys_file, self.metrics)
         )
         app.router.add_event_handler("startup", self.holder.start)
         return app

@@ -50,7 +50,7 @@ def apps() -> Iterator[tuple[str, FastAPI]]:
     with tempfile.TemporaryDirectory() as folder:
         service = build(Settings(state_dir=Path(folder), port=0, admin_port=0))
         for title, plane in zip(("Public plane", "Admin plane"), service.planes, strict=True):
-            for socket in (plane.listener, plane.second_hand):
+            for socket in (plane.listener, plane.dup_listener):
                 socket.close()
             yield title, cast("FastAPI", plane.config.app)
 

@@ -221,7 +221,7 @@ class Settings(BaseSettings):
         return 8000 if isinstance(value, str) and value.startswith("tcp://") else value
 
     @model_validator(mode="after")
-    def holds_together(self) -> Self:
+    def check_consistency(self) -> Self:
         if self.queue_rows < self.max_images:
             raise ValueError(
                 f"TOMBOLA_QUEUE_ROWS {self.queue_rows}: below TOMBOLA_MAX_IMAGES {self.max_images}, "
@@ -244,7 +244,7 @@ class Settings(BaseSettings):
 
 
 @dataclass(frozen=True)
-class Knob:
+class SettingDoc:
     """One row of the table of settings."""
 
     name: str
@@ -255,10 +255,10 @@ class Knob:
     meaning: str
 
 
-def knobs() -> list[Knob]:
+def knobs() -> list[SettingDoc]:
     """The table of settings, in the order they are declared."""
     return [
-        Knob(
+        SettingDoc(
             name=name,
             variable=PREFIX + name.upper(),
             flag="--" + name.replace("_", "-"),
@@ -325,9 +325,9 @@ def is_loopback(host: str) -> bool:
 def admin_token(settings: Settings) -> str:
     """The admin plane's token: the variable's, the file's, or (on loopback alone) one made and kept in STATE_DIR."""
     if settings.admin_token is not None:
-        return long_enough(settings.admin_token.get_secret_value(), "TOMBOLA_ADMIN_TOKEN")
+        return validate_token(settings.admin_token.get_secret_value(), "TOMBOLA_ADMIN_TOKEN")
     if settings.admin_token_file is not None:
-        return long_enough(
+        return validate_token(
             read_secret(settings.admin_token_file), f"TOMBOLA_ADMIN_TOKEN_FILE {settings.admin_token_file}"
         )
     if not is_loopback(settings.admin_host):
@@ -335,10 +335,10 @@ def admin_token(settings: Settings) -> str:
             f"TOMBOLA_ADMIN_HOST {settings.admin_host}: reachable from other machines, and no admin token is set. "
             "Set TOMBOLA_ADMIN_TOKEN_FILE (or TOMBOLA_ADMIN_TOKEN), or listen on 127.0.0.1"
         )
-    return kept_token(state_folder(settings) / "admin-token")
+    return load_or_create_token(ensure_state_dir(settings) / "admin-token")
 
 
-def long_enough(token: str, where: str) -> str:
+def validate_token(token: str, where: str) -> str:
     if len(token) < TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
         raise SettingsRejected(
             f"{where}: expected at least {TOKEN_CHARACTERS} printable ASCII characters without spaces"
@@ -353,12 +353,12 @@ def read_secret(path: Path) -> str:
         raise SettingsRejected(f"{path}: cannot be read as a token ({type(error).__name__})") from None
 
 
-def kept_token(path: Path) -> str:
+def load_or_create_token(path: Path) -> str:
     """The token in `path`; made there, readable by this user alone, when there is none yet."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return long_enough(read_secret(path), str(path))
+        return validate_token(read_secret(path), str(path))
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         token = secrets.token_urlsafe(32)
         file.write(token + "\n")
@@ -372,7 +372,7 @@ def require_folders(settings: Settings) -> None:
             raise SettingsRejected(f"TOMBOLA_{knob} {path}: no such folder")
 
 
-def state_folder(settings: Settings) -> Path:
+def ensure_state_dir(settings: Settings) -> Path:
     """STATE_DIR, made if need be and shown to be writable."""
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o750)

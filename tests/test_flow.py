@@ -22,7 +22,7 @@ from tests.support.digits import digits
 from training.data import Images, as_floats
 from training.export import export
 from training.jobs import Job, work
-from training.recipes import Recipe
+from training.recipes import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-jpeg.zip"
@@ -39,7 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tiny tickets, searched on digits."""
     folder = tmp_path_factory.mktemp("flow")
     for density in (0.3, 0.5):
-        recipe = Recipe(Structure("resnet18", 8), density, 5, steps=240, batch=32, guards=1, precision="float32")
+        recipe = TrainConfig(Structure("resnet18", 8), density, 5, steps=240, batch=32, guards=1, precision="float32")
         job = Job(recipe, folder / "state" / recipe.name, data="digits", classes=digits().classes)
         work(job, replace(digits(), test=digits().test.balanced(60)), torch.device("cpu"))
     export(folder / "library", [folder / "state"])

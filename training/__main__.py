@@ -28,7 +28,7 @@ from training.diversity import differences, summary
 from training.errors import TrainingError
 from training.executors.ray import run_ray
 from training.jobs import Job, Status
-from training.recipes import DENSITIES, PRESETS, SHAPE, Recipe, baseline, going_on, mask_phase
+from training.recipes import DENSITIES, PRESETS, SHAPE, TrainConfig, baseline, continued_from, mask_phase
 
 COUNTS = ("steps", "batch", "attack_steps", *SHAPE)  # numbers of a recipe that are at least 1; the others may be 0
 EXAMPLES = """\
@@ -204,7 +204,9 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def settable() -> dict[str, Any]:
     """The fields that --set may change, with their types. The others say which ticket it is, and of what parent."""
     kinds = {
-        name: kind for name, kind in get_type_hints(Recipe).items() if name not in ("structure", "density", "parent")
+        name: kind
+        for name, kind in get_type_hints(TrainConfig).items()
+        if name not in ("structure", "density", "parent")
     }
     return kinds | dict.fromkeys(SHAPE, int)
 
@@ -224,7 +226,7 @@ def read_field(item: str, kind: Any, text: str, *, least: int) -> Any:
     return found
 
 
-def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list[Recipe]:
+def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list[TrainConfig]:
     preset, changes = PRESETS[arguments.preset], changes_of(arguments)
     every = [
         preset.recipe(structure, density, images, classes, **changes)
@@ -250,10 +252,10 @@ def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
             raise TrainingError(f"{asked}: settled by the tickets of {arguments.start}, which --from goes on with")
     jobs = []
     for entry in entries_of(library, arguments.start, arguments.only):
-        before = Recipe.from_dict(entry.provenance.recipe)
+        before = TrainConfig.from_dict(entry.provenance.recipe)
         batch = changes.get("batch", before.batch)
         steps = max(1, round((arguments.epochs or 1) * images / batch))
-        recipe = going_on(before, parent=entry.sha256, steps=steps, rate=arguments.rate, **changes)
+        recipe = continued_from(before, parent=entry.sha256, steps=steps, rate=arguments.rate, **changes)
         jobs.append(Job(recipe, arguments.state / recipe.name, start=library.path / entry.file))
     return jobs
 
@@ -302,7 +304,7 @@ def run_scratch(arguments: argparse.Namespace) -> None:
     library, split = open_library(arguments.library), read_split(arguments.data)
     jobs = []
     for entry in entries_of(library, arguments.library, arguments.only):
-        trained = Recipe.from_dict(entry.provenance.recipe)
+        trained = TrainConfig.from_dict(entry.provenance.recipe)
         recipe, spent = mask_phase(trained), trained.mask_share * entry.provenance.seconds
         folder, masks = arguments.state / recipe.name, library.path / entry.file
         jobs.append(Job(recipe, folder, masks=masks, found_in=round(spent, 1)))

@@ -21,13 +21,13 @@ import torch
 
 from model_store.manifest import Claim, Provenance
 from model_store.structures import multiply_adds
-from model_store.ticket import Record, Ticket, load_ticket, save_ticket
+from model_store.ticket import StrictModel, Ticket, load_ticket, save_ticket
 from training import search
 from training.data import Split
 from training.errors import CheckpointRejected, TrainingError
 from training.evaluation import measure
 from training.files import commit, write_atomically
-from training.recipes import Recipe
+from training.recipes import TrainConfig
 
 State = Literal["waiting", "running", "interrupted", "failed", "done"]
 PACKAGES: Final = ("torch", "numpy", "safetensors")
@@ -51,7 +51,7 @@ class Job:
     finding them took.  data: the data set's name in words, for the claims.  classes: labels in the order of the logits.
     """
 
-    recipe: Recipe
+    recipe: TrainConfig
     folder: Path
     role: Literal["ticket", "baseline"] = "ticket"
     start: Path | None = None
@@ -65,7 +65,7 @@ class Job:
         return self.recipe.name
 
 
-class Result(Record):
+class Result(StrictModel):
     """A finished job's done.json."""
 
     provenance: Provenance
@@ -85,7 +85,7 @@ class Status:
     error: str | None
 
 
-def cost(recipe: Recipe) -> float:
+def cost(recipe: TrainConfig) -> float:
     """Floating-point operations of the whole search: the attack's passes and the update's, forward and backward."""
     low, high = (multiply_adds(recipe.structure, size) for size in (search.LOW_RESOLUTION, 32))
     low_steps = recipe.low_resolution_until * recipe.steps
@@ -124,7 +124,7 @@ def fields_of(job: Job) -> dict[str, Any]:
 def read_job(folder: Path) -> Job:
     fields = json.loads((folder / "recipe.json").read_text())
     return Job(
-        recipe=Recipe.from_dict(fields["recipe"]),
+        recipe=TrainConfig.from_dict(fields["recipe"]),
         folder=folder,
         role=fields["role"],
         start=Path(fields["start"]) if fields["start"] else None,
@@ -278,7 +278,7 @@ def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Ite
                 running[start_worker(job, data, device)] = job
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
-                note_death(running.pop(process), process.returncode)
+                record_crash(running.pop(process), process.returncode)
             yield [status(job) for job in jobs]
     finally:
         for process in running:
@@ -287,7 +287,7 @@ def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Ite
             process.wait()
 
 
-def note_death(job: Job, code: int) -> None:
+def record_crash(job: Job, code: int) -> None:
     """Says in the job's folder what became of a process that could not say it: killed, out of memory, never begun."""
     if code == 0 or status(job).state in ("done", "running", "failed"):
         return

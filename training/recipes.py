@@ -17,7 +17,7 @@ DENSITIES: Final = (0.07, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70) 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """One ticket's search: clean images, then epsilon ramped up, then full; masks first, kept weights after.
 
     Shares are fractions of `steps`. Epsilon and step sizes are in pixel units of [0, 1]. A scratch ticket has
@@ -101,7 +101,9 @@ class Preset:
     def structure(self, name: StructureName, classes: int = 10) -> Structure:
         return Structure(name, self.widths[name], classes, self.stem_stride)
 
-    def recipe(self, name: StructureName, density: float, images: int, classes: int = 10, **changes: Any) -> Recipe:
+    def recipe(
+        self, name: StructureName, density: float, images: int, classes: int = 10, **changes: Any
+    ) -> TrainConfig:
         """The job of one ticket on `images` search images; its seed follows from structure and density alone.
 
         changes: fields of Recipe, `epochs` for steps, and `width` or `stem_stride` of the structure.
@@ -112,7 +114,7 @@ class Preset:
         fields.setdefault("seed", 1 + STRUCTURES.index(name) * 1000 + round(density * 100))
         batch = fields.setdefault("batch", 128)
         fields.setdefault("steps", max(1, round(epochs * images / batch)))
-        return Recipe(replace(self.structure(name, classes), **shape), density, **fields)
+        return TrainConfig(replace(self.structure(name, classes), **shape), density, **fields)
 
 
 PRESETS: Final[dict[str, Preset]] = {
@@ -153,7 +155,7 @@ PRESETS: Final[dict[str, Preset]] = {
 }
 
 
-def going_on(recipe: Recipe, *, parent: str, steps: int, rate: float, **changes: Any) -> Recipe:
+def continued_from(recipe: TrainConfig, *, parent: str, steps: int, rate: float, **changes: Any) -> TrainConfig:
     """The recipe that trains an exported ticket further: full epsilon and resolution from the first step.
 
     rate: the first rates, as a share of those in `recipe`, once `changes` are made to it.
@@ -171,7 +173,7 @@ def going_on(recipe: Recipe, *, parent: str, steps: int, rate: float, **changes:
     return replace(recipe, **fixed, mask_share=1.0 if recipe.kind == "scratch" else 0.0)
 
 
-def mask_phase(recipe: Recipe) -> Recipe:
+def mask_phase(recipe: TrainConfig) -> TrainConfig:
     """The recipe of a fine-tuned ticket's mask phase alone: but for rounding, a search by it ends in the same masks.
 
     Raises TrainingError for a scratch ticket, one that training went on from, and an epsilon that was still rising.
@@ -190,6 +192,6 @@ def mask_phase(recipe: Recipe) -> Recipe:
     return replace(recipe, steps=recipe.mask_steps, mask_share=1.0, guards=guards, **stretched)
 
 
-def baseline(preset: Preset, name: StructureName, images: int, classes: int = 10, **changes: Any) -> Recipe:
+def baseline(preset: Preset, name: StructureName, images: int, classes: int = 10, **changes: Any) -> TrainConfig:
     """A dense network, every weight adversarially trained from the start: the rows to compare with in Table 2."""
     return preset.recipe(name, 1.0, images, classes, **{**changes, "mask_share": 0.0})

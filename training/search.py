@@ -27,8 +27,8 @@ from model_store.structures import Network, Structure, calibrate, convs
 from model_store.ticket import Ticket
 from training.data import Images, Split, as_floats, batches
 from training.errors import CheckpointRejected, SearchFailed
-from training.recipes import Recipe
-from training.sparsity import first_scores, score_gradient, signed_constant, top_k
+from training.recipes import TrainConfig
+from training.sparsity import init_scores, init_weights, score_gradient, top_k
 
 Phase = Literal["mask", "weights"]
 CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", "45"))
@@ -68,7 +68,7 @@ class Guard:
 Report = Callable[[Step | Guard], None]
 
 
-def densities_of(network: Network, recipe: Recipe) -> dict[str, float]:
+def densities_of(network: Network, recipe: TrainConfig) -> dict[str, float]:
     """Each convolution's density, by the recipe's allocation.
 
     uniform: the same for all.  dense-ends: the stem and the classifier stay whole (they hold 1 % of the weights), the
@@ -114,7 +114,7 @@ def generator_of(*parts: int) -> torch.Generator:
 class Search:
     """One ticket in the making: network, scores, masks and momenta at `step`."""
 
-    def __init__(self, recipe: Recipe, split: Split, device: torch.device, start: Ticket | None = None) -> None:
+    def __init__(self, recipe: TrainConfig, split: Split, device: torch.device, start: Ticket | None = None) -> None:
         self.recipe, self.split, self.device = recipe, split, device
         self.layout = layout_of(recipe.structure)
         self.network = recipe.structure.blank().to(memory_format=self.layout).to(device)
@@ -134,17 +134,17 @@ class Search:
         seed = self.recipe.seed if self.recipe.weights_seed is None else self.recipe.weights_seed
         for index, (name, layer) in enumerate(convs(self.network).items()):
             shape = layer.weight.shape
-            weights = signed_constant(shape, generator_of(seed, index, 1))
-            scores = first_scores(shape, generator_of(self.recipe.seed, index, 2))
+            weights = init_weights(shape, generator_of(seed, index, 1))
+            scores = init_scores(shape, generator_of(self.recipe.seed, index, 2))
             if start is not None:
                 weights, scores = continued(weights, scores, start, name)
             self.frozen[name] = weights.to(self.device)
             self.scores[name] = scores.to(self.device)
         self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
-        self.show_weights(self.frozen)
+        self.apply_masks(self.frozen)
 
     @torch.no_grad()
-    def show_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def apply_masks(self, weights: Mapping[str, Tensor]) -> None:
         """Puts mask * weights into the network."""
         for name, layer in convs(self.network).items():
             layer.weight.copy_(weights[name] * self.masks[name])
@@ -190,7 +190,7 @@ class Search:
 
     # --- one step ------------------------------------------------------------------------------------------------
 
-    def advance(self) -> tuple[float, float]:
+    def train_step(self) -> tuple[float, float]:
         """One optimiser step. Returns the loss and accuracy on the (adversarial) batch."""
         if self.phase == "weights" and self.step == self.recipe.mask_steps:
             self.momenta = {}  # they belong to the scores
@@ -207,7 +207,7 @@ class Search:
             )
         self.network.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.descend()
+        self.optimizer_step()
         self.step += 1
         return loss.item(), float((logits.argmax(1) == labels).float().mean())
 
@@ -268,7 +268,7 @@ class Search:
         return moved.clamp(0, 1).detach()
 
     @torch.no_grad()
-    def descend(self) -> None:
+    def optimizer_step(self) -> None:
         for name, layer in convs(self.network).items():
             gradient = cast("Tensor", layer.weight.grad)
             if self.phase == "weights":
@@ -279,7 +279,7 @@ class Search:
                 self.roll(name, layer.weight, gradient)
         if self.phase == "mask":  # once a step: attack and update see the same mask
             self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
-            self.show_weights(self.frozen)
+            self.apply_masks(self.frozen)
 
     def roll(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """SGD with momentum and weight decay, on the scores or on the kept weights."""
@@ -357,7 +357,7 @@ class Search:
         return with_temperature(bare, self.split.selection)
 
 
-def scratch_of(recipe: Recipe, trained: Ticket, split: Split, device: torch.device) -> Ticket:
+def scratch_of(recipe: TrainConfig, trained: Ticket, split: Split, device: torch.device) -> Ticket:
     """The pure scratch ticket that a search went through on its way to `trained`: the same masks, over the frozen
     weights that they were found for. Nothing is searched; statistics and temperature are measured.
 
@@ -374,7 +374,7 @@ def scratch_of(recipe: Recipe, trained: Ticket, split: Split, device: torch.devi
             f"{trained.name}: {100 * share:.0f} % of its weights have the sign of those it is said to come from"
         )
     search.masks = {name: mask.to(device) for name, mask in trained.masks.items()}
-    search.show_weights(search.frozen)
+    search.apply_masks(search.frozen)
     search.step = recipe.steps
     return search.ticket()
 
@@ -509,7 +509,7 @@ def load_checkpoint(path: Path, search: Search) -> None:
 
 
 def run(
-    recipe: Recipe, split: Split, folder: Path, report: Report, device: torch.device, start: Ticket | None = None
+    recipe: TrainConfig, split: Split, folder: Path, report: Report, device: torch.device, start: Ticket | None = None
 ) -> Ticket:
     """Runs a search to its end from wherever its checkpoint in `folder` stands."""
     search = Search(recipe, split, device, start)
@@ -519,7 +519,7 @@ def run(
     saved = last = time.monotonic()
     every = max(1, recipe.steps // max(1, recipe.guards))
     while not search.done:
-        loss, right = search.advance()
+        loss, right = search.train_step()
         now = time.monotonic()
         search.seconds += now - last
         report(progress_of(search, loss, right, now - last))
@@ -530,7 +530,7 @@ def run(
             and search.step < recipe.steps
             and search.epsilon() == recipe.epsilon
         ):
-            search = guarded(search, folder, report)
+            search = guard_overfitting(search, folder, report)
             save_checkpoint(folder / "checkpoint.safetensors", search)
             search.seconds += time.monotonic() - last
             saved = last = time.monotonic()
@@ -554,7 +554,7 @@ def progress_of(search: Search, loss: float, right: float, seconds: float) -> St
     )
 
 
-def guarded(search: Search, folder: Path, report: Report) -> Search:
+def guard_overfitting(search: Search, folder: Path, report: Report) -> Search:
     """Catastrophic overfitting (held-out PGD-10 under half of its best): back to the last good state, more noise."""
     good = folder / "good.safetensors"
     clean, robust = search.guard()

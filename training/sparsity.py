@@ -46,13 +46,13 @@ def score_gradient(weight_gradient: Tensor, weight: Tensor, scores: Tensor) -> T
     return weight_gradient * weight * scores.sign()
 
 
-def signed_constant(shape: torch.Size, generator: torch.Generator) -> Tensor:
+def init_weights(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Frozen weights +-sqrt(2 / fan_in) with fair random signs, for a convolution's weight [out, in, h, w]."""
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     return signs * math.sqrt(2 / math.prod(shape[1:]))
 
 
-def first_scores(shape: torch.Size, generator: torch.Generator) -> Tensor:
+def init_scores(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Uniform within +-1/sqrt(fan_in): kaiming_uniform(a=sqrt(5)), as Robust Scratch Tickets starts them."""
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(math.prod(shape[1:]))
 

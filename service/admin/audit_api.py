@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from service.admin.audit_jobs import PAGE, REPORT, WAITING, Jobs
 from service.audit.errors import AuditError, AuditRejected
-from service.web.inference import PlainRoute, as_json
+from service.web.inference import RawRoute, as_json
 
 MAX_REQUEST_BYTES: Final = 65_536
 POLL_S: Final = 0.25
@@ -148,7 +148,7 @@ def told(endpoint: Endpoint) -> Endpoint:
 
 def router(jobs: Jobs) -> APIRouter:
     here = Handlers(jobs)
-    routes = APIRouter(route_class=PlainRoute, tags=["Audits"])
+    routes = APIRouter(route_class=RawRoute, tags=["Audits"])
     table: tuple[tuple[str, Endpoint, str], ...] = (
         ("/admin/audits", here.submit, "POST"),
         ("/admin/audits", here.all, "GET"),

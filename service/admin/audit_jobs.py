@@ -20,11 +20,11 @@ from torch import nn
 from model_store.errors import StoreError
 from model_store.library import Library, open_library
 from model_store.ticket import Ticket, write_atomically
-from service.admin.dataset_store import Datasets
+from service.admin.dataset_store import DatasetStore
 from service.audit import baselines
 from service.audit.config import Audit, read_audit
 from service.audit.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
-from service.audit.evaluation import Member, bench_of
+from service.audit.evaluation import Member, candidates_of
 from service.audit.profiles import (
     check_giga_multiply_adds,
     estimated_seconds,
@@ -32,7 +32,7 @@ from service.audit.profiles import (
     multiply_adds_of,
     plan,
 )
-from service.cpu import LOWEST
+from service.cpu import NICE_AUDIT
 from service.engine.factory import chosen_device
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 ID: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 ATTEMPTS: Final = 3  # starts of one audit before it stays interrupted
 WAIT_S: Final = 2.0  # between looks at the queue where nothing tells of a new audit
-NICENESS: Final = LOWEST  # serving keeps its latency: an audit gets what is left
+NICENESS: Final = NICE_AUDIT  # serving keeps its latency: an audit gets what is left
 PATIENCE_S: Final = 5.0  # from SIGTERM to SIGKILL
 WAITING: Final = ("queued", "running")
 REPORT: Final = "report.json"
@@ -59,7 +59,7 @@ class Jobs:
         """library: the one being served.  url: of the public plane, for black-box attacks."""
         self.settings, self.metrics, self.library = settings, metrics, library
         self.url = None if url is None else reachable(url)
-        self.datasets = Datasets(settings)
+        self.datasets = DatasetStore(settings)
         self.folder = settings.state_dir / "audits"
         self.lock = threading.Lock()
         self.changed = threading.Event()
@@ -118,7 +118,7 @@ class Jobs:
             if self.stopping or self.get(job["id"])["state"] != "queued":
                 return
             self.save({**job, "state": "running", "attempts": job["attempts"] + 1, "started": time.time(), "why": ""})
-            mend(folder / "events.jsonl")
+            truncate_partial_line(folder / "events.jsonl")
             self.process = spawn(folder, job["threads"])
         code = self.watch(self.process)
         with self.lock:
@@ -235,7 +235,7 @@ class Jobs:
 
     def cost(self, asked: Audit, library: Library) -> Json:
         """What it will cost, before it starts. Raises CostRejected."""
-        bench = bench_of(library, outside=self.outside, made=unbuilt)
+        bench = candidates_of(library, outside=self.outside, made=planning_stub)
         compared = baselines.compared(bench, baselines.strengths(library))
         steps, each = plan(asked, bench, compared), multiply_adds_of(library, self.outside)
         by_name = {s.name: s for s in (*compared, *(baselines.single(bench, j) for j in range(len(bench.members))))}
@@ -315,7 +315,7 @@ def named(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve())
 
 
-def mend(path: Path) -> None:
+def truncate_partial_line(path: Path) -> None:
     """Takes away the line that a killed worker began, so that the next one's begins on its own."""
     if path.exists():
         text = path.read_bytes()
@@ -343,6 +343,6 @@ def reachable(url: str) -> str:
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
-def unbuilt(_ticket: Ticket, name: str, _device: torch.device) -> Member:
+def planning_stub(_ticket: Ticket, name: str, _device: torch.device) -> Member:
     """A member without its network: enough to plan on."""
     return Member(name, nn.Identity(), 1.0)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from service.cpu import LOWEST, end_with_the_parent, stand_aside
+from service.cpu import NICE_AUDIT, die_with_parent, set_idle_priority
 
 FAILED: Final = 2
 Json = dict[str, Any]
@@ -16,10 +16,10 @@ Json = dict[str, Any]
 
 def main(folder: Path, niceness: int) -> int:
     """Runs the audit that job.json asks for. Its events, and why it failed, go to events.jsonl."""
-    end_with_the_parent(signal.SIGTERM)  # a killed service takes its audit with it; the next one resumes it
+    die_with_parent(signal.SIGTERM)  # a killed service takes its audit with it; the next one resumes it
     os.nice(niceness)
-    if niceness == LOWEST:
-        stand_aside()
+    if niceness == NICE_AUDIT:
+        set_idle_priority()
     events = folder / "events.jsonl"
 
     def tell(event: Json) -> None:

@@ -18,15 +18,15 @@ from service.admin.audit_api import limited, read_json, told
 from service.admin.audit_jobs import Jobs
 from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
 from service.audit.profiles import PROFILES, Profile, attacks_of
-from service.errors import ClientGone, NotReady
+from service.errors import ClientDisconnected, NotReady
 from service.library_manager import Holder, Serving
-from service.observability.metrics import LOT, OUTCOMES, PREFIX, REASONS, SECONDS, Metrics
+from service.observability.metrics import OUTCOMES, PREFIX, PUBLISH_EVERY, REASONS, SECONDS, Metrics
 from service.settings import Settings
 from service.web import open_inference
-from service.web.body import unless_gone
+from service.web.body import cancel_on_disconnect
 from service.web.classify import PATH
 from service.web.decoder import Decoder
-from service.web.inference import PlainRoute, Probabilities, as_json
+from service.web.inference import Probabilities, RawRoute, as_json
 
 DRAWS: Final = 20  # of theta, for a picture that is tried
 CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
@@ -60,7 +60,7 @@ class Handlers:
                 "traffic": traffic(self.metrics),
                 "queue": self.queue(),
                 "engine": None if serving is None else self.engine(serving),
-                "library": None if serving is None else brief(serving),
+                "library": None if serving is None else library_summary(serving),
                 "draws": None if serving is None else draws(serving, self.metrics),
             }
         )
@@ -100,7 +100,7 @@ class Handlers:
         body = await received(request, self.settings.max_body_bytes)
         rows = np.repeat(await self.decoder.rows([body]), DRAWS, axis=0)
         answer = serving.scheduler.submit(rows, client=CLIENT, deadline=None)
-        return await unless_gone(request.receive, answer)
+        return await cancel_on_disconnect(request.receive, answer)
 
     async def profiles(self, _: Request) -> Response:
         """What an audit can be asked for."""
@@ -130,7 +130,7 @@ async def received(request: Request, limit: int) -> bytes:
     try:
         return b"".join([chunk async for chunk in limited(request, limit)])
     except ClientDisconnect:
-        raise ClientGone from None
+        raise ClientDisconnected from None
 
 
 def summary(profile: Profile) -> Json:
@@ -166,7 +166,7 @@ def buckets(metrics: Metrics) -> Iterator[tuple[dict[str, str], float]]:
                 yield sample.labels, sample.value
 
 
-def brief(serving: Serving) -> Json:
+def library_summary(serving: Serving) -> Json:
     library = serving.library
     return {
         "digest": library.digest,
@@ -185,7 +185,7 @@ def draws(serving: Serving, metrics: Metrics) -> Json:
         drawn, expected = metrics.value("draws_total", **labels), metrics.value("draws_expected_total", **labels)
         rows.append({**labels, "probability": probability, "drawn": drawn, "expected": expected})
     sizes = {str(n): probability for n, probability in size_probabilities(library.policy).items()}
-    return {"lot": LOT, "tickets": rows, "size_law": sizes, "sizes": drawn_sizes(metrics)}
+    return {"lot": PUBLISH_EVERY, "tickets": rows, "size_law": sizes, "sizes": drawn_sizes(metrics)}
 
 
 def drawn_sizes(metrics: Metrics) -> list[float]:
@@ -215,7 +215,7 @@ def spread(found: Probabilities, classes: tuple[str, ...]) -> Json:
 def router(holder: Holder, settings: Settings, metrics: Metrics, jobs: Jobs) -> APIRouter:
     """Before the audits' router, whose /admin/audits/{id} would take the name `cost` for an audit's."""
     here = Handlers(holder, settings, metrics, jobs)
-    routes = APIRouter(route_class=PlainRoute, tags=["Console"])
+    routes = APIRouter(route_class=RawRoute, tags=["Console"])
     routes.add_api_route("/admin/overview", here.overview, methods=["GET"])
     routes.add_api_route("/admin/try", told(here.attempt), methods=["POST"])
     routes.add_api_route("/admin/profiles", here.profiles, methods=["GET"])

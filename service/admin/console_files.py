@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import NotFound
-from service.web.inference import PlainRoute
+from service.web.inference import RawRoute
 
 FOLDER: Final = Path(__file__).parent / "console"
 PAGE: Final = "index.html"
@@ -53,7 +53,7 @@ def router() -> APIRouter:
             raise NotFound
         return found
 
-    routes = APIRouter(route_class=PlainRoute, tags=["Console"])
+    routes = APIRouter(route_class=RawRoute, tags=["Console"])
     routes.add_api_route("/", page, methods=["GET"])
     routes.add_api_route("/console/{name}", file, methods=["GET"])
     return routes

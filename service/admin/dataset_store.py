@@ -16,7 +16,7 @@ CHECKED_IMAGES: Final = 256  # of an upload, decoded before it is kept; arrays a
 Json = dict[str, Any]
 
 
-class Datasets:
+class DatasetStore:
     """configured: a folder whose entries are data sets, or None.  uploads: where uploaded ones are kept."""
 
     def __init__(self, settings: Settings) -> None:

@@ -17,7 +17,7 @@ from model_store.errors import StoreError
 from model_store.library import Library
 from service.errors import Conflict, NotReady, ServiceError, Text
 from service.observability.metrics import Metrics
-from service.web.inference import Holder, PlainRoute, as_json
+from service.web.inference import Holder, RawRoute, as_json
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def describe_policy(library: Library) -> Json:
 
 def router(holder: Holder, metrics: Metrics) -> APIRouter:
     here = Handlers(holder, metrics)
-    routes = APIRouter(route_class=PlainRoute)
+    routes = APIRouter(route_class=RawRoute)
     routes.add_api_route("/metrics", here.show_metrics, methods=["GET"])
     routes.add_api_route("/health/live", here.live, methods=["GET"])
     routes.add_api_route("/health/ready", here.ready, methods=["GET"])

@@ -18,33 +18,33 @@ from model_store.library import Library
 from model_store.ticket import write_atomically
 from service.audit import baselines
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
-from service.audit.attacks.arc import Sweeps
-from service.audit.attacks.autoattack import Standard
-from service.audit.attacks.black_box import BlackBox, HttpOracle, LocalOracle
-from service.audit.attacks.eot import Ascent
-from service.audit.attacks.simple import Corners, Single, Universal
+from service.audit.attacks.arc import ArcConfig
+from service.audit.attacks.autoattack import AutoAttackConfig
+from service.audit.attacks.black_box import HttpOracle, LocalOracle, QueryAttackConfig
+from service.audit.attacks.eot import PgdConfig
+from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.config import Audit, Step, digest_of
 from service.audit.evaluation import (
     CERTAIN,
-    Bench,
-    Draws,
+    AttackTarget,
+    CandidateSet,
+    Defense,
+    DrawSet,
     Member,
     Scores,
-    System,
-    Target,
     as_floats,
-    bench_of,
-    count_through,
+    candidates_of,
     countable,
     distance,
     logits_of,
-    on_grid,
+    quantize_to_uint8,
+    score_exactly,
     scores,
     scoring_draws,
     target_of,
     worst,
 )
-from service.audit.labelled_data import Labelled
+from service.audit.labelled_data import LabelledImages
 from service.audit.profiles import SHARED, giga_multiply_adds, multiply_adds_of, plan
 
 CODE: Final = 4  # of the attacks: a change that changes results makes stored ones stale
@@ -69,7 +69,7 @@ class Outcome:
 
 
 @dataclass
-class Attacked:
+class RawResult:
     """What an attack hands back, before it is put on the grid and scored."""
 
     images: Tensor
@@ -86,7 +86,7 @@ class Run:
         folder: Path,
         audit: Audit,
         library: Library,
-        data: Labelled,
+        data: LabelledImages,
         *,
         device: str = "cpu",
         url: str | None = None,
@@ -94,7 +94,7 @@ class Run:
         tell: Tell = lambda _: None,
         outside: Library | None = None,
         int8_images: Path | None = None,
-        bench: Bench | None = None,
+        bench: CandidateSet | None = None,
     ) -> None:
         """outside: a library of the attacker's own, of the same classes, to transfer from.  int8_images: what the
         service is calibrated on, if it runs in 8 bits.  bench: other networks than the library's, to try the checks on.
@@ -106,7 +106,7 @@ class Run:
         self.data = data
         self.url, self.key, self.int8_images = url, key, int8_images
         self.tell = tell
-        self.bench = bench or bench_of(library, device, outside)
+        self.bench = bench or candidates_of(library, device, outside)
         self.fingerprint = fingerprint(self.bench.members)
         self.strength = baselines.strengths(library)
         self.systems = baselines.compared(self.bench, self.strength)
@@ -119,34 +119,34 @@ class Run:
         self.keys: dict[Step, str] = {}
         self.parts: dict[int, str] = {}
         self.outcomes: list[Outcome] = []
-        self.draws: dict[str, Draws] = {}
+        self.draws: dict[str, DrawSet] = {}
         self.scored: dict[tuple[str, int], tuple[Outcome, Scores]] = {}
         self.scored_clean: dict[str, Scores] = {}
         self.clean_logits = logits_of(self.bench.members, data.pixels, self.bench.device)
 
-    def system(self, name: str) -> System:
+    def system(self, name: str) -> Defense:
         return self.by_name[name]
 
     def cost(self, step: Step) -> float:
         return giga_multiply_adds(step, self.system(step.system), self.multiply_adds)
 
-    def target(self, name: str) -> Target:
+    def target(self, name: str) -> AttackTarget:
         """A system as the attacker sees it."""
         return target_of(self.bench, self.system(name), f"attacker {self.audit.seed} {name}")
 
-    def scoring(self, system: System) -> Draws:
+    def scoring(self, system: Defense) -> DrawSet:
         if system.name not in self.draws:
             self.draws[system.name] = scoring_draws(system, self.audit.defender_seed)
         return self.draws[system.name]
 
-    def scores(self, system: System, outcome: Outcome) -> Scores:
+    def scores(self, system: Defense, outcome: Outcome) -> Scores:
         key = (system.name, id(outcome))
         if key not in self.scored:
             labels = self.data.labels[: outcome.step.images]
             self.scored[key] = (outcome, scores(outcome.logits, labels, self.scoring(system)))
         return self.scored[key][1]
 
-    def clean(self, system: System) -> Scores:
+    def clean(self, system: Defense) -> Scores:
         if system.name not in self.scored_clean:
             self.scored_clean[system.name] = scores(self.clean_logits, self.data.labels, self.scoring(system))
         return self.scored_clean[system.name]
@@ -180,7 +180,7 @@ class Run:
             return load(path, step), False
         began = time.monotonic()
         found = self.run(step)
-        pixels = on_grid(found.images, self.data.pixels[: step.images], step.norm, step.threat.epsilon)
+        pixels = quantize_to_uint8(found.images, self.data.pixels[: step.images], step.norm, step.threat.epsilon)
         logits = logits_of(self.bench.members, pixels, self.bench.device)
         seconds = time.monotonic() - began
         outcome = Outcome(step, pixels, logits, found.trace, found.extra, found.passes, seconds)
@@ -192,7 +192,7 @@ class Run:
         """Changes with anything that changes the attack's result."""
         if step not in self.keys:
             warm = [self.key_of(other) for other in self.before(step)]
-            service = self.url if isinstance(step.settings, BlackBox) else None
+            service = self.url if isinstance(step.settings, QueryAttackConfig) else None
             part = self.part_digest(step.images)
             outside = self.outside and self.outside.digest
             parts = [CODE, step.as_dict(), self.library.digest, outside, part, self.audit.seed, warm, service]
@@ -208,30 +208,30 @@ class Run:
         """The attacks of earlier stages whose images are inside this one's threat model."""
         return [s for s in self.steps if step.warm and s.stage < step.stage and s.epsilon <= step.epsilon]
 
-    def run(self, step: Step) -> Attacked:
+    def run(self, step: Step) -> RawResult:
         target = self.target(step.system)
         part = self.data.first(step.images)
         images, labels = as_floats(part.pixels, self.bench.device), part.labels.to(self.bench.device)
         generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
         warm = [as_floats(self.riskiest(step), self.bench.device)] if step.warm else []
         match step.settings:
-            case Ascent():
-                return ascended(eot.attack(target, images, labels, step.threat, step.settings, generator, warm))
-            case Sweeps():
+            case PgdConfig():
+                return from_pgd(eot.attack(target, images, labels, step.threat, step.settings, generator, warm))
+            case ArcConfig():
                 found, _ = arc.attack(target, images, labels, step.threat, step.settings, generator, warm)
-                return Attacked(found)
-            case Standard():
+                return RawResult(found)
+            case AutoAttackConfig():
                 seed = seed_of("library", self.audit.seed, step.id)
-                return Attacked(autoattack.attack(target, images, labels, step.threat, step.settings, seed))
-            case Single():
+                return RawResult(autoattack.attack(target, images, labels, step.threat, step.settings, seed))
+            case SingleModelPgd():
                 member = target.members[0]
-                return Attacked(simple.attack_member(member, images, labels, step.threat, step.settings, generator))
-            case Universal():
-                return Attacked(simple.universal(target, images, labels, step.threat, step.settings, generator))
-            case Corners():
+                return RawResult(simple.attack_member(member, images, labels, step.threat, step.settings, generator))
+            case UniversalPerturbation():
+                return RawResult(simple.universal(target, images, labels, step.threat, step.settings, generator))
+            case RandomCorners():
                 found, _ = simple.corners(target, images, labels, step.threat, step.settings.count, generator)
-                return Attacked(found)
-            case BlackBox():
+                return RawResult(found)
+            case QueryAttackConfig():
                 return self.query(step, step.settings, part)
 
     def riskiest(self, step: Step) -> Tensor:
@@ -252,7 +252,7 @@ class Run:
             lowest[:n] = torch.minimum(right, lowest[:n])
         return best
 
-    def query(self, step: Step, settings: BlackBox, part: Labelled) -> Attacked:
+    def query(self, step: Step, settings: QueryAttackConfig, part: LabelledImages) -> RawResult:
         seed, system = seed_of("query", self.audit.seed, step.id, settings), self.system(step.system)
         with self.oracle(step) as oracle:
             stops = black_box.attack(oracle, part.pixels, part.labels, step.threat, settings, seed)
@@ -263,7 +263,7 @@ class Run:
             away = (nearest.int() - part.pixels.int()).flatten(1).abs().amax(dim=1).tolist()
             right = self.rights(system, nearest, part.labels).tolist()
             extra["nearest"] = [[size, round(share, 6)] for size, share in zip(away, right, strict=True)]
-        return Attacked(stops[-1].pixels.float() / 255, extra=extra)
+        return RawResult(stops[-1].pixels.float() / 255, extra=extra)
 
     def oracle(self, step: Step) -> HttpOracle | LocalOracle:
         system = self.system(step.system)
@@ -272,14 +272,14 @@ class Run:
         rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
         return LocalOracle(self.bench.members, system.policy, self.bench.device, rng)
 
-    def rights(self, system: System, pixels: Tensor, labels: Tensor) -> Tensor:
+    def rights(self, system: Defense, pixels: Tensor, labels: Tensor) -> Tensor:
         """float64 [n]: p_i of any images on the grid, under the scoring draws."""
         logits = logits_of(self.bench.members, pixels, self.bench.device)
         return scores(logits, labels, self.scoring(system)).right
 
     # What the attacks add up to
 
-    def robust(self, system: System, epsilon: float, images: int, *, shared: bool = False) -> Scores:
+    def robust(self, system: Defense, epsilon: float, images: int, *, shared: bool = False) -> Scores:
         """Each image under the worst of everything tried on it within epsilon (255ths), whatever system it was aimed
         at; the clean image is one of them. An attack on fewer images counts for those.
 
@@ -287,7 +287,7 @@ class Run:
         """
         return worst([found for found, _ in self.reached(system, epsilon, images, shared=shared)])
 
-    def reported(self, system: System, images: int, *, shared: bool = False, clean: bool = False) -> Scores:
+    def reported(self, system: Defense, images: int, *, shared: bool = False, clean: bool = False) -> Scores:
         """`robust` at the headline epsilon, or clean, as it is reported: what was chosen on the scoring draws is scored
         on every state of the law, where there are not too many to count."""
         key = (system.name, images, shared, clean)
@@ -297,12 +297,12 @@ class Run:
             if not self.scoring(system).counted and countable(system.policy):
                 pick = torch.stack([scored.right for scored, _ in candidates]).argmin(dim=0).tolist()
                 chosen = torch.stack([candidates[place][1][:, i] for i, place in enumerate(pick)], dim=1)
-                found = count_through(found, chosen, self.data.labels[:images], system.policy)
+                found = score_exactly(found, chosen, self.data.labels[:images], system.policy)
             self.counted[key] = found
         return self.counted[key]
 
     def reached(
-        self, system: System, epsilon: float, images: int, *, shared: bool = False
+        self, system: Defense, epsilon: float, images: int, *, shared: bool = False
     ) -> list[tuple[Scores, Tensor]]:
         """What was tried within epsilon, the clean images first, with the logits behind each."""
         reached = [(self.clean(system).pick(torch.arange(images)), self.clean_logits)]
@@ -324,12 +324,12 @@ def padded(found: Scores, images: int) -> Scores:
     return Scores(longer(found.right, 1), longer(found.any_wrong, 0), sizes)
 
 
-def ascended(found: eot.Found) -> Attacked:
+def from_pgd(found: eot.Found) -> RawResult:
     trace = {
         "accuracy": [round(1 - risk, 6) for risk in found.risks.mean(dim=1).tolist()],
         "loss": [round(loss, 6) for loss in found.losses.mean(dim=1).tolist()],
     }
-    return Attacked(found.images, trace, {"converged": converged(found)}, found.passes)
+    return RawResult(found.images, trace, {"converged": converged(found)}, found.passes)
 
 
 def converged(found: eot.Found) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from service.audit.errors import AuditError, AuditRejected
 
 if TYPE_CHECKING:
-    from service.audit.labelled_data import Labelled
+    from service.audit.labelled_data import LabelledImages
 
 Json = dict[str, Any]
 BELOW: Final = 3  # exit code: the figure is below --fail-under
@@ -113,7 +113,7 @@ def local(given: argparse.Namespace) -> Json:
     asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
     library = open_library(given.library or read_settings({}).library)
     outside = open_library(given.outside) if given.outside else None
-    data: Labelled = labelled(asked, library, Path(given.data) if given.data else None)
+    data: LabelledImages = labelled(asked, library, Path(given.data) if given.data else None)
     print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
     print(f"device {device}, {cores_used[0]} cores, seed {asked.seed}, profile {asked.profile}")
     with Shown() as shown:

@@ -8,15 +8,23 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
 from model_store.attacks import Norm, ThreatModel
-from service.audit.attacks.arc import Sweeps
-from service.audit.attacks.autoattack import Standard
-from service.audit.attacks.black_box import BlackBox
-from service.audit.attacks.eot import Ascent
-from service.audit.attacks.simple import Corners, Single, Universal
+from service.audit.attacks.arc import ArcConfig
+from service.audit.attacks.autoattack import AutoAttackConfig
+from service.audit.attacks.black_box import QueryAttackConfig
+from service.audit.attacks.eot import PgdConfig
+from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.errors import AuditRejected
 
 ProfileName = Literal["smoke", "standard", "full"]
-Settings = Ascent | Sweeps | Standard | Single | Universal | Corners | BlackBox
+Settings = (
+    PgdConfig
+    | ArcConfig
+    | AutoAttackConfig
+    | SingleModelPgd
+    | UniversalPerturbation
+    | RandomCorners
+    | QueryAttackConfig
+)
 PROFILES: Final[tuple[ProfileName, ...]] = get_args(ProfileName)
 EPSILONS: Final[dict[Norm, tuple[float, ...]]] = {
     "linf": (0.0, 2.0, 4.0, 8.0, 12.0, 20.0),
@@ -111,9 +119,9 @@ class Step:
     def id(self) -> str:
         size = f"{self.norm} {self.epsilon:g}/255, {self.images} images"
         match self.settings:
-            case Ascent(steps=steps, restarts=restarts):
+            case PgdConfig(steps=steps, restarts=restarts):
                 return f"{self.name} on {self.system}, {size}, {steps} steps, {restarts} restarts"
-            case BlackBox(averages=averages):
+            case QueryAttackConfig(averages=averages):
                 return f"{self.name} on {self.system}, {size}, q = {averages}"
             case _:
                 return f"{self.name} on {self.system}, {size}"

@@ -50,11 +50,11 @@ class Member:
     def held(self, image: Tensor) -> int:
         """Bytes that one image's forward pass keeps for the backward pass, weights apart. image: [1, 3, 32, 32]."""
         if image.shape not in self.known:
-            self.known[image.shape] = held_by(self, image)
+            self.known[image.shape] = graph_bytes(self, image)
         return self.known[image.shape]
 
 
-def held_by(member: Member, image: Tensor) -> int:
+def graph_bytes(member: Member, image: Tensor) -> int:
     weights = {weight.data_ptr() for weight in member.network.state_dict().values()}
     kept: dict[int, int] = {}
 
@@ -71,7 +71,7 @@ def held_by(member: Member, image: Tensor) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class CandidateSet:
     """The tickets, in the library's order, behind them its baselines, and last `outside` networks that only an attacker
     holds: attacks made on them are tried on ours."""
 
@@ -93,7 +93,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Draws:
+class DrawSet:
     """rows: float32 [R, M], one theta a row.  weights: float64 [R], their probabilities, summing to 1.
     counted: whether the rows are all the states there are, so that the figures are exact."""
 
@@ -106,12 +106,12 @@ class Draws:
         """[R]: n, the members of each draw."""
         return self.rows.sum(dim=1)
 
-    def to(self, device: torch.device) -> "Draws":
-        return Draws(self.rows.to(device), self.weights.to(device), self.counted)
+    def to(self, device: torch.device) -> "DrawSet":
+        return DrawSet(self.rows.to(device), self.weights.to(device), self.counted)
 
 
 @dataclass(frozen=True)
-class System:
+class Defense:
     """A randomised (or fixed) classifier over a bench: its law, and why it is here."""
 
     name: str
@@ -125,11 +125,11 @@ class System:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class AttackTarget:
     """What an attack sees: the members that a system can draw, and the attacker's own draws over them."""
 
     members: tuple[Member, ...]
-    draws: Draws
+    draws: DrawSet
 
     def batch(self, images: Tensor) -> int:
         """How many of these images' graphs through all members fit into memory together."""
@@ -150,7 +150,7 @@ class Target:
         if len(self.members) == 1 or images.device.type != "cpu":
             return torch.stack([member(images) for member in self.members])
         if torch.is_grad_enabled() and images.requires_grad:
-            return cast("Tensor", SideBySide.apply(images, self.members))
+            return cast("Tensor", ParallelForward.apply(images, self.members))
         return torch.stack(list(workers().map(lambda member: plain(member, images), self.members)))
 
 
@@ -179,7 +179,7 @@ def plain(member: Member, images: Tensor) -> Tensor:
     return member(images)
 
 
-class SideBySide(torch.autograd.Function):
+class ParallelForward(torch.autograd.Function):
     """All members' logits, [M, N, classes], forwards and backwards in threads; summed in the members' order."""
 
     @staticmethod
@@ -207,12 +207,12 @@ def member_of(ticket: Ticket, name: str, device: torch.device) -> Member:
     return Member(name, network, ticket.temperature)
 
 
-def bench_of(
+def candidates_of(
     library: Library,
     device: torch.device | str = "cpu",
     outside: Library | None = None,
     made: Callable[[Ticket, str, torch.device], Member] = member_of,
-) -> Bench:
+) -> CandidateSet:
     """outside: a library of the attacker's own.  made: makes a member of a ticket. Raises AuditRejected if the two
     libraries have not the same classes."""
     if outside is not None and outside.classes != library.classes:
@@ -222,7 +222,7 @@ def bench_of(
     members = tuple(made(ticket, name, where) for name, ticket in rows)
     structures = tuple(ticket.structure.name for _, ticket in rows)
     theirs = len(rows) - len(everything(library))
-    return Bench(members, len(library.tickets), structures, library.policy, where, theirs)
+    return CandidateSet(members, len(library.tickets), structures, library.policy, where, theirs)
 
 
 def everything(library: Library, outside: Library | None = None) -> list[tuple[str, Ticket]]:
@@ -242,19 +242,19 @@ def widened(policy: Policy, members: int) -> Policy:
 # Draws
 
 
-def draws_of(policy: Policy, count: int, rng: random.Random) -> Draws:
+def draws_of(policy: Policy, count: int, rng: random.Random) -> DrawSet:
     """All the states of a small law, with their probabilities; `count` draws of a large one."""
     if not policy.replacement and states(policy) <= COUNTED:
         return enumerated(policy)
     rows = draw_matrix(policy, count, rng)
-    return Draws(rows, torch.full((count,), 1 / count, dtype=torch.float64), counted=False)
+    return DrawSet(rows, torch.full((count,), 1 / count, dtype=torch.float64), counted=False)
 
 
-def enumerated(policy: Policy) -> Draws:
+def enumerated(policy: Policy) -> DrawSet:
     found = list(every_state(policy))
     rows = matrix([theta for theta, _ in found], policy.tickets)
     weights = torch.tensor([p for _, p in found], dtype=torch.float64)
-    return Draws(rows, weights / weights.sum(), counted=True)
+    return DrawSet(rows, weights / weights.sum(), counted=True)
 
 
 def every_state(policy: Policy) -> Iterator[tuple[Theta, float]]:
@@ -288,16 +288,16 @@ def states_over(options: Sequence[Sequence[Option]]) -> Iterator[Option]:
         yield members, math.prod(p for _, p in state)
 
 
-def target_of(bench: Bench, system: System, seed: str) -> Target:
+def target_of(bench: CandidateSet, system: Defense, seed: str) -> AttackTarget:
     """seed: of the attacker's own draws (set A). Scoring never sees them."""
     used = system.used
     draws = draws_of(system.policy, ATTACK_DRAWS, random.Random(seed)).to(bench.device)
-    return Target(
-        tuple(bench.members[index] for index in used), Draws(draws.rows[:, list(used)], draws.weights, draws.counted)
+    return AttackTarget(
+        tuple(bench.members[index] for index in used), DrawSet(draws.rows[:, list(used)], draws.weights, draws.counted)
     )
 
 
-def scoring_draws(system: System, seed: int) -> Draws:
+def scoring_draws(system: Defense, seed: int) -> DrawSet:
     """Set B: the defender's draws, which depend on nothing of the attacker's."""
     return draws_of(system.policy, SCORING_DRAWS, random.Random(f"defender {seed} {system.name}"))
 
@@ -325,7 +325,7 @@ def as_floats(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.no_grad()
-def wrong(logits: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+def wrong(logits: Tensor, labels: Tensor, draws: DrawSet) -> Tensor:
     """bool [R, N]: under which draws which images are misclassified.
 
     logits: [M, N, classes]. Raises ValueError on a logit that is not finite: its argmax would mean nothing.
@@ -337,7 +337,7 @@ def wrong(logits: Tensor, labels: Tensor, draws: Draws) -> Tensor:
     return torch.cat(parts)
 
 
-def failure(logits: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+def failure(logits: Tensor, labels: Tensor, draws: DrawSet) -> Tensor:
     """float64 [N]: 1 - p_i, the chance over theta that the image is misclassified."""
     return draws.weights @ wrong(logits, labels, draws).to(torch.float64)
 
@@ -358,7 +358,7 @@ class Scores:
         return Scores(self.right[index], self.any_wrong[index], sizes)
 
 
-def scores(logits: Tensor, labels: Tensor, draws: Draws) -> Scores:
+def scores(logits: Tensor, labels: Tensor, draws: DrawSet) -> Scores:
     failed = wrong(logits, labels, draws)
     by_size = {}
     for n in sorted({int(size) for size in draws.sizes.tolist()}):
@@ -375,7 +375,7 @@ def countable(policy: Policy) -> bool:
 
 
 @torch.no_grad()
-def count_through(found: Scores, logits: Tensor, labels: Tensor, policy: Policy) -> Scores:
+def score_exactly(found: Scores, logits: Tensor, labels: Tensor, policy: Policy) -> Scores:
     """The same images under every state of a large law: what was chosen on draws is scored on all there is.
 
     logits: [M, N, classes]. The groups are taken in two halves: a state is a pair of their sums.
@@ -425,7 +425,7 @@ def worst(several: Sequence[Scores]) -> Scores:
 # The grid that an image file can carry
 
 
-def on_grid(images: Tensor, clean: Tensor, norm: str, epsilon: float) -> Tensor:
+def quantize_to_uint8(images: Tensor, clean: Tensor, norm: str, epsilon: float) -> Tensor:
     """uint8 [N, 3, 32, 32]: the nearest images an 8-bit file can hold that are still inside the threat model.
 
     images: floats in [0, 1].  clean: uint8.

@@ -33,7 +33,7 @@ Read = Callable[[str], bytes]
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImages:
     """pixels: uint8 [N, 3, 32, 32].  labels: int64 [N], indices of the library's classes.  ids: N names.
 
     origin: what the images are, in words.  held_out: whether they lay under test/, so that no search has seen them.
@@ -56,13 +56,13 @@ class Labelled:
         state.update(self.labels.numpy().tobytes())
         return state.hexdigest()
 
-    def first(self, count: int) -> "Labelled":
-        return Labelled(
+    def first(self, count: int) -> "LabelledImages":
+        return LabelledImages(
             self.name, self.origin, self.pixels[:count], self.labels[:count], self.ids[:count], self.held_out
         )
 
 
-def read_data(path: Path, classes: Sequence[str], images: int) -> Labelled:
+def read_data(path: Path, classes: Sequence[str], images: int) -> LabelledImages:
     """The first `images` of a data set, dealt class by class in the order of their names, so that every prefix is
     balanced. Raises DataRejected, naming the file, what was found and what was expected."""
     try:
@@ -77,7 +77,7 @@ def read_data(path: Path, classes: Sequence[str], images: int) -> Labelled:
         raise DataRejected(f"{path.name}: cannot be read ({error.strerror})") from None
 
 
-def read_folder(path: Path, classes: Sequence[str], images: int) -> Labelled:
+def read_folder(path: Path, classes: Sequence[str], images: int) -> LabelledImages:
     root = path.resolve()
     files = {str(file.relative_to(root)): file for file in sorted(root.rglob("*")) if regular(file, root)}
     if len(files) > MAX_FILES:
@@ -95,7 +95,7 @@ def bounded(name: str, file: Path) -> bytes:
     return file.read_bytes()
 
 
-def read_zip(path: Path, classes: Sequence[str], images: int) -> Labelled:
+def read_zip(path: Path, classes: Sequence[str], images: int) -> LabelledImages:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {item.filename: item for item in archive.infolist() if not item.is_dir()}
@@ -118,7 +118,7 @@ def unzipped(archive: zipfile.ZipFile, item: zipfile.ZipInfo, most: int = MAX_FI
     return data
 
 
-def read_tree(where: str, names: Sequence[str], read: Read, classes: Sequence[str], images: int) -> Labelled:
+def read_tree(where: str, names: Sequence[str], read: Read, classes: Sequence[str], images: int) -> LabelledImages:
     found = under_classes(names)
     held_out = any(parts[-3:-2] == ("test",) for parts in found.values())
     if held_out:
@@ -130,7 +130,7 @@ def read_tree(where: str, names: Sequence[str], read: Read, classes: Sequence[st
     pixels = torch.stack([decoded(where, name, read(name)) for name, _ in chosen])
     labels = torch.tensor([label for _, label in chosen])
     ids = tuple("/".join(found[name][-3:]) for name, _ in chosen)
-    return Labelled(where, f"files of {where}", pixels, labels, ids, held_out)
+    return LabelledImages(where, f"files of {where}", pixels, labels, ids, held_out)
 
 
 def under_classes(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -170,7 +170,7 @@ def decoded(where: str, name: str, data: bytes) -> Tensor:
 # npz
 
 
-def read_npz(path: Path, classes: Sequence[str], images: int) -> Labelled:
+def read_npz(path: Path, classes: Sequence[str], images: int) -> LabelledImages:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {name: read_array(archive, name, path.name) for name in ("images", "labels")}
@@ -184,7 +184,9 @@ def read_npz(path: Path, classes: Sequence[str], images: int) -> Labelled:
         by_class.setdefault(label, []).append(f"{place:07d}")
     index = [int(name) for name, _ in dealt(by_class, images)]
     ids = tuple(f"{path.stem}/{place}" for place in index)
-    return Labelled(path.name, f"arrays of {path.name}", pixels[index].contiguous(), labels[index], ids, held_out=False)
+    return LabelledImages(
+        path.name, f"arrays of {path.name}", pixels[index].contiguous(), labels[index], ids, held_out=False
+    )
 
 
 def read_array(archive: zipfile.ZipFile, name: str, where: str) -> NDArray[Any]:
@@ -233,7 +235,7 @@ def as_labels(where: str, array: NDArray[Any], classes: int) -> Tensor:
 # Where nothing is configured
 
 
-def generated(images: int, seed: int, label: Callable[[Tensor], Tensor]) -> Labelled:
+def generated(images: int, seed: int, label: Callable[[Tensor], Tensor]) -> LabelledImages:
     """Smooth random colours, labelled with what the ensemble itself says of them: clean accuracy means nothing here,
     and a robust accuracy only says that the attacks run and bite.
 
@@ -245,4 +247,4 @@ def generated(images: int, seed: int, label: Callable[[Tensor], Tensor]) -> Labe
     pixels = (smooth * 255).round().to(torch.uint8)
     ids = tuple(f"{GENERATED}/{seed}/{index}" for index in range(images))
     origin = "generated smooth colours, labelled by the ensemble's own most frequent answer: no measure of accuracy"
-    return Labelled(GENERATED, origin, pixels, label(pixels), ids, held_out=True)
+    return LabelledImages(GENERATED, origin, pixels, label(pixels), ids, held_out=True)

@@ -8,15 +8,15 @@ from model_store.attacks import Norm
 from model_store.library import Library
 from model_store.policy import expected_size
 from model_store.structures import multiply_adds
-from service.audit.attacks.arc import Sweeps
-from service.audit.attacks.autoattack import Standard
-from service.audit.attacks.black_box import BlackBox
-from service.audit.attacks.eot import Ascent, Reach
-from service.audit.attacks.simple import Corners, Single, Universal
+from service.audit.attacks.arc import ArcConfig
+from service.audit.attacks.autoattack import AutoAttackConfig
+from service.audit.attacks.black_box import QueryAttackConfig
+from service.audit.attacks.eot import PgdConfig, Reach
+from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.baselines import BEST, COST, MEAN, OURS, single
 from service.audit.config import ATTACKS, LARGEST, Audit, ProfileName, Settings, Step
 from service.audit.errors import AuditRejected
-from service.audit.evaluation import Bench, System, everything
+from service.audit.evaluation import CandidateSet, Defense, everything
 
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
 FAR: Final[dict[Norm, tuple[float, float]]] = {"linf": (64.0, 128.0), "l2": (1020.0, 2040.0)}  # 255ths, for the checks
@@ -26,7 +26,7 @@ Named = tuple[tuple[str, Settings], ...]
 
 CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 500, "full": 900}  # of all members, an image
 
-PAPER: Final = Ascent("mean-candidates", steps=20, step=0.25)
+PAPER: Final = PgdConfig("mean-candidates", steps=20, step=0.25)
 REACH: Final = Reach("mean-loss", steps=60, schedule="adaptive")
 
 
@@ -57,20 +57,20 @@ class Profile:
     sweep: bool = True
 
 
-def apgd(loss: str, steps: int, restarts: int = 1) -> Ascent:
-    return Ascent(loss, steps=steps, restarts=restarts, schedule="adaptive")
+def apgd(loss: str, steps: int, restarts: int = 1) -> PgdConfig:
+    return PgdConfig(loss, steps=steps, restarts=restarts, schedule="adaptive")
 
 
-def refine(steps: int) -> Ascent:
+def refine(steps: int) -> PgdConfig:
     """On the smoothed risk, from the riskiest images found before."""
-    return Ascent("risk", steps=steps, step=0.125, restarts=0, momentum=0.75)
+    return PgdConfig("risk", steps=steps, step=0.125, restarts=0, momentum=0.75)
 
 
 def asking(method: Literal["square", "hopskipjump"], probes: int) -> Named:
-    return tuple((f"{method}-queries", BlackBox(method, q, probes)) for q in (1, 5, 20))
+    return tuple((f"{method}-queries", QueryAttackConfig(method, q, probes)) for q in (1, 5, 20))
 
 
-EACH: Final[Named] = (("fgsm", Single(steps=0)), ("pgd-20", Single(steps=20)))
+EACH: Final[Named] = (("fgsm", SingleModelPgd(steps=0)), ("pgd-20", SingleModelPgd(steps=20)))
 SMOKE: Final = Profile(
     about="a minute: whether the attacks run and bite, no figure to quote",
     images=8,
@@ -79,7 +79,7 @@ SMOKE: Final = Profile(
     queried_images=2,
     far_images=2,
     check_images=4,
-    shared=(("eot-mean-loss", Ascent("mean-loss", steps=5, step=0.5)), ("eot-risk", refine(5))),
+    shared=(("eot-mean-loss", PgdConfig("mean-loss", steps=5, step=0.5)), ("eot-risk", refine(5))),
     swept=(),
     each=EACH[:1],
     ours=(("paper-eot", PAPER),),
@@ -99,18 +99,18 @@ STANDARD: Final = Profile(
     ours=(
         ("paper-eot", PAPER),
         ("eot-hinge", apgd("hinge", 20)),
-        ("apgd-ce", Standard("apgd-ce", "soft-vote", 20)),
+        ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 20)),
         ("eot-risk", refine(30)),
-        ("arc", Sweeps(sweeps=4, candidates=4)),
+        ("arc", ArcConfig(sweeps=4, candidates=4)),
     ),
     few=(
-        ("apgd-t", Standard("apgd-t", "mean-logits", 20, targets=3)),
-        ("fab-t", Standard("fab-t", "mean-logits", 10, targets=2)),
-        ("square", Standard("square", "soft-vote", 300)),
-        ("noise", Corners(30)),
+        ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", 20, targets=3)),
+        ("fab-t", AutoAttackConfig("fab-t", "mean-logits", 10, targets=2)),
+        ("square", AutoAttackConfig("square", "soft-vote", 300)),
+        ("noise", RandomCorners(30)),
     ),
     queries=(*asking("square", 300), *asking("hopskipjump", 250)),
-    universal=(("universal", Universal(epochs=12)),),
+    universal=(("universal", UniversalPerturbation(epochs=12)),),
 )
 FULL: Final = Profile(
     about="a night on two cores with the compact library",
@@ -132,20 +132,20 @@ FULL: Final = Profile(
         ("eot-mean-output", apgd("mean-output", 50)),
         ("eot-mean-loss-normalised", apgd("mean-loss-normalised", 50)),
         ("eot-hinge", apgd("hinge", 60, restarts=4)),
-        ("apgd-ce", Standard("apgd-ce", "soft-vote", 100)),
-        ("apgd-dlr", Standard("apgd-dlr", "mean-logits", 100)),
+        ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 100)),
+        ("apgd-dlr", AutoAttackConfig("apgd-dlr", "mean-logits", 100)),
         ("eot-risk", refine(50)),
-        ("arc", Sweeps(sweeps=10, candidates=8)),
+        ("arc", ArcConfig(sweeps=10, candidates=8)),
     ),
     few=(
-        ("apgd-t", Standard("apgd-t", "mean-logits", 50, targets=9)),
-        ("fab-t", Standard("fab-t", "mean-logits", 20, targets=9)),
-        ("square", Standard("square", "soft-vote", 1000)),
-        ("noise", Corners(10_000)),
+        ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", 50, targets=9)),
+        ("fab-t", AutoAttackConfig("fab-t", "mean-logits", 20, targets=9)),
+        ("square", AutoAttackConfig("square", "soft-vote", 1000)),
+        ("noise", RandomCorners(10_000)),
     ),
     queries=(*asking("square", 1000), *asking("hopskipjump", 1000)),
     asked=(COST, MEAN),
-    universal=(("universal", Universal(epochs=20)),),
+    universal=(("universal", UniversalPerturbation(epochs=20)),),
 )
 PROFILES: Final[dict[ProfileName, Profile]] = {"smoke": SMOKE, "standard": STANDARD, "full": FULL}
 SHARED: Final = 1  # the last stage of what every compared system faces alike
@@ -156,7 +156,7 @@ def images_of(audit: Audit) -> int:
     return audit.images or PROFILES[audit.profile].images
 
 
-def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
+def plan(audit: Audit, bench: CandidateSet, systems: Sequence[Defense]) -> list[Step]:
     """Every attack, stage by stage, so that warm starts find what they start from: 0 and 1 what all systems face, cold
     and warm, 2 to 5 what is aimed at ours alone: cold, warm, the attack that never gives up a gain, the far end.
 
@@ -165,14 +165,14 @@ def plan(audit: Audit, bench: Bench, systems: Sequence[System]) -> list[Step]:
     profile, count = PROFILES[audit.profile], images_of(audit)
     refuse_missing(audit, profile)
     targets = [system.name for system in systems]
-    singles = [single(bench, index).name for index in alone_asked(audit, bench)]
+    singles = [single(bench, index).name for index in headline_steps(audit, bench)]
     steps: list[Step] = several(audit, profile.each, singles, audit.headline, count)
     for epsilon in (e for e in audit.epsilons if e > 0 and (profile.sweep or e == audit.headline)):
         main = epsilon == audit.headline
         images = count if main else min(count, profile.swept_images)
         steps += several(audit, profile.shared if main else profile.swept, targets, epsilon, images)
     steps += alone(audit, profile, count)
-    steps += far_end(audit, min(count, profile.far_images))
+    steps += large_epsilon_steps(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
 
 
@@ -197,7 +197,7 @@ def refuse_missing(audit: Audit, profile: Profile) -> None:
             )
 
 
-def alone_asked(audit: Audit, bench: Bench) -> list[int]:
+def headline_steps(audit: Audit, bench: CandidateSet) -> list[int]:
     """The members to attack one by one: those that the audit names, or all. Raises AuditRejected."""
     for name in audit.tickets:
         if name not in bench.names:
@@ -209,7 +209,9 @@ def alone(audit: Audit, profile: Profile, count: int) -> list[Step]:
     """What is aimed at ours at the headline epsilon, and what is set beside it."""
     epsilon, few, asked = audit.headline, min(count, profile.few_images), min(count, profile.queried_images)
     queries = queries_of(profile, audit.norm)
-    fixed = tuple(pair for pair in queries if isinstance(pair[1], BlackBox) and pair[1].averages == 1)  # answers alike
+    fixed = tuple(
+        pair for pair in queries if isinstance(pair[1], QueryAttackConfig) and pair[1].averages == 1
+    )  # answers alike
     return [
         *several(audit, profile.ours, [OURS], epsilon, count, after=2),
         *several(audit, profile.few, [OURS], epsilon, few, after=2),
@@ -219,7 +221,7 @@ def alone(audit: Audit, profile: Profile, count: int) -> list[Step]:
     ]
 
 
-def far_end(audit: Audit, images: int) -> list[Step]:
+def large_epsilon_steps(audit: Audit, images: int) -> list[Step]:
     """Each size from where the one before it came."""
     reach = (("eot-mean-loss", REACH),)
     return [
@@ -260,24 +262,24 @@ def multiply_adds_of(library: Library, outside: Library | None = None) -> list[i
 def forwards(step: Step, drawn: float, members: int) -> float:
     """Forwards of one image through each member that the attack asks for. drawn: members of a draw."""
     match step.settings:
-        case Ascent(steps=steps, restarts=restarts, ends_early=ends_early):
+        case PgdConfig(steps=steps, restarts=restarts, ends_early=ends_early):
             return 2 + (OPEN if ends_early else 1) * GRADIENT * (steps + 1) * (restarts + step.warm)
-        case Sweeps(sweeps=sweeps, candidates=candidates):
+        case ArcConfig(sweeps=sweeps, candidates=candidates):
             return OPEN * sweeps * (1 + candidates * (2 + GRADIENT * drawn / members))
-        case Standard(method=method, iterations=iterations, restarts=restarts, targets=targets):
+        case AutoAttackConfig(method=method, iterations=iterations, restarts=restarts, targets=targets):
             each = 1 if method == "square" else GRADIENT + (method == "fab-t")
             return OPEN * each * iterations * restarts * (targets if method.endswith("-t") else 1)
-        case Single(steps=steps, restarts=restarts):
+        case SingleModelPgd(steps=steps, restarts=restarts):
             return GRADIENT * max(1, steps) * restarts
-        case Universal(epochs=epochs):
+        case UniversalPerturbation(epochs=epochs):
             return epochs * (GRADIENT + 1) / 2
-        case Corners(count=count):
+        case RandomCorners(count=count):
             return 1 + count
-        case BlackBox(averages=averages, probes=probes):
+        case QueryAttackConfig(averages=averages, probes=probes):
             return probes * (1 - (1 - drawn / members) ** averages)
 
 
-def giga_multiply_adds(step: Step, system: System, each: Sequence[int]) -> float:
+def giga_multiply_adds(step: Step, system: Defense, each: Sequence[int]) -> float:
     """What one attack costs, scoring included."""
     used = system.used
     attack = forwards(step, expected_size(system.policy), len(used)) * sum(each[index] for index in used)

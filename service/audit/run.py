@@ -17,8 +17,8 @@ from service.audit.attack_runner import Json, Run, Tell
 from service.audit.checks.run import inspect
 from service.audit.config import Audit
 from service.audit.errors import DataRejected
-from service.audit.evaluation import bench_of, cores_used, logits_of, scoring_draws
-from service.audit.labelled_data import Labelled
+from service.audit.evaluation import candidates_of, cores_used, logits_of, scoring_draws
+from service.audit.labelled_data import LabelledImages
 from service.audit.profiles import check_giga_multiply_adds, estimated_seconds, images_of
 from service.audit.report import html_report, plots, summary
 
@@ -26,7 +26,7 @@ REPORT: Final = "report.json"
 PAGE: Final = "report.html"
 
 
-def labelled(audit: Audit, library: Library, path: Path | None) -> Labelled:
+def labelled(audit: Audit, library: Library, path: Path | None) -> LabelledImages:
     """The images to attack. Without a path, generated ones, for a smoke test alone."""
     if path is not None:
         return sets.read_data(path, library.classes, images_of(audit))
@@ -37,7 +37,7 @@ def labelled(audit: Audit, library: Library, path: Path | None) -> Labelled:
 
 def majority(library: Library, pixels: Tensor) -> Tensor:
     """What the ensemble says most often, int64 [N]."""
-    bench = bench_of(library)
+    bench = candidates_of(library)
     draws = scoring_draws(baselines.ours(bench), 0)
     said = predictions(combine(logits_of(bench.members, pixels, bench.device), draws.rows))
     classes = len(library.classes)
@@ -49,7 +49,7 @@ def audit(
     folder: Path,
     asked: Audit,
     library: Library,
-    data: Labelled,
+    data: LabelledImages,
     *,
     device: str = "cpu",
     url: str | None = None,

@@ -40,7 +40,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class RunningServer:
     """A server that runs, by the two addresses it announced."""
 
     public: str
@@ -56,7 +56,7 @@ class Place:
 
 
 @contextmanager
-def server(flags: Sequence[str]) -> Iterator[Place]:
+def server(flags: Sequence[str]) -> Iterator[RunningServer]:
     """`python -m service serve` on free ports. Raises SettingsRejected if it does not come up."""
     with tempfile.TemporaryDirectory() as state:
         command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
@@ -69,13 +69,13 @@ def server(flags: Sequence[str]) -> Iterator[Place]:
                 process.terminate()
 
 
-def announced(process: "subprocess.Popen[str]") -> Place:
+def announced(process: "subprocess.Popen[str]") -> RunningServer:
     said: dict[str, str] = {}
     for line in process.stdout or ():
         name, _, rest = line.partition(" ")
         said[name] = rest.split()[0] if rest.split() else ""
         if name == "Ready:":
-            return Place(said["public"], said["admin"])
+            return RunningServer(said["public"], said["admin"])
     raise SettingsRejected("bench capacity: the server did not come up; what it said is above")
 
 
@@ -94,7 +94,7 @@ def bodies() -> dict[str, tuple[bytes, int]]:
     return {"one": (image, 1), "many": (many, BATCH)}
 
 
-def ask(place: Place, body: bytes, images: int, total: int) -> None:
+def ask(place: RunningServer, body: bytes, images: int, total: int) -> None:
     """`total` images, `images` a request. Raises SettingsRejected if the server turns any away."""
     left = iter(range(math.ceil(total / images)))
     lock, refused = threading.Lock(), []
@@ -120,7 +120,7 @@ def ask(place: Place, body: bytes, images: int, total: int) -> None:
         raise SettingsRejected(f"bench capacity: expected answers only, got {len(refused)} refusals, as {refused[0]}")
 
 
-def cost(place: Place, body: bytes, images: int, total: int) -> Json:
+def cost(place: RunningServer, body: bytes, images: int, total: int) -> Json:
     """Of `total` images, after a few to warm up. Raises SettingsRejected where the process cannot count its time."""
     ask(place, body, images, max(ROWS, total // 10))
     before, begun = place.metrics(), time.perf_counter()

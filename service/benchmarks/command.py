@@ -34,7 +34,7 @@ from service.engine.factory import engine_threads, open_engine, open_served
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
 
-ASKERS: Final = 32
+CONCURRENT_CLIENTS: Final = 32
 FLAGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")
 
 
@@ -139,7 +139,7 @@ def raw_engine(
     networks = [ticket.network() for ticket in library.tickets]
     plain = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
     grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.window_rows))
-    asked = given.images / timed(lambda: asyncio.run(waited_for(library, engine, settings, images)))
+    asked = given.images / timed(lambda: asyncio.run(scheduler_throughput(library, engine, settings, images)))
     figures = {
         "images": given.images,
         "seed": given.seed,
@@ -148,12 +148,12 @@ def raw_engine(
         "plain_loop_images_per_s": round(plain, 1),
         "engine_images_per_s": round(grouped, 1),
         "ratio": round(grouped / plain, 2),
-        "askers": ASKERS,
+        "askers": CONCURRENT_CLIENTS,
         "without_http_images_per_s": round(asked, 1),
     }
     return figures, (
         f"engine {grouped:.0f} images/s, plain loop {plain:.0f}: {grouped / plain:.1f} times; "
-        f"{asked:.0f} for {ASKERS} who wait for answers, without HTTP"
+        f"{asked:.0f} for {CONCURRENT_CLIENTS} who wait for answers, without HTTP"
     )
 
 
@@ -196,7 +196,7 @@ def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int)
         list(pool.map(window, range(0, len(images), size)))
 
 
-async def waited_for(library: Library, engine: Engine, settings: Settings, images: Rows) -> None:
+async def scheduler_throughput(library: Library, engine: Engine, settings: Settings, images: Rows) -> None:
     """Each asker takes the next image when the last is answered."""
     left = iter(images)
     async with scheduling(Scheduler, library, engine, settings) as scheduler:
@@ -205,7 +205,7 @@ async def waited_for(library: Library, engine: Engine, settings: Settings, image
             for image in left:
                 await scheduler.submit(image[None], client="bench")
 
-        await asyncio.gather(*(asker() for _ in range(ASKERS)))
+        await asyncio.gather(*(asker() for _ in range(CONCURRENT_CLIENTS)))
 
 
 # What digits tell

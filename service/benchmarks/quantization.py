@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from model_store.attacks import ThreatModel
 from model_store.library import Library
-from service.audit.attacks.simple import Single, attack_member
-from service.audit.evaluation import Member, as_floats, bench_of, on_grid
-from service.audit.labelled_data import Labelled, read_data
+from service.audit.attacks.simple import SingleModelPgd, attack_member
+from service.audit.evaluation import Member, as_floats, candidates_of, quantize_to_uint8
+from service.audit.labelled_data import LabelledImages, read_data
 from service.audit.stats import paired
 from service.engine.base import Engine, Rows
 from service.engine.factory import CALIBRATION_IMAGES
@@ -29,19 +29,19 @@ Right = NDArray[np.float64]  # [N], 1 or 0
 Answers = Callable[[int, Rows], NDArray[np.float32]]
 
 
-def measured_images(path: Path, library: Library, images: int) -> tuple[Labelled, Rows]:
+def measured_images(path: Path, library: Library, images: int) -> tuple[LabelledImages, Rows]:
     """The first `images`, and the CALIBRATION_IMAGES after them, which are never measured."""
     data = read_data(path, library.classes, images + CALIBRATION_IMAGES)
     return data.first(len(data) - CALIBRATION_IMAGES), data.pixels[-CALIBRATION_IMAGES:].numpy()
 
 
-def compare(library: Library, exact: Engine, rounded: Engine, data: Labelled) -> dict[str, Any]:
+def compare(library: Library, exact: Engine, rounded: Engine, data: LabelledImages) -> dict[str, Any]:
     """Accuracy of both engines on the same clean and attacked images, and the time of an image in pairs."""
     clean, labels = data.pixels.numpy(), data.labels.numpy()
     both = (exact.forward, rounded.forward)
     rows: list[dict[str, Any]] = []
     sums: list[NDArray[np.float32]] = [np.zeros((len(labels), len(library.classes)), np.float32) for _ in both]
-    tickets = bench_of(library).members[: len(library.tickets)]
+    tickets = candidates_of(library).members[: len(library.tickets)]
     for member, ticket in enumerate(tickets):
         moved = attacked(ticket, data, seed=member)
         for total, forward in zip(sums, both, strict=True):
@@ -63,11 +63,11 @@ def compare(library: Library, exact: Engine, rounded: Engine, data: Labelled) ->
     }
 
 
-def attacked(member: Member, data: Labelled, seed: int) -> Rows:
+def attacked(member: Member, data: LabelledImages, seed: int) -> Rows:
     """PGD-20 images of one ticket, as 8-bit files carry them."""
     generator = torch.Generator().manual_seed(seed)
-    moved = attack_member(member, as_floats(data.pixels), data.labels, THREAT, Single(), generator)
-    return on_grid(moved, data.pixels, THREAT.norm, THREAT.epsilon).numpy()
+    moved = attack_member(member, as_floats(data.pixels), data.labels, THREAT, SingleModelPgd(), generator)
+    return quantize_to_uint8(moved, data.pixels, THREAT.norm, THREAT.epsilon).numpy()
 
 
 def in_batches(forward: Answers, member: int, images: Rows) -> NDArray[np.float32]:

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.library import Library
-from service.cpu import RUNNING
+from service.cpu import NICE_INFERENCE
 from service.engine.base import Engine
 from service.observability.metrics import Metrics
 from service.scheduling.batch import Window
-from service.scheduling.scheduler import Gate, Scheduler
-from service.scheduling.worker_pool import Workers
+from service.scheduling.scheduler import AdmissionController, Scheduler
+from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 
 Kind = TypeVar("Kind", bound=Scheduler)
@@ -30,7 +30,7 @@ BINS: Final = 16  # of equally many latencies each
 SHUFFLES: Final = 20
 
 
-class Spy(Scheduler):
+class RecordingScheduler(Scheduler):
     """A scheduler that notes the size of every ensemble it draws."""
 
     sizes: list[int]
@@ -66,7 +66,7 @@ def leak(
 async def latencies(library: Library, engine: Engine, settings: Settings, images: int) -> tuple[list[float], list[int]]:
     rows = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
     seconds = []
-    async with scheduling(Spy, library, engine, settings) as spy:
+    async with scheduling(RecordingScheduler, library, engine, settings) as spy:
         spy.sizes = []
         for _ in range(images):
             begun = time.perf_counter()
@@ -79,10 +79,12 @@ async def latencies(library: Library, engine: Engine, settings: Settings, images
 async def scheduling(kind: type[Kind], library: Library, engine: Engine, settings: Settings) -> AsyncIterator[Kind]:
     """A scheduler with threads of its own, as a server would have them."""
     metrics = Metrics()
-    workers = Workers(engine.threads, settings, metrics, lambda: None, niceness=RUNNING if engine.apart is None else 0)
+    workers = WorkerPool(
+        engine.threads, settings, metrics, lambda: None, niceness=NICE_INFERENCE if engine.apart is None else 0
+    )
     workers.start()
     try:
-        yield kind(library, engine, workers, Gate(settings, metrics), settings, metrics)
+        yield kind(library, engine, workers, AdmissionController(settings, metrics), settings, metrics)
     finally:
         workers.stop()
 

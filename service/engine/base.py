@@ -20,9 +20,9 @@ Forward = Callable[[int, Rows], Logits]
 """(ticket's index in the library, its rows) -> its logits. May be called from several threads at once."""
 Jobs = Sequence[tuple[int, Sequence[int]]]
 """(ticket's index, the places of its rows among some rows), one job a ticket."""
-Ran = tuple[Logits, float]
+JobResult = tuple[Logits, float]
 """What a job found, and its seconds."""
-Alive = Callable[[], None]
+Heartbeat = Callable[[], None]
 """Called between jobs: whoever watches knows that nothing hangs."""
 
 TOLERANCE: Final = 1e-4  # of logits, relative to the largest (or to 1, if that is smaller): float32 in another order
@@ -65,10 +65,10 @@ class Engine:
     difference: float
     note: str
     warm_up_s: float
-    apart: Callable[[Rows, Jobs, Alive], list[Ran]] | None = None
+    apart: Callable[[Rows, Jobs, Heartbeat], list[JobResult]] | None = None
     pids: Callable[[], list[int]] = list
 
-    def run(self, rows: Rows, jobs: Jobs, alive: Alive) -> list[Ran]:
+    def run(self, rows: Rows, jobs: Jobs, alive: Heartbeat) -> list[JobResult]:
         """Every job's logits. Raises whatever the backend does."""
         if self.apart is not None:
             return self.apart(rows, jobs, alive)

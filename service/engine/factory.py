@@ -27,12 +27,14 @@ from service.engine.base import (
     folded,
     reference,
 )
-from service.settings import Settings, state_folder
+from service.settings import Settings, ensure_state_dir
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES: Final = 256
-KEPT: Final = 2  # libraries whose compiled models stay on disk: the one served, and the way back to the one before
+MAX_CACHED: Final = (
+    2  # libraries whose compiled models stay on disk: the one served, and the way back to the one before
+)
 PROBES: Final = 3  # random images on which every ticket is compared with torch in float32: a pair and one alone
 
 
@@ -60,12 +62,12 @@ def open_engine(library: Library, settings: Settings, calibration: Rows | None =
 
 def open_served(library: Library, settings: Settings) -> Engine:
     """As open_engine, but apart from this process where that is possible. Raises EngineRejected."""
-    if not runs_apart(settings):
+    if not uses_processes(settings):
         return open_engine(library, settings)
-    from service.engine.process_pool import open_apart
+    from service.engine.process_pool import open_in_processes
 
     try:
-        return open_apart(library, settings.model_copy(update={"engine": "openvino"}))
+        return open_in_processes(library, settings.model_copy(update={"engine": "openvino"}))
     except EngineRejected as error:
         if settings.engine != "auto" or settings.int8_images is not None:
             raise
@@ -73,7 +75,7 @@ def open_served(library: Library, settings: Settings) -> Engine:
     return open_engine(library, settings.model_copy(update={"engine": "torch"}))
 
 
-def runs_apart(settings: Settings) -> bool:
+def uses_processes(settings: Settings) -> bool:
     """Whether the tickets get processes of their own. Other systems than Linux do not fork safely."""
     if not settings.engine_processes or sys.platform != "linux":
         return False
@@ -143,7 +145,7 @@ def started(
     calibration: Rows | None,
 ) -> Engine:
     begun, threads = time.perf_counter(), engine_threads(settings)
-    cache = cache_of(library, settings) if cached else None
+    cache = cache_dir(library, settings) if cached else None
     backend = build(name, tickets, cache, device, threads, calibration)
     difference = verified(name, backend, tickets, threads, None if calibration is None else calibration[-PROBES:])
     return Engine(
@@ -158,16 +160,16 @@ def started(
     )
 
 
-def cache_of(library: Library, settings: Settings) -> Path | None:
+def cache_dir(library: Library, settings: Settings) -> Path | None:
     """The folder of a library's compiled models; those of the libraries that were opened last stay, the rest goes. None
     where there is no room for it."""
-    everything = state_folder(settings) / "engine"
+    everything = ensure_state_dir(settings) / "engine"
     folder = everything / library.digest
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
         by_age = sorted(everything.iterdir(), key=lambda path: path.stat().st_mtime)
-        for old in by_age[:-KEPT]:
+        for old in by_age[:-MAX_CACHED]:
             if old.is_dir():
                 shutil.rmtree(old, ignore_errors=True)
             else:  # from before each library had a folder

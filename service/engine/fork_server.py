@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.cpu import OPENING, stand_back
+from service.cpu import NICE_LOADING, lower_priority
 
 if TYPE_CHECKING:
     from service.engine.base import Engine
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(descriptor: int, words: dict[str, Any]) -> int:
     control = Connection(os.dup(descriptor))
-    with ThreadPoolExecutor(1, "open", initializer=stand_back, initargs=(OPENING,)) as pool:
+    with ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,)) as pool:
         engine, said = pool.submit(opened, words).result()
     with contextlib.suppress(BrokenPipeError):  # the service has ended meanwhile
         control.send_bytes(json.dumps(said).encode())
@@ -40,11 +40,11 @@ def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
     from service.engine.base import EngineRejected
     from service.engine.factory import open_engine
     from service.engine.ipc import described
-    from service.observability.logs import log_as_json
+    from service.observability.logs import configure_logging
     from service.settings import Settings
 
     settings = Settings(**words["settings"])
-    log_as_json(settings.log_level)
+    configure_logging(settings.log_level)
     try:
         library = open_library(Path(words["library"]))
         engine = open_engine(library, settings)

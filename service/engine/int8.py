@@ -18,7 +18,7 @@ BATCH: Final = 32  # calibration images of one forward pass
 SMALLEST: Final = 1e-9  # of a range: that of a channel whose weights are all masked
 
 
-def in_eight_bits(core: Any, model: Any, images: Rows, options: dict[str, Any]) -> Any:
+def quantize(core: Any, model: Any, images: Rows, options: dict[str, Any]) -> Any:
     """Changes the model and returns it. model: uint8 [1, 3, 32, 32] -> logits.  images: uint8 [N, 3, 32, 32]."""
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
     sources = [node.input(0).get_source_output() for node in convolutions]

@@ -7,13 +7,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.engine.base import Engine, Jobs, Ran, Rows
+from service.engine.base import Engine, JobResult, Jobs, Rows
 
-PROVEN, FOUND, FAILED, ALIVE = range(4)  # what a message from a process says: its first eight bytes
+READY, FOUND, FAILED, HEARTBEAT = range(4)  # what a message from a process says: its first eight bytes
 WORD: Final = struct.Struct("q")
 
 
-def question(rows: Rows, jobs: Jobs) -> bytes:
+def encode_request(rows: Rows, jobs: Jobs) -> bytes:
     """How many jobs; (ticket, how many rows) of each; the places of its rows; all rows."""
     head = [number for member, places in jobs for number in (member, len(places))]
     places = [place for _, places in jobs for place in places]
@@ -30,13 +30,13 @@ def understood(message: bytes) -> tuple[Rows, Jobs]:
     return rows, [(member, places[end - size : end]) for member, size, end in zip(members, sizes, ends, strict=True)]
 
 
-def found(ran: Sequence[Ran]) -> bytes:
+def found(ran: Sequence[JobResult]) -> bytes:
     """The seconds of each job; all logits."""
     seconds = struct.pack(f"{len(ran)}d", *(seconds for _, seconds in ran))
     return WORD.pack(FOUND) + seconds + b"".join(logits.tobytes() for logits, _ in ran)
 
 
-def read(answer: bytes, jobs: Jobs, classes: int) -> list[Ran]:
+def read(answer: bytes, jobs: Jobs, classes: int) -> list[JobResult]:
     """`found` without its first word."""
     seconds = struct.unpack_from(f"{len(jobs)}d", answer)
     logits = np.frombuffer(answer, np.float32, offset=8 * len(jobs)).reshape(-1, classes)

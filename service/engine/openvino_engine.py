@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model_store.structures import BasicBlock, Norm, WideBlock
 from service.engine.base import INT8_TOLERANCE, TOLERANCE, Backend, EngineRejected, Folded, Logits, Rows
-from service.engine.int8 import in_eight_bits
+from service.engine.int8 import quantize
 
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
 
@@ -59,7 +59,7 @@ class Compiled:
         model = graph(ticket)
         try:
             if calibration is not None:
-                model = in_eight_bits(core, model, calibration, ONE_CORE)
+                model = quantize(core, model, calibration, ONE_CORE)
             name_nodes(model)
             self.batches = {size: Batch(core, model, size, options) for size in BATCHES}
         except RuntimeError as error:  # OpenVINO's own text says where in its sources it gave up

@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import Final
 
 from model_store.library import Library
-from service.engine.base import Alive, Engine, EngineDied, EngineRejected, Jobs, Logits, Ran, Rows
-from service.engine.ipc import ALIVE, FAILED, PROVEN, WORD, question, read
+from service.engine.base import Engine, EngineDied, EngineRejected, Heartbeat, JobResult, Jobs, Logits, Rows
+from service.engine.ipc import FAILED, HEARTBEAT, READY, WORD, encode_request, read
 from service.settings import PREFIX, Settings
 
 TOLD: Final = ("engine", "device", "threads", "state_dir", "int8_images", "log_level")
 """The settings that a host needs."""
 
 
-def open_apart(library: Library, settings: Settings) -> Engine:
+def open_in_processes(library: Library, settings: Settings) -> Engine:
     """The library's tickets, compiled by a host, which proved that they are this library's. Raises EngineRejected."""
-    control, popen = launched(library, settings)
+    control, popen = start_fork_server(library, settings)
     try:
         found = json.loads(control.recv_bytes())
     except (EOFError, OSError):
@@ -54,7 +54,7 @@ def open_apart(library: Library, settings: Settings) -> Engine:
     return Engine(forward=pool.forward, apart=pool.run, pids=pool.pids, **found)
 
 
-def launched(library: Library, settings: Settings) -> "tuple[Connection, subprocess.Popen[bytes]]":
+def start_fork_server(library: Library, settings: Settings) -> "tuple[Connection, subprocess.Popen[bytes]]":
     ours, theirs = socket.socketpair()
     told = {name: value for name in TOLD if (value := getattr(settings, name)) is not None}
     words = json.dumps({"library": str(library.path), "settings": told}, default=str)
@@ -119,12 +119,12 @@ class Pool:
                 raise EngineDied("the process that starts the others has ended, or hangs") from None
         process = Process(pid, Connection(ours.detach()))
         self.forks.add(pid)
-        if self.heard(process) != WORD.pack(PROVEN):
-            self.dismiss(process)
+        if self.heard(process) != WORD.pack(READY):
+            self.discard(process)
             raise EngineDied("a new process said something else than that its logits are right")
         return process
 
-    def dismiss(self, process: Process, *, hangs: bool = False) -> None:
+    def discard(self, process: Process, *, hangs: bool = False) -> None:
         """hangs: it holds its end of the connection, so its number is still its own."""
         self.forks.discard(process.pid)
         if hangs:
@@ -137,16 +137,16 @@ class Pool:
         try:
             return process.connection.recv_bytes()
         except BlockingIOError:  # the socket's own limit
-            self.dismiss(process, hangs=True)
+            self.discard(process, hangs=True)
             raise EngineDied("a process of the engine hung") from None
         except (EOFError, OSError):
-            self.dismiss(process)
+            self.discard(process)
             raise EngineDied("a process of the engine died") from None
 
-    def run(self, rows: Rows, jobs: Jobs, alive: Alive) -> list[Ran]:
+    def run(self, rows: Rows, jobs: Jobs, alive: Heartbeat) -> list[JobResult]:
         """Raises RuntimeError with the name of what a process raised, EngineDied."""
-        process = self.asked(question(rows, jobs))
-        while (message := self.heard(process))[: WORD.size] == WORD.pack(ALIVE):
+        process = self.asked(encode_request(rows, jobs))
+        while (message := self.heard(process))[: WORD.size] == WORD.pack(HEARTBEAT):
             alive()
         self.free.put(process)
         answer = message[WORD.size :]
@@ -164,7 +164,7 @@ class Pool:
             try:
                 process.connection.send_bytes(message)
             except OSError:
-                self.dismiss(process)
+                self.discard(process)
             else:
                 return process
 

@@ -16,9 +16,9 @@ from typing import Final, NoReturn
 
 import numpy as np
 
-from service.cpu import RUNNING, end_with_the_parent, stand_back
+from service.cpu import NICE_INFERENCE, die_with_parent, lower_priority
 from service.engine.base import Engine, Logits, Rows, difference
-from service.engine.ipc import ALIVE, PROVEN, WORD, failed, found, understood
+from service.engine.ipc import HEARTBEAT, READY, WORD, failed, found, understood
 
 BEAT_S: Final = 0.25  # a fork that works shows life this often, if its tickets let it
 SAME: Final = 1e-6  # the same code on the same numbers
@@ -52,10 +52,10 @@ def every_ticket(engine: Engine, rows: Rows) -> Logits:
 def fork(connection: Connection, engine: Engine, rows: Rows, expected: Logits) -> NoReturn:
     """Proves itself, then works until the connection is closed."""
     with contextlib.suppress(EOFError, OSError):  # the service has ended, or has no use for this process any more
-        end_with_the_parent(signal.SIGKILL)
-        stand_back(RUNNING)
+        die_with_parent(signal.SIGKILL)
+        lower_priority(NICE_INFERENCE)
         if difference(every_ticket(engine, rows), expected) <= SAME:
-            connection.send_bytes(WORD.pack(PROVEN))
+            connection.send_bytes(WORD.pack(READY))
             while True:
                 connection.send_bytes(answered(engine, connection.recv_bytes(), beat(connection)))
     os._exit(0)  # without the host's own way out
@@ -75,6 +75,6 @@ def beat(connection: Connection) -> Callable[[], None]:
         nonlocal last
         if time.monotonic() - last > BEAT_S:
             last = time.monotonic()
-            connection.send_bytes(WORD.pack(ALIVE))
+            connection.send_bytes(WORD.pack(HEARTBEAT))
 
     return alive

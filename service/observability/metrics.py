@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import generate_latest
 
 PREFIX: Final = "tombola_"
-LOT: Final = (
+PUBLISH_EVERY: Final = (
     128  # images whose draws are published together, so that a scrape on each side of one request shows no theta
 )
 OTHER: Final = "other"
@@ -31,7 +31,7 @@ AUDIT_OUTCOMES: Final = ("done", "invalid", "failed", "cancelled", "interrupted"
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricSpec:
     """One row. labels: name -> the values it may take (others become "other"); None: bounded by its one caller."""
 
     name: str
@@ -42,107 +42,111 @@ class Metric:
 
 
 METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS")
-TABLE: Final[tuple[Metric, ...]] = (
-    Metric(
+TABLE: Final[tuple[MetricSpec, ...]] = (
+    MetricSpec(
         "http_requests_total",
         "counter",
         "HTTP requests answered, by route template (else unmatched), method and status.",
         (("route", None), ("method", METHODS), ("code", None)),
     ),
-    Metric(
+    MetricSpec(
         "http_request_duration_seconds",
         "histogram",
         "From the request's headers to the end of its answer.",
         (("route", None), ("code", None)),
         SECONDS,
     ),
-    Metric("http_requests_in_flight", "gauge", "Requests in progress on the public plane."),
-    Metric("http_request_body_bytes", "histogram", "Bodies of classification requests, as sent.", (), BYTES),
-    Metric("http_bodies_held_bytes", "gauge", "Room reserved for bodies of requests in progress."),
-    Metric("queue_depth", "gauge", "Images admitted and waiting for their window."),
-    Metric("queue_wait_seconds", "histogram", "From admission of an image to the start of its window.", (), SECONDS),
-    Metric(
+    MetricSpec("http_requests_in_flight", "gauge", "Requests in progress on the public plane."),
+    MetricSpec("http_request_body_bytes", "histogram", "Bodies of classification requests, as sent.", (), BYTES),
+    MetricSpec("http_bodies_held_bytes", "gauge", "Room reserved for bodies of requests in progress."),
+    MetricSpec("queue_depth", "gauge", "Images admitted and waiting for their window."),
+    MetricSpec(
+        "queue_wait_seconds", "histogram", "From admission of an image to the start of its window.", (), SECONDS
+    ),
+    MetricSpec(
         "batch_rows", "histogram", "Images one ticket was run on at once, published 128 images at a time.", (), ROWS
     ),
-    Metric("batch_window_rows", "histogram", "Images in one window.", (), ROWS),
-    Metric("batch_window_seconds", "histogram", "From the start of a window to its sums.", (), SECONDS),
-    Metric(
+    MetricSpec("batch_window_rows", "histogram", "Images in one window.", (), ROWS),
+    MetricSpec("batch_window_seconds", "histogram", "From the start of a window to its sums.", (), SECONDS),
+    MetricSpec(
         "member_forward_seconds",
         "histogram",
         "One ticket on its rows of one window, published 128 images at a time.",
         (),
         SECONDS,
     ),
-    Metric(
+    MetricSpec(
         "compute_seconds", "histogram", "Work on a request by stage.", (("stage", STAGES),), (0.0001, 0.00025, *SECONDS)
     ),
-    Metric(
+    MetricSpec(
         "inference_requests_total",
         "counter",
         "Classification requests by outcome, on both protocols.",
         (("outcome", OUTCOMES),),
     ),
-    Metric("inference_images_total", "counter", "Images classified."),
-    Metric("shed_total", "counter", "Requests turned away to protect the others, by reason.", (("reason", REASONS),)),
-    Metric(
+    MetricSpec("inference_images_total", "counter", "Images classified."),
+    MetricSpec(
+        "shed_total", "counter", "Requests turned away to protect the others, by reason.", (("reason", REASONS),)
+    ),
+    MetricSpec(
         "ensemble_size",
         "histogram",
-        f"Tickets drawn for an image, published {LOT} images at a time.",
+        f"Tickets drawn for an image, published {PUBLISH_EVERY} images at a time.",
         (),
         tuple(range(1, 9)),
     ),
-    Metric(
+    MetricSpec(
         "draws_total",
         "counter",
-        f"Members drawn, by structure and density, published {LOT} images at a time.",
+        f"Members drawn, by structure and density, published {PUBLISH_EVERY} images at a time.",
         (("structure", None), ("density", None)),
     ),
-    Metric(
+    MetricSpec(
         "draws_expected_total",
         "counter",
         "What the law of theta expects of draws_total, published with it.",
         (("structure", None), ("density", None)),
     ),
-    Metric("ready", "gauge", "1 when the library is verified and warm, the engine alive and nothing draining."),
-    Metric("draining", "gauge", "1 from SIGTERM on."),
-    Metric("engine_restarts_total", "counter", "Dead or hanging engine threads and processes replaced."),
-    Metric("engine_retries_total", "counter", "Images run again alone because their group failed."),
-    Metric(
+    MetricSpec("ready", "gauge", "1 when the library is verified and warm, the engine alive and nothing draining."),
+    MetricSpec("draining", "gauge", "1 from SIGTERM on."),
+    MetricSpec("engine_restarts_total", "counter", "Dead or hanging engine threads and processes replaced."),
+    MetricSpec("engine_retries_total", "counter", "Images run again alone because their group failed."),
+    MetricSpec(
         "engine_cpu_seconds_total",
         "counter",
         "Processor time of the engine's own processes; 0 where tickets run in the service's (then process_* has it).",
     ),
-    Metric(
+    MetricSpec(
         "engine_resident_memory_bytes",
         "gauge",
         "Memory of the process that holds the compiled tickets, which the engine's other processes share; or 0.",
     ),
-    Metric("engine_heartbeat_age_seconds", "gauge", "Time since the engine last showed life."),
-    Metric(
+    MetricSpec("engine_heartbeat_age_seconds", "gauge", "Time since the engine last showed life."),
+    MetricSpec(
         "library_tickets", "gauge", "Tickets of the served library, by state.", (("state", ("serving", "baseline")),)
     ),
-    Metric("library_info", "gauge", "1 for the digest of the library being served.", (("digest", None),)),
-    Metric("library_swaps_total", "counter", "Attempts to swap the library.", (("outcome", ("ok", "refused")),)),
-    Metric(
+    MetricSpec("library_info", "gauge", "1 for the digest of the library being served.", (("digest", None),)),
+    MetricSpec("library_swaps_total", "counter", "Attempts to swap the library.", (("outcome", ("ok", "refused")),)),
+    MetricSpec(
         "audit_runs_total",
         "counter",
         "Audits by profile and outcome.",
         (("kind", ("smoke", "standard", "full")), ("outcome", AUDIT_OUTCOMES)),
     ),
-    Metric(
+    MetricSpec(
         "audit_accuracy",
         "gauge",
         "Accuracy (0..1) in the last valid audits of the served library; epsilon: in 255ths; attack all: worst of "
         "a whole profile.",
         (("profile", None), ("norm", None), ("attack", None), ("epsilon", None)),
     ),
-    Metric(
+    MetricSpec(
         "auth_failures_total",
         "counter",
         "Requests with a missing or wrong credential.",
         (("plane", ("public", "admin")),),
     ),
-    Metric(
+    MetricSpec(
         "build_info",
         "gauge",
         "1; what is running.",
@@ -153,7 +157,7 @@ TABLE: Final[tuple[Metric, ...]] = (
 Instrument = Counter | Gauge | Histogram
 
 
-def create(row: Metric, registry: CollectorRegistry) -> Instrument:
+def create(row: MetricSpec, registry: CollectorRegistry) -> Instrument:
     name, labels = PREFIX + row.name, [label for label, _ in row.labels]
     if row.kind == "histogram":
         return Histogram(name, row.meaning, labels, registry=registry, buckets=row.buckets)
@@ -166,7 +170,7 @@ class Metrics:
     metrics.inc("shed_total", reason="queue"); metrics.observe("queue_wait_seconds", 0.1); metrics.set("ready", 1)
     """
 
-    def __init__(self, table: Iterable[Metric] = TABLE) -> None:
+    def __init__(self, table: Iterable[MetricSpec] = TABLE) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry(auto_describe=True)
         self.rows = {row.name: row for row in table}

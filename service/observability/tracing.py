@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 UNMATCHED: Final = "unmatched"
 PATIENCE_S: Final = 2.0  # with a collector, a batch's repetitions included; so long it may hold up the process's end
 TIMEOUTS: Final = {"OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"}  # which override that
-SILENT: Final[Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+FASTAPI_TELEMETRY_OFF: Final[Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """For FastAPI(telemetry=...); older versions know neither the word nor the telemetry."""
 
 
 @dataclass
-class Marks:
+class RequestTimeline:
     """What happened when to one request: (stage, begin, end), on time.perf_counter's clock."""
 
     begun: float = field(default_factory=time.perf_counter)
@@ -51,7 +51,7 @@ class Marks:
         return self.wall_ns + int((moment - self.begun) * 1e9)
 
 
-CURRENT: Final[ContextVar[Marks | None]] = ContextVar("marks", default=None)
+CURRENT: Final[ContextVar[RequestTimeline | None]] = ContextVar("marks", default=None)
 """Of the request that this task works for; None where nobody wants a trace."""
 
 
@@ -85,7 +85,7 @@ def waited(admitted: float, taken: float | None) -> None:
         marks.stages.append(("window", taken, now))
 
 
-class Traces:
+class TracingMiddleware:
     """Middleware, the outermost: one trace for each POST. Health and descriptions are not traced."""
 
     def __init__(self, app: ASGIApp, *, tracer: "Tracer") -> None:
@@ -96,7 +96,7 @@ class Traces:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        marks, status = Marks(), 499  # nobody was answered: the client hung up
+        marks, status = RequestTimeline(), 499  # nobody was answered: the client hung up
 
         async def reply(message: Message) -> None:
             nonlocal status
@@ -111,7 +111,7 @@ class Traces:
             CURRENT.reset(before)
             self.tell(scope, marks, status, time.perf_counter())
 
-    def tell(self, scope: Scope, marks: Marks, status: int, ended: float) -> None:
+    def tell(self, scope: Scope, marks: RequestTimeline, status: int, ended: float) -> None:
         """Names and attributes are constants, our own routes, the status, and the id that the client was given."""
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -146,7 +146,7 @@ def carrier(scope: Scope) -> dict[str, str]:
 
 def install(app: FastAPI, version: str) -> None:
     """Traces the app's requests to where OTEL_* says. Raises SettingsRejected without the extra `tracing`."""
-    app.add_middleware(Traces, tracer=provider(version).get_tracer("tombola", version))
+    app.add_middleware(TracingMiddleware, tracer=provider(version).get_tracer("tombola", version))
 
 
 def provider(version: str) -> "TracerProvider":

@@ -81,7 +81,7 @@ class FairQueue(Generic[Request]):
         return min(self.rows + size, mine * (others + 1))
 
 
-class Pace:
+class ThroughputEstimate:
     """How fast rows are answered, from the windows that have been."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Pace:
         return min(60, max(1, math.ceil(self.wait_s(rows))))
 
 
-class TokenBuckets:
+class RateLimiter:
     """For each client `burst` tokens at first, `rate` more each second, one a row."""
 
     def __init__(self, rate: float, burst: int) -> None:

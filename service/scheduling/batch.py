@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.policy import Policy, Theta, draw_theta
-from service.engine.base import Alive, Engine, Logits, Rows
+from service.engine.base import Engine, Heartbeat, Logits, Rows
 from service.errors import ServiceError
 from service.observability.metrics import Metrics
 
@@ -101,7 +101,7 @@ class Window:
 
 
 @dataclass(eq=False)
-class Part:
+class Shard:
     """Some of a window's tasks, which one thread runs."""
 
     window: Window
@@ -113,7 +113,7 @@ class Part:
         self.cost += cost_of(task)
 
 
-def lay_out(model: Model, places: list[tuple[Request, int]]) -> Window:
+def form_batch(model: Model, places: list[tuple[Request, int]]) -> Window:
     """Draws a theta for every row and groups the rows by ticket; the costliest task comes first."""
     begun = time.perf_counter()
     thetas = [draw_theta(model.policy, CHANCE) for _ in places]
@@ -133,17 +133,17 @@ def cost_of(task: Task) -> int:
     return task.window.model.engine.costs[task.member] * len(task.places)
 
 
-def shared_out(window: Window, threads: int) -> list[Part]:
+def partition(window: Window, threads: int) -> list[Shard]:
     """The window's tasks in as many parts as there are threads to run them, or as tasks: the costliest first, each to
     the part that is cheapest yet."""
-    parts = [Part(window) for _ in range(min(threads, len(window.tasks)))]
+    parts = [Shard(window) for _ in range(min(threads, len(window.tasks)))]
     for task in window.tasks:
         min(parts, key=lambda part: part.cost).add(task)
     window.unfinished = len(parts)
     return parts
 
 
-def run(part: Part, metrics: Metrics, alive: Alive = lambda: None) -> None:
+def run(part: Shard, metrics: Metrics, alive: Heartbeat = lambda: None) -> None:
     """One forward pass of each of its tickets. If that fails, each ticket again by itself."""
     tasks = [task for task in part.tasks if wanted(task)]
     if not tasks:

@@ -18,28 +18,28 @@ import numpy as np
 from model_store.library import Library
 from model_store.policy import inclusion_probabilities
 from service.engine.base import Engine, Rows
-from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
-from service.observability.metrics import LOT, Metrics
+from service.errors import DeadlineExceeded, Draining, EngineFailed, NotReady, Overloaded, RateLimited
+from service.observability.metrics import PUBLISH_EVERY, Metrics
 from service.observability.tracing import waited
-from service.scheduling.admission import FairQueue, Pace, TokenBuckets
+from service.scheduling.admission import FairQueue, RateLimiter, ThroughputEstimate
 from service.scheduling.batch import Model, Probabilities, Request, Window
-from service.scheduling.worker_pool import Workers
+from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 
 # Of the time left, what may be spent waiting by the estimate. At twice the capacity everyone admitted waits as long as
 # the gate allows: with all of it a third came too late, by the estimate's error, after their rows had been computed.
-SURE: Final = 0.4
+MAX_WAIT_SHARE: Final = 0.4
 
 
-class Gate:
+class AdmissionController:
     """Who may come in, over all libraries: rows admitted and not yet answered, rates, and the pace of late."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
         self.rows = 0
-        self.pace = Pace()
-        self.buckets = TokenBuckets(settings.rate_images_per_s, settings.rate_burst_images)
+        self.pace = ThroughputEstimate()
+        self.buckets = RateLimiter(settings.rate_images_per_s, settings.rate_burst_images)
 
     def check(self, client: str, size: int, ahead: int, left_s: float) -> None:
         """Whether so many rows may come in. ahead: rows to be taken before the last of these, and those being run.
@@ -53,11 +53,11 @@ class Gate:
             raise RateLimited(retry_after=math.ceil(wait_s))
         if left_s <= 0:
             self.metrics.inc("shed_total", reason="deadline")
-            raise DeadlinePassed
+            raise DeadlineExceeded
         if self.rows + size > self.settings.queue_rows:
             self.metrics.inc("shed_total", reason="queue")
             raise Overloaded(retry_after=self.pace.retry_after_s(self.rows))
-        if self.rows > 0 and self.pace.wait_s(ahead) > SURE * left_s:  # it would be computed for nothing
+        if self.rows > 0 and self.pace.wait_s(ahead) > MAX_WAIT_SHARE * left_s:  # it would be computed for nothing
             self.metrics.inc("shed_total", reason="deadline")
             raise Overloaded(retry_after=self.pace.retry_after_s(self.rows))
 
@@ -73,7 +73,13 @@ class Scheduler:
     """The way in for rows of one library. Several may share one set of workers and one gate."""
 
     def __init__(
-        self, library: Library, engine: Engine, workers: Workers, gate: Gate, settings: Settings, metrics: Metrics
+        self,
+        library: Library,
+        engine: Engine,
+        workers: WorkerPool,
+        gate: AdmissionController,
+        settings: Settings,
+        metrics: Metrics,
     ) -> None:
         self.model = Model(engine, library.policy, len(library.classes))
         self.queue: FairQueue[Request] = FairQueue()
@@ -81,7 +87,7 @@ class Scheduler:
         self.gate = gate
         self.settings = settings
         self.metrics = metrics
-        self.tally = Tally(library, metrics)
+        self.tally = DrawStatistics(library, metrics)
 
     async def submit(self, rows: Rows, *, client: str, deadline: float | None = None) -> Probabilities:
         """Softmax of the members' mean, [N, classes], of a theta drawn for each row.
@@ -97,10 +103,10 @@ class Scheduler:
         timer = loop.call_at(until, self.expire, request)
         try:
             found = await request.answer
-            await self.quantum(loop.time() - arrived)
+            await self.pad_latency(loop.time() - arrived)
         finally:
             timer.cancel()
-            self.leave(request)
+            self.release(request)
             waited(request.admitted, request.taken)
         return found
 
@@ -127,9 +133,9 @@ class Scheduler:
 
     def expire(self, request: Request) -> None:
         self.metrics.inc("shed_total", reason="deadline")
-        request.fail(DeadlinePassed())
+        request.fail(DeadlineExceeded())
 
-    def leave(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
         """Answered or not: rows that no window has taken yet are not computed."""
         request.live = False
         if request.next < request.size:
@@ -137,7 +143,7 @@ class Scheduler:
         self.gate.count(-request.size)
         self.metrics.set("queue_depth", self.queue.rows)
 
-    async def quantum(self, passed_s: float) -> None:
+    async def pad_latency(self, passed_s: float) -> None:
         """Waits for the next multiple of quantum_ms, so that the time to an answer tells less of its theta."""
         step_s = self.settings.quantum_ms / 1000
         if step_s > 0:
@@ -165,7 +171,7 @@ class Scheduler:
         self.tally.add(window)
 
 
-class Tally:
+class DrawStatistics:
     """What was drawn, told to the metrics a lot at a time: no scrape shows one image's theta."""
 
     def __init__(self, library: Library, metrics: Metrics) -> None:
@@ -179,7 +185,7 @@ class Tally:
     def add(self, window: Window) -> None:
         self.drawn += [theta.members for theta in window.thetas]
         self.ran += [(len(task.places), task.seconds) for task in window.tasks if task.logits is not None]
-        if len(self.drawn) >= LOT:
+        if len(self.drawn) >= PUBLISH_EVERY:
             self.publish()
 
     def publish(self) -> None:

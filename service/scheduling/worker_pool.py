@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from service.cpu import RUNNING, stand_back
+from service.cpu import NICE_INFERENCE, lower_priority
 from service.errors import EngineFailed
 from service.observability.metrics import Metrics
 from service.scheduling.admission import FairQueue
-from service.scheduling.batch import Model, Part, Probabilities, Request, Window, lay_out, run, shared_out, summed
+from service.scheduling.batch import Model, Probabilities, Request, Shard, Window, form_batch, partition, run, summed
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 BEAT_S: Final = 0.25  # an idle thread shows life this often, and the watchdog looks as often
 
 
-class Feed(Protocol):
+class BatchSource(Protocol):
     """Where windows come from and where their answers go. `deliver` is called on the event loop's thread."""
 
     @property
@@ -41,7 +41,7 @@ class Worker:
     """One engine thread, as the watchdog sees it. beat: when it last showed life (time.monotonic)."""
 
     beat: float
-    part: Part | None = None
+    part: Shard | None = None
     forming: list[tuple[Request, int]] | None = None
     dead: bool = False
     retired: bool = False
@@ -50,7 +50,7 @@ class Worker:
         self.beat = time.monotonic()
 
 
-class Workers:
+class WorkerPool:
     """niceness: of threads that run tickets themselves; those that wait for processes stand back for nobody.
     probe: one forward pass; a replaced thread has to survive it before it is given work.
 
@@ -64,7 +64,7 @@ class Workers:
         metrics: Metrics,
         on_broken: Callable[[], None],
         *,
-        niceness: int = RUNNING,
+        niceness: int = NICE_INFERENCE,
     ) -> None:
         self.threads = threads
         self.niceness = niceness
@@ -74,9 +74,9 @@ class Workers:
         self.on_beat: Callable[[], None] = lambda: None
         self.probe: Callable[[], object] = lambda: None
         self.condition = threading.Condition()
-        self.feeds: deque[Feed] = deque()
-        self.parts: deque[Part] = deque()
-        self.windows: dict[Window, Feed] = {}
+        self.feeds: deque[BatchSource] = deque()
+        self.parts: deque[Shard] = deque()
+        self.windows: dict[Window, BatchSource] = {}
         self.running = 0  # rows of windows with parts left
         self.crew: list[Worker] = []
         self.restarts = 0
@@ -103,14 +103,14 @@ class Workers:
             self.condition.notify_all()
         self.timer.cancel()
 
-    def push(self, feed: Feed, request: Request) -> None:
+    def push(self, feed: BatchSource, request: Request) -> None:
         with self.condition:
             feed.queue.push(request)
             if feed not in self.feeds:
                 self.feeds.append(feed)
             self.condition.notify()
 
-    def drop(self, feed: Feed, request: Request) -> None:
+    def drop(self, feed: BatchSource, request: Request) -> None:
         with self.condition:
             feed.queue.drop(request)
 
@@ -140,15 +140,15 @@ class Workers:
 
     def replace(self, worker: Worker) -> None:
         log.error("engine thread %s; what it was at has failed", "died" if worker.dead else "hangs")
-        self.retire(worker)
+        self.abandon(worker)
         self.restarts += 1
         self.metrics.inc("engine_restarts_total")
         if self.restarts > self.settings.engine_restarts:
-            self.give_up()
+            self.mark_broken()
         else:
             self.hire(probe=True)
 
-    def retire(self, worker: Worker) -> None:
+    def abandon(self, worker: Worker) -> None:
         """Fails the rows the thread was at, at once; if it ever comes back, its results are thrown away."""
         with self.condition:
             worker.retired = True
@@ -162,7 +162,7 @@ class Workers:
                 part.window.places[place][0].fail(EngineFailed())
             self.ended(part)
 
-    def give_up(self) -> None:
+    def mark_broken(self) -> None:
         """Nobody waits for an engine that does not come back."""
         self.broken = True
         with self.condition:
@@ -184,7 +184,7 @@ class Workers:
 
     def work(self, worker: Worker, probe: bool) -> None:
         try:
-            stand_back(self.niceness)
+            lower_priority(self.niceness)
             if probe:
                 self.probe()
             while self.step(worker):
@@ -208,12 +208,12 @@ class Workers:
             else:
                 worker.forming = feed.queue.take(self.window_size(feed))
         if feed is None:
-            self.perform(worker, worker.part)
+            self.run_shard(worker, worker.part)
         else:
             self.form(worker, feed)
         return True
 
-    def wait_for_work(self, worker: Worker) -> Feed | None:
+    def wait_for_work(self, worker: Worker) -> BatchSource | None:
         """A feed to form a window from; None when there is a part, or nothing will come any more."""
         while not (self.closing or worker.retired):
             worker.alive()
@@ -226,12 +226,12 @@ class Workers:
             self.condition.wait(BEAT_S)
         return None
 
-    def window_size(self, feed: Feed) -> int:
+    def window_size(self, feed: BatchSource) -> int:
         """Half of the rows that are here, up to the setting. If one window took them all, clients that ask again as
         soon as they have their answers would all ask at once, and the engine would wait while they are read."""
         return min(self.settings.window_rows, (feed.queue.rows + self.running + 1) // 2)
 
-    def next_feed(self) -> Feed | None:
+    def next_feed(self) -> BatchSource | None:
         """Feeds take turns; those without rows are forgotten until they are pushed to."""
         while self.feeds:
             feed = self.feeds.popleft()
@@ -240,18 +240,18 @@ class Workers:
                 return feed
         return None
 
-    def form(self, worker: Worker, feed: Feed) -> None:
-        window = lay_out(feed.model, worker.forming or [])
+    def form(self, worker: Worker, feed: BatchSource) -> None:
+        window = form_batch(feed.model, worker.forming or [])
         with self.condition:
             if worker.retired:
                 return
             worker.forming = None
             self.windows[window] = feed
             self.running += len(window.places)
-            self.parts.extend(shared_out(window, self.threads))
+            self.parts.extend(partition(window, self.threads))
             self.condition.notify_all()
 
-    def perform(self, worker: Worker, part: Part | None) -> None:
+    def run_shard(self, worker: Worker, part: Shard | None) -> None:
         if part is None:  # the watchdog has taken it away meanwhile
             return
         run(part, self.metrics, worker.alive)
@@ -261,7 +261,7 @@ class Workers:
             worker.part = None
         self.ended(part)
 
-    def ended(self, part: Part) -> None:
+    def ended(self, part: Shard) -> None:
         """Whoever ends the last part of a window adds up."""
         with self.condition:
             part.window.unfinished -= 1

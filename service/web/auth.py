@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import BadRequest, RateLimited, Text, Unauthorised
+from service.errors import BadRequest, RateLimited, Text, Unauthorized
 from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
 from service.web.body import fields
@@ -20,7 +20,7 @@ from service.web.body import fields
 log = logging.getLogger(__name__)
 
 LINE: Final = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<digest>[0-9a-f]{64})")
-IN_URL: Final = frozenset(("access_token", "api_key", "api-key", "apikey", "authorization", "key", "token"))
+CREDENTIAL_PARAMS: Final = frozenset(("access_token", "api_key", "api-key", "apikey", "authorization", "key", "token"))
 FAILURES: Final = 10  # wrong credentials from one address at once, then one every PAUSE_S
 PAUSE_S: Final = 6.0
 ADDRESSES: Final = 1024  # remembered
@@ -40,7 +40,9 @@ def bearer(headers: Mapping[bytes, bytes]) -> str | None:
 def refuse_credentials_in_url(scope: Scope) -> None:
     """URLs end up in logs, histories and referrers. Raises BadRequest."""
     query = scope["query_string"]
-    if query and any(name.lower() in IN_URL for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)):
+    if query and any(
+        name.lower() in CREDENTIAL_PARAMS for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    ):
         raise BadRequest(Text.TOKEN_IN_URL)
 
 
@@ -48,7 +50,7 @@ def address(scope: Scope) -> str:
     return scope["client"][0] if scope.get("client") else "unknown"
 
 
-class Keys:
+class ApiKeyStore:
     """The accepted API keys, as SHA-256; without a file, everybody is accepted. `reload` reads the file again."""
 
     def __init__(self, path: Path | None, metrics: Metrics) -> None:
@@ -74,7 +76,7 @@ class Keys:
         owner = self.owner(given)
         if owner is None:
             self.metrics.inc("auth_failures_total", plane="public")
-            raise Unauthorised(Text.KEY_REQUIRED)
+            raise Unauthorized(Text.KEY_REQUIRED)
         return f"key:{owner}"
 
     def owner(self, key: str) -> str | None:
@@ -105,7 +107,7 @@ def read_keys(path: Path) -> dict[str, str]:
     return owners
 
 
-class Failures:
+class FailedLoginLimiter:
     """Failed attempts by address: FAILURES at once, then one every PAUSE_S; meanwhile even a right token waits."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -125,7 +127,7 @@ class Failures:
             del self.until[next(iter(self.until))]  # the one that has not failed for longest
 
 
-class AdminGate:
+class AdminAuthMiddleware:
     """Middleware of the admin plane: nothing passes without the token, but the health probes, the console's own
     files, and /metrics where the settings say so."""
 
@@ -134,7 +136,7 @@ class AdminGate:
         self.expected = digest(token)
         self.metrics = metrics
         self.open_paths = {*OPEN_PATHS, "/metrics"} if metrics_open else set(OPEN_PATHS)
-        self.failures = Failures()
+        self.failures = FailedLoginLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -151,4 +153,4 @@ class AdminGate:
         if given is None or not hmac.compare_digest(digest(given), self.expected):
             self.failures.note(client)
             self.metrics.inc("auth_failures_total", plane="admin")
-            raise Unauthorised(Text.TOKEN_REQUIRED)
+            raise Unauthorized(Text.TOKEN_REQUIRED)

@@ -9,11 +9,20 @@ from typing import Any, Final, TypeVar
 
 from starlette.types import Receive, Scope
 
-from service.errors import BadRequest, BodyTooLarge, ClientGone, Overloaded, Text, TooLarge, TooSlow, Unsupported
+from service.errors import (
+    BadRequest,
+    BodyTooLarge,
+    ClientDisconnected,
+    ContentTooLarge,
+    Overloaded,
+    RequestTimeout,
+    Text,
+    UnsupportedMediaType,
+)
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
-ONCE: Final = frozenset(
+SINGLE_VALUE_HEADERS: Final = frozenset(
     (
         b"authorization",
         b"content-encoding",
@@ -36,7 +45,7 @@ def fields(scope: Scope) -> dict[bytes, bytes]:
     """The request's headers by lower-case name; of those that matter here, two of one name are refused."""
     found: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
-        if name in ONCE and found.get(name, value) != value:
+        if name in SINGLE_VALUE_HEADERS and found.get(name, value) != value:
             raise BadRequest(Text.HEADER_TWICE)
         found[name] = value
     return found
@@ -47,7 +56,7 @@ def whole_number(text: bytes, digits: int = 15) -> int | None:
     return int(text) if text.isdigit() and len(text) <= digits else None
 
 
-class Bodies:
+class BodyReader:
     """Reads bodies, and counts what all requests together hold of them: what has arrived, not what was announced, so
     that slow clients cannot take the room of others by promising much."""
 
@@ -56,7 +65,7 @@ class Bodies:
         self.metrics = metrics
         self.held_bytes = 0
 
-    async def read(self, receive: Receive, headers: Mapping[bytes, bytes], room: "Room") -> bytes:
+    async def read(self, receive: Receive, headers: Mapping[bytes, bytes], room: "BodyReservation") -> bytes:
         """The whole body, without its Content-Encoding. Raises BadRequest, Overloaded, BodyTooLarge, TooLarge, TooSlow,
         Unsupported, ClientGone."""
         self.refuse_length(headers)
@@ -64,7 +73,7 @@ class Bodies:
             async with asyncio.timeout(self.settings.body_timeout_s):
                 body = await self.gather(receive, room)
         except TimeoutError:
-            raise TooSlow(limit=self.settings.body_timeout_s) from None
+            raise RequestTimeout(limit=self.settings.body_timeout_s) from None
         self.metrics.observe("http_request_body_bytes", len(body))
         return await self.unpack(body, headers, room)
 
@@ -76,13 +85,13 @@ class Bodies:
         if length > self.settings.max_body_bytes:
             raise BodyTooLarge(limit=self.settings.max_body_bytes)
 
-    async def gather(self, receive: Receive, room: "Room") -> bytes:
+    async def gather(self, receive: Receive, room: "BodyReservation") -> bytes:
         parts: list[bytes] = []
         more = True
         while more:
             message = await receive()
             if message["type"] != "http.request":
-                raise ClientGone
+                raise ClientDisconnected
             part = message.get("body", b"")
             room.take(len(part))
             if room.size > self.settings.max_body_bytes:
@@ -91,12 +100,12 @@ class Bodies:
             more = message.get("more_body", False)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def unpack(self, body: bytes, headers: Mapping[bytes, bytes], room: "Room") -> bytes:
+    async def unpack(self, body: bytes, headers: Mapping[bytes, bytes], room: "BodyReservation") -> bytes:
         coding = headers.get(b"content-encoding", b"identity").strip().lower()
         if coding in (b"", b"identity"):
             return body
         if coding not in WINDOW_BITS:
-            raise Unsupported(Text.BODY_PACKING)
+            raise UnsupportedMediaType(Text.BODY_PACKING)
         limit = self.settings.max_body_bytes
         room.take(limit)
         found = await asyncio.to_thread(inflate, body, coding, limit)
@@ -108,10 +117,10 @@ class Bodies:
         self.metrics.set("http_bodies_held_bytes", self.held_bytes)
 
 
-class Room:
+class BodyReservation:
     """What one request holds of the room for bodies, until it is closed."""
 
-    def __init__(self, bodies: Bodies) -> None:
+    def __init__(self, bodies: BodyReader) -> None:
         self.bodies = bodies
         self.size = 0
 
@@ -135,7 +144,7 @@ def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
     except zlib.error:
         raise BadRequest(Text.BODY_INFLATE) from None
     if len(found) > limit:
-        raise TooLarge(limit=limit)
+        raise ContentTooLarge(limit=limit)
     if not machine.eof or machine.unused_data:
         raise BadRequest(Text.BODY_INFLATE)
     return found
@@ -146,24 +155,24 @@ def media_type(headers: Mapping[bytes, bytes]) -> bytes:
     return headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
 
 
-def one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("duplicate key")
     return found
 
 
-def no_constant(_: str) -> Any:
+def reject_nan(_: str) -> Any:
     raise ValueError("NaN or Infinity")
 
 
-DECODER: Final = json.JSONDecoder(object_pairs_hook=one_of_each, parse_constant=no_constant)
+DECODER: Final = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys, parse_constant=reject_nan)
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object: UTF-8, no NaN, no key twice, no deep nesting. Raises BadRequest, TooLarge."""
     if text.count(b",") > JSON_ELEMENTS:
-        raise TooLarge(Text.JSON_TOO_MANY, limit=JSON_ELEMENTS)
+        raise ContentTooLarge(Text.JSON_TOO_MANY, limit=JSON_ELEMENTS)
     try:
         found = DECODER.decode(text.decode("utf-8"))
     except (
@@ -176,7 +185,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return found
 
 
-async def unless_gone(receive: Receive, work: Awaitable[Answer]) -> Answer:
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[Answer]) -> Answer:
     """Awaits `work`, whose body has been read. A client that hangs up cancels it: ClientGone."""
     me = asyncio.current_task()
     watch = asyncio.ensure_future(hang_up(receive))
@@ -185,7 +194,7 @@ async def unless_gone(receive: Receive, work: Awaitable[Answer]) -> Answer:
         return await work
     except asyncio.CancelledError:
         if watch.done() and me is not None and me.uncancel() == 0:
-            raise ClientGone from None
+            raise ClientDisconnected from None
         raise
     finally:
         watch.cancel()

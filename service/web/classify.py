@@ -8,12 +8,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.library import Library
-from service.errors import REQUEST_ID, BadRequest, NotReady, Text, Unsupported
+from service.errors import REQUEST_ID, BadRequest, NotReady, Text, UnsupportedMediaType
 from service.web import open_inference
 from service.web.body import media_type, parse_json, whole_number
 from service.web.decoder import sniff
 from service.web.infer_request import from_base64
-from service.web.inference import DIGITS, ERRORS, Front, PlainRoute, Probabilities, Shortcut, Visit, as_json
+from service.web.inference import (
+    DIGITS,
+    ERRORS,
+    DataPlane,
+    FastPathMiddleware,
+    InferenceContext,
+    Probabilities,
+    RawRoute,
+    as_json,
+)
 
 PATH: Final = "/v1/classify"
 TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
@@ -50,14 +59,14 @@ CLASSIFY: Final[Json] = {
 class Handlers:
     """One method per route, over one Front."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: DataPlane) -> None:
         self.front = front
         self.settings = front.settings
 
     async def classify(self, request: Request) -> Response:
         request_id: str = request.scope[REQUEST_ID]
 
-        async def answer(visit: Visit) -> Response:
+        async def answer(visit: InferenceContext) -> Response:
             timeout_s = timeout_of(visit.headers, self.settings.deadline_s)
             found = await self.front.classify(visit, images_of(visit), timeout_s)
             return self.front.encode(lambda: self.respond(request_id, visit.serving.library, found))
@@ -100,22 +109,22 @@ def timeout_of(headers: Mapping[bytes, bytes], longest_s: float) -> float | None
     return min(found / 1000, longest_s)
 
 
-def images_of(visit: Visit) -> list[bytes]:
+def images_of(visit: InferenceContext) -> list[bytes]:
     """The encoded images of a body: the body itself, or the base64 strings of its JSON. The bytes decide which; a
     content type that promises neither is refused before the body is looked at."""
     kind = media_type(visit.headers)
     if kind not in NOT_NAMED and kind != b"application/json" and not kind.startswith(b"image/"):
-        raise Unsupported(Text.BODY_TYPE)
+        raise UnsupportedMediaType(Text.BODY_TYPE)
     if not visit.body:
         raise BadRequest(Text.EMPTY_BODY)
     if kind == b"application/json" or (kind in NOT_NAMED and visit.body.lstrip()[:1] == b"{"):
-        return images_in(parse_json(visit.body))
+        return parse_json_images(parse_json(visit.body))
     if sniff(visit.body) is None:
-        raise Unsupported(Text.IMAGE_FORMAT if kind.startswith(b"image/") else Text.BODY_NEITHER)
+        raise UnsupportedMediaType(Text.IMAGE_FORMAT if kind.startswith(b"image/") else Text.BODY_NEITHER)
     return [visit.body]
 
 
-def images_in(content: Json) -> list[bytes]:
+def parse_json_images(content: Json) -> list[bytes]:
     images = content.get("images")
     if set(content) != {"images"} or not isinstance(images, list) or not images:
         raise BadRequest(Text.JSON_IMAGES)
@@ -125,14 +134,14 @@ def images_in(content: Json) -> list[bytes]:
 
 
 def router(here: Handlers) -> APIRouter:
-    routes = APIRouter(route_class=PlainRoute, tags=["Classification and health"], responses=ERRORS)
+    routes = APIRouter(route_class=RawRoute, tags=["Classification and health"], responses=ERRORS)
     routes.add_api_route(PATH, here.classify, methods=["POST"], openapi_extra=CLASSIFY)
     routes.add_api_route("/health/live", here.live, methods=["GET"])
     routes.add_api_route("/health/ready", here.ready, methods=["GET"])
     return routes
 
 
-def install(app: FastAPI, front: Front) -> None:
+def install(app: FastAPI, front: DataPlane) -> None:
     """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it."""
     here, protocol = Handlers(front), open_inference.Handlers(front)
     app.include_router(router(here))
@@ -140,9 +149,9 @@ def install(app: FastAPI, front: Front) -> None:
     model = {"model": open_inference.MODEL, "version": open_inference.VERSION}
     endpoints = {PATH: here.classify} | dict.fromkeys(open_inference.INFER_PATHS, protocol.infer)
     app.add_middleware(
-        Shortcut,
+        FastPathMiddleware,
         routes={
-            path.format(**model): (PlainRoute(path, endpoint, methods=["POST"]), model)
+            path.format(**model): (RawRoute(path, endpoint, methods=["POST"]), model)
             for path, endpoint in endpoints.items()
         },
     )

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.errors import BadRequest, Text, TooLarge, Unsupported
+from service.errors import BadRequest, ContentTooLarge, Text, UnsupportedMediaType
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -69,14 +69,14 @@ def decode(data: bytes, max_pixels: int) -> Pixels:
         raise BadRequest(Text.IMAGE_EMPTY)
     kind = sniff(data)
     if kind is None:
-        raise Unsupported(Text.IMAGE_FORMAT)
+        raise UnsupportedMediaType(Text.IMAGE_FORMAT)
     try:
         with Image.open(io.BytesIO(data), formats=(kind,)) as image:
             return as_pixels(image, max_pixels)
-    except TooLarge:
+    except ContentTooLarge:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(Text.IMAGE_TOO_LARGE, limit=max_pixels) from None
+        raise ContentTooLarge(Text.IMAGE_TOO_LARGE, limit=max_pixels) from None
     except Exception:  # noqa: BLE001 -- hostile bytes make a decoder raise anything; it means a damaged image
         raise BadRequest(Text.IMAGE_DAMAGED) from None
 
@@ -84,7 +84,7 @@ def decode(data: bytes, max_pixels: int) -> Pixels:
 def as_pixels(image: Image.Image, max_pixels: int) -> Pixels:
     """An opened image, of which only the header has been read. Raises TooLarge, and whatever Pillow raises."""
     if image.width * image.height > max_pixels:
-        raise TooLarge(Text.IMAGE_TOO_LARGE, limit=max_pixels)
+        raise ContentTooLarge(Text.IMAGE_TOO_LARGE, limit=max_pixels)
     image.load()
     small = as_rgb(image)
     if small.size != (SIZE, SIZE):
@@ -155,7 +155,7 @@ class Decoder:
             return None
         try:
             return decode(data, min(SMALL_PIXELS, self.max_pixels))[None]
-        except TooLarge:
+        except ContentTooLarge:
             return None
 
     async def in_threads(self, files: Sequence[bytes]) -> Pixels:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.errors import BadRequest, Text, TooLarge
+from service.errors import BadRequest, ContentTooLarge, Text
 from service.web.body import parse_json, whole_number
 from service.web.decoder import SIZE, Pixels, sniff
 
@@ -160,7 +160,7 @@ def rows_of(tensor: Json, rest: Sequence[tuple[int, ...]], wrong: Text, max_imag
     if shape[0] < 1 or tuple(shape[1:]) not in rest:
         raise BadRequest(wrong)
     if shape[0] > max_images:
-        raise TooLarge(Text.IMAGES_TOO_MANY, limit=max_images)
+        raise ContentTooLarge(Text.IMAGES_TOO_MANY, limit=max_images)
     return int(shape[0])
 
 

@@ -15,16 +15,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.library import Library
-from service.errors import BadRequest, ClientGone, NotReady, ServiceError, Text, TooLarge
+from service.errors import BadRequest, ClientDisconnected, ContentTooLarge, NotReady, ServiceError, Text
 from service.observability.metrics import Metrics
 from service.observability.tracing import stage
 from service.settings import Settings
-from service.web.auth import Keys
-from service.web.body import Bodies, Room, fields, unless_gone
+from service.web.auth import ApiKeyStore
+from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, fields
 from service.web.decoder import Decoder, Pixels
 
 Detail = Literal["rounded", "label", "full"]
-ARRIVED: Final = (
+ARRIVAL_TIME: Final = (
     "tombola.arrived"  # where the scope may hold when the event loop had read its headers, on the loop's clock
 )
 DIGITS: Final = 2  # of a rounded probability
@@ -56,7 +56,7 @@ class Holder(Protocol):
         """Opens LIBRARY again, warms it up beside the old one, and swaps. Raises StoreError; the old one then stays."""
 
 
-class PlainRoute(APIRoute):
+class RawRoute(APIRoute):
     """A documented route whose endpoint takes the request and returns the response, without FastAPI's machinery of
     parameters: bodies are read raw, since no client sends the content type that a declared body insists on."""
 
@@ -78,11 +78,11 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 """For the OpenAPI document: what every route answers instead of an answer."""
 
 
-class Shortcut:
+class FastPathMiddleware:
     """Middleware that takes the busiest paths past the framework's routing, which costs a quarter of such a request.
     The endpoints are those of the routes; other methods go the usual way, to the usual 405."""
 
-    def __init__(self, app: ASGIApp, *, routes: Mapping[str, tuple[PlainRoute, Mapping[str, str]]]) -> None:
+    def __init__(self, app: ASGIApp, *, routes: Mapping[str, tuple[RawRoute, Mapping[str, str]]]) -> None:
         self.app = app
         self.routes = routes
 
@@ -104,7 +104,7 @@ def as_json(content: Any, status: int = 200) -> Response:
 
 
 @dataclass(frozen=True)
-class Visit:
+class InferenceContext:
     """One classification request, read and admitted. deadline: in loop time, the latest this server allows."""
 
     headers: Mapping[bytes, bytes]
@@ -116,13 +116,13 @@ class Visit:
     receive: Receive
 
 
-class Front:
-    def __init__(self, holder: Holder, settings: Settings, metrics: Metrics, keys: Keys) -> None:
+class DataPlane:
+    def __init__(self, holder: Holder, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
         self.holder = holder
         self.settings = settings
         self.metrics = metrics
         self.keys = keys
-        self.bodies = Bodies(settings, metrics)
+        self.bodies = BodyReader(settings, metrics)
         self.decoder = Decoder(settings, metrics)
 
     def serving(self) -> Serving:
@@ -131,7 +131,7 @@ class Front:
             raise NotReady
         return serving
 
-    async def handle(self, request: Request, answer: Callable[[Visit], Awaitable[Response]]) -> Response:
+    async def handle(self, request: Request, answer: Callable[[InferenceContext], Awaitable[Response]]) -> Response:
         """Reads the request, lets the protocol answer it, and counts it by outcome, whatever becomes of it."""
         outcome = "error"
         try:
@@ -140,43 +140,43 @@ class Front:
         except ServiceError as error:
             outcome = error.outcome
             raise
-        except (ClientGone, asyncio.CancelledError):
+        except (ClientDisconnected, asyncio.CancelledError):
             outcome = "cancelled"
             raise
         finally:
             self.metrics.inc("inference_requests_total", outcome=outcome)
         return response
 
-    async def visit(self, request: Request, answer: Callable[[Visit], Awaitable[Response]]) -> Response:
+    async def visit(self, request: Request, answer: Callable[[InferenceContext], Awaitable[Response]]) -> Response:
         loop = asyncio.get_running_loop()
-        arrived: float = request.scope.get(ARRIVED, loop.time())
+        arrived: float = request.scope.get(ARRIVAL_TIME, loop.time())
         headers = fields(request.scope)
         client = self.keys.client(request.scope, headers)
         if b"idempotency-key" in headers:
             raise BadRequest(Text.IDEMPOTENCY)
         serving = self.serving()
-        room = Room(self.bodies)
+        room = BodyReservation(self.bodies)
         try:
             body = await self.bodies.read(request.receive, headers, room)
             deadline = arrived + self.settings.deadline_s
             serving.scheduler.check(1, client, deadline - loop.time())  # a refusal costs least before all the rest
-            return await answer(Visit(headers, body, client, arrived, deadline, serving, request.receive))
+            return await answer(InferenceContext(headers, body, client, arrived, deadline, serving, request.receive))
         finally:
             room.close()
 
     async def classify(
-        self, visit: Visit, images: Sequence[bytes] | Pixels, timeout_s: float | None = None
+        self, visit: InferenceContext, images: Sequence[bytes] | Pixels, timeout_s: float | None = None
     ) -> Probabilities:
         """Encoded files, or uint8 [N, 3, 32, 32] -> [N, classes]. A client that hangs up meanwhile: ClientGone."""
         if len(images) > self.settings.max_images:
-            raise TooLarge(Text.IMAGES_TOO_MANY, limit=self.settings.max_images)
+            raise ContentTooLarge(Text.IMAGES_TOO_MANY, limit=self.settings.max_images)
         deadline = visit.deadline if timeout_s is None else min(visit.deadline, visit.arrived + timeout_s)
         if not isinstance(images, np.ndarray):  # these have to be decoded: not for a request that will be refused
             left_s = deadline - asyncio.get_running_loop().time()
             visit.serving.scheduler.check(len(images), visit.client, left_s)
-        return await unless_gone(visit.receive, self.submit(visit, images, deadline))
+        return await cancel_on_disconnect(visit.receive, self.submit(visit, images, deadline))
 
-    async def submit(self, visit: Visit, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
+    async def submit(self, visit: InferenceContext, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
         with stage("decode"):
             rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images)
         return await visit.serving.scheduler.submit(rows, client=visit.client, deadline=deadline)
@@ -196,6 +196,6 @@ def shown(probabilities: Probabilities, detail: Detail) -> NDArray[np.float64]:
     return wide if detail == "full" else np.round(wide, DIGITS)
 
 
-def ranking(probabilities: Probabilities) -> NDArray[np.int64]:
+def rank_classes(probabilities: Probabilities) -> NDArray[np.int64]:
     """[N, classes] -> class indices, likeliest first; of equals the first class, as argmax has it."""
     return np.argsort(-probabilities, axis=1, kind="stable")

@@ -15,7 +15,7 @@ UNMATCHED = "unmatched"
 CLOSE = (b"connection", b"close")
 
 
-class Meter:
+class RequestMetricsMiddleware:
     """The outermost middleware. While draining it ends each connection with its answer, so that clients come back
     elsewhere."""
 
@@ -55,7 +55,7 @@ class Meter:
             log.info("request", extra={"fields": {**said, "status": status, "seconds": round(seconds, 6)}})
 
 
-class Crowd:
+class ConcurrencyLimitMiddleware:
     """Inside the error middleware: at most `limit` requests with a body at once; health is answered regardless."""
 
     def __init__(self, app: ASGIApp, *, limit: int, metrics: Metrics) -> None:

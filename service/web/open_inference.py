@@ -18,11 +18,21 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import NotFound, NotOffered, NotReady, Text, Unsupported
+from service.errors import NotFound, NotImplementedByServer, NotReady, Text, UnsupportedMediaType
 from service.web.body import media_type
 from service.web.decoder import SIZE
 from service.web.infer_request import HEADER_LENGTH, Inference, Model, Output, read_inference
-from service.web.inference import ENCODER, ERRORS, Front, PlainRoute, Probabilities, Visit, as_json, ranking, shown
+from service.web.inference import (
+    ENCODER,
+    ERRORS,
+    DataPlane,
+    InferenceContext,
+    Probabilities,
+    RawRoute,
+    as_json,
+    rank_classes,
+    shown,
+)
 
 MODEL: Final = "tombola"
 VERSION: Final = "1"
@@ -94,7 +104,7 @@ class Statistics:
 class Handlers:
     """One method per call of the protocol, over one Front."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: DataPlane) -> None:
         self.front = front
         self.statistics = Statistics()
         self.outputs = ("index", "label") if front.settings.detail == "label" else ("probabilities", "index", "label")
@@ -185,11 +195,11 @@ class Handlers:
             self.statistics.note(kind, time.perf_counter() - began)
         return response
 
-    async def answer(self, visit: Visit) -> Response:
+    async def answer(self, visit: InferenceContext) -> Response:
         library = visit.serving.library
         kind = media_type(visit.headers)
         if kind not in TYPES and not kind.startswith(b"image/"):
-            raise Unsupported(Text.V2_TYPE)
+            raise UnsupportedMediaType(Text.V2_TYPE)
         model = Model(self.outputs, len(library.classes), self.front.settings.max_images)
         asked = read_inference(visit.body, visit.headers, model)
         found = await self.front.classify(visit, asked.images, asked.timeout_s)
@@ -231,7 +241,7 @@ class Handlers:
 
     def scores(self, found: Probabilities, count: int, classes: Sequence[str]) -> np.ndarray[Any, Any]:
         """The classification extension: [N, count] of "<score>:<index>:<label>", the likeliest first."""
-        order = ranking(found)[:, :count]
+        order = rank_classes(found)[:, :count]
         scores = shown(found, self.front.settings.detail)
         texts = [
             [f"{scores[row, index]:g}:{index}:{classes[index]}" for index in indices]
@@ -289,10 +299,10 @@ def accepted(header: bytes) -> str | None:
 
 
 async def not_offered(_: Request) -> Response:
-    raise NotOffered
+    raise NotImplementedByServer
 
 
-REFUSED: Final = (
+UNSUPPORTED_PATHS: Final = (
     "/v2/repository/models/{model}/load",
     "/v2/repository/models/{model}/unload",
     "/v2/logging",
@@ -304,7 +314,7 @@ REFUSED: Final = (
 
 
 def router(here: Handlers) -> APIRouter:
-    routes = APIRouter(route_class=PlainRoute, tags=["Open Inference Protocol v2"], responses=ERRORS)
+    routes = APIRouter(route_class=RawRoute, tags=["Open Inference Protocol v2"], responses=ERRORS)
     for path in INFER_PATHS:
         routes.add_api_route(path, here.infer, methods=["POST"], openapi_extra=INFER | named(path))
     for path in ("/v2", "/v2/"):
@@ -318,6 +328,6 @@ def router(here: Handlers) -> APIRouter:
     for prefix in PREFIXES:
         for rest, endpoint in asked.items():
             routes.add_api_route(prefix + rest, endpoint, methods=["GET"], openapi_extra=named(prefix))
-    for path in REFUSED:
+    for path in UNSUPPORTED_PATHS:
         routes.add_api_route(path, not_offered, methods=["GET", "POST"], include_in_schema=False)
     return routes

@@ -16,8 +16,8 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from model_store.policy import Policy, draw_theta, expected_size
-from service.observability.metrics import LOT, PREFIX, TABLE, Metrics
-from service.scheduling.scheduler import Tally
+from service.observability.metrics import PREFIX, PUBLISH_EVERY, TABLE, Metrics
+from service.scheduling.scheduler import DrawStatistics
 from service.settings import Settings, knobs
 from tests.support.serving import stand_in_library
 
@@ -73,14 +73,14 @@ def test_rules_and_dashboard_ask_for_metrics_that_exist() -> None:
 
 def test_what_the_law_expects_is_counted_beside_what_was_drawn() -> None:
     policy, metrics = Policy.over(["a", "a", "b", "b"]), Metrics()
-    tally = Tally(stand_in_library(policy), metrics)  # its tickets share their labels, so that all are summed
-    thetas = [draw_theta(policy, random.Random(seed)) for seed in range(LOT)]
+    tally = DrawStatistics(stand_in_library(policy), metrics)  # its tickets share their labels, so that all are summed
+    thetas = [draw_theta(policy, random.Random(seed)) for seed in range(PUBLISH_EVERY)]
     tally.add(SimpleNamespace(thetas=thetas, tasks=()))  # type: ignore[arg-type]
     drawn, expected = (
         metrics.value(f"draws{part}_total", structure="resnet18", density="0.5") for part in ("", "_expected")
     )
     assert drawn == sum(len(theta.members) for theta in thetas)
-    assert expected == pytest.approx(LOT * expected_size(policy))
+    assert expected == pytest.approx(PUBLISH_EVERY * expected_size(policy))
 
 
 def test_every_kind_of_trouble_has_an_alert_and_every_alert_a_section_in_the_runbook() -> None:

@@ -243,7 +243,7 @@ def test_files_of_another_origin_are_never_swept_away(tmp_path: Path) -> None:
 
 def test_two_writers_of_one_folder_do_not_mix(library_folder: Path) -> None:
     before = open_library(library_folder).digest
-    with library_module.sole_writer(library_folder), pytest.raises(LibraryRejected, match="another process is writing"):
+    with library_module.write_lock(library_folder), pytest.raises(LibraryRejected, match="another process is writing"):
         write(library_folder, [make_ticket()])
     assert open_library(library_folder).digest == before
 

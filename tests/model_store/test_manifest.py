@@ -27,7 +27,7 @@ from model_store.manifest import (
     parse,
     wilson,
 )
-from model_store.ticket import Header, Record
+from model_store.ticket import Header, StrictModel
 from tests.support.tickets import ATTACK, make_claim
 
 Fields = dict[str, Any]
@@ -219,7 +219,7 @@ def test_an_over_long_manifest_is_refused_before_it_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("record", [Header, Manifest, DefaultPolicy, Entry, Provenance, Claim, Images, Attack])
-def test_the_format_s_description_names_every_key(record: type[Record]) -> None:
+def test_the_format_s_description_names_every_key(record: type[StrictModel]) -> None:
     page = Path(model_store.__file__).with_name("FORMAT.md").read_text(encoding="utf-8")
     assert [key for key in record.model_fields if f"`{key}`" not in page] == []
 

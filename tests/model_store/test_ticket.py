@@ -22,7 +22,7 @@ from model_store.structures import STRUCTURES, Structure, StructureName, convs
 from model_store.ticket import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
-    UNSIGNED,
+    ZERO_DIGEST,
     Kind,
     Ticket,
     ValueDtype,
@@ -304,10 +304,10 @@ def forged(
     content = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
     tensors(content)
     fields = json.loads(json.loads(data[8 : header_length(data)])["__metadata__"]["ticket"])
-    fields |= {"digest": UNSIGNED} | (header or {})
+    fields |= {"digest": ZERO_DIGEST} | (header or {})
     fields = {name: value for name, value in fields.items() if value is not ...}
     unsigned = safetensors.torch.save(content, {"ticket": json.dumps(fields)})
-    return unsigned.replace(UNSIGNED.encode(), hashlib.sha256(unsigned).hexdigest().encode(), 1)
+    return unsigned.replace(ZERO_DIGEST.encode(), hashlib.sha256(unsigned).hexdigest().encode(), 1)
 
 
 def test_a_forged_file_without_a_change_is_accepted(scratch: bytes) -> None:

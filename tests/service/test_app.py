@@ -26,7 +26,7 @@ from model_store.ticket import Ticket
 from service import app as apps
 from service.__main__ import main
 from service.benchmarks.library_check import figures, lines
-from service.cpu import OPENING
+from service.cpu import NICE_LOADING
 from service.engine.base import EngineRejected, Folded, folded
 from service.errors import Text
 from service.library_manager import Holder
@@ -34,7 +34,7 @@ from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
 from service.sample import ship
 from service.settings import Settings, SettingsRejected
-from service.web.auth import Keys
+from service.web.auth import ApiKeyStore
 from tests.support.serving import TOKEN, tiny_library, until
 
 Answer = TypeVar("Answer")
@@ -69,7 +69,7 @@ def with_planes(
     async def run() -> Answer:
         settings, metrics = Settings(library=library, state_dir=state, engine="torch", **knobs), Metrics()
         holder = Holder(settings, metrics)
-        public = apps.create_public_app(holder, settings, metrics, Keys(None, metrics))
+        public = apps.create_public_app(holder, settings, metrics, ApiKeyStore(None, metrics))
         admin = apps.create_admin_app(holder, settings, metrics, TOKEN)
         if load:
             await holder.start()
@@ -142,10 +142,10 @@ def test_who_comes_while_the_port_is_being_closed_is_neither_served_nor_reset() 
     listener = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listener.getsockname(), timeout=5) as before:
         before.sendall(b"before")
-        apps.knock_in_vain(listener)
+        apps.drop_new_connections(listener)
         with pytest.raises(TimeoutError):
             socket.create_connection(listener.getsockname(), timeout=0.2)
-        (found,) = apps.last_arrivals(listener)
+        (found,) = apps.drain_accept_backlog(listener)
         with found:
             found.settimeout(5)
             assert found.recv(6) == b"before"
@@ -271,7 +271,7 @@ def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
         with monkeypatch.context() as patched:
             patched.setattr("service.engine.factory.folded", looks)
             await planes.holder.reload()
-        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + OPENING)}
+        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_LOADING)}
         assert (await planes.classify()).status_code == 200
 
     with_planes(ask, tiny.path, state)
@@ -358,7 +358,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsRejected, match=rf"TOMBOLA_PORT 127\.0\.0\.1:{port}: cannot listen there"):
-            apps.listen("127.0.0.1", port, "PORT")
+            apps.bind("127.0.0.1", port, "PORT")
 
 
 def test_check_measures_a_library(tiny: Library, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,7 +407,7 @@ class Wire(asyncio.Transport):
 def test_what_is_written_in_one_turn_of_the_loop_leaves_as_one_and_before_the_end() -> None:
     async def write() -> list[bytes]:
         wire = Wire()
-        together = apps.Together(wire, asyncio.get_running_loop())
+        together = apps.WriteCoalescingTransport(wire, asyncio.get_running_loop())
         together.write(b"head ")
         together.write(b"body")
         assert wire.sent == []

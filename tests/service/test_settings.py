@@ -14,10 +14,10 @@ from service.settings import (
     SettingsRejected,
     add_flags,
     admin_token,
+    ensure_state_dir,
     is_loopback,
     knobs,
     read_settings,
-    state_folder,
 )
 
 
@@ -180,7 +180,7 @@ def test_loopback_is_known(host: str, answer: bool) -> None:
 def test_a_state_folder_that_cannot_be_is_said_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsRejected, match=r"TOMBOLA_STATE_DIR .*cannot be made"):
-        state_folder(Settings(state_dir=tmp_path / "file" / "state"))
+        ensure_state_dir(Settings(state_dir=tmp_path / "file" / "state"))
 
 
 # The command

@@ -12,8 +12,8 @@ from model_store.library import Library, write_library
 from model_store.policy import Policy
 from service.audit.attack_runner import Run
 from service.audit.config import Audit
-from service.audit.evaluation import Bench, Draws, Member, System, Target
-from service.audit.labelled_data import Labelled
+from service.audit.evaluation import AttackTarget, CandidateSet, Defense, DrawSet, Member
+from service.audit.labelled_data import LabelledImages
 from tests.support.digits import digits
 from tests.support.tickets import items, make_ticket
 
@@ -88,17 +88,19 @@ class Quantised(nn.Module):
         return logits
 
 
-def alone(*networks: nn.Module) -> Target:
+def alone(*networks: nn.Module) -> AttackTarget:
     """Each member alone, with equal probability."""
     count = len(networks)
-    draws = Draws(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), counted=True)
-    return Target(tuple(Member(f"network {i}", network, 1.0) for i, network in enumerate(networks)), draws)
+    draws = DrawSet(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), counted=True)
+    return AttackTarget(tuple(Member(f"network {i}", network, 1.0) for i, network in enumerate(networks)), draws)
 
 
-def faint_digits(count: int) -> Labelled:
+def faint_digits(count: int) -> LabelledImages:
     images = digits().test
     origin = "scikit-learn's digits, faint"
-    return Labelled("digits", origin, faint(images.pixels[:count]), images.labels[:count], images.names[:count], True)
+    return LabelledImages(
+        "digits", origin, faint(images.pixels[:count]), images.labels[:count], images.names[:count], True
+    )
 
 
 def tiny(
@@ -116,12 +118,12 @@ def tiny(
 def run_on(network: nn.Module, folder: Path, audit: Audit, images: int) -> Run:
     """An audit of one network in place of a library's only ticket."""
     library = tiny(folder / "library", ("resnet18",), (0.5,))
-    bench = Bench((Member("resnet18-50", network, 1.0),), 1, ("resnet18",), Policy.all(1), torch.device("cpu"))
+    bench = CandidateSet((Member("resnet18-50", network, 1.0),), 1, ("resnet18",), Policy.all(1), torch.device("cpu"))
     return Run(folder / "audit", audit, library, faint_digits(images), bench=bench)
 
 
-def system(policy: Policy) -> System:
-    return System("tombola", "for a test", policy)
+def system(policy: Policy) -> Defense:
+    return Defense("tombola", "for a test", policy)
 
 
 def seeded(seed: int = 0) -> random.Random:

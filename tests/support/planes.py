@@ -23,9 +23,9 @@ from service.app import loop_factory, plane
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web import classify
-from service.web.auth import AdminGate, Keys
+from service.web.auth import AdminAuthMiddleware, ApiKeyStore
 from service.web.decoder import Pixels
-from service.web.inference import Front, Holder, Probabilities
+from service.web.inference import DataPlane, Holder, Probabilities
 from tests.support.tickets import CLASSES
 
 DIGEST: Final = "ab" * 32
@@ -105,7 +105,7 @@ class StandIn:
 def public_app(holder: Holder | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:
     settings, metrics = Settings(**knobs), metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
-    front = Front(holder or StandIn(), settings, metrics, Keys(settings.api_keys_file, metrics))
+    front = DataPlane(holder or StandIn(), settings, metrics, ApiKeyStore(settings.api_keys_file, metrics))
     classify.install(app, front)
     errors.install(app)
     return app
@@ -115,7 +115,7 @@ def admin_app(holder: Holder | None = None, metrics: Metrics | None = None, *, m
     metrics = metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
     app.include_router(library_api.router(holder or StandIn(), metrics))
-    app.add_middleware(AdminGate, token=TOKEN, metrics=metrics, metrics_open=metrics_open)
+    app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=metrics, metrics_open=metrics_open)
     errors.install(app)
     return app
 

@@ -25,8 +25,8 @@ from model_store.policy import Policy
 from model_store.structures import StructureName
 from service.engine.base import Engine, Forward, Rows
 from service.observability.metrics import Metrics
-from service.scheduling.scheduler import Gate, Scheduler
-from service.scheduling.worker_pool import Workers
+from service.scheduling.scheduler import AdmissionController, Scheduler
+from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 from tests.support.tickets import CLASSES, items, make_ticket
 
@@ -76,8 +76,8 @@ class Stand:
     """A scheduler on its own workers, as `standing` sets it up."""
 
     scheduler: Scheduler
-    workers: Workers
-    gate: Gate
+    workers: WorkerPool
+    gate: AdmissionController
     metrics: Metrics
     settings: Settings
     broken: list[bool] = field(default_factory=list)
@@ -111,7 +111,10 @@ def with_scheduler(
     async def run() -> Answer:
         settings, metrics, law = Settings(**knobs), Metrics(), policy or Policy.over(["a", "a", "b", "b"])
         broken: list[bool] = []
-        workers, gate = Workers(threads, settings, metrics, lambda: broken.append(True)), Gate(settings, metrics)
+        workers, gate = (
+            WorkerPool(threads, settings, metrics, lambda: broken.append(True)),
+            AdmissionController(settings, metrics),
+        )
         made = engine(forward, threads=threads, tickets=law.tickets)
         workers.start()
         try:

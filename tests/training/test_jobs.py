@@ -26,14 +26,14 @@ from training.data import Images, read_split
 from training.errors import CheckpointRejected, TrainingError
 from training.export import export, table
 from training.jobs import Job, find_jobs, prepare, read_result, run_local, status, work
-from training.recipes import Recipe
+from training.recipes import TrainConfig
 
 CPU = torch.device("cpu")
 
 
-def recipe(seed: int = 1, **changes: object) -> Recipe:
+def recipe(seed: int = 1, **changes: object) -> TrainConfig:
     fields: dict[str, object] = {"steps": 30, "batch": 16, "guards": 0, "precision": "float32", **changes}
-    return Recipe(structure=Structure("resnet18", 2), density=0.3, seed=seed, **fields)  # type: ignore[arg-type]
+    return TrainConfig(structure=Structure("resnet18", 2), density=0.3, seed=seed, **fields)  # type: ignore[arg-type]
 
 
 def write_zip(path: Path, parts: dict[str, Images]) -> None:
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     del os.environ["TRAINING_CACHE"]
 
 
-def job_in(folder: Path, made: Recipe | None = None, **more: object) -> Job:
+def job_in(folder: Path, made: TrainConfig | None = None, **more: object) -> Job:
     made = made or recipe()
     return Job(made, folder / made.name, data="digits", classes=tuple(map(str, range(10))), **more)  # type: ignore[arg-type]
 
@@ -98,7 +98,7 @@ def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, finish
     worker.wait()
     assert not (job.folder / "done.json").exists()
     assert status(job).state in {"interrupted", "waiting"}
-    jobs.note_death(job, worker.returncode)  # as run_local does, so that the search does not end as if all were done
+    jobs.record_crash(job, worker.returncode)  # as run_local does, so that the search does not end as if all were done
     assert status(job).error == "its process ended with signal 9"
     assert jobs.start_worker(job, data, "cpu").wait() == 0
     killed, whole = (load_ticket(folder / job.name / "ticket.safetensors") for folder in (tmp_path, finished))
@@ -197,7 +197,7 @@ def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
 
 
 def test_baselines_are_exported_beside_the_tickets_and_never_drawn(data: Path, finished: Path, tmp_path: Path) -> None:
-    dense = Recipe(Structure("resnet18", 2), 1.0, 3, 10, batch=16, guards=0, mask_share=0.0, precision="float32")
+    dense = TrainConfig(Structure("resnet18", 2), 1.0, 3, 10, batch=16, guards=0, mask_share=0.0, precision="float32")
     work(job_in(tmp_path / "dense", dense, role="baseline"), read_split(data), CPU)
     library = export(tmp_path / "library", [finished, tmp_path / "dense"])
     assert (len(library.tickets), len(library.baselines)) == (1, 1)

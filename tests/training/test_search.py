@@ -12,7 +12,7 @@ from model_store.ticket import Ticket, kept_count
 from tests.support.digits import digits
 from training import search
 from training.errors import CheckpointRejected, SearchFailed, TrainingError
-from training.recipes import PRESETS, Allocation, Attack, Recipe, going_on, mask_phase
+from training.recipes import PRESETS, Allocation, Attack, TrainConfig, continued_from, mask_phase
 from training.search import (
     Guard,
     Search,
@@ -28,7 +28,7 @@ from training.search import (
 )
 
 CPU = torch.device("cpu")
-TINY = Recipe(
+TINY = TrainConfig(
     structure=Structure("resnet18", 4),
     density=0.3,
     seed=7,
@@ -66,7 +66,7 @@ def test_a_search_that_goes_on_from_its_checkpoint_ends_in_the_same_bits(
     """Stopped in either phase and around the change from masks to weights (step 12 of 24)."""
     begun = Search(TINY, digits(), CPU)
     for _ in range(stop):
-        begun.advance()
+        begun.train_step()
     save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
     seen: list[int] = []
     ticket = run(TINY, digits(), tmp_path, lambda event: seen.append(event.step), CPU)
@@ -117,7 +117,7 @@ def test_a_ticket_of_either_allocation_is_whole_and_goes_on(allocation: Allocati
     ticket = run(recipe, digits(), tmp_path, ignore, CPU)
     assert ticket.masks["classifier"].all()
     assert not ticket.masks["stages.6.conv2"].all()
-    onward = going_on(recipe, parent="0" * 64, steps=2, rate=0.5)
+    onward = continued_from(recipe, parent="0" * 64, steps=2, rate=0.5)
     assert same_masks(run(onward, digits(), tmp_path / "on", ignore, CPU, ticket), ticket)
 
 
@@ -139,11 +139,11 @@ def test_a_scratch_ticket_s_weights_are_what_they_were_drawn_as(tmp_path: Path) 
 def test_the_weights_phase_leaves_the_mask_and_moves_only_kept_weights(tmp_path: Path) -> None:
     begun = Search(TINY, digits(), CPU)
     while begun.phase == "mask":
-        begun.advance()
+        begun.train_step()
     masks = {name: mask.clone() for name, mask in begun.masks.items()}
     weights = {name: layer.weight.detach().clone() for name, layer in convs(begun.network).items()}
     while not begun.done:
-        begun.advance()
+        begun.train_step()
     for name, layer in convs(begun.network).items():
         assert torch.equal(begun.masks[name], masks[name])
         assert not layer.weight[~masks[name]].any()
@@ -155,7 +155,7 @@ def test_the_inner_attack_raises_the_loss_and_knows_its_bounds(attack: Attack, s
     recipe = replace(TINY, attack=attack, attack_steps=steps, clean_until=0.0, ramp_until=0.0, low_resolution_until=0.0)
     trained = Search(replace(recipe, epsilon=0.0, step_size=0.0, steps=40), digits(), CPU)
     for _ in range(40):
-        trained.advance()
+        trained.train_step()
     trained.recipe = replace(recipe, steps=40, step_size=recipe.epsilon)
     trained.step = 0
     images, labels = trained.batch_of(0)
@@ -188,15 +188,15 @@ MUON = replace(TINY, muon_rate=0.02)
 def test_muon_moves_each_layer_by_its_share_and_keeps_the_kept_weights_norm() -> None:
     begun = Search(replace(MUON, milestones=(1.0,)), digits(), CPU)
     scores = {name: value.clone() for name, value in begun.scores.items()}
-    begun.advance()
+    begun.train_step()
     for name, before in scores.items():
         if name != "classifier":
             moved = float((begun.scores[name] - before).norm() / before.norm())
             assert moved == pytest.approx(0.02, rel=1e-3)
     while begun.phase == "mask":
-        begun.advance()
+        begun.train_step()
     norms = {name: layer.weight.norm() for name, layer in convs(begun.network).items() if name != "classifier"}
-    begun.advance()
+    begun.train_step()
     for name, norm in norms.items():
         weight = convs(begun.network)[name].weight
         assert torch.allclose(weight.norm(), norm, rtol=1e-4)
@@ -224,7 +224,7 @@ def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(tmp_pat
     whole = run(MUON, digits(), tmp_path / "whole", ignore, CPU)
     begun = Search(MUON, digits(), CPU)
     for _ in range(13):
-        begun.advance()
+        begun.train_step()
     save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
     assert same(run(MUON, digits(), tmp_path, ignore, CPU), whole)
 
@@ -286,7 +286,7 @@ def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPa
 
 
 def test_training_goes_on_from_an_exported_ticket(uninterrupted: Ticket) -> None:
-    further = going_on(TINY, parent="0" * 64, steps=4, rate=0.1)
+    further = continued_from(TINY, parent="0" * 64, steps=4, rate=0.1)
     begun = Search(further, digits(), CPU, uninterrupted)
     for name, layer in convs(begun.network).items():
         assert torch.equal(begun.masks[name], uninterrupted.masks[name])
@@ -299,7 +299,7 @@ def test_training_goes_on_from_an_exported_ticket(uninterrupted: Ticket) -> None
 def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> None:
     recipe = replace(TINY, mask_share=1.0, steps=6)
     ticket = run(recipe, digits(), tmp_path, ignore, CPU)
-    begun = Search(going_on(recipe, parent="0" * 64, steps=4, rate=0.1), digits(), CPU, ticket)
+    begun = Search(continued_from(recipe, parent="0" * 64, steps=4, rate=0.1), digits(), CPU, ticket)
     assert all(torch.equal(begun.masks[name], ticket.masks[name]) for name in ticket.masks)
     assert all(torch.equal(begun.frozen[name][ticket.masks[name]], ticket.values[name]) for name in ticket.masks)
 
@@ -371,14 +371,14 @@ def test_a_loss_that_is_not_finite_ends_the_search_with_a_reason(monkeypatch: py
     with torch.no_grad():
         next(iter(convs(begun.network).values())).weight.fill_(float("nan"))
     with pytest.raises(SearchFailed, match="Lower the rate"):
-        begun.advance()
+        begun.train_step()
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_paper_s_preset_takes_steps_at_full_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = PRESETS["paper"].recipe(name, 0.07, 49_000, batch=2, attack_steps=1, precision="float32")  # type: ignore[arg-type]
     begun = Search(recipe, digits(), CPU)
-    loss, _ = begun.advance()
+    loss, _ = begun.train_step()
     assert begun.step == 1
     assert 0 < loss < 100
 
@@ -386,11 +386,11 @@ def test_the_paper_s_preset_takes_steps_at_full_width(name: str, monkeypatch: py
 def test_recipes_survive_json() -> None:
     for preset in PRESETS.values():
         recipe = preset.recipe("resnet34", 0.12, 49_000)
-        assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+        assert TrainConfig.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
 
 
 def test_no_two_tickets_of_a_preset_share_a_seed() -> None:
-    make: Callable[..., Recipe] = PRESETS["compact"].recipe
+    make: Callable[..., TrainConfig] = PRESETS["compact"].recipe
     from training.recipes import DENSITIES
 
     seeds = {make(name, density, 49_000).seed for name in STRUCTURES for density in DENSITIES}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model_store.ticket import kept_count
-from training.sparsity import first_scores, mask_of, overlap, score_gradient, signed_constant, top_k
+from training.sparsity import init_scores, init_weights, mask_of, overlap, score_gradient, top_k
 
 
 def test_top_k_keeps_the_largest_scores_by_magnitude() -> None:
@@ -35,8 +35,8 @@ def test_the_gradient_reaches_scores_through_their_magnitude() -> None:
 def test_the_search_s_shortcut_is_the_autograd_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = torch.Size((4, 3, 3, 3))
-    weight = signed_constant(shape, generator)
-    scores = first_scores(shape, generator).requires_grad_()
+    weight = init_weights(shape, generator)
+    scores = init_scores(shape, generator).requires_grad_()
     images = torch.rand(2, 3, 5, 5, generator=generator)
 
     def loss(effective: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def test_a_search_step_with_the_sign_lowers_the_loss_and_without_it_does_not() -
     """The trap of re-implementations: half of all scores move the wrong way without sign(score)."""
     generator = torch.Generator().manual_seed(1)
     shape = torch.Size((8, 16, 1, 1))
-    weight, start = signed_constant(shape, generator), first_scores(shape, generator)
+    weight, start = init_weights(shape, generator), init_scores(shape, generator)
     images = torch.rand(64, 16, 1, 1, generator=generator)
     labels = images.flatten(1)[:, :8].argmax(1)
 
@@ -79,7 +79,7 @@ def test_no_dropped_score_outranks_a_kept_one(numel: int, density: float, seed: 
 
 
 def test_frozen_weights_are_one_constant_with_fair_signs() -> None:
-    weights = signed_constant(torch.Size((64, 32, 3, 3)), torch.Generator().manual_seed(2))
+    weights = init_weights(torch.Size((64, 32, 3, 3)), torch.Generator().manual_seed(2))
     assert set(weights.abs().flatten().tolist()) == {float(torch.tensor((2 / (32 * 9)) ** 0.5))}
     # 18,432 fair signs: the mean is beyond 5 standard errors in one of 1.7 million runs; the seed is fixed anyway
     assert abs(float(weights.sign().mean())) < 5 / weights.numel() ** 0.5

@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["service", "PIL", "json"]):
 
     from service.errors import ServiceError
     from service.web.body import inflate, parse_json
-    from service.web.classify import images_in
+    from service.web.classify import parse_json_images
     from service.web.decoder import decode, orientation
     from service.web.infer_request import HEADER_LENGTH, Model, read_inference
 from tests.support.planes import encoded, one_of_the_catalogue, picture, png
@@ -61,7 +61,7 @@ def inference(data: bytes) -> None:
 
 
 def classify(data: bytes) -> None:
-    assert images_in(parse_json(data))
+    assert parse_json_images(parse_json(data))
 
 
 READERS: Final[tuple[Callable[[bytes], None], ...]] = (image, inference, classify, packed, exif)

@@ -19,13 +19,13 @@ RETRIES = 10
 CONNECT_S = 5.0
 
 
-def carry(folder: str, data: str, device: str) -> None:
+def run_job_task(folder: str, data: str, device: str) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
     job_store.work(job_store.read_job(Path(folder)), read_split(Path(data)), torch.device(device))
 
 
-def knock(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Whether anybody answers at host:port, before Ray tries for minutes. Raises TrainingError."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:
@@ -48,14 +48,14 @@ def run_ray(
         import ray
     except ImportError:
         raise TrainingError("--ray: Ray is not installed; `pip install 'tombola[ray]'` brings it") from None
-    knock(address)
+    check_reachable(address)
     for job in jobs:
         job_store.prepare(job)
     try:
         ray.init(address=None if address == "local" else address, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise TrainingError(f"--ray {address}: no such cluster ({error})") from None
-    task = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)(carry)
+    task = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)(run_job_task)
     waiting = [
         task.remote(str(job.folder.resolve()), str(data.resolve()), device) for job in job_store.unfinished(jobs)
     ]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import TINY, ThreatModel, per_image, project, unit
-from service.audit.evaluation import CERTAIN, Target, failure, wrong
+from service.audit.evaluation import CERTAIN, AttackTarget, failure, wrong
 
 OVERSHOOT = 0.05  # in epsilons, beyond the linearised boundary
 
 
 @dataclass(frozen=True)
-class Sweeps:
+class ArcConfig:
     """sweeps: times the draws still unfooled are counted again.  candidates: draws tried after each count."""
 
     sweeps: int = 10
@@ -31,7 +31,7 @@ class Reached:
     images: Tensor
     risk: Tensor
 
-    def offer(self, target: Target, labels: Tensor, proposed: Tensor) -> None:
+    def offer(self, target: AttackTarget, labels: Tensor, proposed: Tensor) -> None:
         risk = failure(no_grad_logits(target, proposed), labels, target.draws)
         accept = risk >= self.risk
         self.images = torch.where(per_image(accept, proposed), proposed, self.images)
@@ -39,16 +39,16 @@ class Reached:
 
 
 @torch.no_grad()
-def no_grad_logits(target: Target, images: Tensor) -> Tensor:
+def no_grad_logits(target: AttackTarget, images: Tensor) -> Tensor:
     return target(images)
 
 
 def attack(
-    target: Target,
+    target: AttackTarget,
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
-    sweeps: Sweeps,
+    sweeps: ArcConfig,
     generator: torch.Generator,
     warm: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
@@ -61,11 +61,11 @@ def attack(
 
 
 def attack_batch(
-    target: Target,
+    target: AttackTarget,
     clean: Tensor,
     labels: Tensor,
     threat: ThreatModel,
-    sweeps: Sweeps,
+    sweeps: ArcConfig,
     generator: torch.Generator,
     start: Tensor,
 ) -> Reached:
@@ -83,7 +83,7 @@ def attack_batch(
 
 
 def unfooled_rows(
-    target: Target, images: Tensor, labels: Tensor, count: int, generator: torch.Generator
+    target: AttackTarget, images: Tensor, labels: Tensor, count: int, generator: torch.Generator
 ) -> list[Tensor]:
     """Draws, likelier the more of the images they still classify rightly."""
     right = ~wrong(no_grad_logits(target, images), labels, target.draws)
@@ -93,7 +93,7 @@ def unfooled_rows(
 
 
 def over_the_boundary(
-    target: Target, row: Tensor, images: Tensor, labels: Tensor, threat: ThreatModel
+    target: AttackTarget, row: Tensor, images: Tensor, labels: Tensor, threat: ThreatModel
 ) -> tuple[Tensor, Tensor]:
     """Two steps along the steepest way out of one draw's decision: just over the linearised boundary, and far."""
     lead, gradient = lead_of(target, row, images, labels)
@@ -106,7 +106,7 @@ def over_the_boundary(
     return per_image(near, images) * direction, per_image(far, images) * direction
 
 
-def lead_of(target: Target, row: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def lead_of(target: AttackTarget, row: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """How far the right class leads the nearest wrong one under this draw, [N], and the gradient in the images."""
     drawn = [(member, float(count)) for member, count in zip(target.members, row, strict=True) if count]
     with torch.enable_grad():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel, per_image, project
 from service.audit.attacks.losses import ensembles, log_expected_softmax
-from service.audit.evaluation import CERTAIN, Target, failure
+from service.audit.evaluation import CERTAIN, AttackTarget, failure
 
 Proxy = Literal["soft-vote", "mean-logits", "mean-log-softmax"]
 Method = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
@@ -26,7 +26,7 @@ NORMS: Final = {"linf": "Linf", "l2": "L2"}
 
 
 @dataclass(frozen=True)
-class Standard:
+class AutoAttackConfig:
     """method: one of AutoAttack's four, or its untargeted DLR.  iterations: of each restart and target class."""
 
     method: Method
@@ -44,7 +44,7 @@ class ExpectedLogits:
     see: is shown every batch of images asked about, with the members' logits [M, N, classes].
     """
 
-    target: Target
+    target: AttackTarget
     proxy: Proxy
     see: Callable[[Tensor, Tensor], None] = lambda _images, _logits: None
 
@@ -59,10 +59,10 @@ class ExpectedLogits:
 
 
 @dataclass
-class Riskiest:
+class WorstCaseTracker:
     """Of all images that a library asks about inside the threat model: for each clean one, the riskiest over theta."""
 
-    target: Target
+    target: AttackTarget
     clean: Tensor
     labels: Tensor
     threat: ThreatModel
@@ -87,7 +87,7 @@ class Riskiest:
 
 
 @contextmanager
-def isolated(seed: int) -> Iterator[None]:
+def isolated_rng(seed: int) -> Iterator[None]:
     """Global generators seeded inside and exactly as before outside: numpy's, random's and torch's."""
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 -- what the libraries use
     cuda = list(range(torch.cuda.device_count()))
@@ -103,16 +103,16 @@ def isolated(seed: int) -> Iterator[None]:
 
 
 def attack(
-    target: Target, images: Tensor, labels: Tensor, threat: ThreatModel, standard: Standard, seed: int
+    target: AttackTarget, images: Tensor, labels: Tensor, threat: ThreatModel, standard: AutoAttackConfig, seed: int
 ) -> Tensor:
     """float [N, 3, 32, 32]: the riskiest of all images that the library tried; the clean one if none was riskier."""
     reached = images.clone()
-    with isolated(seed), warnings.catch_warnings():
+    with isolated_rng(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zero gradients: the audit's own check 5 says so, and fails
-        open_still = hopeful(target, images, labels)
+        open_still = not_yet_broken(target, images, labels)
         for place, index in enumerate(torch.split(open_still, target.batch(images)) if len(open_still) else ()):
             clean, right = images[index].contiguous(), labels[index]
-            kept = Riskiest(target, clean, right, threat)
+            kept = WorstCaseTracker(target, clean, right, threat)
             perturb = built(ExpectedLogits(target, standard.proxy, kept.see), threat, standard, seed + place)
             offer(kept, project(perturb(clean, right).detach(), clean, threat))
             reached[index] = kept.images
@@ -120,14 +120,14 @@ def attack(
 
 
 @torch.no_grad()
-def hopeful(target: Target, images: Tensor, labels: Tensor) -> Tensor:
+def not_yet_broken(target: AttackTarget, images: Tensor, labels: Tensor) -> Tensor:
     """The images that are not misclassified under every draw already."""
     risk = failure(target.logits(images), labels, target.draws)
     return (risk < CERTAIN).nonzero().flatten()
 
 
 @torch.no_grad()
-def offer(kept: Riskiest, final: Tensor) -> None:
+def offer(kept: WorstCaseTracker, final: Tensor) -> None:
     """What the library itself chose, which among equally risky images has the highest loss."""
     risk = failure(kept.target(final), kept.labels, kept.target.draws)
     better = risk >= kept.risk
@@ -136,7 +136,7 @@ def offer(kept: Riskiest, final: Tensor) -> None:
 
 
 def built(
-    classifier: ExpectedLogits, threat: ThreatModel, standard: Standard, seed: int
+    classifier: ExpectedLogits, threat: ThreatModel, standard: AutoAttackConfig, seed: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
     from pyautoattack import autopgd_base, fab_pt, square  # here, since a server that only serves has no use for them
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel
 from model_store.policy import Policy, draw_matrix
-from service.audit.attacks.autoattack import isolated
+from service.audit.attacks.autoattack import isolated_rng
 from service.audit.errors import AuditRejected, OracleFailed
 from service.audit.evaluation import Member, as_floats, plain, workers
 
@@ -37,7 +37,7 @@ SCHEDULE: Final = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 
 
 
 @dataclass(frozen=True)
-class BlackBox:
+class QueryAttackConfig:
     """method: Square on the shown probabilities, or HopSkipJump on labels alone.  averages: q, answers to each probe.
     probes: different images tried for each attacked image, so that it costs probes times averages queries."""
 
@@ -166,7 +166,7 @@ class LocalOracle:
 
 
 @dataclass(frozen=True)
-class Stop:
+class Snapshot:
     """What was held at one point of the attack. queries: of each image so far.  unclipped: the same before it was put
     into the ball, from an attack that looks for the nearest image instead of staying inside."""
 
@@ -176,8 +176,8 @@ class Stop:
 
 
 def attack(
-    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: BlackBox, seed: int
-) -> list[Stop]:
+    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: QueryAttackConfig, seed: int
+) -> list[Snapshot]:
     """uint8 images in the ball, at growing numbers of queries; the last is the attack's result."""
     if threat.norm != "linf":
         raise AuditRejected("black-box attacks are l-infinity here; leave them out of an audit in l2")
@@ -203,8 +203,13 @@ def margins(shares: NDArray[np.float64], labels: Tensor) -> NDArray[np.float64]:
 
 
 def square(
-    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: BlackBox, rng: np.random.Generator
-) -> list[Stop]:
+    oracle: Oracle,
+    pixels: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    settings: QueryAttackConfig,
+    rng: np.random.Generator,
+) -> list[Snapshot]:
     epsilon = int(threat.epsilon * 255 + 1e-6)
     clean = pixels.numpy().astype(np.int16)
     stripes = rng.choice([-epsilon, epsilon], (len(clean), 3, 1, SIZE))
@@ -222,7 +227,7 @@ def square(
             better = now > best
             held[better], best[better], asked[better] = tried[better], now[better], 1
         if probe + 1 in marks(settings.probes):
-            stops.append(Stop((probe + 1) * settings.averages, as_bytes(held)))
+            stops.append(Snapshot((probe + 1) * settings.averages, as_bytes(held)))
     return stops
 
 
@@ -255,7 +260,7 @@ def marks(probes: int) -> set[int]:
 # HopSkipJump (Chen et al., 2020), in the Adversarial Robustness Toolbox
 
 
-class Spent(Exception):
+class QueryBudgetExceeded(Exception):
     """The queries of one image are used up. ART's attack knows no budget of its own."""
 
 
@@ -286,7 +291,7 @@ class Votes:
 
     def start(self, candidates: Sequence[Tensor]) -> None:
         """From the first that a majority does not take for the label; the clean image itself may be one."""
-        with suppress(Spent, StopIteration):
+        with suppress(QueryBudgetExceeded, StopIteration):
             self.keep(next(image for image in candidates if self.majority(image[None])[0] != self.label))
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -302,7 +307,7 @@ class Votes:
 
     def majority(self, asked: Tensor) -> NDArray[np.int64]:
         if self.spent >= self.limit:
-            raise Spent
+            raise QueryBudgetExceeded
         self.spent += self.averages * len(asked)
         votes = self.oracle(asked.repeat(self.averages, 1, 1, 1)).argmax(axis=1).reshape(self.averages, -1)
         counts = np.stack([(votes == label).sum(axis=0) for label in range(self.classes)], axis=1)
@@ -310,12 +315,12 @@ class Votes:
 
 
 def hop_skip_jump(
-    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: BlackBox, seed: int
-) -> list[Stop]:
+    oracle: Oracle, pixels: Tensor, labels: Tensor, threat: ThreatModel, settings: QueryAttackConfig, seed: int
+) -> list[Snapshot]:
     """Minimises the distance from an image of another class; what it holds is clipped into the ball and handed on."""
     classes, limit = oracle(pixels[:1]).shape[1], settings.probes * settings.averages
     each = []
-    with isolated(seed):
+    with isolated_rng(seed):
         for place, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
             candidates = [image, *other_classes(pixels, labels, place)[:STARTS]]
             votes = Votes(oracle, image, label, classes, settings.averages, limit, candidates[1])
@@ -327,7 +332,7 @@ def hop_skip_jump(
     for queries in sorted(mark * settings.averages for mark in marks(settings.probes)):
         found = torch.stack([votes.after(queries) for votes in each])
         away = np.clip(found.numpy().astype(np.int16) - clean, -epsilon, epsilon)
-        stops.append(Stop(queries, as_bytes(clean + away), found))
+        stops.append(Snapshot(queries, as_bytes(clean + away), found))
     return stops
 
 
@@ -340,7 +345,7 @@ def hop(votes: Votes, classes: int) -> None:
     clean, start = ((image.numpy() / 255).astype(np.float32)[None] for image in (votes.clean, votes.best))
     classifier = BlackBoxClassifier(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
     attack = HopSkipJump(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
-    with suppress(Spent):
+    with suppress(QueryBudgetExceeded):
         attack.generate(clean, np.array([votes.label]), x_adv_init=start)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, unit
 from service.audit.attacks.losses import LOSSES, Loss, Stage, typical_margin
-from service.audit.evaluation import CERTAIN, Target, failure
+from service.audit.evaluation import CERTAIN, AttackTarget, failure
 
 DAMPING: Final = 0.75  # APGD's alpha
 RISING: Final = 0.75  # APGD's rho: the share of steps that must raise the loss
@@ -22,7 +22,7 @@ SCALED_ON: Final = 256  # images that the typical margin is taken from
 
 
 @dataclass(frozen=True)
-class Ascent:
+class PgdConfig:
     """loss: a name of LOSSES.  step: in epsilons (constant: of every step; adaptive: of the first).  momentum: of
     constant steps (Dong et al., 2018).  restarts: random starts, after the warm starts if any are given."""
 
@@ -36,7 +36,7 @@ class Ascent:
     ends_early: ClassVar[bool] = True  # on images that all of the attacker's draws misread
 
 
-class Reach(Ascent):
+class Reach(PgdConfig):
     """Goes on to its last step, by loss: where the law is sampled, a draw that the attacker did not make may still be
     right about an image that all of his misread."""
 
@@ -94,11 +94,11 @@ class Best:
 
 
 def attack(
-    target: Target,
+    target: AttackTarget,
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
-    ascent: Ascent,
+    ascent: PgdConfig,
     generator: torch.Generator,
     warm: Sequence[Tensor] = (),
 ) -> Found:
@@ -115,7 +115,7 @@ def attack(
 
 
 @torch.no_grad()
-def judged(target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
+def judged(target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
     risks, losses = [], []
     for some, right in target.parts(images, labels):
         logits = target(some)
@@ -125,7 +125,7 @@ def judged(target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: St
 
 
 def gradients_of(
-    target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
+    target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as gradient_of, for as many images as there are: in even parts, each of which fits into memory."""
     parts = torch.arange(len(images), device=images.device).tensor_split(-(-len(images) // target.batch(images)))
@@ -135,7 +135,7 @@ def gradients_of(
 
 
 def gradient_of(
-    target: Target, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
+    target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The risk [N], the loss [N] and its gradient in the images; one forward and one backward of each member."""
     with torch.enable_grad():
@@ -147,11 +147,11 @@ def gradient_of(
 
 
 def climb(
-    target: Target,
+    target: AttackTarget,
     clean: Tensor,
     labels: Tensor,
     threat: ThreatModel,
-    ascent: Ascent,
+    ascent: PgdConfig,
     start: Tensor,
     best: Best,
     scale: float,
@@ -179,7 +179,7 @@ def climb(
     return (torch.stack(risks), torch.stack(losses)), passes
 
 
-def begin(clean: Tensor, labels: Tensor, start: Tensor, threat: ThreatModel, ascent: Ascent) -> State:
+def begin(clean: Tensor, labels: Tensor, start: Tensor, threat: ThreatModel, ascent: PgdConfig) -> State:
     zeros = torch.zeros(len(clean), device=clean.device)
     return State(
         rows=torch.arange(len(clean), device=clean.device),
@@ -235,7 +235,7 @@ def checked(state: State, gradient: Tensor, gap: int) -> Tensor:
     return torch.where(back, state.best_gradient, gradient)
 
 
-def move(state: State, gradient: Tensor, threat: ThreatModel, ascent: Ascent, step: int) -> None:
+def move(state: State, gradient: Tensor, threat: ThreatModel, ascent: PgdConfig, step: int) -> None:
     size = per_image(state.step, state.images)
     if ascent.schedule == "constant":
         state.velocity = ascent.momentum * state.velocity + l1_unit(gradient)
@@ -248,6 +248,6 @@ def move(state: State, gradient: Tensor, threat: ThreatModel, ascent: Ascent, st
     state.previous, state.images = state.images, moved
 
 
-def scaled(ascent: Ascent, factor: float) -> Ascent:
+def scaled(ascent: PgdConfig, factor: float) -> PgdConfig:
     """The same attack with so many times the steps."""
     return replace(ascent, steps=max(1, round(ascent.steps * factor)))

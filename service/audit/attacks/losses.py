@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from model_store.attacks import margin
 from model_store.ensemble import combine
-from service.audit.evaluation import Draws
+from service.audit.evaluation import DrawSet
 
 HINGE: Final = 0.5  # how far beyond the boundary a draw is pushed, in typical margins
 SMOOTH_FROM, SMOOTH_TO = 1.0, 0.05  # the sigmoid's width at the first and the last step, in typical margins
@@ -32,16 +32,16 @@ class Stage:
         return replace(self, progress=progress)
 
 
-Loss = Callable[[Tensor, Tensor, Draws, Stage], Tensor]
+Loss = Callable[[Tensor, Tensor, DrawSet, Stage], Tensor]
 """logits [M, N, classes], labels [N], draws, stage -> [N]."""
 
 
-def ensembles(logits: Tensor, draws: Draws) -> Tensor:
+def ensembles(logits: Tensor, draws: DrawSet) -> Tensor:
     """[R, N, classes]: the mean of each draw's members, whose softmax is what the service answers with."""
     return combine(logits, draws.rows / draws.sizes[:, None])
 
 
-def expected(values: Tensor, draws: Draws) -> Tensor:
+def expected(values: Tensor, draws: DrawSet) -> Tensor:
     """[R, N] -> [N]."""
     return draws.weights.to(values) @ values
 
@@ -56,47 +56,47 @@ def cross_entropies(outputs: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, labels, reduction="none")
 
 
-def log_expected_softmax(logits: Tensor, draws: Draws) -> Tensor:
+def log_expected_softmax(logits: Tensor, draws: DrawSet) -> Tensor:
     """log E_theta softmax, [N, classes]: what a client who averages answers converges to."""
     weights = draws.weights.to(logits).log()[:, None, None]
     return torch.logsumexp(torch.log_softmax(ensembles(logits, draws), dim=-1) + weights, dim=0)
 
 
-def mean_output(logits: Tensor, labels: Tensor, draws: Draws, _: Stage) -> Tensor:
+def mean_output(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
     """(a) Cross-entropy of the expected probabilities."""
     return functional.nll_loss(log_expected_softmax(logits, draws), labels, reduction="none")
 
 
-def mean_loss(logits: Tensor, labels: Tensor, draws: Draws, _: Stage) -> Tensor:
+def mean_loss(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
     """(b) Expected cross-entropy."""
     return expected(per_draw(cross_entropies, ensembles(logits, draws), labels), draws)
 
 
-def mean_loss_normalised(logits: Tensor, labels: Tensor, draws: Draws, stage: Stage) -> Tensor:
+def mean_loss_normalised(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
     """(b) on log-probabilities, so that no member with large logits rules the gradient (TREND, 2020)."""
     return mean_loss(torch.log_softmax(logits, dim=-1), labels, draws, stage)
 
 
-def mean_candidates(logits: Tensor, labels: Tensor, draws: Draws, _: Stage) -> Tensor:
+def mean_candidates(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
     """(c) The mean over the candidates of their own cross-entropies, blind to their voting: the paper's EOT."""
     shares = draws.weights.to(logits) @ (draws.rows > 0).to(logits)
     own = per_draw(cross_entropies, logits, labels)
     return (shares / shares.sum()) @ own
 
 
-def hinge(logits: Tensor, labels: Tensor, draws: Draws, stage: Stage) -> Tensor:
+def hinge(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
     """(d) -E[relu(kappa + margin)]: draws fooled by more than kappa drop out."""
     lead = -per_draw(margin, ensembles(logits, draws), labels)
     return -expected(functional.relu(HINGE * stage.scale + lead), draws)
 
 
-def risk(logits: Tensor, labels: Tensor, draws: Draws, stage: Stage) -> Tensor:
+def risk(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
     """(e) E[sigmoid(-margin / tau)], tau falling geometrically: towards the failure probability itself."""
     tau = stage.scale * SMOOTH_FROM ** (1 - stage.progress) * SMOOTH_TO**stage.progress
     return expected(torch.sigmoid(per_draw(margin, ensembles(logits, draws), labels) / tau), draws)
 
 
-def mean_logits(logits: Tensor, labels: Tensor, draws: Draws, _: Stage) -> Tensor:
+def mean_logits(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
     """The margin of the mean logits: deterministic, and blind to which draws it fools."""
     mean = torch.einsum("r,rnc->nc", draws.weights.to(logits), ensembles(logits, draws))
     return margin(mean, labels)
@@ -114,6 +114,6 @@ LOSSES: Final[dict[str, Loss]] = {
 
 
 @torch.no_grad()
-def typical_margin(logits: Tensor, labels: Tensor, draws: Draws) -> float:
+def typical_margin(logits: Tensor, labels: Tensor, draws: DrawSet) -> float:
     """The median absolute margin over draws and images: the unit of kappa and tau."""
     return max(1e-6, float(per_draw(margin, ensembles(logits, draws), labels).abs().median()))

@@ -20,14 +20,14 @@ from model_store.attacks import (
     unit,
 )
 from service.audit.attacks.losses import LOSSES, Stage, typical_margin
-from service.audit.evaluation import Member, Target, failure, workers
+from service.audit.evaluation import AttackTarget, Member, failure, workers
 
 BATCH: Final = 64
 PART: Final = 16  # images of one PGD on one ticket
 
 
 @dataclass(frozen=True)
-class Single:
+class SingleModelPgd:
     """PGD on one ticket alone, as Table 1 has it; steps 0 is FGSM. step: in epsilons."""
 
     steps: int = 20
@@ -36,7 +36,7 @@ class Single:
 
 
 @dataclass(frozen=True)
-class Universal:
+class UniversalPerturbation:
     """One perturbation for every image: found on the first half of them, measured on the others. batch: images of one
     step, for every system the same."""
 
@@ -48,7 +48,7 @@ class Universal:
 
 
 @dataclass(frozen=True)
-class Corners:
+class RandomCorners:
     """Random corners of the ball, the riskiest kept."""
 
     count: int = 100
@@ -59,7 +59,7 @@ def attack_member(
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
-    single: Single,
+    single: SingleModelPgd,
     generator: torch.Generator,
     loss: Loss = cross_entropy,
 ) -> Tensor:
@@ -87,7 +87,7 @@ def attack_member(
 
 @torch.no_grad()
 def corners(
-    target: Target, images: Tensor, labels: Tensor, threat: ThreatModel, count: int, generator: torch.Generator
+    target: AttackTarget, images: Tensor, labels: Tensor, threat: ThreatModel, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The riskiest of `count` random corners of each image's ball (l2: points of its sphere), and its risk [N]."""
     best = images.clone()
@@ -103,11 +103,11 @@ def corners(
 
 
 def universal(
-    target: Target,
+    target: AttackTarget,
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
-    settings: Universal,
+    settings: UniversalPerturbation,
     generator: torch.Generator,
 ) -> Tensor:
     """The images with one perturbation [1, 3, 32, 32] added, which has seen only the first half of them."""
@@ -135,7 +135,9 @@ def within(shift: Tensor, threat: ThreatModel) -> Tensor:
     return shift * (threat.epsilon / max(length, threat.epsilon, TINY))
 
 
-def shared_gradient(target: Target, images: Tensor, labels: Tensor, shift: Tensor, loss: str, scale: float) -> Tensor:
+def shared_gradient(
+    target: AttackTarget, images: Tensor, labels: Tensor, shift: Tensor, loss: str, scale: float
+) -> Tensor:
     """[1, 3, 32, 32]: of the summed loss, in parts that fit into memory."""
     total = torch.zeros_like(shift)
     for some, right in target.parts(images, labels):
@@ -146,6 +148,6 @@ def shared_gradient(target: Target, images: Tensor, labels: Tensor, shift: Tenso
     return total
 
 
-def shared_risk(target: Target, images: Tensor, labels: Tensor, shift: Tensor) -> float:
+def shared_risk(target: AttackTarget, images: Tensor, labels: Tensor, shift: Tensor) -> float:
     logits = target.logits((images + shift).clamp(0, 1))
     return float(failure(logits, labels, target.draws).mean())

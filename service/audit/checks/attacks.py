@@ -15,14 +15,24 @@ from model_store.policy import draw_theta, matrix
 from service.audit import baselines
 from service.audit.attack_runner import Outcome, Run, seed_of
 from service.audit.attacks import eot
-from service.audit.attacks.autoattack import ExpectedLogits, Standard
+from service.audit.attacks.autoattack import AutoAttackConfig, ExpectedLogits
 from service.audit.attacks.autoattack import attack as library_attack
 from service.audit.attacks.eot import gradient_of
 from service.audit.attacks.losses import LOSSES, Stage
-from service.audit.checks.base import Check, Finding, Lab, points, tolerance
+from service.audit.checks.base import Check, CheckContext, CheckResult, points, tolerance
 from service.audit.checks.model import PROBE
 from service.audit.config import ATTACKS, LARGEST, ProfileName
-from service.audit.evaluation import CERTAIN, Draws, Member, Target, as_floats, failure, logits_of, on_grid, worst
+from service.audit.evaluation import (
+    CERTAIN,
+    AttackTarget,
+    DrawSet,
+    Member,
+    as_floats,
+    failure,
+    logits_of,
+    quantize_to_uint8,
+    worst,
+)
 from service.audit.profiles import FAR, refine
 
 GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))
@@ -47,35 +57,35 @@ def strongest(run: Run, outcomes: list[Outcome], images: int) -> Tensor:
     return worst(found).right
 
 
-def converged(lab: Lab) -> Finding:
+def converged(lab: CheckContext) -> CheckResult:
     shares = {
         o.step.id: o.extra["converged"]
         for o in lab.attacks(*GRADIENT_ATTACKS)
         if "converged" in o.extra and getattr(o.step.settings, "loss", "") != "risk"
     }
     if not shares:
-        return Finding(None, "no gradient attack ran")
+        return CheckResult(None, "no gradient attack ran")
     best = max(shares.values())
-    return Finding(best >= 0.95, f"{points(best)} of the images in the best-converged attack")
+    return CheckResult(best >= 0.95, f"{points(best)} of the images in the best-converged attack")
 
 
-def more_steps(lab: Lab) -> Finding:
+def more_steps(lab: CheckContext) -> CheckResult:
     once, twice = (
         lab.right(lab.attack(replace(PROBE, steps=n), "steps").images) for n in (PROBE.steps, 2 * PROBE.steps)
     )
     limit = max(0.005, tolerance(once, twice))
     gained = float(once.mean() - twice.mean())
-    return Finding(gained <= limit, f"{PROBE.steps} to {2 * PROBE.steps} steps: {points(gained)} lower")
+    return CheckResult(gained <= limit, f"{PROBE.steps} to {2 * PROBE.steps} steps: {points(gained)} lower")
 
 
-def more_restarts(lab: Lab) -> Finding:
+def more_restarts(lab: CheckContext) -> CheckResult:
     counts = (1, 5, 10) if lab.full else (1, 2, 4)
     found = [float(lab.right(lab.attack(replace(PROBE, restarts=n), "restarts").images).mean()) for n in counts]
     said = ", ".join(f"{n}: {points(value)}" for n, value in zip(counts, found, strict=True))
-    return Finding(found[-2] - found[-1] <= max(0.005, 1 / lab.count), said)
+    return CheckResult(found[-2] - found[-1] <= max(0.005, 1 / lab.count), said)
 
 
-def more_draws(lab: Lab) -> Finding:
+def more_draws(lab: CheckContext) -> CheckResult:
     """An attacker who samples m draws for each step, against the factored one; all scored exactly."""
     counts = (1, 5, 20)
     found = [lab.right(sampled_attack(lab, m)) for m in counts] + [lab.right(lab.attack(PROBE, "probe").images)]
@@ -86,10 +96,10 @@ def more_draws(lab: Lab) -> Finding:
         for before, after, one, other in zip(means, means[1:], found, found[1:], strict=False)
     )
     masks = means[0] - means[-1] > 0.05
-    return Finding(ordered and not masks, said + ("; randomness masks gradients" if masks else ""))
+    return CheckResult(ordered and not masks, said + ("; randomness masks gradients" if masks else ""))
 
 
-def sampled_attack(lab: Lab, draws: int) -> Tensor:
+def sampled_attack(lab: CheckContext, draws: int) -> Tensor:
     """PGD whose gradients come from fresh draws at every step, as one without the factored form would do it."""
     rng, threat = random.Random(f"eot {lab.run.audit.seed} {draws}"), lab.threat()
     images, labels = random_start(lab.images, threat, lab.generator("sampled")), lab.labels.to(lab.run.bench.device)
@@ -103,14 +113,14 @@ def sampled_attack(lab: Lab, draws: int) -> Tensor:
     return images
 
 
-def drawn_alone(lab: Lab, rng: random.Random) -> Target:
+def drawn_alone(lab: CheckContext, rng: random.Random) -> AttackTarget:
     """One theta, known."""
     members = tuple(lab.run.bench.members[index] for index in draw_theta(lab.ours.policy, rng).members)
-    draws = Draws(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), counted=True)
-    return Target(members, draws.to(lab.run.bench.device))
+    draws = DrawSet(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), counted=True)
+    return AttackTarget(members, draws.to(lab.run.bench.device))
 
 
-def iterative_below_single_step(lab: Lab) -> Finding:
+def iterative_below_single_step(lab: CheckContext) -> CheckResult:
     rows = []
     for index in range(lab.run.bench.tickets):
         own = baselines.single(lab.run.bench, index)
@@ -119,8 +129,10 @@ def iterative_below_single_step(lab: Lab) -> Finding:
             excess = float((by_name["pgd-20"] - by_name["fgsm"]).mean()) - tolerance(by_name["pgd-20"], by_name["fgsm"])
             rows.append((excess, own.name))
     if not rows:
-        return Finding(None, "FGSM and PGD-20 did not both run")
-    return Finding(max(rows)[0] <= 0, f"{len(rows)} tickets; closest: {max(rows)[1]}, {points(-max(rows)[0])} to spare")
+        return CheckResult(None, "FGSM and PGD-20 did not both run")
+    return CheckResult(
+        max(rows)[0] <= 0, f"{len(rows)} tickets; closest: {max(rows)[1]}, {points(-max(rows)[0])} to spare"
+    )
 
 
 def same_attack_by_epsilon(run: Run) -> list[tuple[float, Tensor]]:
@@ -132,45 +144,45 @@ def same_attack_by_epsilon(run: Run) -> list[tuple[float, Tensor]]:
     return sorted(lowest.items())
 
 
-def monotone(lab: Lab) -> Finding:
+def monotone(lab: CheckContext) -> CheckResult:
     curve = same_attack_by_epsilon(lab.run)
     if len(curve) < 3:
-        return Finding(None, "fewer than two epsilons above 0")
+        return CheckResult(None, "fewer than two epsilons above 0")
     rises = []
     for (_, before), (_, after) in itertools.pairwise(curve):  # on the images of both
         count = min(len(before), len(after))
         rises.append(float((after[:count] - before[:count]).mean()) - tolerance(before[:count], after[:count]))
     said = ", ".join(f"{epsilon:g}: {points(float(right.mean()))}" for epsilon, right in curve)
-    return Finding(max(rises) <= 0, said)
+    return CheckResult(max(rises) <= 0, said)
 
 
-def at(lab: Lab, epsilon: float) -> float | None:
+def at(lab: CheckContext, epsilon: float) -> float | None:
     found = lab.attacks("eot-mean-loss", epsilon=epsilon)
     return float(accuracy(lab.run, found[0]).mean()) if found else None
 
 
-def reaches_zero(lab: Lab) -> Finding:
+def reaches_zero(lab: CheckContext) -> CheckResult:
     sizes = FAR[lab.run.audit.norm]
     near, far = (at(lab, size) for size in sizes)
     if near is None or far is None:
-        return Finding(None, "the far end did not run")
+        return CheckResult(None, "the far end did not run")
     said = ", ".join(f"{e:g}/255: {points(found)}" for e, found in zip(sizes, (near, far), strict=True))
-    return Finding(near <= 0.01 and far <= 0.005, said)
+    return CheckResult(near <= 0.01 and far <= 0.005, said)
 
 
-def unbounded(lab: Lab) -> Finding:
+def unbounded(lab: CheckContext) -> CheckResult:
     found = at(lab, LARGEST[lab.run.audit.norm])
-    return Finding(None, "did not run") if found is None else Finding(found == 0, points(found))
+    return CheckResult(None, "did not run") if found is None else CheckResult(found == 0, points(found))
 
 
-def below_transfer(lab: Lab) -> Finding:
+def below_transfer(lab: CheckContext) -> CheckResult:
     """The adaptive attack against every image made on another model. Images only transfer breaks must be rare."""
     others = [
         o for o in lab.run.outcomes if o.step.name in ("fgsm", "pgd-20") and o.step.epsilon == lab.run.audit.headline
     ]
     mine = [o for o in lab.attacks(*GRADIENT_ATTACKS) if not o.step.warm]  # a warm start has seen the transfers
     if not others or not mine:
-        return Finding(None, "transfer or the adaptive attack did not run")
+        return CheckResult(None, "transfer or the adaptive attack did not run")
     count = min(o.step.images for o in (*others, *mine))
     white = strongest(lab.run, mine, count)
     transfers = torch.stack([accuracy(lab.run, o)[:count] for o in others])
@@ -178,13 +190,13 @@ def below_transfer(lab: Lab) -> Finding:
     only = float(((transfers.amin(dim=0) < 0.5) & (white >= 0.5)).double().mean())
     holds = float((white - best).mean()) <= tolerance(white, best) and only <= max(0.01, 1 / count)
     said = f"adaptive {points(float(white.mean()))}, best transfer {points(float(best.mean()))}"
-    return Finding(holds, f"{said}; only transfer: {points(only)}")
+    return CheckResult(holds, f"{said}; only transfer: {points(only)}")
 
 
-def below_black_box(lab: Lab) -> Finding:
+def below_black_box(lab: CheckContext) -> CheckResult:
     black, mine = lab.attacks(*BLACK_BOX), lab.attacks(*GRADIENT_ATTACKS)
     if not black or not mine:
-        return Finding(None, "Square did not run")
+        return CheckResult(None, "Square did not run")
     count = min(o.step.images for o in (*black, *mine))
     white, square = strongest(lab.run, mine, count), strongest(lab.run, black, count)
     lower = float((white - torch.minimum(white, square)).mean())
@@ -192,14 +204,14 @@ def below_black_box(lab: Lab) -> Finding:
     said = (
         f"white box {points(float(white.mean()))}, Square {points(float(square.mean()))}, lowers it by {points(lower)}"
     )
-    return Finding(holds and lower <= 0.002, said, warn=holds)
+    return CheckResult(holds and lower <= 0.002, said, warn=holds)
 
 
-def below_hard_label(lab: Lab) -> Finding:
+def below_hard_label(lab: CheckContext) -> CheckResult:
     """The nearest image that fools most draws: HopSkipJump's, against the white box's by bisection on epsilon."""
     labels = lab.attacks("hopskipjump-queries")
     if not labels:
-        return Finding(None, "HopSkipJump did not run")
+        return CheckResult(None, "HopSkipJump did not run")
     count = min(o.step.images for o in labels)
     hard = torch.full((count,), NEVER)
     for outcome in labels:
@@ -207,7 +219,7 @@ def below_hard_label(lab: Lab) -> Finding:
         hard = torch.minimum(hard, torch.where(right < 0.5, away, NEVER))
     right = lab.run.clean(lab.ours).right[:count] >= 0.5
     if not bool(right.any()):
-        return Finding(None, f"none of {count} images is right at first for most draws")
+        return CheckResult(None, f"none of {count} images is right at first for most draws")
     hard, white = hard[right], least_epsilons(lab, count)[right]
     nearer = float((hard < white).double().mean())
     medians = ", ".join(
@@ -215,10 +227,10 @@ def below_hard_label(lab: Lab) -> Finding:
         for name, found in (("HopSkipJump", hard), ("white box", white))
     )
     text = f"median distance {medians}; HopSkipJump nearer on {points(nearer)} of the {len(hard)} images right at first"
-    return Finding(nearer <= 0.05, text)
+    return CheckResult(nearer <= 0.05, text)
 
 
-def least_epsilons(lab: Lab, count: int) -> Tensor:
+def least_epsilons(lab: CheckContext, count: int) -> Tensor:
     """float32 [count], in 255ths: the least epsilon at which a gradient attack turns most draws, to one grey level.
 
     Bisected between what the audit's own attacks reached; images that share a middle are attacked together.
@@ -240,28 +252,28 @@ def least_epsilons(lab: Lab, count: int) -> Tensor:
     return high
 
 
-def fooled_at(lab: Lab, which: Tensor, size: float) -> Tensor:
+def fooled_at(lab: CheckContext, which: Tensor, size: float) -> Tensor:
     """bool: whether most draws fall for what ascent on the loss, and on the risk from there, makes of these images."""
     device, threat = lab.run.bench.device, lab.threat(size)
     pixels, labels = lab.run.data.pixels[which], lab.run.data.labels[which]
     images, generator = as_floats(pixels, device), lab.generator(f"least {size}")
     found = eot.attack(lab.target, images, labels.to(device), threat, PROBE, generator).images
     refined = eot.attack(lab.target, images, labels.to(device), threat, SHARPEN, generator, [found]).images
-    moved = on_grid(refined, pixels, threat.norm, threat.epsilon)
+    moved = quantize_to_uint8(refined, pixels, threat.norm, threat.epsilon)
     return lab.run.rights(lab.ours, moved, labels) < 0.5
 
 
-def above_noise(lab: Lab) -> Finding:
+def above_noise(lab: CheckContext) -> CheckResult:
     noise, mine = lab.attacks("noise"), lab.attacks(*GRADIENT_ATTACKS)
     if not noise or not mine:
-        return Finding(None, "noise did not run")
+        return CheckResult(None, "noise did not run")
     count = min(o.step.images for o in (*noise, *mine))
     white, random_corners = strongest(lab.run, mine, count), strongest(lab.run, noise, count)
     only = float(((random_corners < 0.5) & (white >= 0.5)).double().mean())
-    return Finding(only <= 0.005, f"broken by random corners alone: {points(only)}")
+    return CheckResult(only <= 0.005, f"broken by random corners alone: {points(only)}")
 
 
-def known_theta(lab: Lab) -> Finding:
+def known_theta(lab: CheckContext) -> CheckResult:
     """Knowing theta can only help, a theorem: the mean over drawn thetas of the accuracy left is a floor for ours."""
     rng = random.Random(f"known {lab.run.audit.seed}")
     count = FIXED_DRAWS if lab.full else 8
@@ -270,34 +282,36 @@ def known_theta(lab: Lab) -> Finding:
     secret = strongest(lab.run, lab.attacks(*GRADIENT_ATTACKS), lab.count)
     few = ", ".join(f"{states}: {points(float(among(lab, states, rng).mean()))}" for states in FEW_STATES)
     said = f"theta known {points(float(known.mean()))} ({count} thetas), secret {points(float(secret.mean()))}"
-    return Finding(float((known - secret).mean()) <= tolerance(known, secret), f"{said}; one of so many states {few}")
+    return CheckResult(
+        float((known - secret).mean()) <= tolerance(known, secret), f"{said}; one of so many states {few}"
+    )
 
 
-def among(lab: Lab, count: int, rng: random.Random) -> Tensor:
+def among(lab: CheckContext, count: int, rng: random.Random) -> Tensor:
     """float64 [n]: accuracy where the attacker knows that theta is one of so many drawn states."""
     used = list(lab.ours.used)
     thetas = [draw_theta(lab.ours.policy, rng) for _ in range(count)]
     rows = matrix(thetas, lab.ours.policy.tickets)[:, used]
-    draws = Draws(rows, torch.full((count,), 1 / count, dtype=torch.float64), counted=True).to(lab.run.bench.device)
-    return left_of(lab, f"among {count}", Target(lab.target.members, draws))
+    draws = DrawSet(rows, torch.full((count,), 1 / count, dtype=torch.float64), counted=True).to(lab.run.bench.device)
+    return left_of(lab, f"among {count}", AttackTarget(lab.target.members, draws))
 
 
-def left_of(lab: Lab, name: str, target: Target) -> Tensor:
+def left_of(lab: CheckContext, name: str, target: AttackTarget) -> Tensor:
     """float64 [n]: accuracy of a target under the attack that knows it, on its own draws."""
     found = lab.attack(PROBE, name, target)
-    pixels = on_grid(found.images, lab.pixels, lab.threat().norm, lab.threat().epsilon)
+    pixels = quantize_to_uint8(found.images, lab.pixels, lab.threat().norm, lab.threat().epsilon)
     return 1 - failure(logits_of(target.members, pixels, lab.run.bench.device), lab.labels, target.draws)
 
 
-def baselines_present(lab: Lab) -> Finding:
+def baselines_present(lab: CheckContext) -> CheckResult:
     names = [system.name for system in lab.run.systems]
     there = {baselines.MEAN, baselines.BEST, baselines.COST} <= set(names)
     attacked = {o.step.system for o in lab.run.outcomes if o.step.epsilon == lab.run.audit.headline}
     missing = [name for name in names if name not in attacked and not lab.run.audit.attacks]
-    return Finding(there and not missing, f"{len(names) - 1} systems beside ours under the same attacks")
+    return CheckResult(there and not missing, f"{len(names) - 1} systems beside ours under the same attacks")
 
 
-def no_masked_ticket(lab: Lab) -> Finding:
+def no_masked_ticket(lab: CheckContext) -> CheckResult:
     """PGD-20 against AutoAttack's APGD on each ticket: a wide gap is a masked gradient, FGSM above clean an overfit."""
     overfit, gaps = [], {}
     for index, member in enumerate(lab.run.bench.members[: lab.run.bench.tickets]):
@@ -310,27 +324,27 @@ def no_masked_ticket(lab: Lab) -> Finding:
             overfit.append(member.name)
         gaps[member.name] = float(by_name["pgd-20"][: lab.count].mean()) - against_library(lab, member)
     if not gaps:
-        return Finding(None, "FGSM and PGD-20 did not both run")
+        return CheckResult(None, "FGSM and PGD-20 did not both run")
     wide = [name for name, gap in gaps.items() if gap > max(0.1, 1.5 / lab.count)]
     said = f"largest gap {points(max(gaps.values()))} on {lab.count} images"
     if overfit:
-        return Finding(False, f"catastrophic overfitting: {', '.join(overfit)}; {said}")
-    return Finding(not wide, said + (f"; wide: {', '.join(wide)}" if wide else ""), warn=True)
+        return CheckResult(False, f"catastrophic overfitting: {', '.join(overfit)}; {said}")
+    return CheckResult(not wide, said + (f"; wide: {', '.join(wide)}" if wide else ""), warn=True)
 
 
-def against_library(lab: Lab, member: Member) -> float:
+def against_library(lab: CheckContext, member: Member) -> float:
     """A ticket's accuracy under AutoAttack's untargeted APGD on the DLR loss."""
-    alone = Target((member,), Draws(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True))
-    standard = Standard("apgd-dlr" if lab.run.library.classes[3:] else "apgd-ce", "mean-logits", 20)
+    alone = AttackTarget((member,), DrawSet(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True))
+    standard = AutoAttackConfig("apgd-dlr" if lab.run.library.classes[3:] else "apgd-ce", "mean-logits", 20)
     labels = lab.labels.to(lab.run.bench.device)
     seed = seed_of("masked", lab.run.audit.seed, member.name)
     found = library_attack(alone, lab.images, labels, lab.threat(), standard, seed)
-    pixels = on_grid(found, lab.pixels, lab.threat().norm, lab.threat().epsilon)
+    pixels = quantize_to_uint8(found, lab.pixels, lab.threat().norm, lab.threat().epsilon)
     right = logits_of((member,), pixels, lab.run.bench.device)[0].argmax(dim=1) == lab.labels
     return float(right.double().mean())
 
 
-def no_label_leak(lab: Lab) -> Finding:
+def no_label_leak(lab: CheckContext) -> CheckResult:
     """FGSM with the true labels against FGSM with the predicted ones, mean over tickets (Kurakin et al., 2017)."""
     rows = []
     for member in lab.target.members:
@@ -340,23 +354,23 @@ def no_label_leak(lab: Lab) -> Finding:
         rows.append(one - other)
     gap = torch.stack(rows).mean(dim=0)
     limit = max(0.02, 1 / lab.count)
-    return Finding(float(gap.mean()) <= limit, f"true labels leave {points(float(gap.mean()))} more")
+    return CheckResult(float(gap.mean()) <= limit, f"true labels leave {points(float(gap.mean()))} more")
 
 
-def member_accuracy(lab: Lab, member: Member, labels: Tensor) -> Tensor:
+def member_accuracy(lab: CheckContext, member: Member, labels: Tensor) -> Tensor:
     found = fgsm(member, lab.images, labels, lab.threat())
     with torch.no_grad():
         return (member(found).argmax(dim=1).cpu() == lab.labels).double()
 
 
-def smooth_landscape(lab: Lab) -> Finding:
+def smooth_landscape(lab: CheckContext) -> CheckResult:
     """Losses on a grid spanned by the gradient's sign and a random one: few points above what the attack reached."""
     side, count = (21, 16) if lab.full else (11, 4)
     count = min(count, lab.count)
     probe, loss = lab.attack(PROBE, "probe"), LOSSES["mean-loss"]
     open_still = (probe.risk < CERTAIN).nonzero().flatten()[:count].cpu()  # on the others the attack has stopped
     if not len(open_still):
-        return Finding(None, "the attack left no image to look at")
+        return CheckResult(None, "the attack left no image to look at")
     found, images, threat = probe.images[open_still], lab.images[open_still], lab.threat()
     labels, count = lab.labels[open_still].to(lab.run.bench.device), len(open_still)
     stage, target = Stage(1.0, 0.0), lab.target
@@ -373,11 +387,11 @@ def smooth_landscape(lab: Lab) -> Finding:
     share = float(torch.stack(above).double().mean())
     moves = jitter(lab, images, labels)
     said = f"{points(share)} of {side}x{side} points for {count} images above the attack"
-    return Finding(share <= 0.005 and moves <= 0.1, f"{said}; small random steps move the loss by {points(moves)}")
+    return CheckResult(share <= 0.005 and moves <= 0.1, f"{said}; small random steps move the loss by {points(moves)}")
 
 
 @torch.no_grad()
-def jitter(lab: Lab, images: Tensor, labels: Tensor) -> float:
+def jitter(lab: CheckContext, images: Tensor, labels: Tensor) -> float:
     """How far the loss moves, relative to itself and at most 1, when every pixel does by up to half of 8/255: the mean
     over steps and images (Pintor et al., 2022, unstable predictions)."""
     loss, target, stage = LOSSES["mean-loss"], lab.target, Stage(1.0, 0.0)
@@ -390,17 +404,17 @@ def jitter(lab: Lab, images: Tensor, labels: Tensor) -> float:
     return float(torch.stack(moves).mean())
 
 
-def targeted_too(lab: Lab) -> Finding:
+def targeted_too(lab: CheckContext) -> CheckResult:
     targeted, mine = lab.attacks("apgd-t"), lab.attacks(*GRADIENT_ATTACKS)
     if not targeted or not mine:
-        return Finding(None, "the targeted attack did not run")
+        return CheckResult(None, "the targeted attack did not run")
     count = min(o.step.images for o in (*targeted, *mine))
     white, aimed = strongest(lab.run, mine, count), strongest(lab.run, targeted, count)
     only = float(((aimed < 0.5) & (white >= 0.5)).double().mean())
-    return Finding(only <= 0.02, f"broken by targets alone: {points(only)} of {count} images")
+    return CheckResult(only <= 0.02, f"broken by targets alone: {points(only)} of {count} images")
 
 
-def output_range(lab: Lab) -> Finding:
+def output_range(lab: CheckContext) -> CheckResult:
     """Logits, no probabilities, of a size that cross-entropy can tell apart; no temperature makes attacks better."""
     with torch.no_grad():
         logits = lab.target(lab.images)
@@ -412,15 +426,15 @@ def output_range(lab: Lab) -> Finding:
     gain = max(float((base - right).mean()) for right in rows.values())
     within = gain <= max(0.005, 1.5 / lab.count)
     said = f"largest logit {largest:.1f}; temperature 0.1 and 10 lower accuracy by at most {points(max(0.0, gain))}"
-    return Finding(not shares and largest <= 50 and within, said + ("; these are probabilities" if shares else ""))
+    return CheckResult(not shares and largest <= 50 and within, said + ("; these are probabilities" if shares else ""))
 
 
-def heated(target: Target, factor: float) -> Target:
+def heated(target: AttackTarget, factor: float) -> AttackTarget:
     members = tuple(replace(member, temperature=member.temperature * factor) for member in target.members)
-    return Target(members, target.draws)
+    return AttackTarget(members, target.draws)
 
 
-Row = tuple[int, str, str, bool, ProfileName, Callable[[Lab], Finding]]
+Row = tuple[int, str, str, bool, ProfileName, Callable[[CheckContext], CheckResult]]
 ROWS: Final[tuple[Row, ...]] = (
     (
         9,

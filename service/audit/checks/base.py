@@ -10,9 +10,9 @@ from torch import Tensor
 from model_store.attacks import ThreatModel
 from service.audit.attack_runner import Outcome, Run, seed_of
 from service.audit.attacks import eot
-from service.audit.attacks.eot import Ascent, Found
+from service.audit.attacks.eot import Found, PgdConfig
 from service.audit.config import ProfileName
-from service.audit.evaluation import System, Target, as_floats, on_grid
+from service.audit.evaluation import AttackTarget, Defense, as_floats, quantize_to_uint8
 from service.audit.profiles import PROFILES, Profile
 from service.audit.stats import standard_error
 
@@ -21,7 +21,7 @@ RANK: Final[dict[ProfileName, int]] = {"smoke": 0, "standard": 1, "full": 2}
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """ok: None where there was nothing to judge.  value: what was found, in words with its numbers."""
 
     ok: bool | None
@@ -38,11 +38,11 @@ class Check:
     criterion: str
     hard: bool
     least: ProfileName
-    run: Callable[["Lab"], Finding]
+    run: Callable[["CheckContext"], CheckResult]
 
 
 @dataclass
-class Lab:
+class CheckContext:
     """What checks share: a run, the first few images, and the attacks made on them so far."""
 
     run: Run
@@ -74,18 +74,18 @@ class Lab:
         return self.run.data.labels[: self.count]
 
     @property
-    def ours(self) -> System:
+    def ours(self) -> Defense:
         return self.run.systems[0]
 
     @property
-    def target(self) -> Target:
+    def target(self) -> AttackTarget:
         return self.run.target(self.ours.name)
 
     def generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of("check", self.run.audit.seed, name))
 
     def attack(
-        self, ascent: Ascent, name: str = "", target: Target | None = None, epsilon: float | None = None
+        self, ascent: PgdConfig, name: str = "", target: AttackTarget | None = None, epsilon: float | None = None
     ) -> Found:
         """On the first few images at the headline epsilon, remembered by its settings."""
         key = repr((ascent, name, epsilon))
@@ -101,10 +101,10 @@ class Lab:
         size = self.run.audit.headline if epsilon is None else epsilon
         return ThreatModel(self.run.audit.norm, size / 255)
 
-    def right(self, images: Tensor, system: System | None = None, epsilon: float | None = None) -> Tensor:
+    def right(self, images: Tensor, system: Defense | None = None, epsilon: float | None = None) -> Tensor:
         """float64 [count]: p_i of images on the grid, under the scoring draws."""
         threat = self.threat(epsilon)
-        pixels = on_grid(images, self.pixels, threat.norm, threat.epsilon)
+        pixels = quantize_to_uint8(images, self.pixels, threat.norm, threat.epsilon)
         return self.run.rights(system or self.ours, pixels, self.labels)
 
     def attacks(self, *names: str, epsilon: float | None = None) -> list[Outcome]:
@@ -126,7 +126,7 @@ def points(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def judged(check: Check, lab: Lab) -> dict[str, Any]:
+def judged(check: Check, lab: CheckContext) -> dict[str, Any]:
     """The row of the table."""
     row = {"id": check.id, "name": check.name, "criterion": check.criterion, "hard": check.hard}
     if RANK[lab.run.audit.profile] < RANK[check.least]:

@@ -15,34 +15,34 @@ from model_store.attacks import cross_entropy, random_start
 from model_store.ensemble import calibrated
 from model_store.policy import draw_theta, inclusion_probabilities, size_probabilities, states
 from service.audit.attack_runner import fingerprint, inside
-from service.audit.attacks.autoattack import isolated
-from service.audit.attacks.eot import Ascent, gradient_of
+from service.audit.attacks.autoattack import isolated_rng
+from service.audit.attacks.eot import PgdConfig, gradient_of
 from service.audit.attacks.losses import LOSSES, Stage
-from service.audit.checks.base import Check, Finding, Lab, points
-from service.audit.evaluation import Draws, Member, Target, as_floats, failure
+from service.audit.checks.base import Check, CheckContext, CheckResult, points
+from service.audit.evaluation import AttackTarget, DrawSet, Member, as_floats, failure
 
-PROBE: Final = Ascent("mean-loss", steps=20, step=0.125, momentum=0.75)
+PROBE: Final = PgdConfig("mean-loss", steps=20, step=0.125, momentum=0.75)
 STAGE: Final = Stage(scale=1.0, progress=0.0)
 SIGMAS: Final = 5.0  # of a binomial count: a false alarm in less than a million
 
 
-def feasible(lab: Lab) -> Finding:
+def feasible(lab: CheckContext) -> CheckResult:
     over = max((inside(o, lab.run.data.pixels) - o.step.threat.epsilon for o in lab.run.outcomes), default=0.0)
     kinds = {o.pixels.dtype for o in lab.run.outcomes}
-    return Finding(over <= 1e-6 and kinds <= {torch.uint8}, f"furthest outside by {max(0.0, over):.1e}, all uint8")
+    return CheckResult(over <= 1e-6 and kinds <= {torch.uint8}, f"furthest outside by {max(0.0, over):.1e}, all uint8")
 
 
-def deliverable(lab: Lab) -> Finding:
+def deliverable(lab: CheckContext) -> CheckResult:
     """The figures are on the grid by construction; this is what rounding cost the attacker."""
     found = lab.attack(PROBE, "probe")
     with torch.no_grad():
         raw = 1 - failure(lab.target(found.images), lab.labels, lab.target.draws)
     change = abs(float(raw.mean()) - float(lab.right(found.images).mean()))
     limit = max(0.01, 1 / lab.count)
-    return Finding(change <= limit, f"rounding to 8 bits moves accuracy by {points(change)}", warn=change <= 0.1)
+    return CheckResult(change <= limit, f"rounding to 8 bits moves accuracy by {points(change)}", warn=change <= 0.1)
 
 
-def same_model(lab: Lab) -> Finding:
+def same_model(lab: CheckContext) -> CheckResult:
     """Against the store's own calibrated tickets, and from `standard` on against the engine that serves."""
     pixels = lab.run.data.pixels[:64]
     images, worst = as_floats(pixels, lab.run.bench.device), 0.0
@@ -53,16 +53,16 @@ def same_model(lab: Lab) -> Finding:
     shown = f"{engine:.1e}" if isinstance(engine, float) else engine
     said = f"largest relative difference {worst:.1e} over {len(pixels)} images; engine {shown}"
     if lab.run.int8_images is not None and isinstance(engine, float) and worst <= 1e-5:
-        return Finding(False, f"{said}: the service runs in 8 bits, these figures are of float32", warn=True)
+        return CheckResult(False, f"{said}: the service runs in 8 bits, these figures are of float32", warn=True)
     worst = max(worst, engine) if isinstance(engine, float) else worst
-    return Finding(worst <= 1e-5, said)
+    return CheckResult(worst <= 1e-5, said)
 
 
 def relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / second.abs().max().clamp_min(1.0))
 
 
-def against_engine(lab: Lab, pixels: Tensor) -> float | str:
+def against_engine(lab: CheckContext, pixels: Tensor) -> float | str:
     from service.engine.base import EngineRejected
     from service.engine.factory import open_engine
     from service.settings import Settings
@@ -82,20 +82,20 @@ def against_engine(lab: Lab, pixels: Tensor) -> float | str:
     return worst
 
 
-def no_side_effects(lab: Lab) -> Finding:
+def no_side_effects(lab: CheckContext) -> CheckResult:
     members = lab.run.bench.members
     same = fingerprint(members) == lab.run.fingerprint
     training = sum(module.training for member in members for module in member.network.modules())
     gradients = sum(p.grad is not None for member in members for p in member.network.parameters())
     said = f"weights and statistics {'unchanged' if same else 'CHANGED'}, {training} modules in train mode"
-    return Finding(same and not training and not gradients, f"{said}, {gradients} gradients left behind")
+    return CheckResult(same and not training and not gradients, f"{said}, {gradients} gradients left behind")
 
 
-def start(lab: Lab) -> Tensor:
+def start(lab: CheckContext) -> Tensor:
     return random_start(lab.images, lab.threat(), lab.generator("start"))
 
 
-def no_zero_gradients(lab: Lab) -> Finding:
+def no_zero_gradients(lab: CheckContext) -> CheckResult:
     """Of the ensemble's loss, and of each member's own: one masked member is enough to hide."""
     point, labels = start(lab), lab.labels.to(lab.run.bench.device)
     _, _, gradient = gradient_of(lab.target, point, labels, LOSSES["mean-loss"], STAGE)
@@ -103,7 +103,7 @@ def no_zero_gradients(lab: Lab) -> Finding:
     shares = {member.name: zero_share(member, point, labels) for member in lab.target.members}
     worst = max(shares, key=lambda name: shares[name])
     said = f"{points(zero)} of the ensemble's, {points(shares[worst])} of {worst}'s"
-    return Finding(zero <= 0.01 and shares[worst] <= 0.01, said)
+    return CheckResult(zero <= 0.01 and shares[worst] <= 0.01, said)
 
 
 def zero_share(member: Member, images: Tensor, labels: Tensor) -> float:
@@ -113,7 +113,7 @@ def zero_share(member: Member, images: Tensor, labels: Tensor) -> float:
     return float((gradient.flatten(1).abs().amax(dim=1) == 0).double().mean())
 
 
-def right_gradients(lab: Lab) -> Finding:
+def right_gradients(lab: CheckContext) -> CheckResult:
     """Central differences in float64, in the full direction of random signs, against autograd's."""
     target = in_doubles(lab.target)
     point, labels, draws = start(lab).double(), lab.labels.to(lab.run.bench.device), 4
@@ -126,23 +126,23 @@ def right_gradients(lab: Lab) -> Finding:
         expected = (gradient * direction).flatten(1).sum(dim=1)
         good.append((slope - expected).abs() <= 0.05 * expected.abs() + 1e-9)
     share = float(torch.stack(good).double().mean())
-    return Finding(share >= 0.95, f"{points(share)} of {draws * lab.count} within 5 %")
+    return CheckResult(share >= 0.95, f"{points(share)} of {draws * lab.count} within 5 %")
 
 
 STEP: Final = 1e-7  # small enough that few rectifiers switch in between; float64 keeps 9 digits of the loss
 
 
 @torch.no_grad()
-def loss_at(target: Target, images: Tensor, labels: Tensor) -> Tensor:
+def loss_at(target: AttackTarget, images: Tensor, labels: Tensor) -> Tensor:
     return LOSSES["mean-loss"](target(images), labels, target.draws, STAGE)
 
 
-def in_doubles(target: Target) -> Target:
+def in_doubles(target: AttackTarget) -> AttackTarget:
     members = tuple(replace(member, network=deepcopy(member.network).double()) for member in target.members)
-    return Target(members, target.draws)
+    return AttackTarget(members, target.draws)
 
 
-def factored_is_sampled(lab: Lab) -> Finding:
+def factored_is_sampled(lab: CheckContext) -> CheckResult:
     """Against the plain way: draw theta, run its members, add up; as the service does it."""
     rng = random.Random(f"sampled {lab.run.audit.seed}")
     used, count = list(lab.ours.used), 2000
@@ -159,26 +159,28 @@ def factored_is_sampled(lab: Lab) -> Finding:
     cosine = sampled_cosine(lab, rng) if lab.run.audit.profile != "smoke" else None
     said = f"p within {SIGMAS:g} standard errors of 2,000 draws" if excess <= 1e-9 else f"p off by {excess:.4f} beyond"
     agree = cosine is None or cosine >= 0.95
-    return Finding(excess <= 1e-9 and agree, f"{said}; gradients' cosine {cosine or 'not run'}")
+    return CheckResult(excess <= 1e-9 and agree, f"{said}; gradients' cosine {cosine or 'not run'}")
 
 
-def sampled_cosine(lab: Lab, rng: random.Random) -> float:
+def sampled_cosine(lab: CheckContext, rng: random.Random) -> float:
     """The median over images of the cosine between the factored gradient and one of sampled draws, run one by one."""
     images, labels = start(lab)[:4], lab.labels[:4].to(lab.run.bench.device)
     _, _, exact = gradient_of(lab.target, images, labels, LOSSES["mean-loss"], STAGE)
     total = torch.zeros_like(images)
     for _ in range(512 if lab.full else 128):
         members = tuple(lab.run.bench.members[index] for index in draw_theta(lab.ours.policy, rng).members)
-        alone = Target(members, Draws(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), counted=True))
+        alone = AttackTarget(
+            members, DrawSet(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), counted=True)
+        )
         total += gradient_of(alone, images, labels, LOSSES["mean-loss"], STAGE)[2]
     return round(float(torch.cosine_similarity(exact.flatten(1), total.flatten(1)).median()), 4)
 
 
-def independent_chance(lab: Lab) -> Finding:
+def independent_chance(lab: CheckContext) -> CheckResult:
     policy, count = lab.ours.policy, 100_000 if lab.run.audit.profile != "smoke" else 10_000
-    with isolated(0):
+    with isolated_rng(0):
         first = [draw_theta(policy, secrets.SystemRandom()) for _ in range(100)]
-    with isolated(0):
+    with isolated_rng(0):
         second = [draw_theta(policy, secrets.SystemRandom()) for _ in range(100)]
     steered = first == second and states(policy) > 1
     rng = random.Random(f"law {lab.run.audit.defender_seed}")
@@ -189,7 +191,7 @@ def independent_chance(lab: Lab) -> Finding:
         *(off(members[m], count, p) for m, p in enumerate(inclusion_probabilities(policy))),
     )
     said = f"largest deviation {worst:.2f} standard errors over {count} draws"
-    return Finding(worst <= SIGMAS and not steered, said + (", and a seed FIXES theta" if steered else ""))
+    return CheckResult(worst <= SIGMAS and not steered, said + (", and a seed FIXES theta" if steered else ""))
 
 
 def off(found: int, count: int, p: float) -> float:

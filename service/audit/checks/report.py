@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from model_store.attacks import Norm, ThreatModel
 from service.audit.attack_runner import Outcome, Run
 from service.audit.attacks import arc, eot
-from service.audit.attacks.arc import Sweeps
-from service.audit.attacks.eot import Ascent
-from service.audit.checks.base import Check, Finding, Lab, points
+from service.audit.attacks.arc import ArcConfig
+from service.audit.attacks.eot import PgdConfig
+from service.audit.checks.base import Check, CheckContext, CheckResult, points
 from service.audit.checks.model import PROBE
 from service.audit.config import threat_model
-from service.audit.evaluation import Draws, Member, Target, on_grid
+from service.audit.evaluation import AttackTarget, DrawSet, Member, quantize_to_uint8
 from service.audit.stats import standard_error
 
 
@@ -33,14 +33,14 @@ class Linear(nn.Module):
         return torch.stack([score, -score], dim=1) / 2
 
 
-def linear_target(*members: Linear) -> Target:
+def linear_target(*members: Linear) -> AttackTarget:
     """Each member alone with equal probability."""
     count = len(members)
-    draws = Draws(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), counted=True)
-    return Target(tuple(Member(f"linear {i}", member, 1.0) for i, member in enumerate(members)), draws)
+    draws = DrawSet(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), counted=True)
+    return AttackTarget(tuple(Member(f"linear {i}", member, 1.0) for i, member in enumerate(members)), draws)
 
 
-def closed_form_error(norm: Norm, ascent: Ascent) -> float:
+def closed_form_error(norm: Norm, ascent: PgdConfig) -> float:
     """How far an attack's margin stays from m - epsilon times the dual norm of w. No image is broken and no pixel
     meets 0 or 1, so that nothing but the attack decides."""
     generator = torch.Generator().manual_seed(29)
@@ -61,7 +61,7 @@ def scores_of(model: Linear, images: Tensor) -> Tensor:
     return first - second
 
 
-def two_against_one_direction() -> tuple[Target, Tensor, Tensor, ThreatModel]:
+def two_against_one_direction() -> tuple[AttackTarget, Tensor, Tensor, ThreatModel]:
     """Two linear members 120 degrees apart, each 0.9 epsilon away (l2): either can be fooled, but not along the mean of
     their gradients, which gains only half of epsilon on each (the counterexample of Dbouk and Shanbhag, 2022)."""
     threat = ThreatModel("l2", 0.1)
@@ -70,24 +70,24 @@ def two_against_one_direction() -> tuple[Target, Tensor, Tensor, ThreatModel]:
     return linear_target(*members), torch.full((1, 3, 1, 1), 0.5), torch.zeros(1, dtype=torch.int64), threat
 
 
-def controls(_: Lab) -> Finding:
+def controls(_: CheckContext) -> CheckResult:
     """The toy on which averaging fails; networks with masked gradients and without defence are in the test suite."""
     target, images, labels, threat = two_against_one_direction()
     generator = torch.Generator().manual_seed(28)
-    averaged = float(eot.attack(target, images, labels, threat, Ascent("mean-loss", steps=50), generator).risk)
-    one_by_one = float(arc.attack(target, images, labels, threat, Sweeps(), generator)[1])
+    averaged = float(eot.attack(target, images, labels, threat, PgdConfig("mean-loss", steps=50), generator).risk)
+    one_by_one = float(arc.attack(target, images, labels, threat, ArcConfig(), generator)[1])
     said = f"risk {averaged:.1f} by averaged gradients, {one_by_one:.1f} by ARC"
-    return Finding(averaged == 0 and one_by_one == 0.5, said)
+    return CheckResult(averaged == 0 and one_by_one == 0.5, said)
 
 
-def closed_form(_: Lab) -> Finding:
-    schedules = (Ascent("mean-loss", steps=40), Ascent("mean-loss", steps=40, schedule="adaptive"))
+def closed_form(_: CheckContext) -> CheckResult:
+    schedules = (PgdConfig("mean-loss", steps=40), PgdConfig("mean-loss", steps=40, schedule="adaptive"))
     norms: tuple[Norm, ...] = ("linf", "l2")
     worst = max(closed_form_error(norm, ascent) for norm in norms for ascent in schedules)
-    return Finding(worst <= 1e-4, f"largest error {worst:.1e}")
+    return CheckResult(worst <= 1e-4, f"largest error {worst:.1e}")
 
 
-def pointwise_minimum(lab: Lab) -> Finding:
+def pointwise_minimum(lab: CheckContext) -> CheckResult:
     """The figure reported is the mean of the minima: below every single attack on the same images."""
     run = lab.run
     robust = run.robust(lab.ours, run.audit.headline, len(run.data)).right
@@ -99,63 +99,67 @@ def pointwise_minimum(lab: Lab) -> Finding:
         ),
         default=0.0,
     )
-    return Finding(excess <= 1e-9, f"mean of minima over {sum(within(run, o) for o in run.outcomes)} attacks")
+    return CheckResult(excess <= 1e-9, f"mean of minima over {sum(within(run, o) for o in run.outcomes)} attacks")
 
 
 def within(run: Run, outcome: Outcome) -> bool:
     return outcome.step.epsilon <= run.audit.headline
 
 
-def clean_accuracy(lab: Lab) -> Finding:
+def clean_accuracy(lab: CheckContext) -> CheckResult:
     clean, robust = lab.run.clean(lab.ours), lab.run.robust(lab.ours, lab.run.audit.headline, len(lab.run.data))
     below = bool((robust.right <= clean.right + 1e-12).all())
     said = (
         f"expected {points(float(clean.right.mean()))}, majority {points(float((clean.right > 0.5).double().mean()))}"
     )
-    return Finding(below, f"{said}, no failing draw {points(1 - float(clean.any_wrong.double().mean()))}; none refused")
+    return CheckResult(
+        below, f"{said}, no failing draw {points(1 - float(clean.any_wrong.double().mean()))}; none refused"
+    )
 
 
-def reproducible(lab: Lab) -> Finding:
+def reproducible(lab: CheckContext) -> CheckResult:
     """The cheapest gradient attack again, and from `standard` on with two more seeds."""
     mine = [
         o
         for o in lab.run.outcomes
-        if isinstance(o.step.settings, Ascent) and o.step.system == lab.ours.name and not o.step.warm
+        if isinstance(o.step.settings, PgdConfig) and o.step.system == lab.ours.name and not o.step.warm
     ]
     if not mine:
-        return Finding(None, "no gradient attack ran")
+        return CheckResult(None, "no gradient attack ran")
     outcome = min(mine, key=lambda o: o.passes)
     again = lab.run.run(outcome.step)
-    pixels = on_grid(
+    pixels = quantize_to_uint8(
         again.images, lab.run.data.pixels[: outcome.step.images], outcome.step.norm, outcome.step.threat.epsilon
     )
     same = torch.equal(pixels, outcome.pixels)
     if lab.run.audit.profile == "smoke":
-        return Finding(same, f"{outcome.step.name} repeated: {'identical' if same else 'DIFFERENT'} images")
+        return CheckResult(same, f"{outcome.step.name} repeated: {'identical' if same else 'DIFFERENT'} images")
     found = [lab.right(lab.attack(replace(PROBE, steps=10), f"seed {n}").images) for n in range(3)]
     means = [float(right.mean()) for right in found]
     limit = max(2 / lab.count, 2 * max(standard_error(found[0].numpy(), other.numpy()) for other in found[1:]))
     spread = max(means) - min(means)
-    return Finding(same and spread <= limit, f"identical images: {same}; three seeds spread {points(spread)}")
+    return CheckResult(same and spread <= limit, f"identical images: {same}; three seeds spread {points(spread)}")
 
 
-def threat_model_said(lab: Lab) -> Finding:
+def threat_model_said(lab: CheckContext) -> CheckResult:
     needed = {"goal", "norm", "epsilon", "pixels", "knowledge", "order", "queries", "compute"}
     said = {name for name, text in threat_model(lab.run.audit).items() if text}
-    return Finding(needed <= said, f"{len(said)} fields")
+    return CheckResult(needed <= said, f"{len(said)} fields")
 
 
-def data_hygiene(lab: Lab) -> Finding:
+def data_hygiene(lab: CheckContext) -> CheckResult:
     """Selection used other images: by the split they lie in, and by the digests in the library's claims."""
     entries = (*lab.run.library.entries, *lab.run.library.baseline_entries)
     chosen = {c.data.digest for entry in entries for c in entry.claims if c.data.split == "selection"}
     reused = lab.run.data.digest in chosen
     if lab.run.data.held_out:
-        return Finding(not reused, f"images under test/ or made here; {len(chosen)} selection sets, none of them these")
-    return Finding(False, "the data does not say that no search has seen it", warn=not reused)
+        return CheckResult(
+            not reused, f"images under test/ or made here; {len(chosen)} selection sets, none of them these"
+        )
+    return CheckResult(False, "the data does not say that no search has seen it", warn=not reused)
 
 
-Row = tuple[int, str, str, Callable[[Lab], Finding]]
+Row = tuple[int, str, str, Callable[[CheckContext], CheckResult]]
 ROWS: Final[tuple[Row, ...]] = (
     (28, "positive controls", "two linear members: averaged gradients fail, ARC succeeds", controls),
     (29, "closed form", "a linear model's worst margin met to 1e-4, both norms and schedules", closed_form),

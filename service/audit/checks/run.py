@@ -8,7 +8,7 @@ from typing import Final
 from model_store.ticket import write_atomically
 from service.audit.attack_runner import Json, Run
 from service.audit.checks import attacks, model, report
-from service.audit.checks.base import Check, Lab, judged
+from service.audit.checks.base import Check, CheckContext, judged
 from service.audit.config import digest_of
 
 CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS)
@@ -16,7 +16,7 @@ CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHEC
 
 def inspect(run: Run) -> list[Json]:
     """The table, for the attacks that a run has made."""
-    lab, rows = Lab(run), []
+    lab, rows = CheckContext(run), []
     for check in CHECKS:
         began = time.monotonic()
         path = run.folder / "checks" / f"{key_of(run, check)}.json"

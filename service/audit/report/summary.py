@@ -17,7 +17,7 @@ from model_store import policy as sampling
 from service.audit import baselines
 from service.audit.attack_runner import Outcome, Run
 from service.audit.config import NOT_COVERED, digest_of, threat_model
-from service.audit.evaluation import Scores, System, countable
+from service.audit.evaluation import Defense, Scores, countable
 from service.audit.profiles import PROFILES, SHARED, left_out
 from service.audit.stats import Interval, bootstrap, clopper_pearson, paired
 
@@ -146,7 +146,7 @@ def commit() -> str:
 # Parts
 
 
-def system_of(run: Run, system: System) -> Json:
+def system_of(run: Run, system: Defense) -> Json:
     curve, images = [], covered(run)
     for epsilon in epsilons(run):
         found = run.robust(system, epsilon, images)
@@ -162,7 +162,7 @@ def system_of(run: Run, system: System) -> Json:
     }
 
 
-def scored_on(run: Run, system: System) -> str:
+def scored_on(run: Run, system: Defense) -> str:
     draws = run.scoring(system)
     if len(draws.rows) == 1:
         return "one state"

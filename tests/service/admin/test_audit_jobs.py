@@ -28,7 +28,7 @@ from service.audit.command import INVALID
 from service.audit.errors import AuditConflict
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.web.auth import AdminGate
+from service.web.auth import AdminAuthMiddleware
 from tests.support.audit_models import tiny
 from tests.support.planes import behind_a_port
 from tests.support.tickets import items, make_ticket
@@ -53,7 +53,7 @@ class Plane:
         self.jobs = Jobs(self.settings, self.metrics, lambda: library)
         self.app = FastAPI()
         self.app.include_router(router(self.jobs))
-        self.app.add_middleware(AdminGate, token=TOKEN, metrics=self.metrics, metrics_open=True)
+        self.app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=self.metrics, metrics_open=True)
         errors.install(self.app)
 
     def ask(self, method: str, path: str, token: str | None = TOKEN, **body: Any) -> httpx.Response:

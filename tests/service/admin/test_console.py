@@ -20,7 +20,7 @@ from service.admin import console_files
 from service.errors import Text, install
 from service.observability.metrics import Metrics
 from service.sample import ship
-from service.web.auth import AdminGate
+from service.web.auth import AdminAuthMiddleware
 from tests.support.planes import TOKEN, ask, refused
 from tests.support.serving import Process, serving, tiny_library
 from tools.console.browser import CHROMIUM, chromium, complaints, sign_in
@@ -51,7 +51,7 @@ def console_app() -> Any:
 
     app = FastAPI(redirect_slashes=False)
     app.include_router(console_files.router())
-    app.add_middleware(AdminGate, token=TOKEN, metrics=Metrics(), metrics_open=True)
+    app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=Metrics(), metrics_open=True)
     install(app)
     return app
 

@@ -18,9 +18,9 @@ from service.admin.audit_jobs import Jobs
 from service.admin.console_api import DRAWS, latency, spread
 from service.errors import Text
 from service.library_manager import Holder
-from service.observability.metrics import LOT, Metrics
+from service.observability.metrics import PUBLISH_EVERY, Metrics
 from service.settings import Settings
-from service.web.auth import Keys
+from service.web.auth import ApiKeyStore
 from tests.support.planes import TOKEN, png, refused
 from tests.support.serving import tiny_library
 
@@ -43,7 +43,7 @@ class Plane:
         jobs = Jobs(settings, self.metrics, self.holder.library)
         routers = (console_files.router(), console_api.router(self.holder, settings, self.metrics, jobs))
         admin = apps.create_admin_app(self.holder, settings, self.metrics, TOKEN, routers)
-        public = apps.create_public_app(self.holder, settings, self.metrics, Keys(None, self.metrics))
+        public = apps.create_public_app(self.holder, settings, self.metrics, ApiKeyStore(None, self.metrics))
         self.admin = client(admin, authorization=f"Bearer {TOKEN}")
         self.stranger = client(admin)
         self.public = client(public)
@@ -115,11 +115,11 @@ def test_requests_images_and_latencies_are_counted_and_draws_beside_their_law(ti
 
 def test_draws_are_published_a_lot_at_a_time(tiny: Library, tmp_path: Path) -> None:
     async def ask(plane: Plane) -> None:
-        for _ in range(-(-LOT // DRAWS)):
+        for _ in range(-(-PUBLISH_EVERY // DRAWS)):
             assert (await plane.admin.post("/admin/try", content=png())).status_code == 200
         draws = (await plane.admin.get("/admin/overview")).json()["draws"]
         images = draws["sizes"][-1]
-        assert images >= LOT
+        assert images >= PUBLISH_EVERY
         assert sum(row["drawn"] for row in draws["tickets"]) >= images
         for row in draws["tickets"]:
             assert row["expected"] == pytest.approx(images * row["probability"])

@@ -13,7 +13,7 @@ from model_store.policy import states
 from service.errors import RateLimited, Text
 from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
-from service.web.auth import FAILURES, PAUSE_S, Failures, Keys, read_keys
+from service.web.auth import FAILURES, PAUSE_S, ApiKeyStore, FailedLoginLimiter, read_keys
 from tests.support.planes import TOKEN, StandIn, admin_app, ask, refused
 
 BEARER: Final = {"authorization": f"Bearer {TOKEN}"}
@@ -99,7 +99,7 @@ class TestTheGate:
 class TestFailures:
     def test_one_more_after_each_pause(self) -> None:
         now = [0.0]
-        failures = Failures(lambda: now[0])
+        failures = FailedLoginLimiter(lambda: now[0])
         for _ in range(FAILURES):
             failures.check("a")
             failures.note("a")
@@ -114,7 +114,7 @@ class TestFailures:
             failures.check("a")
 
     def test_memory_is_bounded_whatever_the_number_of_addresses(self) -> None:
-        failures = Failures(lambda: 0.0)
+        failures = FailedLoginLimiter(lambda: 0.0)
         for number in range(5000):
             failures.note(str(number))
         assert len(failures.until) <= 1024
@@ -124,7 +124,7 @@ class TestKeyFiles:
     def test_reloading_takes_new_keys_and_keeps_the_old_ones_when_the_file_is_bad(self, tmp_path: Any) -> None:
         path = tmp_path / "keys"
         path.write_text(f"alice {'a' * 64}\n")
-        keys = Keys(path, Metrics())
+        keys = ApiKeyStore(path, Metrics())
         path.write_text(f"bob {'b' * 64}\ncarol {'c' * 64}\n")
         keys.reload()
         assert sorted(keys.owners.values()) == ["bob", "carol"]

@@ -12,14 +12,14 @@ from model_store.attacks import Norm, ThreatModel, misclassified, pgd
 from model_store.policy import Policy
 from service.audit import evaluation
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
-from service.audit.attacks.arc import Sweeps
-from service.audit.attacks.autoattack import ExpectedLogits, Proxy, Standard, isolated
-from service.audit.attacks.black_box import BlackBox, LocalOracle
-from service.audit.attacks.eot import Ascent
+from service.audit.attacks.arc import ArcConfig
+from service.audit.attacks.autoattack import AutoAttackConfig, ExpectedLogits, Proxy, isolated_rng
+from service.audit.attacks.black_box import LocalOracle, QueryAttackConfig
+from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.losses import LOSSES, Stage
-from service.audit.attacks.simple import Single, Universal
+from service.audit.attacks.simple import SingleModelPgd, UniversalPerturbation
 from service.audit.checks.report import Linear, closed_form_error, linear_target, two_against_one_direction
-from service.audit.evaluation import Draws, Member, Target, as_floats, draws_of, failure
+from service.audit.evaluation import AttackTarget, DrawSet, Member, as_floats, draws_of, failure
 from tests.support.audit_models import alone, faint_digits, small_cnn, undefended
 
 EIGHT = ThreatModel("linf", 8 / 255)
@@ -51,7 +51,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 def test_an_undefended_network_falls(loss: str) -> None:
     _, images, labels = some(100)
     assert accuracy(undefended(), images, labels) > 0.85
-    found = eot.attack(alone(undefended()), images, labels, EIGHT, Ascent(loss, steps=30, step=0.1), generator())
+    found = eot.attack(alone(undefended()), images, labels, EIGHT, PgdConfig(loss, steps=30, step=0.1), generator())
     assert 1 - float(found.risk.mean()) <= 0.01
 
 
@@ -59,28 +59,30 @@ def test_an_undefended_network_falls(loss: str) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "adaptive"])
 @pytest.mark.parametrize("loss", ["mean-loss", "mean-output", "mean-candidates", "hinge", "mean-logits"])
 def test_the_closed_form_of_a_linear_model_is_met(norm: Norm, schedule: Any, loss: str) -> None:
-    assert closed_form_error(norm, Ascent(loss, steps=40, schedule=schedule)) <= 1e-4
+    assert closed_form_error(norm, PgdConfig(loss, steps=40, schedule=schedule)) <= 1e-4
 
 
 @pytest.mark.parametrize("loss", ["mean-loss", "mean-output", "mean-candidates", "hinge", "mean-logits"])
 def test_two_opposed_linear_members_fool_averaged_gradients_but_not_arc(loss: str) -> None:
     target, images, labels, threat = two_against_one_direction()
-    averaged = eot.attack(target, images, labels, threat, Ascent(loss, steps=100), generator())
+    averaged = eot.attack(target, images, labels, threat, PgdConfig(loss, steps=100), generator())
     assert float(averaged.risk) == 0
-    _, risk = arc.attack(target, images, labels, threat, Sweeps(), generator())
+    _, risk = arc.attack(target, images, labels, threat, ArcConfig(), generator())
     assert float(risk) == 0.5
 
 
 def test_the_smoothed_risk_chooses_a_member_where_averages_cannot() -> None:
     target, images, labels, threat = two_against_one_direction()
-    found = eot.attack(target, images, labels, threat, Ascent("risk", steps=100, step=0.1, momentum=0.75), generator())
+    found = eot.attack(
+        target, images, labels, threat, PgdConfig("risk", steps=100, step=0.1, momentum=0.75), generator()
+    )
     assert float(found.risk) == 0.5
 
 
 def test_pgd_is_eot_with_one_member() -> None:
     """The same starts, steps and bookkeeping as the store's own PGD, to the last bit."""
     _, images, labels = some(20)
-    ours = eot.attack(alone(undefended()), images, labels, EIGHT, Ascent(steps=10, step=0.25), generator())
+    ours = eot.attack(alone(undefended()), images, labels, EIGHT, PgdConfig(steps=10, step=0.25), generator())
     theirs = pgd(undefended(), images, labels, EIGHT, steps=10, step_size=2 / 255, generator=generator())
     alive = ours.risk < 1  # ours ends at the first failure that nothing can add to
     assert torch.equal(ours.images[alive], theirs[alive])
@@ -107,11 +109,13 @@ def test_factored_losses_are_the_plain_ones() -> None:
 def test_attacks_stay_inside_and_never_lose_a_warm_start(norm: Norm, loss: str) -> None:
     networks, (_, images, labels) = random_networks(3), some(6)
     target, threat = (
-        Target(alone(*networks).members, draws_of(Policy.over(["a", "a", "b"]), 9, random.Random(0))),
+        AttackTarget(alone(*networks).members, draws_of(Policy.over(["a", "a", "b"]), 9, random.Random(0))),
         ThreatModel(norm, 0.1),
     )
-    first = eot.attack(target, images, labels, threat, Ascent(steps=5), generator())
-    again = eot.attack(target, images, labels, threat, Ascent(loss, steps=4, restarts=0), generator(1), [first.images])
+    first = eot.attack(target, images, labels, threat, PgdConfig(steps=5), generator())
+    again = eot.attack(
+        target, images, labels, threat, PgdConfig(loss, steps=4, restarts=0), generator(1), [first.images]
+    )
     assert bool((again.risk >= first.risk).all())
     moved = (again.images - images).flatten(1)
     size = moved.abs().amax(dim=1) if norm == "linf" else moved.norm(dim=1)
@@ -124,14 +128,14 @@ def test_attacks_stay_inside_and_never_lose_a_warm_start(norm: Norm, loss: str) 
 def test_more_of_anything_never_raises_accuracy(more: dict[str, int]) -> None:
     networks, (_, images, labels) = random_networks(3), some(8)
     target = alone(*networks)
-    fewer = eot.attack(target, images, labels, EIGHT, Ascent(steps=8), generator())
-    found = eot.attack(target, images, labels, EIGHT, Ascent(**{"steps": 8, **more}), generator())  # type: ignore[arg-type]
+    fewer = eot.attack(target, images, labels, EIGHT, PgdConfig(steps=8), generator())
+    found = eot.attack(target, images, labels, EIGHT, PgdConfig(**{"steps": 8, **more}), generator())  # type: ignore[arg-type]
     assert bool((found.risk >= fewer.risk).all())
 
 
 def test_traces_start_clean_and_only_rise() -> None:
     networks, (_, images, labels) = random_networks(3), some(8)
-    found = eot.attack(alone(*networks), images, labels, EIGHT, Ascent(steps=8), generator())
+    found = eot.attack(alone(*networks), images, labels, EIGHT, PgdConfig(steps=8), generator())
     assert found.risks.shape == (10, 8)
     assert bool((found.risks.diff(dim=0) >= 0).all())
     assert torch.equal(found.risks[-1], found.risk)
@@ -142,7 +146,7 @@ def test_a_reach_goes_on_where_all_draws_of_the_attacker_are_fooled() -> None:
     (_, images, labels), threat = some(8), ThreatModel("linf", 64 / 255)
     early, late = (
         eot.attack(alone(undefended()), images, labels, threat, kind("mean-loss", steps=30), generator())
-        for kind in (Ascent, eot.Reach)
+        for kind in (PgdConfig, eot.Reach)
     )
     assert bool((early.risk == 1).all())
     assert bool((late.risk == 1).all())
@@ -155,8 +159,8 @@ def test_the_risk_an_attack_reports_is_the_risk_of_its_images() -> None:
     networks, (_, images, labels) = random_networks(3), some(8)
     target = alone(*networks)
     for found, risk in (
-        (a := eot.attack(target, images, labels, EIGHT, Ascent(steps=8, schedule="adaptive"), generator()), a.risk),
-        (b := arc.attack(target, images, labels, EIGHT, Sweeps(2, 2), generator()), b[1]),
+        (a := eot.attack(target, images, labels, EIGHT, PgdConfig(steps=8, schedule="adaptive"), generator()), a.risk),
+        (b := arc.attack(target, images, labels, EIGHT, ArcConfig(2, 2), generator()), b[1]),
     ):
         reached = found.images if isinstance(found, eot.Found) else found[0]
         with torch.no_grad():
@@ -170,8 +174,10 @@ def test_apgd_reaches_what_pyautoattacks_reaches() -> None:
     """On a deterministic network, the same loss and steps: within two images of a hundred, either way."""
     _, images, labels = some(100)
     target, threat = alone(undefended()), THREE
-    theirs = autoattack.attack(target, images, labels, threat, Standard("apgd-ce", "mean-logits", 30), 0)
-    ours = eot.attack(target, images, labels, threat, Ascent("mean-loss", steps=30, schedule="adaptive"), generator())
+    theirs = autoattack.attack(target, images, labels, threat, AutoAttackConfig("apgd-ce", "mean-logits", 30), 0)
+    ours = eot.attack(
+        target, images, labels, threat, PgdConfig("mean-loss", steps=30, schedule="adaptive"), generator()
+    )
     left = accuracy(undefended(), theirs, labels)
     assert 0.02 < left < 0.9
     assert abs(left - (1 - float(ours.risk.mean()))) <= 0.02
@@ -185,8 +191,10 @@ def test_our_proxy_is_what_pyautoattack_would_attack_itself() -> None:
     with torch.no_grad():
         right = undefended()(images).argmax(dim=1) == labels
     images, labels = images[right].contiguous(), labels[right]
-    through = autoattack.attack(alone(undefended()), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 10), 5)
-    with isolated(5):
+    through = autoattack.attack(
+        alone(undefended()), images, labels, EIGHT, AutoAttackConfig("apgd-ce", "mean-logits", 10), 5
+    )
+    with isolated_rng(5):
         bare = APGDAttack(undefended(), n_iter=10, norm="Linf", eps=EIGHT.epsilon, seed=5, device=images.device)
         direct = bare.perturb(images, labels, best_loss=True)
     assert torch.equal(through, direct)
@@ -198,10 +206,10 @@ def test_pgd_agrees_with_foolbox_within_a_point() -> None:
     _, images, labels = some(400)
     wrapped = foolbox.PyTorchModel(undefended(), bounds=(0, 1), device="cpu")
     attack = foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=40, random_start=True)
-    with isolated(0):
+    with isolated_rng(0):
         _, _, broken = attack(wrapped, images, labels, epsilons=THREE.epsilon)
     theirs = 1 - float(broken.double().mean())
-    ours = eot.attack(alone(undefended()), images, labels, THREE, Ascent(steps=40, step=0.1), generator())
+    ours = eot.attack(alone(undefended()), images, labels, THREE, PgdConfig(steps=40, step=0.1), generator())
     assert 0.02 < theirs < 0.9
     assert abs(1 - float(ours.risk.mean()) - theirs) <= 0.01
 
@@ -213,7 +221,7 @@ def test_autoattacks_parts_bite_and_leave_our_generators_alone(method: Any) -> N
     torch.manual_seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
     found = autoattack.attack(
-        alone(undefended()), images, labels, EIGHT, Standard(method, "soft-vote", steps, targets=3), 0
+        alone(undefended()), images, labels, EIGHT, AutoAttackConfig(method, "soft-vote", steps, targets=3), 0
     )
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
     assert torch.equal(before[0], after[0])
@@ -232,25 +240,25 @@ def test_autoattack_takes_members_that_are_laid_out_channels_last() -> None:
     asked = images.contiguous().requires_grad_(True)
     (gradient,) = torch.autograd.grad(logits(asked).sum(), asked)
     assert gradient.is_contiguous()
-    autoattack.attack(alone(network), images, labels, EIGHT, Standard("apgd-ce", "mean-logits", 3), 0)
+    autoattack.attack(alone(network), images, labels, EIGHT, AutoAttackConfig("apgd-ce", "mean-logits", 3), 0)
 
 
 def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
     """A targeted attack that never fools its proxy returns the clean images; what it tried was riskier than those."""
     networks, (_, images, labels) = random_networks(4), some(16)
-    target = Target(alone(*networks).members, draws_of(Policy.over(["a", "a", "b", "b"]), 9, random.Random(0)))
+    target = AttackTarget(alone(*networks).members, draws_of(Policy.over(["a", "a", "b", "b"]), 9, random.Random(0)))
     with torch.no_grad():
         clean = failure(target(images), labels, target.draws)
     tried: list[Tensor] = []
-    kept = autoattack.Riskiest(target, images, labels, THREE)
+    kept = autoattack.WorstCaseTracker(target, images, labels, THREE)
 
     def see(asked: Tensor, logits: Tensor) -> None:
         tried.append(asked)
         kept.see(asked, logits)
 
     classifier = ExpectedLogits(target, "mean-logits", see)
-    with isolated(0):
-        autoattack.built(classifier, THREE, Standard("apgd-t", "mean-logits", 8, targets=3), 0)(
+    with isolated_rng(0):
+        autoattack.built(classifier, THREE, AutoAttackConfig("apgd-t", "mean-logits", 8, targets=3), 0)(
             images.contiguous(), labels
         )
     assert len(tried) > 8
@@ -280,13 +288,13 @@ def test_proxies_are_deterministic_and_normalised() -> None:
 def test_the_weaker_attacks_run_and_stay_inside() -> None:
     _, images, labels = some(60)
     target, member = alone(undefended()), Member("network", undefended(), 1.0)
-    for single in (Single(steps=0), Single(steps=10)):
+    for single in (SingleModelPgd(steps=0), SingleModelPgd(steps=10)):
         found = simple.attack_member(member, images, labels, EIGHT, single, generator())
         assert accuracy(undefended(), found, labels) < accuracy(undefended(), images, labels)
     noisy, risk = simple.corners(target, images, labels, EIGHT, 5, generator())
     assert float((noisy - images).abs().max()) <= EIGHT.epsilon + 1e-6
     assert float(risk.mean()) >= 1 - accuracy(undefended(), images, labels)
-    shifted = simple.universal(target, images, labels, EIGHT, Universal(epochs=12), generator())
+    shifted = simple.universal(target, images, labels, EIGHT, UniversalPerturbation(epochs=12), generator())
     assert accuracy(undefended(), shifted, labels) < accuracy(undefended(), images, labels) - 0.1
 
 
@@ -298,7 +306,7 @@ def test_one_perturbation_takes_the_same_steps_however_much_fits_into_memory(mon
         monkeypatch.setattr(evaluation, "GRAPH_BYTES", held)
         target = alone(undefended())
         assert target.batch(images) == (64 if held > 1 else 4)
-        found.append(simple.universal(target, images, labels, EIGHT, Universal(epochs=3), generator()))
+        found.append(simple.universal(target, images, labels, EIGHT, UniversalPerturbation(epochs=3), generator()))
     assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
@@ -329,7 +337,7 @@ def test_the_oracle_draws_by_the_law_for_every_image_and_counts() -> None:
 def test_black_box_attacks_break_the_undefended_and_keep_a_true_ledger(method: Any, averages: int) -> None:
     pixels, images, labels = some(4)
     asked, probes = oracle(), 1500 if method == "hopskipjump" else 300
-    stops = black_box.attack(asked, pixels, labels, EIGHT, BlackBox(method, averages, probes), 0)
+    stops = black_box.attack(asked, pixels, labels, EIGHT, QueryAttackConfig(method, averages, probes), 0)
     last = stops[-1]
     assert last.queries == probes * averages
     assert asked.queries <= len(pixels) * last.queries * 1.6 + 10
@@ -341,7 +349,8 @@ def test_black_box_attacks_break_the_undefended_and_keep_a_true_ledger(method: A
 def test_black_box_attacks_repeat_with_their_seed() -> None:
     pixels, _, labels = some(3)
     first, second = (
-        black_box.attack(oracle(), pixels, labels, EIGHT, BlackBox("square", 1, 30), 7)[-1].pixels for _ in range(2)
+        black_box.attack(oracle(), pixels, labels, EIGHT, QueryAttackConfig("square", 1, 30), 7)[-1].pixels
+        for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -349,4 +358,4 @@ def test_black_box_attacks_repeat_with_their_seed() -> None:
 def test_linear_members_know_their_own_margin() -> None:
     model = Linear(torch.tensor([1.0, -1.0, 0.0]), 0.25)
     assert linear_target(model)(torch.zeros(1, 3, 1, 1)).flatten().tolist() == [0.125, -0.125]
-    assert Draws(torch.ones(2, 3), torch.ones(2).double() / 2, True).sizes.tolist() == [3, 3]
+    assert DrawSet(torch.ones(2, 3), torch.ones(2).double() / 2, True).sizes.tolist() == [3, 3]

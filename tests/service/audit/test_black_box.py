@@ -8,7 +8,7 @@ import torch
 
 from model_store.attacks import ThreatModel
 from service.audit.attacks import black_box
-from service.audit.attacks.black_box import BlackBox, HttpOracle
+from service.audit.attacks.black_box import HttpOracle, QueryAttackConfig
 from service.audit.errors import AuditRejected, OracleFailed
 from service.errors import EngineFailed, Overloaded
 from service.web.decoder import Pixels
@@ -76,14 +76,16 @@ def test_square_finds_its_way_over_http() -> None:
     """The stand-in's class is a matter of mean red alone, 3 away from the next: epsilon 8 reaches it."""
     pixels, labels = grey(22, 53), torch.tensor([0, 2])
     with behind_a_port(public_app()) as address, asking(address) as oracle:
-        stops = black_box.attack(oracle, pixels, labels, ThreatModel("linf", 8 / 255), BlackBox("square", 1, 120), 0)
+        stops = black_box.attack(
+            oracle, pixels, labels, ThreatModel("linf", 8 / 255), QueryAttackConfig("square", 1, 120), 0
+        )
         assert oracle(stops[-1].pixels).argmax(axis=1).tolist() != labels.tolist()
     assert oracle.queries == 2 * 120 + 2
 
 
 def test_other_norms_are_refused() -> None:
     with nobody() as oracle, pytest.raises(AuditRejected, match="l-infinity"):
-        black_box.attack(oracle, grey(0), torch.tensor([0]), ThreatModel("l2", 1.0), BlackBox(), 0)
+        black_box.attack(oracle, grey(0), torch.tensor([0]), ThreatModel("l2", 1.0), QueryAttackConfig(), 0)
 
 
 def asking(address: str) -> HttpOracle:

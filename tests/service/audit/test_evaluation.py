@@ -15,16 +15,16 @@ from model_store.policy import Policy, inclusion_probabilities, size_probabiliti
 from service.audit.evaluation import (
     GRAPH_BYTES,
     PASS_IMAGES,
-    Draws,
+    AttackTarget,
+    DrawSet,
     Member,
     Scores,
-    Target,
-    count_through,
     distance,
     draws_of,
     enumerated,
     failure,
-    on_grid,
+    quantize_to_uint8,
+    score_exactly,
     scores,
     scoring_draws,
     use_cores,
@@ -65,7 +65,7 @@ def test_counting_through_in_halves_is_counting_through(law: Policy) -> None:
     logits = torch.randint(-2, 3, (6, 20, 4), generator=generator).float()
     labels = torch.randint(0, 4, (20,), generator=generator)
     plain = scores(logits, labels, enumerated(law))
-    found = count_through(plain, logits, labels, law)
+    found = score_exactly(plain, logits, labels, law)
     assert found.right.tolist() == pytest.approx(plain.right.tolist(), abs=1e-6)
     assert torch.equal(found.any_wrong, plain.any_wrong)
 
@@ -74,7 +74,7 @@ def test_failure_by_hand() -> None:
     """Member 0 is right by 1 on both images; member 1 is wrong by 3 on the second. The draws: 0, 1, both."""
     logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]]])
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    draws = Draws(rows, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), counted=True)
+    draws = DrawSet(rows, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), counted=True)
     labels = torch.tensor([0, 0])
     assert failure(logits, labels, draws).tolist() == [0.0, 0.5]
     found = scores(logits, labels, draws)
@@ -90,7 +90,7 @@ def test_what_is_never_right_is_exactly_zero() -> None:
     labels = torch.zeros(3, dtype=torch.int64)
     found = scores(logits, labels, enumerated(law))
     assert found.right.tolist() == [0.0, 0.0, 0.0]
-    assert count_through(found, logits, labels, law).right.tolist() == [0.0, 0.0, 0.0]
+    assert score_exactly(found, logits, labels, law).right.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
@@ -126,7 +126,7 @@ def test_the_grid_stays_inside_the_threat_model(norm: str, seed: int, epsilon: f
     offset = torch.randn(3, 3, 4, 4, generator=generator)
     length = offset.flatten(1).abs().amax(1) if norm == "linf" else offset.flatten(1).norm(dim=1)
     moved = (clean / 255 + epsilon * offset / length.view(-1, 1, 1, 1)).clamp(0, 1)
-    assert float(distance(on_grid(moved, clean, norm, epsilon), clean, norm).max()) <= epsilon + 1e-9
+    assert float(distance(quantize_to_uint8(moved, clean, norm, epsilon), clean, norm).max()) <= epsilon + 1e-9
 
 
 def test_rounding_leaves_nearly_all_of_an_l2_perturbation() -> None:
@@ -136,14 +136,14 @@ def test_rounding_leaves_nearly_all_of_an_l2_perturbation() -> None:
     offset = torch.randn(8, 3, 32, 32, generator=generator)
     epsilon = 128 / 255
     moved = clean / 255 + epsilon * offset / offset.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    found = distance(on_grid(moved, clean, "l2", epsilon), clean, "l2")
+    found = distance(quantize_to_uint8(moved, clean, "l2", epsilon), clean, "l2")
     assert float(found.max()) <= epsilon + 1e-9
     assert float(found.min()) >= 0.99 * epsilon
 
 
 def test_a_corner_of_the_ball_is_on_the_grid() -> None:
     clean = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
-    assert on_grid(clean / 255 + 8 / 255, clean, "linf", 8 / 255).flatten().tolist() == [108] * 12
+    assert quantize_to_uint8(clean / 255 + 8 / 255, clean, "linf", 8 / 255).flatten().tolist() == [108] * 12
 
 
 @pytest.mark.parametrize(("count", "images"), [(0, 10), (3, 10), (8, 10), (10, 10), (37, 500)])
@@ -206,7 +206,7 @@ def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory() -> N
     member = Member("network", network, 2.0)
     image = torch.zeros(1, 3, 32, 32)
     assert member.held(image) == 4 * 32 * 32 * (3 + 8)
-    draws = Draws(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True)
-    assert Target((member,), draws).batch(image) == PASS_IMAGES
-    assert Target((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.held(image))
-    assert Target((member,) * 10_000, draws).batch(image) == 4
+    draws = DrawSet(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True)
+    assert AttackTarget((member,), draws).batch(image) == PASS_IMAGES
+    assert AttackTarget((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.held(image))
+    assert AttackTarget((member,) * 10_000, draws).batch(image) == 4

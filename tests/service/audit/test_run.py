@@ -16,11 +16,11 @@ from model_store.library import write_library
 from service.audit import baselines
 from service.audit.attack_runner import Outcome, Run
 from service.audit.checks import attacks, base, model, run
-from service.audit.checks.base import Finding, Lab
+from service.audit.checks.base import CheckContext, CheckResult
 from service.audit.command import BELOW, INVALID, add_parser, conclude
 from service.audit.config import Audit, Step
 from service.audit.errors import AuditRejected, DataRejected
-from service.audit.evaluation import bench_of
+from service.audit.evaluation import candidates_of
 from service.audit.profiles import PROFILES, SHARED, attacks_of, images_of, plan
 from service.audit.report.markdown_report import MARKS
 from service.audit.report.summary import compare, digest_holds, words
@@ -276,7 +276,7 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
     costs = []
     for profile in PROFILES:
         asked = Audit(profile)
-        bench = bench_of(library)
+        bench = candidates_of(library)
         steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
         assert len({step.id for step in steps}) == len(steps)
         assert all(step.images <= images_of(asked) for step in steps)
@@ -287,7 +287,7 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
 
 def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
     """8/255 of l2 length is a hundredth of a grey level: nothing would be attacked, and all would look robust."""
-    bench = bench_of(library)
+    bench = candidates_of(library)
     for norm, headline, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
         asked = Audit("standard", norm=norm)  # type: ignore[arg-type]
         assert asked.headline == headline
@@ -298,7 +298,7 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
 
 def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
     """Comparisons count stages 0 and 1: the same attacks with the same settings on every compared system."""
-    bench = bench_of(library)
+    bench = candidates_of(library)
     compared = baselines.compared(bench, baselines.strengths(library))
     for profile in PROFILES:
         steps = [step for step in plan(Audit(profile), bench, compared) if step.stage <= SHARED]
@@ -313,13 +313,13 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ["smoke", "standard", "full"])
 def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
-    bench = bench_of(library)
+    bench = candidates_of(library)
     steps = plan(Audit(name, norm=norm), bench, baselines.compared(bench, baselines.strengths(library)))
     assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
-    bench = bench_of(library)
+    bench = candidates_of(library)
     asked = Audit("standard", attacks=("arc", "fgsm"))
     steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
     assert {step.name for step in steps} == {"arc", "fgsm"}
@@ -336,7 +336,7 @@ def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
     asked: Audit, missing: str, library: Any
 ) -> None:
     """An audit of nothing would report the clean accuracy as what the attacks left."""
-    bench = bench_of(library)
+    bench = candidates_of(library)
     with pytest.raises(AuditRejected, match=f"'{missing}': profile {asked.profile} in {asked.norm} does not run it"):
         plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
 
@@ -386,8 +386,8 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
 # Defences that only look strong
 
 
-def lab_of(network: nn.Module, folder: Path) -> Lab:
-    return Lab(run_on(network, folder, Audit("smoke", images=12), 12))
+def lab_of(network: nn.Module, folder: Path) -> CheckContext:
+    return CheckContext(run_on(network, folder, Audit("smoke", images=12), 12))
 
 
 def test_the_undefended_network_raises_no_flag_and_falls(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
     ]
     run.costs = [1.0] * len(run.steps)
     run.attack()
-    finding = attacks.below_black_box(Lab(run))
+    finding = attacks.below_black_box(CheckContext(run))
     assert finding.ok is False, finding.value
     assert not finding.warn
 
@@ -429,7 +429,7 @@ def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: boo
     kept = {step.name: step for step in reversed(ours)}  # of the ones that average answers, the first: here all agree
     run.steps, run.costs = list(kept.values()), [1.0] * len(kept)
     run.attack()
-    lab = Lab(run)
+    lab = CheckContext(run)
     nearest = lab.attacks("hopskipjump-queries")[0].extra["nearest"]
     assert len(nearest) == 4
     assert all(1 <= size <= 255 and right < 0.5 for size, right in nearest)
@@ -450,11 +450,11 @@ def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder
     np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
     served = folder / "pictures.npz"
     run = Run(folder / "rounded", Audit("standard", images=4), library, faint_digits(4), int8_images=served)
-    finding = model.same_model(Lab(run))
+    finding = model.same_model(CheckContext(run))
     assert finding.ok is False
     assert finding.warn
     assert "in 8 bits" in finding.value
-    assert model.same_model(Lab(Run(folder / "rounded", run.audit, library, run.data))).ok
+    assert model.same_model(CheckContext(Run(folder / "rounded", run.audit, library, run.data))).ok
 
 
 def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) -> None:
@@ -462,7 +462,7 @@ def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) ->
     run.steps = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
     run.costs = [1.0] * len(run.steps)
     run.attack()
-    finding = attacks.known_theta(Lab(run))
+    finding = attacks.known_theta(CheckContext(run))
     assert finding.ok, finding.value
     assert all(f"{count}: " in finding.value for count in (4, 16, 256))
 
@@ -516,7 +516,7 @@ def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
     lab = lab_of(undefended(), tmp_path)
 
     def judged(ok: bool | None, hard: bool, warn: bool = False, least: Any = "smoke") -> str:
-        check = base.Check(1, "name", "criterion", hard, least, lambda _: Finding(ok, "value", warn))
+        check = base.Check(1, "name", "criterion", hard, least, lambda _: CheckResult(ok, "value", warn))
         return str(base.judged(check, lab)["outcome"])
 
     assert judged(True, True) == "pass"

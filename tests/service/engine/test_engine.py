@@ -113,7 +113,7 @@ def test_compiled_models_are_found_again_by_the_same_library(tiny: Library, tmp_
 
 def test_compiled_models_of_the_last_libraries_stay_and_the_rest_goes(tiny: Library, tmp_path: Path) -> None:
     settings = Settings(engine="openvino", state_dir=tmp_path)
-    for place in range(engines.KEPT + 1):
+    for place in range(engines.MAX_CACHED + 1):
         folder = tmp_path / "engine" / f"older-{place}"
         folder.mkdir(parents=True)
         os.utime(folder, (place, place))
@@ -121,7 +121,7 @@ def test_compiled_models_of_the_last_libraries_stay_and_the_rest_goes(tiny: Libr
     os.utime(tmp_path / "engine" / "without-a-folder.blob", (0, 0))
     open_engine(tiny, settings)
     left = {path.name for path in (tmp_path / "engine").iterdir()}
-    assert left == {tiny.digest} | {f"older-{place}" for place in range(2, engines.KEPT + 1)}
+    assert left == {tiny.digest} | {f"older-{place}" for place in range(2, engines.MAX_CACHED + 1)}
 
 
 def test_without_room_for_compiled_models_there_is_an_engine_all_the_same(tiny: Library, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_every_convolution_s_input_and_weights_are_rounded(small_library: Librar
     core = openvino.openvino.Core()
     for ticket in small_library.tickets:
         graph = openvino.graph(base.folded(ticket))
-        model = openvino.in_eight_bits(core, graph, some_rows(40), openvino.ONE_CORE)
+        model = openvino.quantize(core, graph, some_rows(40), openvino.ONE_CORE)
         for node in (node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"):
             sources = [node.input(place).get_source_output().get_node().get_type_name() for place in (0, 1)]
             assert sources == ["FakeQuantize", "FakeQuantize"]

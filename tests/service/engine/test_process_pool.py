@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_store.library import Library
-from service.cpu import RUNNING, cpu_s, family, resident_bytes
+from service.cpu import NICE_INFERENCE, cpu_s, family, resident_bytes
 from service.engine.base import Engine, EngineDied, EngineRejected
-from service.engine.factory import open_engine, open_served, runs_apart
-from service.engine.ipc import FAILED, FOUND, WORD, failed, found, question, read, understood
+from service.engine.factory import open_engine, open_served, uses_processes
+from service.engine.ipc import FAILED, FOUND, WORD, encode_request, failed, found, read, understood
 from service.observability.metrics import Metrics
 from service.sample import ship
-from service.scheduling.batch import Model, Part, Request, lay_out, run, shared_out, summed
+from service.scheduling.batch import Model, Request, Shard, form_batch, partition, run, summed
 from service.settings import Settings
 from tests.support.serving import holds, over_and_over, serving, some_rows, tiny_library
 
@@ -83,7 +83,7 @@ def alive(pid: int) -> bool:
 )
 def test_a_question_is_understood_and_an_answer_read(rows: int, jobs: list[tuple[int, list[int]]]) -> None:
     asked = some_rows(rows)
-    heard, tasks = understood(question(asked, jobs))
+    heard, tasks = understood(encode_request(asked, jobs))
     assert np.array_equal(heard, asked)
     assert [(member, list(places)) for member, places in tasks] == jobs
     ran = [
@@ -104,10 +104,10 @@ def test_of_an_exception_only_its_type_is_said() -> None:
 
 
 def test_openvino_runs_apart_and_everything_else_here(state: Path) -> None:
-    assert runs_apart(settings(state))
-    assert runs_apart(settings(state, engine="openvino"))
-    assert not runs_apart(settings(state, engine="torch"))
-    assert not runs_apart(settings(state, engine_processes=False))
+    assert uses_processes(settings(state))
+    assert uses_processes(settings(state, engine="openvino"))
+    assert not uses_processes(settings(state, engine="torch"))
+    assert not uses_processes(settings(state, engine_processes=False))
 
 
 def test_logits_are_those_of_this_process(shared: Engine, tiny: Library, state: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_ticket_that_raises_is_said_and_the_process_lives_on(shared: Engine) -
 
 
 def test_a_process_stands_back_for_the_event_loop(shared: Engine) -> None:
-    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in forks(shared)} == {min(19, os.nice(0) + RUNNING)}
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in forks(shared)} == {min(19, os.nice(0) + NICE_INFERENCE)}
 
 
 def test_no_secret_is_handed_on(tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,11 +232,11 @@ def test_a_window_in_parts_gives_the_sums_of_one_part(shared: Engine, tiny: Libr
     loop = asyncio.new_event_loop()
     request = Request(some_rows(9), "someone", loop.create_future(), 0.0)
     places = [(request, index) for index in range(9)]
-    window = lay_out(Model(shared, tiny.policy, 10), places)
-    for part in shared_out(window, 3):
+    window = form_batch(Model(shared, tiny.policy, 10), places)
+    for part in partition(window, 3):
         run(part, Metrics())
     first = summed(window)
-    run(Part(window, window.tasks), Metrics())
+    run(Shard(window, window.tasks), Metrics())
     np.testing.assert_allclose(summed(window), first, atol=1e-6)
     loop.close()
 
@@ -251,7 +251,7 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
         holds(lambda: process.metric('library_swaps_total{outcome="ok"}') == 1)
         holds(lambda: not any(alive(pid) for pid in pids))  # the old library's have no more to do
         host, *first = family(process.process.pid)[1:]
-        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in first} == {min(19, os.nice(0) + RUNNING)}
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in first} == {min(19, os.nice(0) + NICE_INFERENCE)}
         answers: list[int] = []
         with over_and_over(lambda: answers.append(process.classify(ship())[0])):
             holds(lambda: len(answers) > 10)

@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from service.engine.base import Rows
 from service.errors import EngineFailed
-from service.observability.tracing import PATIENCE_S, Traces, provider
+from service.observability.tracing import PATIENCE_S, TracingMiddleware, provider
 from service.settings import SettingsRejected
 from tests.support.planes import Oracle, StandIn, png, public_app
 from tests.support.serving import Stand, environment, serving, tiny_library, with_scheduler
@@ -45,7 +45,7 @@ async def ask_all(
     kept = TracerProvider(shutdown_on_exit=False)
     kept.add_span_processor(SimpleSpanProcessor(memory))
     app = public_app(holder, **knobs)
-    app.add_middleware(Traces, tracer=kept.get_tracer("tests"))
+    app.add_middleware(TracingMiddleware, tracer=kept.get_tracer("tests"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tombola") as client:
         for body, headers in requests:
             answers.append(await client.post(path, content=body, headers=headers))

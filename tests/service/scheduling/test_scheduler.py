@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from model_store.ensemble import calibrated, ensemble_logits, probabilities
 from model_store.library import Library
 from model_store.policy import Policy, inclusion_probabilities
-from service.cpu import RUNNING
+from service.cpu import NICE_INFERENCE
 from service.engine.base import Engine, Rows
 from service.engine.factory import open_engine
-from service.errors import DeadlinePassed, Draining, EngineFailed, NotReady, Overloaded, RateLimited
-from service.observability.metrics import LOT, Metrics
-from service.scheduling.admission import FairQueue, Pace, TokenBuckets
-from service.scheduling.batch import Model, Request, Window, lay_out, run, shared_out, summed
-from service.scheduling.scheduler import Tally
-from service.scheduling.worker_pool import Workers
+from service.errors import DeadlineExceeded, Draining, EngineFailed, NotReady, Overloaded, RateLimited
+from service.observability.metrics import PUBLISH_EVERY, Metrics
+from service.scheduling.admission import FairQueue, RateLimiter, ThroughputEstimate
+from service.scheduling.batch import Model, Request, Window, form_batch, partition, run, summed
+from service.scheduling.scheduler import DrawStatistics
+from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 from tests.support.serving import Stand, engine, marks_its_members, some_rows, stand_in_library, until, with_scheduler
 
@@ -48,7 +48,7 @@ def requests_of(*sizes: int, loop: asyncio.AbstractEventLoop) -> list[Request]:
 
 
 def run_whole(window: Window, threads: int = 2) -> None:
-    for part in shared_out(window, threads):
+    for part in partition(window, threads):
         run(part, Metrics())
 
 
@@ -59,7 +59,7 @@ def test_a_batched_answer_equals_the_solo_answer_for_the_same_theta(
 ) -> None:
     loop = asyncio.new_event_loop()
     requests = requests_of(*sizes, loop=loop)
-    window = lay_out(model, [(request, index) for request in requests for index in range(request.size)])
+    window = form_batch(model, [(request, index) for request in requests for index in range(request.size)])
     run_whole(window)
     found = summed(window)
     for place, (request, index) in enumerate(window.places):
@@ -82,7 +82,7 @@ def test_a_window_runs_each_drawn_ticket_once_and_the_costliest_first() -> None:
     made = Engine("stand-in", "cpu", 1, forward, (1, 50, 2, 3), 0.0, "", 0.0)
     loop = asyncio.new_event_loop()
     (request,) = requests_of(20, loop=loop)
-    window = lay_out(Model(made, Policy.all(4), 10), [(request, index) for index in range(20)])
+    window = form_batch(Model(made, Policy.all(4), 10), [(request, index) for index in range(20)])
     run_whole(window)
     assert calls == [(1, 20), (3, 20), (2, 20), (0, 20)]
     loop.close()
@@ -92,7 +92,7 @@ def test_repeats_of_a_ticket_count_twice_but_run_once() -> None:
     law = Policy(((0, 1),), 2, sizes=(0.0, 0.0, 1.0), replacement=True)
     loop = asyncio.new_event_loop()
     (request,) = requests_of(40, loop=loop)
-    window = lay_out(Model(engine(tickets=2), law, 10), [(request, index) for index in range(40)])
+    window = form_batch(Model(engine(tickets=2), law, 10), [(request, index) for index in range(40)])
     run_whole(window)
     found = summed(window)
     for row, theta in zip(found, window.thetas, strict=True):
@@ -126,7 +126,7 @@ def test_every_row_has_a_theta_of_its_own_and_every_ticket_its_share() -> None:
 )
 def test_a_window_takes_half_of_the_rows_that_are_here(queued: int, running: int, expected: int) -> None:
     """So that the engine runs one half while the answers to the other are read and asked again."""
-    workers = Workers(2, Settings(window_rows=32), Metrics(), lambda: None)
+    workers = WorkerPool(2, Settings(window_rows=32), Metrics(), lambda: None)
     workers.running = running
     feed: Any = SimpleNamespace(queue=SimpleNamespace(rows=queued))
     assert workers.window_size(feed) == expected
@@ -270,7 +270,7 @@ def test_a_deadline_is_answered_while_the_engine_is_busy_and_the_rest_is_not_com
     async def late(stand: Stand) -> None:
         blocker = stand.task(some_rows(1))
         await until(entered.is_set)
-        with pytest.raises(DeadlinePassed) as passed:
+        with pytest.raises(DeadlineExceeded) as passed:
             await stand.task(some_rows(5), within_s=0.05)
         assert passed.value.status == 504
         assert stand.gate.rows == 1
@@ -284,7 +284,7 @@ def test_a_deadline_is_answered_while_the_engine_is_busy_and_the_rest_is_not_com
 
 def test_a_deadline_that_has_passed_already_costs_nothing() -> None:
     async def late(stand: Stand) -> None:
-        with pytest.raises(DeadlinePassed):
+        with pytest.raises(DeadlineExceeded):
             await stand.task(some_rows(1), within_s=-1.0)
         assert stand.gate.rows == 0
 
@@ -340,7 +340,7 @@ def test_rows_of_a_window_are_skipped_once_nobody_waits_for_them() -> None:
         return marks_its_members(member, rows)
 
     places = [(gone, 0), (waiting, 0), (gone, 1), (waiting, 1), (waiting, 2)]
-    window = lay_out(Model(engine(forward), Policy.all(4), 10), places)
+    window = form_batch(Model(engine(forward), Policy.all(4), 10), places)
     gone.live = False
     run_whole(window)
     assert seen == [3] * 4
@@ -362,7 +362,7 @@ def test_a_client_s_rate_is_limited_and_the_others_are_not() -> None:
 
 
 def test_a_token_bucket_fills_at_its_rate_up_to_its_burst() -> None:
-    buckets = TokenBuckets(rate=2.0, burst=10)
+    buckets = RateLimiter(rate=2.0, burst=10)
     assert buckets.wait_s("a", 10, now=0.0) == 0
     buckets.take("a", 10, now=0.0)
     assert buckets.wait_s("a", 4, now=0.0) == 2.0
@@ -374,21 +374,21 @@ def test_a_token_bucket_fills_at_its_rate_up_to_its_burst() -> None:
 
 
 def test_a_request_larger_than_the_burst_needs_a_full_bucket_and_leaves_a_debt() -> None:
-    buckets = TokenBuckets(rate=1.0, burst=4)
+    buckets = RateLimiter(rate=1.0, burst=4)
     assert buckets.wait_s("a", 10, now=0.0) == 0
     buckets.take("a", 10, now=0.0)
     assert buckets.wait_s("a", 1, now=0.0) == 7
 
 
 def test_buckets_are_bounded_whoever_comes() -> None:
-    buckets = TokenBuckets(rate=1.0, burst=4)
+    buckets = RateLimiter(rate=1.0, burst=4)
     for number in range(10_050):
         buckets.take(str(number), 1, now=0.0)
     assert len(buckets.levels) == 10_000
 
 
 def test_the_pace_counts_time_that_windows_share_once() -> None:
-    pace = Pace()
+    pace = ThroughputEstimate()
     pace.note(10, begun=0.0, done=1.0)
     assert pace.row_s == pytest.approx(0.1)
     pace.note(10, begun=0.5, done=2.0)  # began while the first was running
@@ -423,7 +423,7 @@ def test_engine_threads_stand_back_for_the_event_loop() -> None:
 
     async def looked(stand: Stand) -> None:
         await stand.submit(some_rows(1))
-        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + RUNNING)}
+        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_INFERENCE)}
 
     with_scheduler(looked, forward=looks)
 
@@ -561,15 +561,15 @@ def test_two_libraries_share_the_workers_and_a_forgotten_one_is_freed() -> None:
 
 def test_draws_are_told_a_lot_at_a_time() -> None:
     metrics, loop = Metrics(), asyncio.new_event_loop()
-    tally = Tally(stand_in_library(Policy.all(4)), metrics)
-    (request,) = requests_of(LOT - 1, loop=loop)
-    places = [(request, index) for index in range(LOT - 1)]
+    tally = DrawStatistics(stand_in_library(Policy.all(4)), metrics)
+    (request,) = requests_of(PUBLISH_EVERY - 1, loop=loop)
+    places = [(request, index) for index in range(PUBLISH_EVERY - 1)]
     tally.add(window_of(places))
     assert metrics.value("ensemble_size_count") == 0
     assert metrics.value("draws_total", structure="resnet18", density="0.5") == 0
     tally.add(window_of(places[:1]))
-    assert metrics.value("ensemble_size_count") == LOT
-    assert metrics.value("draws_total", structure="resnet18", density="0.5") == 4 * LOT
+    assert metrics.value("ensemble_size_count") == PUBLISH_EVERY
+    assert metrics.value("draws_total", structure="resnet18", density="0.5") == 4 * PUBLISH_EVERY
     loop.close()
 
 
@@ -595,7 +595,7 @@ def test_a_scrape_after_one_image_does_not_tell_how_many_tickets_answered_it() -
 
 
 def window_of(places: list[tuple[Request, int]]) -> Window:
-    return lay_out(Model(engine(), Policy.all(4), 10), places)
+    return form_batch(Model(engine(), Policy.all(4), 10), places)
 
 
 @pytest.mark.parametrize(("quantum_ms", "pauses"), [(0.0, False), (20.0, True)])
@@ -610,7 +610,7 @@ def test_answers_leave_on_the_quantum_when_there_is_one(
 
         monkeypatch.setattr("service.scheduling.scheduler.asyncio.sleep", note)
         for passed_s in (0.001, 0.019, 0.020, 0.0213):
-            await stand.scheduler.quantum(passed_s)
+            await stand.scheduler.pad_latency(passed_s)
 
     with_scheduler(ask, quantum_ms=quantum_ms)
     assert waits == (pytest.approx([0.019, 0.001, 0.0, 0.0187]) if pauses else [])

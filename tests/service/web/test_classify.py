@@ -14,9 +14,9 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from service.errors import DeadlinePassed, Draining, EngineFailed, Overloaded, RateLimited, ServiceError, Text
+from service.errors import DeadlineExceeded, Draining, EngineFailed, Overloaded, RateLimited, ServiceError, Text
 from service.observability.metrics import Metrics
-from service.web.inference import ARRIVED
+from service.web.inference import ARRIVAL_TIME
 from tests.support.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
 from tests.support.tickets import CLASSES
 
@@ -238,7 +238,7 @@ class TestRefusals:
             (Overloaded(), 503, "1"),
             (Draining(), 503, "1"),
             (RateLimited(retry_after=3), 429, "3"),
-            (DeadlinePassed(), 504, None),
+            (DeadlineExceeded(), 504, None),
             (EngineFailed(), 500, None),
         ],
     )
@@ -262,7 +262,7 @@ class TestRefusals:
         app = public_app(StandIn(oracle), deadline_s=10)
 
         async def late(scope: Scope, receive: Receive, send: Send) -> None:
-            scope[ARRIVED] = asyncio.get_running_loop().time() - 3
+            scope[ARRIVAL_TIME] = asyncio.get_running_loop().time() - 3
             await app(scope, receive, send)
 
         assert ask(late, "POST", PATH, content=png()).status_code == 200

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from service.errors import BadRequest, ServiceError, Text, TooLarge, Unsupported
+from service.errors import BadRequest, ContentTooLarge, ServiceError, Text, UnsupportedMediaType
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web import decoder as decoder_module
@@ -129,7 +129,7 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "EPS", "PDF", "JPEG2000", "TGA", "SGI"])
     def test_other_formats_whose_readers_are_never_run(self, kind: str) -> None:
         error = refusal(encoded(picture(), kind))
-        assert (type(error), error.status, error.message) == (Unsupported, 415, Text.IMAGE_FORMAT)
+        assert (type(error), error.status, error.message) == (UnsupportedMediaType, 415, Text.IMAGE_FORMAT)
 
     def test_another_format_behind_the_first_bytes_of_an_accepted_one(self) -> None:
         for start in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"):
@@ -145,7 +145,7 @@ class TestWhatIsRefused:
     def test_too_many_pixels_are_seen_in_the_header_before_any_is_decoded(self) -> None:
         for width, height in ((20_000, 20_000), (1_000_000, 5), (2001, 2000)):
             error = refusal(png_of(width, height, chunk(b"IDAT", b"")))  # not one pixel could be decoded
-            assert (type(error), error.status) == (TooLarge, 413)
+            assert (type(error), error.status) == (ContentTooLarge, 413)
             assert error.message == Text.IMAGE_TOO_LARGE.format(limit=MAX_PIXELS)
 
     def test_a_bomb_of_fifty_kilobytes_costs_no_memory(self) -> None:
@@ -194,7 +194,7 @@ class TestFuzz:
 
     @staticmethod
     def outcome(data: bytes) -> None:
-        with suppress(BadRequest, TooLarge, Unsupported):
+        with suppress(BadRequest, ContentTooLarge, UnsupportedMediaType):
             found = decode(data, 100_000)
             assert found.shape == (3, 32, 32)
             assert found.dtype == np.uint8

@@ -33,7 +33,7 @@ from service.errors import Text
 from service.library_manager import Holder
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.web.auth import Keys
+from service.web.auth import ApiKeyStore
 from service.web.decoder import Pixels
 from service.web.inference import Probabilities
 from tests.support.planes import (
@@ -567,7 +567,7 @@ class Story:
         holder = Holder(self.settings, self.metrics)
         await holder.start()
         try:
-            app = create_public_app(holder, self.settings, self.metrics, Keys(None, self.metrics))
+            app = create_public_app(holder, self.settings, self.metrics, ApiKeyStore(None, self.metrics))
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://tombola", timeout=60) as client:
                 await self.ask(client)
