@@ -16,7 +16,7 @@ from typing import Final
 
 from benchmarks import requests
 from benchmarks.requests import Form
-from service.cpu import cpu_s, family, usable_cores
+from service.cpu import cpu_s, process_tree, usable_cores
 
 ROOT: Final = Path(__file__).parent.parent
 VENV: Final = ROOT / ".venv" / "bench"  # the peers, over the packages of the project's own environment
@@ -98,7 +98,7 @@ class Running:
 
     def memory_mb(self) -> float:
         """Of the process and all below it: proportional set size where the kernel tells, so shared pages count once."""
-        return sum(set_size_kb(process) for process in family(self.process.pid)) / 1024
+        return sum(set_size_kb(process) for process in process_tree(self.process.pid)) / 1024
 
     def metric(self, name: str) -> float:
         """The sum of our series whose lines begin so."""
@@ -110,7 +110,7 @@ class Running:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def cpu_s(self) -> float:
-        return sum(cpu_s(process) for process in family(self.process.pid))
+        return sum(cpu_s(process) for process in process_tree(self.process.pid))
 
 
 @contextmanager

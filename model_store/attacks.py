@@ -17,7 +17,7 @@ Norm = Literal["linf", "l2"]
 Loss = Callable[[Any, Tensor], Tensor]
 """(what the classifier returns, labels [N]) -> [N], to be maximised image by image."""
 
-TINY: Final = 1e-30  # only ever divides a zero
+EPS: Final = 1e-30  # only ever divides a zero
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def project(images: Tensor, clean: Tensor, threat: ThreatModel) -> Tensor:
         near = torch.minimum(torch.maximum(images, clean - threat.epsilon), clean + threat.epsilon)
         return near.clamp(0, 1)
     away = images - clean
-    length = away.flatten(1).norm(dim=1).clamp_min(TINY)
+    length = away.flatten(1).norm(dim=1).clamp_min(EPS)
     return (clean + away * per_image((threat.epsilon / length).clamp_max(1), away)).clamp(0, 1)
 
 
@@ -79,7 +79,7 @@ def random_start(clean: Tensor, threat: ThreatModel, generator: torch.Generator)
     if threat.norm == "linf":
         offset = (torch.rand(shape, generator=generator, device=device) * 2 - 1) * threat.epsilon
     else:
-        direction = unit(torch.randn(shape, generator=generator, device=device), "l2")
+        direction = steepest_direction(torch.randn(shape, generator=generator, device=device), "l2")
         radius = torch.rand(shape[0], generator=generator, device=device) ** (1 / clean[0].numel())
         offset = direction * per_image(radius * threat.epsilon, direction)
     return project(clean + offset.to(clean), clean, threat)
@@ -89,12 +89,12 @@ def per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.view(-1, *[1] * (images.dim() - 1))
 
 
-def unit(gradient: Tensor, norm: Norm) -> Tensor:
+def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
     """The steepest step of length 1 in the norm; zero where the gradient is."""
     if norm == "linf":
         return gradient.sign()
-    scaled = gradient / per_image(gradient.abs().flatten(1).amax(dim=1).clamp_min(TINY), gradient)  # no underflow below
-    return scaled / per_image(scaled.flatten(1).norm(dim=1).clamp_min(TINY), gradient)
+    scaled = gradient / per_image(gradient.abs().flatten(1).amax(dim=1).clamp_min(EPS), gradient)  # no underflow below
+    return scaled / per_image(scaled.flatten(1).norm(dim=1).clamp_min(EPS), gradient)
 
 
 def loss_and_gradient(
@@ -120,7 +120,7 @@ def fgsm(
     """One step of length epsilon up the loss from the clean images [N, ...] (Goodfellow et al., 2015)."""
     check_pixels(images)
     _, _, gradient = loss_and_gradient(classifier, images, labels, loss)
-    return project(images + threat.epsilon * unit(gradient, threat.norm), images, threat)
+    return project(images + threat.epsilon * steepest_direction(gradient, threat.norm), images, threat)
 
 
 def pgd(
@@ -153,7 +153,7 @@ def pgd(
             outputs, losses, gradient = loss_and_gradient(classifier, start, labels, loss)
             best = riskier(best, Best(start, risk(outputs, labels), losses))
             velocity = momentum * velocity + l1_unit(gradient)
-            start = project(start + step_size * unit(velocity, threat.norm), images, threat)
+            start = project(start + step_size * steepest_direction(velocity, threat.norm), images, threat)
         best = riskier(best, judged(classifier, start, labels, loss, risk))
     return best.images
 
@@ -172,7 +172,7 @@ def riskier(old: Best, new: Best) -> Best:
 
 
 def l1_unit(gradient: Tensor) -> Tensor:
-    return gradient / per_image(gradient.abs().flatten(1).sum(dim=1).clamp_min(TINY), gradient)
+    return gradient / per_image(gradient.abs().flatten(1).sum(dim=1).clamp_min(EPS), gradient)
 
 
 def check_pixels(images: Tensor) -> None:

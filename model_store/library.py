@@ -215,7 +215,7 @@ def write_library(
         for file in files:
             write_atomically(root / file.entry.file, file.data)
         write_atomically(root / MANIFEST, manifests.canonical(manifest))
-        sweep(root, manifest)
+        remove_unreferenced(root, manifest)
     return open_library(root)
 
 
@@ -287,7 +287,7 @@ def check_only_own_files(folder: Path) -> None:
         raise LibraryRejected(f"{foreign[0]}: no file of a library's; take it away, or choose another folder")
 
 
-def sweep(root: Path, manifest: Manifest) -> None:
+def remove_unreferenced(root: Path, manifest: Manifest) -> None:
     """Removes what the manifest does not name: the last library's tickets, and the parts of cut-off writers."""
     named = {root / entry.file for entry in manifest.entries}
     parts = [path for path in root.iterdir() if PART.match(path.name)]

@@ -28,8 +28,8 @@ from model_store.errors import StoreError
 from service import errors
 from service.admin import audit_api as audits
 from service.admin import console_api, console_files, library_api
-from service.admin.audit_jobs import Jobs
-from service.library_manager import Holder, Serving
+from service.admin.audit_jobs import AuditQueue
+from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability import tracing
 from service.observability.logs import configure_logging
 from service.observability.metrics import Metrics, describe_build
@@ -48,38 +48,40 @@ LINGER_S: Final = 1.0  # between closing a port and closing its idle connections
 SWITCH_S: Final = 0.00005  # an engine thread that waits for the interpreter gets it after so long; Python's own is 5 ms
 
 
-def plain(**words: Any) -> FastAPI:
+def create_fastapi(**words: Any) -> FastAPI:
     """Without pages that load scripts from elsewhere, and without telemetry but our own."""
     return FastAPI(
         docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=tracing.FASTAPI_TELEMETRY_OFF, **words
     )
 
 
-def create_public_app(holder: Holder, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> FastAPI:
+def create_public_app(holder: LibraryManager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> FastAPI:
     """Classification, health, and the Open Inference Protocol."""
-    app = plain(title="Tombola", version=open_inference.product_version())
+    app = create_fastapi(title="Tombola", version=open_inference.product_version())
     classify.install(app, DataPlane(holder, settings, metrics, keys))
     app.add_middleware(
         ConcurrencyLimitMiddleware, limit=settings.max_requests, metrics=metrics
     )  # around the shortcut, too
-    finished(app, holder, settings, metrics, "public")
+    add_common_middleware(app, holder, settings, metrics, "public")
     if settings.tracing:
         tracing.install(app, open_inference.product_version())
     return app
 
 
 def create_admin_app(
-    holder: Holder, settings: Settings, metrics: Metrics, token: str, routers: Sequence[APIRouter] = ()
+    holder: LibraryManager, settings: Settings, metrics: Metrics, token: str, routers: Sequence[APIRouter] = ()
 ) -> FastAPI:
     """Metrics and the library, and what `routers` add; all but metrics and health behind the token."""
-    app = plain(title="Tombola, admin plane")
+    app = create_fastapi(title="Tombola, admin plane")
     for router in (library_api.router(holder, metrics), *routers):
         app.include_router(router)
     app.add_middleware(AdminAuthMiddleware, token=token, metrics=metrics, metrics_open=settings.metrics_open)
-    return finished(app, holder, settings, metrics, "admin")
+    return add_common_middleware(app, holder, settings, metrics, "admin")
 
 
-def finished(app: FastAPI, holder: Holder, settings: Settings, metrics: Metrics, plane: str) -> FastAPI:
+def add_common_middleware(
+    app: FastAPI, holder: LibraryManager, settings: Settings, metrics: Metrics, plane: str
+) -> FastAPI:
     """The middlewares that stand around everything else; the last one added is the outermost."""
     errors.install(app)
     app.add_middleware(
@@ -158,7 +160,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.header_timer = None
 
 
-class Plane(uvicorn.Server):
+class Server(uvicorn.Server):
     """One port. Signals are the process's business, not a plane's."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
@@ -215,7 +217,7 @@ def drain_accept_backlog(listener: socket.socket) -> list[socket.socket]:
     return found
 
 
-def plane(app: FastAPI, settings: Settings, listener: socket.socket) -> Plane:
+def create_server(app: FastAPI, settings: Settings, listener: socket.socket) -> Server:
     protocol = type("Protocol", (HttpProtocol,), {"header_timeout_s": settings.header_timeout_s})
     config = uvicorn.Config(
         app,
@@ -232,7 +234,7 @@ def plane(app: FastAPI, settings: Settings, listener: socket.socket) -> Plane:
         timeout_keep_alive=cast("int", settings.keep_alive_s),
         timeout_graceful_shutdown=cast("int", settings.drain_timeout_s),
     )
-    return Plane(config, listener)
+    return Server(config, listener)
 
 
 def bind(host: str, port: int, knob: str) -> socket.socket:
@@ -253,12 +255,12 @@ class ServerProcess:
     """Everything that runs, and how it ends."""
 
     settings: Settings
-    holder: Holder
+    holder: LibraryManager
     keys: ApiKeyStore
-    planes: tuple[Plane, Plane]
+    planes: tuple[Server, Server]
     public_url: str
     admin_url: str
-    jobs: Jobs
+    jobs: AuditQueue
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
     delay: bool = True
@@ -299,7 +301,9 @@ class ServerProcess:
                 await asyncio.wait_for(self.hurry.wait(), self.settings.drain_delay_s)
 
 
-def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] = lambda _: ()) -> ServerProcess:
+def create_service(
+    settings: Settings, routers: Callable[[LibraryManager], Sequence[APIRouter]] = lambda _: ()
+) -> ServerProcess:
     """Binds both ports and puts the parts together. Raises SettingsRejected."""
     metrics = Metrics()
     describe_build(metrics, open_inference.product_version(), settings.commit, torch.__version__)
@@ -308,20 +312,20 @@ def build(settings: Settings, routers: Callable[[Holder], Sequence[APIRouter]] =
     require_folders(settings)
     front = bind(settings.host, settings.port, "PORT")
     back = bind(settings.admin_host, settings.admin_port, "ADMIN_PORT")
-    holder = Holder(settings, metrics)
-    jobs = Jobs(settings, metrics, holder.library, url(front))
+    holder = LibraryManager(settings, metrics)
+    jobs = AuditQueue(settings, metrics, holder.library, url(front))
     outer = create_public_app(holder, settings, metrics, keys)
     console = (console_files.router(), console_api.router(holder, settings, metrics, jobs))
     inner = create_admin_app(holder, settings, metrics, token, (*console, audits.router(jobs), *routers(holder)))
-    planes = (plane(outer, settings, front), plane(inner, settings, back))
+    planes = (create_server(outer, settings, front), create_server(inner, settings, back))
     service = ServerProcess(settings, holder, keys, planes, url(front), url(back), jobs)
     holder.workers.on_broken = service.on_broken
     return service
 
 
-async def serve(settings: Settings, announce: Callable[[ServerProcess, Serving], None]) -> int:
+async def serve(settings: Settings, announce: Callable[[ServerProcess, LoadedLibrary], None]) -> int:
     """Runs until told to end; the process's exit code. Raises SettingsRejected, StoreError."""
-    service = build(settings)
+    service = create_service(settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.on_signal, number)
@@ -330,11 +334,11 @@ async def serve(settings: Settings, announce: Callable[[ServerProcess, Serving],
     try:
         await wait_for_shutdown(service, announce)
     finally:
-        await end(service, running)
+        await shut_down(service, running)
     return service.code
 
 
-async def wait_for_shutdown(service: ServerProcess, announce: Callable[[ServerProcess, Serving], None]) -> None:
+async def wait_for_shutdown(service: ServerProcess, announce: Callable[[ServerProcess, LoadedLibrary], None]) -> None:
     """Loads the library while the ports already answer, then waits for a signal."""
     loading = asyncio.ensure_future(service.holder.start())
     stop = asyncio.ensure_future(service.stop.wait())
@@ -351,7 +355,7 @@ async def wait_for_shutdown(service: ServerProcess, announce: Callable[[ServerPr
     await stop
 
 
-async def end(service: ServerProcess, running: Sequence[Awaitable[None]]) -> None:
+async def shut_down(service: ServerProcess, running: Sequence[Awaitable[None]]) -> None:
     await service.drain()
     await asyncio.to_thread(service.jobs.stop)
     for server, task in zip(service.planes, running, strict=True):
@@ -361,7 +365,7 @@ async def end(service: ServerProcess, running: Sequence[Awaitable[None]]) -> Non
     log.info("ended")
 
 
-def run(settings: Settings, announce: Callable[[ServerProcess, Serving], None]) -> int:
+def run(settings: Settings, announce: Callable[[ServerProcess, LoadedLibrary], None]) -> int:
     """Serves in this thread until told to end. Raises SettingsRejected, StoreError."""
     configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_S)

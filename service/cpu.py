@@ -35,13 +35,13 @@ def set_idle_priority() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def family(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """A process and all below it, where the system tells."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             children += [int(child) for child in (task / "children").read_text().split()]
-    return [pid, *(member for child in children for member in family(child))]
+    return [pid, *(member for child in children for member in process_tree(child))]
 
 
 def cpu_s(pid: int) -> float:

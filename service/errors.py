@@ -26,7 +26,7 @@ LINGER_S: Final = 1.0  # a refused body is read and thrown away this long, so th
 REQUEST_ID: Final = "tombola.request_id"  # where the scope holds it
 
 
-class Text(StrEnum):
+class ErrorMessage(StrEnum):
     """Every sentence an error can say. Braces are filled with numbers only."""
 
     # bodies
@@ -105,12 +105,12 @@ class ServiceError(Exception):
     """A request that gets no answer: status, text, and when to come back (seconds)."""
 
     status: ClassVar[int] = 500
-    text: ClassVar[Text] = Text.FAILED
+    text: ClassVar[ErrorMessage] = ErrorMessage.FAILED
     pause_s: ClassVar[int | None] = None
     outcome: ClassVar[str] = "invalid"  # of the metric inference_requests_total
     close_connection: ClassVar[bool] = False  # the body was left unread, so the connection cannot be used again
 
-    def __init__(self, text: Text | None = None, *, limit: float = 0, retry_after: int | None = None) -> None:
+    def __init__(self, text: ErrorMessage | None = None, *, limit: float = 0, retry_after: int | None = None) -> None:
         number = str(int(limit)) if limit == int(limit) else str(limit)
         self.message: Final = (text or self.text).format(limit=number)
         self.retry_after: Final = self.pause_s if retry_after is None else retry_after
@@ -119,40 +119,40 @@ class ServiceError(Exception):
 
 class BadRequest(ServiceError):
     status = 400
-    text = Text.BAD_REQUEST
+    text = ErrorMessage.BAD_REQUEST
 
 
 class Unauthorized(ServiceError):
     status = 401
-    text = Text.KEY_REQUIRED
+    text = ErrorMessage.KEY_REQUIRED
 
 
 class NotFound(ServiceError):
     status = 404
-    text = Text.NOT_FOUND
+    text = ErrorMessage.NOT_FOUND
 
 
 class MethodNotAllowed(ServiceError):
     status = 405
-    text = Text.METHOD
+    text = ErrorMessage.METHOD
 
 
 class RequestTimeout(ServiceError):
     """The client's body did not arrive in time."""
 
     status = 408
-    text = Text.BODY_SLOW
+    text = ErrorMessage.BODY_SLOW
     close_connection = True
 
 
 class Conflict(ServiceError):
     status = 409
-    text = Text.SWAP_RUNNING
+    text = ErrorMessage.SWAP_RUNNING
 
 
 class ContentTooLarge(ServiceError):
     status = 413
-    text = Text.BODY_TOO_LARGE
+    text = ErrorMessage.BODY_TOO_LARGE
 
 
 class BodyTooLarge(ContentTooLarge):
@@ -165,12 +165,12 @@ class UnsupportedMediaType(ServiceError):
     """Content of a kind that is not read here."""
 
     status = 415
-    text = Text.BODY_TYPE
+    text = ErrorMessage.BODY_TYPE
 
 
 class RateLimited(ServiceError):
     status = 429
-    text = Text.RATE
+    text = ErrorMessage.RATE
     pause_s = SECOND
     outcome = "shed"
 
@@ -181,30 +181,30 @@ class EngineFailed(ServiceError):
 
 class NotImplementedByServer(ServiceError):
     status = 501
-    text = Text.NOT_OFFERED
+    text = ErrorMessage.NOT_OFFERED
 
 
 class Overloaded(ServiceError):
     status = 503
-    text = Text.FULL
+    text = ErrorMessage.FULL
     pause_s = SECOND
     outcome = "shed"
 
 
 class Draining(Overloaded):
-    text = Text.DRAINING
+    text = ErrorMessage.DRAINING
 
 
 class NotReady(ServiceError):
     status = 503
-    text = Text.NOT_READY
+    text = ErrorMessage.NOT_READY
     pause_s = SECOND
     outcome = "error"
 
 
 class DeadlineExceeded(ServiceError):
     status = 504
-    text = Text.DEADLINE
+    text = ErrorMessage.DEADLINE
     outcome = "deadline"
 
 
@@ -259,10 +259,10 @@ def install(app: FastAPI) -> None:
     """Gives a plane the error form everywhere, 404 and 405 included, and the Guard."""
     app.add_exception_handler(HTTPException, answer_framework)
     app.add_exception_handler(RequestValidationError, answer_framework)
-    app.add_middleware(Guard)
+    app.add_middleware(ErrorMiddleware)
 
 
-class Guard:
+class ErrorMiddleware:
     """Around a whole app: a random request id and no-store on every answer, and an answer to every exception.
 
     A middleware inside the app, not an exception handler: Starlette raises again what a handler for Exception answered,
@@ -295,10 +295,10 @@ class Guard:
             if started:
                 log.error("%s after the answer began, at %s", type(error).__name__, where(error))  # noqa: TRY400
                 raise EngineFailed from None  # the server closes the connection: the answer is incomplete
-            await refuse(error, scope, receive, reply)
+            await send_error(error, scope, receive, reply)
 
 
-async def refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+async def send_error(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
     """Sends the answer. If a body is still arriving, reads on for a moment: closing at once would reset the
     connection before the client has read what was wrong."""
     response = answer(error)

@@ -17,7 +17,7 @@ from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
 from service.cpu import NICE_INFERENCE, NICE_LOADING, cpu_s, lower_priority, resident_bytes
 from service.engine.base import Engine, EngineRejected
-from service.engine.factory import engine_threads, open_served, uses_processes
+from service.engine.factory import engine_threads, open_for_serving, uses_processes
 from service.errors import NotReady
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import AdmissionController, Scheduler
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Serving:
+class LoadedLibrary:
     """A verified library, its warm engine, and the way in. A request keeps the one it began with."""
 
     library: Library
@@ -38,7 +38,7 @@ class Serving:
     scheduler: Scheduler
 
 
-class Holder:
+class LibraryManager:
     """current: None before the first library is verified and warm.  draining: from the moment the process is to end.
 
     on_broken: called on the event loop when the engine has died for good.
@@ -47,23 +47,23 @@ class Holder:
     def __init__(self, settings: Settings, metrics: Metrics, on_broken: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.current: Serving | None = None
+        self.current: LoadedLibrary | None = None
         self.draining = False
         self.gate = AdmissionController(settings, metrics)
         niceness = 0 if uses_processes(settings) else NICE_INFERENCE
         self.workers = WorkerPool(engine_threads(settings), settings, metrics, on_broken, niceness=niceness)
-        self.workers.on_beat = self.beat
+        self.workers.on_beat = self.on_heartbeat
         self.opening = asyncio.Lock()
         self.retired_engines: list[weakref.ref[Engine]] = []  # engines of libraries that others have taken the place of
         self.collected = 0.0
         self.spent: dict[int, float] = {}  # processor seconds of the engine's processes, as last told
 
-    async def start(self) -> Serving:
+    async def start(self) -> LoadedLibrary:
         """Starts the engine's threads and loads the library. Raises StoreError."""
         self.workers.start()
         return await self.load()
 
-    async def reload(self) -> Serving:
+    async def reload(self) -> LoadedLibrary:
         """Opens settings.library again, warms it up beside the old one, and swaps. Raises StoreError; the old one then
         stays. Requests that began with the old library are answered by it."""
         try:
@@ -74,19 +74,19 @@ class Holder:
         self.metrics.inc("library_swaps_total", outcome="ok")
         return serving
 
-    async def load(self) -> Serving:
+    async def load(self) -> LoadedLibrary:
         async with self.opening:
-            library, engine = await self.opened()
+            library, engine = await self.open_library_and_engine()
             scheduler = Scheduler(library, engine, self.workers, self.gate, self.settings, self.metrics)
             if self.current is not None:
                 self.retired_engines.append(weakref.ref(self.current.engine))
-            self.current = Serving(library, engine, scheduler)
+            self.current = LoadedLibrary(library, engine, scheduler)
             self.workers.probe = lambda: engine.forward(0, np.zeros((1, 3, 32, 32), np.uint8))
             self.describe(library)
             log.info("library %s is being served by %s (%s)", library.digest, engine.name, engine.note)
             return self.current
 
-    async def opened(self) -> tuple[Library, Engine]:
+    async def open_library_and_engine(self) -> tuple[Library, Engine]:
         """Off the event loop, by threads that stand back for those that answer meanwhile. Processes would inherit that
         priority for good, so whoever starts those and waits for them has the usual one."""
         loop = asyncio.get_running_loop()
@@ -94,8 +94,8 @@ class Holder:
         try:
             library = await loop.run_in_executor(slowly, open_library, self.settings.library)
             if uses_processes(self.settings):
-                return library, await run_in_daemon_thread(lambda: open_served(library, self.settings))
-            return library, await loop.run_in_executor(slowly, open_served, library, self.settings)
+                return library, await run_in_daemon_thread(lambda: open_for_serving(library, self.settings))
+            return library, await loop.run_in_executor(slowly, open_for_serving, library, self.settings)
         except EngineRejected as error:
             raise LibraryRejected(f"{library.path}: {error}") from error
         finally:
@@ -106,7 +106,7 @@ class Holder:
         self.metrics.set("library_tickets", len(library.baselines), state="baseline")
         self.metrics.forget("library_info")
         self.metrics.set("library_info", 1, digest=library.digest)
-        self.tell()
+        self.update_metrics()
 
     def library(self) -> Library:
         """The one being served. Raises NotReady."""
@@ -127,16 +127,16 @@ class Holder:
     def ready(self) -> bool:
         return not self.reason
 
-    def beat(self) -> None:
+    def on_heartbeat(self) -> None:
         """At every beat of the watchdog. Requests that failed can keep a library alive in circles of exceptions and
         frames, and on a server at rest no collection would come by: the memory is too much to leave to that."""
-        self.tell()
+        self.update_metrics()
         self.retired_engines = [engine for engine in self.retired_engines if engine() is not None]
         if self.retired_engines and time.monotonic() - self.collected > COLLECT_S:
             gc.collect()
             self.collected = time.monotonic()
 
-    def tell(self) -> None:
+    def update_metrics(self) -> None:
         """The state as metrics, whenever it may have changed."""
         self.metrics.set("ready", float(self.ready))
         self.metrics.set("draining", float(self.draining))
@@ -154,7 +154,7 @@ class Holder:
 
     def drain(self) -> None:
         self.draining = True
-        self.tell()
+        self.update_metrics()
 
 
 async def run_in_daemon_thread(work: Callable[[], Result]) -> Result:

@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from service.app import create_public_app
-from service.library_manager import Holder
+from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings, read_settings
 from service.web.auth import ApiKeyStore
@@ -29,7 +29,7 @@ class Replica:
     def __init__(self, flags: Mapping[str, Any]) -> None:
         self.settings: Settings = read_settings(flags)
         self.metrics = Metrics()
-        self.holder = Holder(self.settings, self.metrics)
+        self.holder = LibraryManager(self.settings, self.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray calls it once the constructor is through. Raises SettingsRejected."""

@@ -7,9 +7,9 @@ from typing import cast
 
 from fastapi import FastAPI
 
-from service.app import build
+from service.app import create_service
 from service.observability.metrics import PREFIX, TABLE
-from service.settings import Settings, knobs
+from service.settings import Settings, setting_docs
 
 HEAD = """\
 # Reference
@@ -24,7 +24,7 @@ Flag of `python -m service serve` before variable before default. `python -m ser
 
 def page() -> str:
     """The whole page in Markdown."""
-    settings = [(f"`{row.variable}`", f"`{row.flag}`", row.unit, row.default, row.meaning) for row in knobs()]
+    settings = [(f"`{row.variable}`", f"`{row.flag}`", row.unit, row.default, row.meaning) for row in setting_docs()]
     metrics = [
         (f"`{PREFIX}{row.name}`", row.kind, ", ".join(f"`{name}`" for name, _ in row.labels), row.meaning)
         for row in TABLE
@@ -48,7 +48,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def apps() -> Iterator[tuple[str, FastAPI]]:
     """Both planes as they are served."""
     with tempfile.TemporaryDirectory() as folder:
-        service = build(Settings(state_dir=Path(folder), port=0, admin_port=0))
+        service = create_service(Settings(state_dir=Path(folder), port=0, admin_port=0))
         for title, plane in zip(("Public plane", "Admin plane"), service.planes, strict=True):
             for socket in (plane.listener, plane.dup_listener):
                 socket.close()

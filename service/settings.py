@@ -24,7 +24,7 @@ class SettingsRejected(Exception):
     """A setting that cannot be used: one line that names it, says what was found and what was expected."""
 
 
-def knob(default: Any, unit: str, what: str, reason: str, **limits: Any) -> Any:
+def setting(default: Any, unit: str, what: str, reason: str, **limits: Any) -> Any:
     """A field with its documentation. `limits` are pydantic's (ge, le, gt, ...)."""
     return Field(default=default, description=f"{what}. {reason}.", json_schema_extra={"unit": unit}, **limits)
 
@@ -36,48 +36,48 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=False
     )
 
-    host: str = knob("127.0.0.1", "address", "Where the public plane listens", "Loopback: exposing it is a decision")
-    port: int = knob(8000, "port", "Port of the public plane", "0 takes a free one and prints it", ge=0, le=65535)
-    admin_host: str = knob(
+    host: str = setting("127.0.0.1", "address", "Where the public plane listens", "Loopback: exposing it is a decision")
+    port: int = setting(8000, "port", "Port of the public plane", "0 takes a free one and prints it", ge=0, le=65535)
+    admin_host: str = setting(
         "127.0.0.1", "address", "Where the admin plane listens", "Anything but loopback needs a token of your own"
     )
-    admin_port: int = knob(8001, "port", "Port of the admin plane", "0 takes a free one", ge=0, le=65535)
-    admin_token: SecretStr | None = knob(
+    admin_port: int = setting(8001, "port", "Port of the admin plane", "0 takes a free one", ge=0, le=65535)
+    admin_token: SecretStr | None = setting(
         None, "secret", "Bearer token of the admin plane", "Unset: one is made and kept in STATE_DIR/admin-token"
     )
-    admin_token_file: Path | None = knob(
+    admin_token_file: Path | None = setting(
         None, "path", "File that holds the admin token", "A mounted secret does not show in the process list"
     )
-    metrics_open: bool = knob(
+    metrics_open: bool = setting(
         True, "yes/no", "Whether /metrics answers without the admin token", "Scrapers rarely hold one; admin port only"
     )
-    api_keys_file: Path | None = knob(
+    api_keys_file: Path | None = setting(
         None,
         "path",
         "File of accepted API keys, one a line: name and SHA-256 of the key",
         "Unset: the public plane needs no key; read again on SIGHUP",
     )
-    trusted_proxies: str = knob(
+    trusted_proxies: str = setting(
         "",
         "addresses",
         "Proxies whose X-Forwarded-For is believed, separated by commas",
         "None: clients are told apart by the address of their connection",
     )
 
-    library: Path | None = knob(None, "path", "Folder of the library to serve", "Unset: the embedded one")
-    device: str = knob(
+    library: Path | None = setting(None, "path", "Folder of the library to serve", "Unset: the embedded one")
+    device: str = setting(
         "auto", "torch device", "Where tickets run: auto, cpu, cuda, cuda:1", "auto: CUDA if there is one"
     )
-    engine: Literal["auto", "torch", "openvino"] = knob(
+    engine: Literal["auto", "torch", "openvino"] = setting(
         "auto", "name", "What runs the tickets", "auto: openvino on a CPU where it is installed, else torch"
     )
-    int8_images: Path | None = knob(
+    int8_images: Path | None = setting(
         None,
         "path",
         "Images to calibrate on, a zip, an npz or a folder as audits take them: tickets run in 8 bits (OpenVINO)",
         "Unset: float32, which is what audits attack. Take other images than you audit with",
     )
-    threads: int = knob(
+    threads: int = setting(
         0,
         "threads",
         "Tickets run at the same time, one core each",
@@ -85,51 +85,51 @@ class Settings(BaseSettings):
         ge=0,
         le=1024,
     )
-    engine_processes: bool = knob(
+    engine_processes: bool = setting(
         True,
         "yes/no",
         "Whether each of these threads has a process of its own (OpenVINO on Linux)",
         "A crash then ends a process and not the service, and the event loop has the interpreter to itself. No: "
         "half a gigabyte less",
     )
-    state_dir: Path = knob(
+    state_dir: Path = setting(
         Path("state"), "path", "Folder for compiled models, audits and the admin token", "The only place written to"
     )
-    detail: Literal["rounded", "label", "full"] = knob(
+    detail: Literal["rounded", "label", "full"] = setting(
         "rounded",
         "name",
         "How much an answer says: label, probabilities to two decimals (rounded), or all digits (full)",
         "Exact probabilities help an attacker more than a user",
     )
-    top: int = knob(
+    top: int = setting(
         5, "classes", "Likeliest classes listed for each image of /v1/classify", "Enough for people", ge=1, le=1000
     )
 
-    max_body_bytes: int = knob(
+    max_body_bytes: int = setting(
         16 << 20, "bytes", "Largest request body, also once inflated", "512 images as JSON floats fit", ge=1024
     )
-    max_bodies_bytes: int = knob(
+    max_bodies_bytes: int = setting(
         256 << 20, "bytes", "All bodies held at once; beyond it 503", "Bounds memory, whatever clients send", ge=1024
     )
-    max_pixels: int = knob(
+    max_pixels: int = setting(
         4_000_000,
         "pixels",
         "Largest image, from its header, before it is decoded",
         "Above: a decompression bomb",
         ge=1024,
     )
-    max_images: int = knob(512, "images", "Images in one request", "They share one deadline", ge=1, le=65536)
-    max_requests: int = knob(
+    max_images: int = setting(512, "images", "Images in one request", "They share one deadline", ge=1, le=65536)
+    max_requests: int = setting(
         1024, "requests", "Requests in progress at once; beyond it 503", "Health is answered regardless", ge=1
     )
-    queue_rows: int = knob(
+    queue_rows: int = setting(
         1024,
         "rows",
         "Images admitted and not yet answered; beyond it 503",
         "A second or two of work on two cores",
         ge=1,
     )
-    window_rows: int = knob(
+    window_rows: int = setting(
         32,
         "rows",
         "Most images whose tickets are run together",
@@ -137,80 +137,80 @@ class Settings(BaseSettings):
         ge=1,
         le=4096,
     )
-    rate_images_per_s: float = knob(
+    rate_images_per_s: float = setting(
         0.0, "images/s", "Images per second of one API key or address; beyond it 429", "0: no limit", ge=0
     )
-    rate_burst_images: int = knob(
+    rate_burst_images: int = setting(
         512, "images", "Images one client may ask for at once before the rate applies", "One full request", ge=1
     )
 
-    deadline_s: float = knob(
+    deadline_s: float = setting(
         10.0, "s", "Longest wait for an answer; a request may ask for less", "Then 504 and no more work", gt=0, le=3600
     )
-    header_timeout_s: float = knob(
+    header_timeout_s: float = setting(
         10.0, "s", "From connection to the end of the request's headers", "Ends slowloris connections", gt=0
     )
-    body_timeout_s: float = knob(10.0, "s", "From headers to the end of the body", "Slow bodies hold memory", gt=0)
-    decode_timeout_s: float = knob(5.0, "s", "Decoding the images of a request", "Far above the honest cost", gt=0)
-    keep_alive_s: float = knob(5.0, "s", "An idle connection is kept this long", "Proxies should keep less", gt=0)
-    drain_delay_s: float = knob(
+    body_timeout_s: float = setting(10.0, "s", "From headers to the end of the body", "Slow bodies hold memory", gt=0)
+    decode_timeout_s: float = setting(5.0, "s", "Decoding the images of a request", "Far above the honest cost", gt=0)
+    keep_alive_s: float = setting(5.0, "s", "An idle connection is kept this long", "Proxies should keep less", gt=0)
+    drain_delay_s: float = setting(
         5.0, "s", "After SIGTERM: not ready, yet answering", "Time for load balancers to notice", ge=0, le=3600
     )
-    drain_timeout_s: float = knob(30.0, "s", "Then: work in flight may take this long", "As Kubernetes' grace", gt=0)
-    quantum_ms: float = knob(
+    drain_timeout_s: float = setting(30.0, "s", "Then: work in flight may take this long", "As Kubernetes' grace", gt=0)
+    quantum_ms: float = setting(
         0.0,
         "ms",
         "Answers leave on multiples of this after admission",
         "0: at once; else latency hides theta's size",
         ge=0,
     )
-    engine_timeout_s: float = knob(
+    engine_timeout_s: float = setting(
         10.0,
         "s",
         "One forward pass of one ticket; beyond it the engine counts as dead",
         "Far above any honest one",
         gt=0,
     )
-    engine_restarts: int = knob(
+    engine_restarts: int = setting(
         3, "times", "Dead engines replaced before the process gives up", "Then exit 1: the platform restarts it", ge=0
     )
 
-    audits_data: Path | None = knob(
+    audits_data: Path | None = setting(
         None,
         "path",
         "Folder of labelled sets to audit with: zips, npz files and folders of images, each known by its name",
         "Unset: only uploaded sets, and generated images for smoke",
     )
-    audits_outside: Path | None = knob(
+    audits_outside: Path | None = setting(
         None,
         "path",
         "Library of an attacker's own, of the same classes: audits try what they make on its networks on ours",
         "Unset: transfer from the library's own tickets and baselines alone",
     )
-    audits_queue: int = knob(8, "audits", "Audits that may wait; beyond it 429", "One runs at a time", ge=1, le=1000)
-    audits_threads: int = knob(
+    audits_queue: int = setting(8, "audits", "Audits that may wait; beyond it 429", "One runs at a time", ge=1, le=1000)
+    audits_threads: int = setting(
         1, "threads", "Threads of an audit", "It runs beside the service, at the lowest priority", ge=1, le=1024
     )
-    audits_max_hours: float = knob(
+    audits_max_hours: float = setting(
         12.0, "h", "Estimated length beyond which an audit is refused", "A night on two cores", gt=0
     )
-    audits_max_upload_bytes: int = knob(
+    audits_max_upload_bytes: int = setting(
         256 << 20, "bytes", "Largest labelled set that may be uploaded", "10,000 images are 31 MB", ge=1024
     )
 
-    log_level: Literal["debug", "info", "warning", "error"] = knob(
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "name", "Least severe line that is logged", "JSON lines on standard error"
     )
-    log_requests: bool = knob(
+    log_requests: bool = setting(
         False, "yes/no", "Log every request; otherwise only 5xx without 503", "Costs a few per cent of throughput"
     )
-    tracing: bool = knob(
+    tracing: bool = setting(
         False,
         "yes/no",
         "Send a trace of each classification request to an OpenTelemetry collector (extra `tracing`)",
         "Off: the service calls nobody. Where to and how many: the standard OTEL_* variables",
     )
-    commit: str = knob(
+    commit: str = setting(
         "unknown", "hash", "Commit of the running source, shown in build_info", "The image's build sets it"
     )
 
@@ -255,7 +255,7 @@ class SettingDoc:
     meaning: str
 
 
-def knobs() -> list[SettingDoc]:
+def setting_docs() -> list[SettingDoc]:
     """The table of settings, in the order they are declared."""
     return [
         SettingDoc(
@@ -273,7 +273,7 @@ def knobs() -> list[SettingDoc]:
 def add_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None = None) -> None:
     """One flag per setting (of those in `only`). Flags not given leave no trace, so that variables can speak."""
     wanted = None if only is None else set(only)
-    for row in knobs():
+    for row in setting_docs():
         if wanted is not None and row.name not in wanted:
             continue
         text = f"{row.meaning} [{row.unit}; {row.default}; {row.variable}]".replace("%", "%%")
@@ -295,7 +295,7 @@ def read_settings(flags: Mapping[str, Any] | None = None) -> Settings:
 
 def refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     """A misspelt variable would otherwise be a silent default."""
-    known = {row.variable for row in knobs()}
+    known = {row.variable for row in setting_docs()}
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name in known or SERVICE_LINK.fullmatch(name):
             continue

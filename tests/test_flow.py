@@ -21,7 +21,7 @@ from model_store.structures import Structure
 from tests.support.digits import digits
 from training.data import Images, as_floats
 from training.export import export
-from training.jobs import Job, work
+from training.jobs import Job, run_job
 from training.recipes import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for density in (0.3, 0.5):
         recipe = TrainConfig(Structure("resnet18", 8), density, 5, steps=240, batch=32, guards=1, precision="float32")
         job = Job(recipe, folder / "state" / recipe.name, data="digits", classes=digits().classes)
-        work(job, replace(digits(), test=digits().test.balanced(60)), torch.device("cpu"))
+        run_job(job, replace(digits(), test=digits().test.balanced(60)), torch.device("cpu"))
     export(folder / "library", [folder / "state"])
     return folder / "library"
 

@@ -432,7 +432,7 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    job_store.work(job_store.read_job(arguments.folder), read_split(arguments.data), device_of(arguments.device))
+    job_store.run_job(job_store.read_job(arguments.folder), read_split(arguments.data), device_of(arguments.device))
 
 
 if __name__ == "__main__":

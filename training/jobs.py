@@ -96,7 +96,7 @@ def cost(recipe: TrainConfig) -> float:
 # --- one job ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(job: Job) -> None:
+def initialize(job: Job) -> None:
     """Writes the job's recipe, or checks that the folder was begun under the same one."""
     job.folder.mkdir(parents=True, exist_ok=True)
     path = job.folder / "recipe.json"
@@ -147,21 +147,21 @@ def locked(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def work(job: Job, split: Split, device: torch.device) -> None:
+def run_job(job: Job, split: Split, device: torch.device) -> None:
     """Carries one job from wherever it stands to its measured ticket. Does nothing if another process is at it."""
-    prepare(job)
+    initialize(job)
     with locked(job.folder) as mine:
         if not mine or (job.folder / "done.json").exists():
             return
         (job.folder / "failed.txt").unlink(missing_ok=True)
         try:
-            finish(job, split, device)
+            complete(job, split, device)
         except Exception as error:
             (job.folder / "failed.txt").write_text(f"{type(error).__name__}: {error}", "utf-8")
             raise
 
 
-def finish(job: Job, split: Split, device: torch.device) -> None:
+def complete(job: Job, split: Split, device: torch.device) -> None:
     if job.masks:
         ticket = search.scratch_of(job.recipe, load_ticket(job.masks), split, device)
     else:
@@ -191,7 +191,7 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def add(self, event: search.Step | search.Guard) -> None:
+    def add(self, event: search.Step | search.OverfitCheck) -> None:
         if isinstance(event, search.Step) and event.step % 20 and event.step != event.steps:
             return
         kind = "step" if isinstance(event, search.Step) else "guard"
@@ -268,7 +268,7 @@ def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Ite
     the processes; each job goes on from its checkpoint next time.
     """
     for job in jobs:
-        prepare(job)
+        initialize(job)
     waiting = unfinished(jobs)
     running: dict[subprocess.Popen[bytes], Job] = {}
     try:

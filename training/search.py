@@ -54,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Guard:
+class OverfitCheck:
     """Held-out accuracy on the way. rolled_back: catastrophic overfitting was seen and undone."""
 
     step: int
@@ -65,7 +65,7 @@ class Guard:
     rolled_back: bool
 
 
-Report = Callable[[Step | Guard], None]
+Report = Callable[[Step | OverfitCheck], None]
 
 
 def densities_of(network: Network, recipe: TrainConfig) -> dict[str, float]:
@@ -157,7 +157,7 @@ class Search:
     def done(self) -> bool:
         return self.step >= self.recipe.steps
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold. The frozen weights are there too: a start from a ticket has no seed."""
         weights = {name: layer.weight.detach() for name, layer in convs(self.network).items()}
         kinds = {
@@ -169,12 +169,12 @@ class Search:
         }
         return {f"{kind}/{name}": value for kind, group in kinds.items() for name, value in group.items()}
 
-    def numbers(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         values = {"step": self.step, "seconds": self.seconds, "noise": self.noise, "best_robust": self.best_robust}
         return {"state": json.dumps(values), "recipe": self.recipe.digest, "data": self.split.digest}
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, str]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, str]) -> None:
         groups: dict[str, dict[str, Tensor]] = {"frozen": {}, "scores": {}, "masks": {}, "weight": {}, "momentum": {}}
         for key, value in tensors.items():
             kind, name = key.split("/", 1)
@@ -274,14 +274,14 @@ class Search:
             if self.phase == "weights":
                 gradient = gradient * self.masks[name]
             if self.recipe.muon_rate and name != "classifier":
-                self.turn(name, layer.weight, gradient)
+                self.muon_step(name, layer.weight, gradient)
             else:
-                self.roll(name, layer.weight, gradient)
+                self.sgd_step(name, layer.weight, gradient)
         if self.phase == "mask":  # once a step: attack and update see the same mask
             self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
             self.apply_masks(self.frozen)
 
-    def roll(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+    def sgd_step(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """SGD with momentum and weight decay, on the scores or on the kept weights."""
         value = weight
         if self.phase == "mask":
@@ -289,7 +289,7 @@ class Search:
         gradient = gradient.add(value, alpha=self.recipe.weight_decay)
         value.sub_(self.with_momentum(name, gradient), alpha=self.rate())
 
-    def turn(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+    def muon_step(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """Muon (Jordan et al., 2024) for a layer whose norm does not matter, as a norm layer follows it.
 
         The momentum of the weights' gradient is orthogonalised; the step is a share of the value's norm. For scores
@@ -323,7 +323,7 @@ class Search:
         calibrate(self.network, (part.to(self.device) for part, _ in batches(images, 250)))
         self.network.requires_grad_(False)
 
-    def guard(self) -> tuple[float, float]:
+    def check_overfit(self) -> tuple[float, float]:
         """Clean and PGD-10 accuracy on held-out training images."""
         self.calibrate(GUARD_IMAGES * 4)
         held = self.split.selection.balanced(GUARD_IMAGES)
@@ -476,7 +476,7 @@ def save_checkpoint(path: Path, search: Search) -> None:
     """Atomic: a crash leaves the checkpoint before this one."""
     temporary = path.with_suffix(".tmp")
     try:
-        save_file({k: v.contiguous() for k, v in search.tensors().items()}, temporary, metadata=search.numbers())
+        save_file({k: v.contiguous() for k, v in search.state_dict().items()}, temporary, metadata=search.metadata())
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -497,7 +497,7 @@ def load_checkpoint(path: Path, search: Search) -> None:
         raise CheckpointRejected(
             f"{path}: unreadable checkpoint ({error}); delete it to start this ticket afresh"
         ) from None
-    expected = search.numbers()
+    expected = search.metadata()
     for field, what in (("recipe", "recipe"), ("data", "data set")):
         if numbers.get(field) != expected[field]:
             raise CheckpointRejected(
@@ -505,7 +505,7 @@ def load_checkpoint(path: Path, search: Search) -> None:
                 f"{expected[field][:12]}. "
                 "Go on with the one that began it, or choose another --state folder."
             )
-    search.restore(tensors, numbers)
+    search.load_state_dict(tensors, numbers)
 
 
 def run(
@@ -557,9 +557,9 @@ def progress_of(search: Search, loss: float, right: float, seconds: float) -> St
 def guard_overfitting(search: Search, folder: Path, report: Report) -> Search:
     """Catastrophic overfitting (held-out PGD-10 under half of its best): back to the last good state, more noise."""
     good = folder / "good.safetensors"
-    clean, robust = search.guard()
+    clean, robust = search.check_overfit()
     overfitted = robust < 0.5 * search.best_robust
-    report(Guard(search.step, clean, robust, search.noise, search.seconds, overfitted))
+    report(OverfitCheck(search.step, clean, robust, search.noise, search.seconds, overfitted))
     if overfitted and good.exists():
         noise, seconds = search.noise * 1.5, search.seconds
         load_checkpoint(good, search)

@@ -11,9 +11,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from service.admin.audit_jobs import PAGE, REPORT, WAITING, Jobs
+from service.admin.audit_jobs import PAGE, REPORT, WAITING, AuditQueue
 from service.audit.errors import AuditError, AuditRejected
-from service.web.inference import RawRoute, as_json
+from service.web.inference import RawRoute, json_response
 
 MAX_REQUEST_BYTES: Final = 65_536
 POLL_S: Final = 0.25
@@ -24,32 +24,32 @@ SAFE: Final = {
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-class Handlers:
+class AuditApi:
     """One method per route. Files are read and written in threads, never on the event loop."""
 
-    def __init__(self, jobs: Jobs) -> None:
+    def __init__(self, jobs: AuditQueue) -> None:
         self.jobs = jobs
 
     async def submit(self, request: Request) -> Response:
         """Queue an audit; 202 with its id, state and cost."""
         fields = await read_json(request)
         job = await asyncio.to_thread(self.jobs.submit, fields)
-        return as_json({name: job[name] for name in ("id", "state", "cost")}, 202)
+        return json_response({name: job[name] for name in ("id", "state", "cost")}, 202)
 
     async def all(self, _: Request) -> Response:
         """The audits, latest first."""
         jobs = await asyncio.to_thread(self.jobs.all)
         names = ("id", "state", "created", "request", "why")
-        return as_json({"audits": [{name: job[name] for name in names} for job in jobs]})
+        return json_response({"audits": [{name: job[name] for name in names} for job in jobs]})
 
     async def get(self, request: Request) -> Response:
         """One audit: its state, request, progress and figures so far."""
-        return as_json(await asyncio.to_thread(self.jobs.shown, request.path_params["id"]))
+        return json_response(await asyncio.to_thread(self.jobs.shown, request.path_params["id"]))
 
     async def cancel(self, request: Request) -> Response:
         """Cancel an audit that waits or runs."""
         job = await asyncio.to_thread(self.jobs.cancel, request.path_params["id"])
-        return as_json({"id": job["id"], "state": job["state"]})
+        return json_response({"id": job["id"], "state": job["state"]})
 
     async def report(self, request: Request) -> Response:
         """The report as one self-contained HTML page."""
@@ -85,7 +85,7 @@ class Handlers:
 
     async def datasets(self, _: Request) -> Response:
         """What an audit may be run on."""
-        return as_json({"datasets": await asyncio.to_thread(self.jobs.datasets.listed)})
+        return json_response({"datasets": await asyncio.to_thread(self.jobs.datasets.listed)})
 
     async def upload(self, request: Request) -> Response:
         """Keep a labelled set to audit with: the body is the file, zip or npz; its name is in the path."""
@@ -95,7 +95,7 @@ class Handlers:
             kept = await asyncio.to_thread(self.jobs.datasets.keep, request.path_params["name"], path, library)
         finally:
             path.unlink(missing_ok=True)
-        return as_json(kept, 201)
+        return json_response(kept, 201)
 
     async def received(self, request: Request) -> Path:
         folder = self.jobs.datasets.uploads
@@ -133,21 +133,21 @@ def server_sent(event: str, data: Any) -> str:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"
 
 
-def told(endpoint: Endpoint) -> Endpoint:
+def map_audit_errors(endpoint: Endpoint) -> Endpoint:
     """The only place where an audit's error becomes a status. Its text names fields and figures, never theta."""
 
     async def run(request: Request) -> Response:
         try:
             return await endpoint(request)
         except AuditError as error:
-            return as_json({"error": str(error)}, error.status)
+            return json_response({"error": str(error)}, error.status)
 
     run.__name__, run.__doc__ = endpoint.__name__, endpoint.__doc__  # what the API's description shows
     return run
 
 
-def router(jobs: Jobs) -> APIRouter:
-    here = Handlers(jobs)
+def router(jobs: AuditQueue) -> APIRouter:
+    here = AuditApi(jobs)
     routes = APIRouter(route_class=RawRoute, tags=["Audits"])
     table: tuple[tuple[str, Endpoint, str], ...] = (
         ("/admin/audits", here.submit, "POST"),
@@ -161,5 +161,5 @@ def router(jobs: Jobs) -> APIRouter:
         ("/admin/datasets/{name}", here.upload, "PUT"),
     )
     for path, endpoint, method in table:
-        routes.add_api_route(path, told(endpoint), methods=[method])
+        routes.add_api_route(path, map_audit_errors(endpoint), methods=[method])
     return routes

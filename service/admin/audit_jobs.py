@@ -50,7 +50,7 @@ PAGE: Final = "report.html"
 Json = dict[str, Any]
 
 
-class Jobs:
+class AuditQueue:
     """Handlers call submit, get, cancel; a thread of its own starts and watches the processes."""
 
     def __init__(

@@ -43,7 +43,7 @@ def work(folder: Path, job: Json, tell: Any) -> None:
     from service.audit.config import read_audit
     from service.audit.errors import AuditConflict
     from service.audit.evaluation import use_cores
-    from service.audit.run import audit, labelled
+    from service.audit.run import labelled, run_audit
 
     use_cores(job["threads"])
     asked = read_audit(job["request"])
@@ -52,7 +52,7 @@ def work(folder: Path, job: Json, tell: Any) -> None:
         raise AuditConflict(f"the library is {library.digest[:12]} now; the audit was asked of {job['digest'][:12]}")
     data = labelled(asked, library, Path(job["data"]) if job["data"] else None)
     outside, served = (Path(job[name]) if job.get(name) else None for name in ("outside", "int8_images"))
-    audit(
+    run_audit(
         folder,
         asked,
         library,

@@ -14,19 +14,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from model_store.policy import inclusion_probabilities, size_probabilities
-from service.admin.audit_api import limited, read_json, told
-from service.admin.audit_jobs import Jobs
+from service.admin.audit_api import limited, map_audit_errors, read_json
+from service.admin.audit_jobs import AuditQueue
 from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
 from service.audit.profiles import PROFILES, Profile, attacks_of
 from service.errors import ClientDisconnected, NotReady
-from service.library_manager import Holder, Serving
+from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import OUTCOMES, PREFIX, PUBLISH_EVERY, REASONS, SECONDS, Metrics
 from service.settings import Settings
 from service.web import open_inference
 from service.web.body import cancel_on_disconnect
 from service.web.classify import PATH
 from service.web.decoder import Decoder
-from service.web.inference import Probabilities, RawRoute, as_json
+from service.web.inference import Probabilities, RawRoute, json_response
 
 DRAWS: Final = 20  # of theta, for a picture that is tried
 CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
@@ -36,10 +36,10 @@ DURATION: Final = "http_request_duration_seconds"
 Json = dict[str, Any]
 
 
-class Handlers:
+class ConsoleApi:
     """One method per route."""
 
-    def __init__(self, holder: Holder, settings: Settings, metrics: Metrics, jobs: Jobs) -> None:
+    def __init__(self, holder: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> None:
         self.holder = holder
         self.settings = settings
         self.metrics = metrics
@@ -50,7 +50,7 @@ class Handlers:
     async def overview(self, _: Request) -> Response:
         """Counters as they stand: whoever asks twice has the rates."""
         serving = self.holder.current
-        return as_json(
+        return json_response(
             {
                 "ready": self.holder.ready,
                 "reason": self.holder.reason,
@@ -74,7 +74,7 @@ class Handlers:
             "in_flight_limit": self.settings.max_requests,
         }
 
-    def engine(self, serving: Serving) -> Json:
+    def engine(self, serving: LoadedLibrary) -> Json:
         engine = serving.engine
         return {
             "name": engine.name,
@@ -84,18 +84,18 @@ class Handlers:
             "restarts": self.metrics.value("engine_restarts_total"),
         }
 
-    async def attempt(self, request: Request) -> Response:
+    async def try_image(self, request: Request) -> Response:
         """The picture of the body, asked about DRAWS times: every draw is a fresh theta, and none of them is told."""
         serving = self.holder.current
         if serving is None or not self.holder.ready:
             raise NotReady
         began = time.perf_counter()
         found = await self.answers(request, serving)
-        said = spread(found, serving.library.classes)
+        said = summarize_draws(found, serving.library.classes)
         seconds = round(time.perf_counter() - began, 4)
-        return as_json({"library": serving.library.digest, "draws": DRAWS, "seconds": seconds, **said})
+        return json_response({"library": serving.library.digest, "draws": DRAWS, "seconds": seconds, **said})
 
-    async def answers(self, request: Request, serving: Serving) -> Probabilities:
+    async def answers(self, request: Request, serving: LoadedLibrary) -> Probabilities:
         """[DRAWS, classes]"""
         body = await received(request, self.settings.max_body_bytes)
         rows = np.repeat(await self.decoder.rows([body]), DRAWS, axis=0)
@@ -104,7 +104,7 @@ class Handlers:
 
     async def profiles(self, _: Request) -> Response:
         """What an audit can be asked for."""
-        return as_json(
+        return json_response(
             {
                 "profiles": [{"name": name, **summary(profile)} for name, profile in PROFILES.items()],
                 "attacks": list(ATTACKS),
@@ -116,7 +116,7 @@ class Handlers:
 
     async def cost(self, request: Request) -> Response:
         """The estimate that submitting the same body would come to; nothing is started."""
-        return as_json(await asyncio.to_thread(self.estimate, await read_json(request)))
+        return json_response(await asyncio.to_thread(self.estimate, await read_json(request)))
 
     def estimate(self, wanted: Any) -> Json:
         """Raises AuditRejected, AuditUnknown, CostRejected."""
@@ -166,7 +166,7 @@ def buckets(metrics: Metrics) -> Iterator[tuple[dict[str, str], float]]:
                 yield sample.labels, sample.value
 
 
-def library_summary(serving: Serving) -> Json:
+def library_summary(serving: LoadedLibrary) -> Json:
     library = serving.library
     return {
         "digest": library.digest,
@@ -176,7 +176,7 @@ def library_summary(serving: Serving) -> Json:
     }
 
 
-def draws(serving: Serving, metrics: Metrics) -> Json:
+def draws(serving: LoadedLibrary, metrics: Metrics) -> Json:
     """Members drawn since the process began, against what the law expects, a lot of LOT images at a time."""
     library = serving.library
     rows = []
@@ -195,7 +195,7 @@ def drawn_sizes(metrics: Metrics) -> list[float]:
     return [value(f"{PREFIX}ensemble_size_bucket", {"le": f"{float(bound)}"}) or 0.0 for bound in bounds]
 
 
-def spread(found: Probabilities, classes: tuple[str, ...]) -> Json:
+def summarize_draws(found: Probabilities, classes: tuple[str, ...]) -> Json:
     """What draws [draws, classes] say of one image. votes: how many draws chose a class.  low, mean, high: of its
     probability over the draws.  agreement: the part of the draws that chose the commonest label."""
     votes = np.bincount(found.argmax(axis=1), minlength=len(classes))
@@ -212,12 +212,12 @@ def spread(found: Probabilities, classes: tuple[str, ...]) -> Json:
     return {"label": rows[0]["label"], "agreement": round(float(votes.max() / len(found)), DIGITS), "classes": rows}
 
 
-def router(holder: Holder, settings: Settings, metrics: Metrics, jobs: Jobs) -> APIRouter:
+def router(holder: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> APIRouter:
     """Before the audits' router, whose /admin/audits/{id} would take the name `cost` for an audit's."""
-    here = Handlers(holder, settings, metrics, jobs)
+    here = ConsoleApi(holder, settings, metrics, jobs)
     routes = APIRouter(route_class=RawRoute, tags=["Console"])
     routes.add_api_route("/admin/overview", here.overview, methods=["GET"])
-    routes.add_api_route("/admin/try", told(here.attempt), methods=["POST"])
+    routes.add_api_route("/admin/try", map_audit_errors(here.try_image), methods=["POST"])
     routes.add_api_route("/admin/profiles", here.profiles, methods=["GET"])
-    routes.add_api_route("/admin/audits/cost", told(here.cost), methods=["POST"])
+    routes.add_api_route("/admin/audits/cost", map_audit_errors(here.cost), methods=["POST"])
     return routes

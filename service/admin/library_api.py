@@ -15,9 +15,9 @@ from starlette.responses import Response
 from model_store import policy as sampling
 from model_store.errors import StoreError
 from model_store.library import Library
-from service.errors import Conflict, NotReady, ServiceError, Text
+from service.errors import Conflict, ErrorMessage, NotReady, ServiceError
 from service.observability.metrics import Metrics
-from service.web.inference import Holder, RawRoute, as_json
+from service.web.inference import LibraryManagerProtocol, RawRoute, json_response
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +26,13 @@ Json = dict[str, Any]
 
 class LibraryRefused(ServiceError):
     status = 422
-    text = Text.LIBRARY_REFUSED
+    text = ErrorMessage.LIBRARY_REFUSED
 
 
-class Handlers:
+class LibraryApi:
     """One method per route."""
 
-    def __init__(self, holder: Holder, metrics: Metrics) -> None:
+    def __init__(self, holder: LibraryManagerProtocol, metrics: Metrics) -> None:
         self.holder = holder
         self.metrics = metrics
         self.swapping = asyncio.Lock()
@@ -46,24 +46,24 @@ class Handlers:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def live(self, _: Request) -> Response:
-        return as_json({"live": True})
+        return json_response({"live": True})
 
     async def ready(self, _: Request) -> Response:
         if not self.holder.ready:
             raise NotReady
-        return as_json({"ready": True})
+        return json_response({"ready": True})
 
     async def show_library(self, _: Request) -> Response:
-        return as_json(describe_library(self.library()))
+        return json_response(describe_library(self.library()))
 
     async def show_policy(self, _: Request) -> Response:
-        return as_json(describe_policy(self.library()))
+        return json_response(describe_policy(self.library()))
 
     async def swap(self, _: Request) -> Response:
         """Opens the configured library again and, if all of it is sound, serves it instead of the present one. No body
         is read: which library is served is the settings' business, never a request's."""
         if self.swapping.locked():
-            raise Conflict(Text.SWAP_RUNNING)
+            raise Conflict(ErrorMessage.SWAP_RUNNING)
         async with self.swapping:
             before = self.library().digest
             try:
@@ -71,7 +71,7 @@ class Handlers:
             except StoreError as error:
                 log.error("library refused, the old one keeps serving: %s", error)  # noqa: TRY400 -- says all there is
                 raise LibraryRefused from None
-        return as_json({"digest": serving.library.digest, "before": before})
+        return json_response({"digest": serving.library.digest, "before": before})
 
 
 def describe_library(library: Library) -> Json:
@@ -99,8 +99,8 @@ def describe_policy(library: Library) -> Json:
     }
 
 
-def router(holder: Holder, metrics: Metrics) -> APIRouter:
-    here = Handlers(holder, metrics)
+def router(holder: LibraryManagerProtocol, metrics: Metrics) -> APIRouter:
+    here = LibraryApi(holder, metrics)
     routes = APIRouter(route_class=RawRoute)
     routes.add_api_route("/metrics", here.show_metrics, methods=["GET"])
     routes.add_api_route("/health/live", here.live, methods=["GET"])

@@ -37,12 +37,12 @@ from service.audit.evaluation import (
     countable,
     distance,
     logits_of,
+    pointwise_worst,
     quantize_to_uint8,
     score_exactly,
     scores,
     scoring_draws,
     target_of,
-    worst,
 )
 from service.audit.labelled_data import LabelledImages
 from service.audit.profiles import SHARED, giga_multiply_adds, multiply_adds_of, plan
@@ -78,7 +78,7 @@ class RawResult:
     passes: int = 0
 
 
-class Run:
+class AuditRun:
     """One audit of one library on one set of images, and its folder."""
 
     def __init__(
@@ -285,7 +285,7 @@ class Run:
 
         shared: only of the attacks that all compared systems faced alike.
         """
-        return worst([found for found, _ in self.reached(system, epsilon, images, shared=shared)])
+        return pointwise_worst([found for found, _ in self.reached(system, epsilon, images, shared=shared)])
 
     def reported(self, system: Defense, images: int, *, shared: bool = False, clean: bool = False) -> Scores:
         """`robust` at the headline epsilon, or clean, as it is reported: what was chosen on the scoring draws is scored
@@ -293,7 +293,7 @@ class Run:
         key = (system.name, images, shared, clean)
         if key not in self.counted:
             candidates = self.reached(system, -1.0 if clean else self.audit.headline, images, shared=shared)
-            found = worst([scored for scored, _ in candidates])
+            found = pointwise_worst([scored for scored, _ in candidates])
             if not self.scoring(system).counted and countable(system.policy):
                 pick = torch.stack([scored.right for scored, _ in candidates]).argmin(dim=0).tolist()
                 chosen = torch.stack([candidates[place][1][:, i] for i, place in enumerate(pick)], dim=1)
@@ -310,11 +310,11 @@ class Run:
             if outcome.step.epsilon <= epsilon and not (shared and outcome.step.stage > SHARED):
                 found = self.scores(system, outcome)
                 count = min(images, outcome.step.images)
-                reached.append((padded(found.pick(torch.arange(count)), images), outcome.logits))
+                reached.append((pad(found.pick(torch.arange(count)), images), outcome.logits))
         return reached
 
 
-def padded(found: Scores, images: int) -> Scores:
+def pad(found: Scores, images: int) -> Scores:
     """Images that the attack left out count as right."""
 
     def longer(values: Tensor, fill: float) -> Tensor:
@@ -324,7 +324,7 @@ def padded(found: Scores, images: int) -> Scores:
     return Scores(longer(found.right, 1), longer(found.any_wrong, 0), sizes)
 
 
-def from_pgd(found: eot.Found) -> RawResult:
+def from_pgd(found: eot.AttackResult) -> RawResult:
     trace = {
         "accuracy": [round(1 - risk, 6) for risk in found.risks.mean(dim=1).tolist()],
         "loss": [round(loss, 6) for loss in found.losses.mean(dim=1).tolist()],
@@ -332,7 +332,7 @@ def from_pgd(found: eot.Found) -> RawResult:
     return RawResult(found.images, trace, {"converged": converged(found)}, found.passes)
 
 
-def converged(found: eot.Found) -> float:
+def converged(found: eot.AttackResult) -> float:
     """The share of images whose loss, rescaled to its own range, moved at most 0.05 over the last ten steps."""
     losses = found.losses
     low, high = losses.amin(dim=0), losses.amax(dim=0)

@@ -99,7 +99,7 @@ def local(given: argparse.Namespace) -> Json:
     from model_store.library import open_library
     from service.audit.config import read_audit
     from service.audit.evaluation import cores_used, use_cores
-    from service.audit.run import audit, labelled
+    from service.audit.run import labelled, run_audit
     from service.cpu import usable_cores
     from service.engine.base import EngineRejected
     from service.engine.factory import chosen_device
@@ -116,8 +116,8 @@ def local(given: argparse.Namespace) -> Json:
     data: LabelledImages = labelled(asked, library, Path(given.data) if given.data else None)
     print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
     print(f"device {device}, {cores_used[0]} cores, seed {asked.seed}, profile {asked.profile}")
-    with Shown() as shown:
-        return audit(
+    with ProgressBar() as shown:
+        return run_audit(
             given.out,
             asked,
             library,
@@ -130,7 +130,7 @@ def local(given: argparse.Namespace) -> Json:
         )
 
 
-class Shown:
+class ProgressBar:
     """The progress bar: one line a finished attack or check, and how long it will take."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class Shown:
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
         self.task = self.bar.add_task("attacks", total=1.0)
 
-    def __enter__(self) -> "Shown":
+    def __enter__(self) -> "ProgressBar":
         self.bar.start()
         return self
 
@@ -184,7 +184,7 @@ def waited(client: Any, given: argparse.Namespace) -> Json:
     job = answered(client.post("/admin/audits", json=asked))
     print(f"audit {job['id']}: about {job['cost']['seconds'] / 60:.0f} min")
     seen = 0
-    with Shown() as shown:
+    with ProgressBar() as shown:
         while (state := answered(client.get(f"/admin/audits/{job['id']}")))["state"] in ("queued", "running"):
             seen = followed(client, job["id"], seen, shown)
             time.sleep(AGAIN_S)
@@ -195,7 +195,7 @@ def waited(client: Any, given: argparse.Namespace) -> Json:
     return report
 
 
-def followed(client: Any, name: str, seen: int, shown: Shown) -> int:
+def followed(client: Any, name: str, seen: int, shown: ProgressBar) -> int:
     """Shows what the audit tells until it ends, or is silent for too long; how much has been shown by then."""
     import httpx
 

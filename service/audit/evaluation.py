@@ -151,7 +151,7 @@ class AttackTarget:
             return torch.stack([member(images) for member in self.members])
         if torch.is_grad_enabled() and images.requires_grad:
             return cast("Tensor", ParallelForward.apply(images, self.members))
-        return torch.stack(list(workers().map(lambda member: plain(member, images), self.members)))
+        return torch.stack(list(workers().map(lambda member: forward_no_grad(member, images), self.members)))
 
 
 # All cores. Members are too small to be split over threads one at a time, but they are many: each thread runs whole
@@ -175,7 +175,7 @@ def pool_of(threads: int) -> ThreadPoolExecutor:
 
 
 @torch.no_grad()
-def plain(member: Member, images: Tensor) -> Tensor:
+def forward_no_grad(member: Member, images: Tensor) -> Tensor:
     return member(images)
 
 
@@ -218,19 +218,19 @@ def candidates_of(
     if outside is not None and outside.classes != library.classes:
         raise AuditRejected(f"outside library of {len(outside.classes)} other classes; expected the library's own")
     where = torch.device(device)
-    rows = everything(library, outside)
+    rows = all_members(library, outside)
     members = tuple(made(ticket, name, where) for name, ticket in rows)
     structures = tuple(ticket.structure.name for _, ticket in rows)
-    theirs = len(rows) - len(everything(library))
+    theirs = len(rows) - len(all_members(library))
     return CandidateSet(members, len(library.tickets), structures, library.policy, where, theirs)
 
 
-def everything(library: Library, outside: Library | None = None) -> list[tuple[str, Ticket]]:
+def all_members(library: Library, outside: Library | None = None) -> list[tuple[str, Ticket]]:
     """The bench's members by name; those from outside begin with their library's digest, as names may be the same."""
     entries = (*library.entries, *library.baseline_entries)
     rows = list(zip((entry.name for entry in entries), (*library.tickets, *library.baselines), strict=True))
     if outside is not None:
-        rows += [(f"{outside.digest[:6]}/{name}", ticket) for name, ticket in everything(outside)]
+        rows += [(f"{outside.digest[:6]}/{name}", ticket) for name, ticket in all_members(outside)]
     return rows
 
 
@@ -311,7 +311,7 @@ def logits_of(members: Sequence[Member], pixels: Tensor, device: torch.device) -
     parts = [as_floats(part, device) for part in torch.split(pixels, PASS_IMAGES)]
 
     def run(member: Member) -> Tensor:
-        return torch.cat([plain(member, part).cpu() for part in parts])
+        return torch.cat([forward_no_grad(member, part).cpu() for part in parts])
 
     if device.type != "cpu":
         return torch.stack([run(member) for member in members])
@@ -413,7 +413,7 @@ def pairs_wrong(first: Tensor, second: Tensor, label: int) -> Tensor:
     return failed
 
 
-def worst(several: Sequence[Scores]) -> Scores:
+def pointwise_worst(several: Sequence[Scores]) -> Scores:
     """For each image the attack that leaves it the least chance: the mean of minima, not the minimum of means."""
     rights = torch.stack([one.right for one in several])
     pick = rights.argmin(dim=0)

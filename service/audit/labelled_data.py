@@ -126,7 +126,7 @@ def read_tree(where: str, names: Sequence[str], read: Read, classes: Sequence[st
     elif any(parts[-3:-2] == ("train",) for parts in found.values()):
         raise DataRejected(f"{where}: images under train/ and none under test/; a search may have seen them")
     by_class = grouped(where, found, classes)
-    chosen = dealt(by_class, images)
+    chosen = round_robin(by_class, images)
     pixels = torch.stack([decoded(where, name, read(name)) for name, _ in chosen])
     labels = torch.tensor([label for _, label in chosen])
     ids = tuple("/".join(found[name][-3:]) for name, _ in chosen)
@@ -154,7 +154,7 @@ def grouped(where: str, found: Mapping[str, tuple[str, ...]], classes: Sequence[
     return by_class
 
 
-def dealt(by_class: Mapping[int, Sequence[str]], images: int) -> list[tuple[str, int]]:
+def round_robin(by_class: Mapping[int, Sequence[str]], images: int) -> list[tuple[str, int]]:
     """Round by round, one of each class; every round in the order of the classes."""
     ranked = [(rank, label, name) for label, names in by_class.items() for rank, name in enumerate(names)]
     return [(name, label) for _, label, name in sorted(ranked)[:images]]
@@ -182,7 +182,7 @@ def read_npz(path: Path, classes: Sequence[str], images: int) -> LabelledImages:
     by_class: dict[int, list[str]] = {}
     for place, label in enumerate(labels.tolist()):
         by_class.setdefault(label, []).append(f"{place:07d}")
-    index = [int(name) for name, _ in dealt(by_class, images)]
+    index = [int(name) for name, _ in round_robin(by_class, images)]
     ids = tuple(f"{path.stem}/{place}" for place in index)
     return LabelledImages(
         path.name, f"arrays of {path.name}", pixels[index].contiguous(), labels[index], ids, held_out=False

@@ -16,7 +16,7 @@ from service.audit.attacks.simple import RandomCorners, SingleModelPgd, Universa
 from service.audit.baselines import BEST, COST, MEAN, OURS, single
 from service.audit.config import ATTACKS, LARGEST, Audit, ProfileName, Settings, Step
 from service.audit.errors import AuditRejected
-from service.audit.evaluation import CandidateSet, Defense, everything
+from service.audit.evaluation import CandidateSet, Defense, all_members
 
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
 FAR: Final[dict[Norm, tuple[float, float]]] = {"linf": (64.0, 128.0), "l2": (1020.0, 2040.0)}  # 255ths, for the checks
@@ -166,11 +166,11 @@ def plan(audit: Audit, bench: CandidateSet, systems: Sequence[Defense]) -> list[
     refuse_missing(audit, profile)
     targets = [system.name for system in systems]
     singles = [single(bench, index).name for index in headline_steps(audit, bench)]
-    steps: list[Step] = several(audit, profile.each, singles, audit.headline, count)
+    steps: list[Step] = steps_for(audit, profile.each, singles, audit.headline, count)
     for epsilon in (e for e in audit.epsilons if e > 0 and (profile.sweep or e == audit.headline)):
         main = epsilon == audit.headline
         images = count if main else min(count, profile.swept_images)
-        steps += several(audit, profile.shared if main else profile.swept, targets, epsilon, images)
+        steps += steps_for(audit, profile.shared if main else profile.swept, targets, epsilon, images)
     steps += alone(audit, profile, count)
     steps += large_epsilon_steps(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
@@ -213,11 +213,11 @@ def alone(audit: Audit, profile: Profile, count: int) -> list[Step]:
         pair for pair in queries if isinstance(pair[1], QueryAttackConfig) and pair[1].averages == 1
     )  # answers alike
     return [
-        *several(audit, profile.ours, [OURS], epsilon, count, after=2),
-        *several(audit, profile.few, [OURS], epsilon, few, after=2),
-        *several(audit, profile.universal, profile.marked, epsilon, count, after=2),
-        *several(audit, queries, [OURS], epsilon, asked, after=2),
-        *several(audit, fixed, profile.asked, epsilon, asked, after=2),
+        *steps_for(audit, profile.ours, [OURS], epsilon, count, after=2),
+        *steps_for(audit, profile.few, [OURS], epsilon, few, after=2),
+        *steps_for(audit, profile.universal, profile.marked, epsilon, count, after=2),
+        *steps_for(audit, queries, [OURS], epsilon, asked, after=2),
+        *steps_for(audit, fixed, profile.asked, epsilon, asked, after=2),
     ]
 
 
@@ -227,11 +227,11 @@ def large_epsilon_steps(audit: Audit, images: int) -> list[Step]:
     return [
         replace(step, stage=3 + place, warm=True)
         for place, size in enumerate((*FAR[audit.norm], LARGEST[audit.norm]))
-        for step in several(audit, reach, [OURS], size, images)
+        for step in steps_for(audit, reach, [OURS], size, images)
     ]
 
 
-def several(
+def steps_for(
     audit: Audit, attacks: Named, systems: Sequence[str], epsilon: float, images: int, after: int = 0
 ) -> list[Step]:
     def stage(name: str) -> int:
@@ -256,7 +256,7 @@ def left_out(steps: Sequence[Step]) -> list[str]:
 
 def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:
     """Of one image through each member of the bench."""
-    return [multiply_adds(ticket.structure) for _, ticket in everything(library, outside)]
+    return [multiply_adds(ticket.structure) for _, ticket in all_members(library, outside)]
 
 
 def forwards(step: Step, drawn: float, members: int) -> float:

@@ -13,8 +13,8 @@ from model_store.library import Library
 from model_store.ticket import write_atomically
 from service.audit import baselines
 from service.audit import labelled_data as sets
-from service.audit.attack_runner import Json, Run, Tell
-from service.audit.checks.run import inspect
+from service.audit.attack_runner import AuditRun, Json, Tell
+from service.audit.checks.run import run_checks
 from service.audit.config import Audit
 from service.audit.errors import DataRejected
 from service.audit.evaluation import candidates_of, cores_used, logits_of, scoring_draws
@@ -45,7 +45,7 @@ def majority(library: Library, pixels: Tensor) -> Tensor:
     return shares.argmax(dim=0)
 
 
-def audit(
+def run_audit(
     folder: Path,
     asked: Audit,
     library: Library,
@@ -65,7 +65,7 @@ def audit(
     """
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(
+    run = AuditRun(
         folder,
         asked,
         library,
@@ -79,7 +79,7 @@ def audit(
     )
     tell({"event": "cost", **cost(run)})
     run.attack()
-    checks = inspect(run)
+    checks = run_checks(run)
     report = summary.summary(run, checks, time.monotonic() - began)
     write_atomically(folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
     text = html_report.page(report, plots.all_figures(report), plots.examples(run))
@@ -87,7 +87,7 @@ def audit(
     return report
 
 
-def cost(run: Run) -> dict[str, Any]:
+def cost(run: AuditRun) -> dict[str, Any]:
     giga = sum(run.costs) + check_giga_multiply_adds(run.audit, run.multiply_adds)
     seconds = estimated_seconds(giga, cores_used[0])
     return {"attacks": len(run.steps), "giga_multiply_adds": round(giga, 1), "seconds": round(seconds)}

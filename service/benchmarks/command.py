@@ -30,7 +30,7 @@ from service.audit.labelled_data import read_data
 from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
 from service.benchmarks.timing_leakage import scheduling
 from service.engine.base import Engine, EngineRejected, Rows
-from service.engine.factory import engine_threads, open_engine, open_served
+from service.engine.factory import engine_threads, open_engine, open_for_serving
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
 
@@ -44,13 +44,13 @@ def add_parser(commands: Any) -> None:
     raw = kinds.add_parser("raw", help="the engine on recorded draws, against the plain loop")
     raw.add_argument("--images", type=int, default=512, help="images, each with a recorded draw (512)")
     raw.add_argument("--seed", type=int, default=0, help="of the images and the draws (0)")
-    raw.set_defaults(measure=raw_engine, opened=open_served)
+    raw.set_defaults(measure=raw_engine, opened=open_for_serving)
     latency = kinds.add_parser("latency", help="mutual information between an answer's time and its ensemble's size")
     latency.add_argument("--images", type=int, default=1500, help="single images, one after the other (1500)")
     latency.add_argument(
         "--quantum-ms", type=float, nargs="+", default=[10.0, 25.0], help="the quanta to compare with none (10 25)"
     )
-    latency.set_defaults(measure=latency_information, opened=open_served, table=timing_leakage.table)
+    latency.set_defaults(measure=latency_information, opened=open_for_serving, table=timing_leakage.table)
     whole = kinds.add_parser("capacity", help="processor time of an image in a whole server, and replicas for a load")
     whole.add_argument("--images", type=int, default=2000, help="images of each kind of request (2000)")
     whole.set_defaults(measure=server_capacity, opened=open_engine, table=capacity.table)
@@ -83,14 +83,14 @@ def run(given: argparse.Namespace) -> int:
     whole = {"library": library.digest, "machine": machine(), "engine": described(engine), **figures}
     print(json.dumps(whole, indent=2))
     if getattr(given, "into", None) is not None:
-        put_into(given.into, given.table(whole))
+        replace_section(given.into, given.table(whole))
     if given.json is not None:
         given.json.write_text(json.dumps(whole, indent=2) + "\n")
     print(line)
     return 0
 
 
-def put_into(page: Path, table: str) -> None:
+def replace_section(page: Path, table: str) -> None:
     """Puts a table in the place of the one that begins with the same line, an HTML comment, in a page."""
     begin, end = table.split("\n", 1)[0], "<!-- end -->"
     whole = page.read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from model_store.library import Library
 from service.cpu import NICE_INFERENCE
 from service.engine.base import Engine
 from service.observability.metrics import Metrics
-from service.scheduling.batch import Window
+from service.scheduling.batch import Batch
 from service.scheduling.scheduler import AdmissionController, Scheduler
 from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
@@ -35,7 +35,7 @@ class RecordingScheduler(Scheduler):
 
     sizes: list[int]
 
-    def observe(self, window: Window) -> None:
+    def observe(self, window: Batch) -> None:
         self.sizes += [len(theta.members) for theta in window.thetas]
 
 

@@ -100,6 +100,6 @@ def reference(ticket: Folded, rows: Rows) -> Logits:
     return logits
 
 
-def difference(found: Logits, expected: Logits) -> float:
+def max_relative_error(found: Logits, expected: Logits) -> float:
     """The largest, relative to the largest expected, or to 1 if that is smaller."""
     return float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))

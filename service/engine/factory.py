@@ -23,8 +23,8 @@ from service.engine.base import (
     EngineRejected,
     Folded,
     Rows,
-    difference,
     folded,
+    max_relative_error,
     reference,
 )
 from service.settings import Settings, ensure_state_dir
@@ -51,16 +51,16 @@ def open_engine(library: Library, settings: Settings, calibration: Rows | None =
     torch.set_num_threads(1)  # tickets run beside each other, one core each
     with ThreadPoolExecutor(threads, "fold") as pool:
         tickets = tuple(pool.map(folded, library.tickets))
-    *first, last = attempts(name, settings, eight_bits=calibration is not None)
+    *first, last = fallbacks(name, settings, eight_bits=calibration is not None)
     for attempt, cached in first:
         try:
-            return started(attempt, library, tickets, settings, device, cached, calibration)
+            return build_engine(attempt, library, tickets, settings, device, cached, calibration)
         except EngineRejected as error:
             log.warning("engine refused, another is tried: %s", error)
-    return started(last[0], library, tickets, settings, device, last[1], calibration)
+    return build_engine(last[0], library, tickets, settings, device, last[1], calibration)
 
 
-def open_served(library: Library, settings: Settings) -> Engine:
+def open_for_serving(library: Library, settings: Settings) -> Engine:
     """As open_engine, but apart from this process where that is possible. Raises EngineRejected."""
     if not uses_processes(settings):
         return open_engine(library, settings)
@@ -89,7 +89,7 @@ def engine_threads(settings: Settings) -> int:
     return settings.threads or (usable_cores() if on_cpu else 1)
 
 
-def attempts(name: str, settings: Settings, *, eight_bits: bool) -> list[tuple[str, bool]]:
+def fallbacks(name: str, settings: Settings, *, eight_bits: bool) -> list[tuple[str, bool]]:
     """(backend, whether its compiled models may come from disk), in the order to try. A damaged cache is no reason to
     refuse a library; and where the backend was not asked for by name, torch runs everywhere."""
     if name == "torch":
@@ -135,7 +135,7 @@ def chosen_backend(wanted: str, device: torch.device) -> str:
     return wanted
 
 
-def started(
+def build_engine(
     name: str,
     library: Library,
     tickets: tuple[Folded, ...],
@@ -214,7 +214,7 @@ def verified(
     probes = noise if pictures is None else pictures
 
     def compare(index: int) -> float:
-        return difference(backend.forward(index, probes), reference(tickets[index], probes))
+        return max_relative_error(backend.forward(index, probes), reference(tickets[index], probes))
 
     with ThreadPoolExecutor(threads, "warm-up") as pool:
         worst = max(zip(pool.map(compare, range(len(tickets))), range(len(tickets)), strict=True))

@@ -39,7 +39,7 @@ def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
     from model_store.library import open_library
     from service.engine.base import EngineRejected
     from service.engine.factory import open_engine
-    from service.engine.ipc import described
+    from service.engine.ipc import describe_engine
     from service.observability.logs import configure_logging
     from service.settings import Settings
 
@@ -50,7 +50,7 @@ def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
         engine = open_engine(library, settings)
     except (StoreError, EngineRejected) as error:
         return None, {"refused": str(error)}
-    return engine, described(engine, library.digest)
+    return engine, describe_engine(engine, library.digest)
 
 
 if __name__ == "__main__":

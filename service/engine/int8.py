@@ -23,16 +23,16 @@ def quantize(core: Any, model: Any, images: Rows, options: dict[str, Any]) -> An
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
     sources = [node.input(0).get_source_output() for node in convolutions]
     places = {name_of(source): source for source in sources}  # a block's first convolution and its shortcut share one
-    lows, highs = reached(core, model, list(places.values()), images, options)
+    lows, highs = activation_ranges(core, model, list(places.values()), images, options)
     rounded = {
-        name: levels(place, *with_zero(low, high), LEVELS)
+        name: fake_quantize(place, *with_zero(low, high), LEVELS)
         for (name, place), low, high in zip(places.items(), lows.tolist(), highs.tolist(), strict=True)
     }
     for node, source in zip(convolutions, sources, strict=True):
         node.input(0).replace_source_output(rounded[name_of(source)])
         weights = node.input(1).get_source_output()
         largest = np.abs(weights.get_node().data).max(axis=(1, 2, 3), keepdims=True).clip(SMALLEST)
-        node.input(1).replace_source_output(levels(weights, -largest, largest, LEVELS - 1))
+        node.input(1).replace_source_output(fake_quantize(weights, -largest, largest, LEVELS - 1))
     model.validate_nodes_and_infer_types()
     return model
 
@@ -41,7 +41,7 @@ def name_of(output: Node) -> tuple[str, int]:
     return output.get_node().get_friendly_name(), output.get_index()
 
 
-def reached(
+def activation_ranges(
     core: Any, model: Any, places: list[Node], images: Rows, options: dict[str, Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The smallest and the largest value at each place, over all images."""
@@ -67,7 +67,7 @@ def with_zero(low: float, high: float) -> tuple[float, float]:
     return -below * step, above * step
 
 
-def levels(x: Node, low: Any, high: Any, count: int) -> Node:
+def fake_quantize(x: Node, low: Any, high: Any, count: int) -> Node:
     """x rounded to `count` values from low to high."""
     low, high = ops.constant(np.float32(low)), ops.constant(np.float32(high))
     return ops.fake_quantize(x, low, high, low, high, count).output(0)

@@ -20,7 +20,7 @@ def encode_request(rows: Rows, jobs: Jobs) -> bytes:
     return struct.pack(f"{1 + len(head) + len(places)}i", len(jobs), *head, *places) + rows.tobytes()
 
 
-def understood(message: bytes) -> tuple[Rows, Jobs]:
+def decode_request(message: bytes) -> tuple[Rows, Jobs]:
     (count,) = struct.unpack_from("i", message)
     head = struct.unpack_from(f"{2 * count}i", message, 4)
     members, sizes = head[::2], head[1::2]
@@ -30,13 +30,13 @@ def understood(message: bytes) -> tuple[Rows, Jobs]:
     return rows, [(member, places[end - size : end]) for member, size, end in zip(members, sizes, ends, strict=True)]
 
 
-def found(ran: Sequence[JobResult]) -> bytes:
+def encode_result(ran: Sequence[JobResult]) -> bytes:
     """The seconds of each job; all logits."""
     seconds = struct.pack(f"{len(ran)}d", *(seconds for _, seconds in ran))
     return WORD.pack(FOUND) + seconds + b"".join(logits.tobytes() for logits, _ in ran)
 
 
-def read(answer: bytes, jobs: Jobs, classes: int) -> list[JobResult]:
+def decode_result(answer: bytes, jobs: Jobs, classes: int) -> list[JobResult]:
     """`found` without its first word."""
     seconds = struct.unpack_from(f"{len(jobs)}d", answer)
     logits = np.frombuffer(answer, np.float32, offset=8 * len(jobs)).reshape(-1, classes)
@@ -45,11 +45,11 @@ def read(answer: bytes, jobs: Jobs, classes: int) -> list[JobResult]:
     return [(logits[end - size : end], passed) for size, end, passed in zip(sizes, ends, seconds, strict=True)]
 
 
-def failed(error: Exception) -> bytes:
+def encode_error(error: Exception) -> bytes:
     """Its type alone: the text may quote a request."""
     return WORD.pack(FAILED) + type(error).__name__.encode()
 
 
-def described(engine: Engine, digest: str) -> dict[str, Any]:
+def describe_engine(engine: Engine, digest: str) -> dict[str, Any]:
     names = ("name", "device", "threads", "costs", "difference", "note", "warm_up_s")
     return {"digest": digest} | {name: getattr(engine, name) for name in names}

@@ -25,7 +25,7 @@ from typing import Final
 
 from model_store.library import Library
 from service.engine.base import Engine, EngineDied, EngineRejected, Heartbeat, JobResult, Jobs, Logits, Rows
-from service.engine.ipc import FAILED, HEARTBEAT, READY, WORD, encode_request, read
+from service.engine.ipc import FAILED, HEARTBEAT, READY, WORD, decode_result, encode_request
 from service.settings import PREFIX, Settings
 
 TOLD: Final = ("engine", "device", "threads", "state_dir", "int8_images", "log_level")
@@ -94,19 +94,19 @@ class Pool:
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
         self.free: queue.SimpleQueue[Process] = queue.SimpleQueue()
-        weakref.finalize(self, ended, control, popen).atexit = False  # the system closes sockets then
+        weakref.finalize(self, close, control, popen).atexit = False  # the system closes sockets then
 
     def fill(self, processes: int) -> None:
-        for process in [self.hired() for _ in range(processes)]:
+        for process in [self.spawn() for _ in range(processes)]:
             self.free.put(process)
 
     def pids(self) -> list[int]:
         return [self.host, *list(self.forks)]
 
-    def hired(self) -> Process:
+    def spawn(self) -> Process:
         """Raises EngineDied."""
         ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit(self.timeout_s))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(self.timeout_s))
         with self.lock, theirs:
             try:
                 with socket.socket(fileno=os.dup(self.control.fileno())) as control:
@@ -119,7 +119,7 @@ class Pool:
                 raise EngineDied("the process that starts the others has ended, or hangs") from None
         process = Process(pid, Connection(ours.detach()))
         self.forks.add(pid)
-        if self.heard(process) != WORD.pack(READY):
+        if self.receive(process) != WORD.pack(READY):
             self.discard(process)
             raise EngineDied("a new process said something else than that its logits are right")
         return process
@@ -132,7 +132,7 @@ class Pool:
                 os.kill(process.pid, signal.SIGKILL)
         process.connection.close()
 
-    def heard(self, process: Process) -> bytes:
+    def receive(self, process: Process) -> bytes:
         """What it says next. Raises EngineDied, and ends it, if it has died or is silent for too long."""
         try:
             return process.connection.recv_bytes()
@@ -145,22 +145,22 @@ class Pool:
 
     def run(self, rows: Rows, jobs: Jobs, alive: Heartbeat) -> list[JobResult]:
         """Raises RuntimeError with the name of what a process raised, EngineDied."""
-        process = self.asked(encode_request(rows, jobs))
-        while (message := self.heard(process))[: WORD.size] == WORD.pack(HEARTBEAT):
+        process = self.acquire_and_send(encode_request(rows, jobs))
+        while (message := self.receive(process))[: WORD.size] == WORD.pack(HEARTBEAT):
             alive()
         self.free.put(process)
         answer = message[WORD.size :]
         if message[: WORD.size] == WORD.pack(FAILED):
             raise RuntimeError(answer.decode())
-        return read(answer, jobs, self.classes)
+        return decode_result(answer, jobs, self.classes)
 
-    def asked(self, message: bytes) -> Process:
+    def acquire_and_send(self, message: bytes) -> Process:
         """A process that has the message. One that died while it was free has cost nobody anything: the next one."""
         while True:
             try:
                 process = self.free.get_nowait()
             except queue.Empty:
-                process = self.hired()
+                process = self.spawn()
             try:
                 process.connection.send_bytes(message)
             except OSError:
@@ -172,13 +172,13 @@ class Pool:
         return self.run(rows, [(member, list(range(len(rows))))], lambda: None)[0][0]
 
 
-def limit(seconds: float) -> bytes:
+def timeval(seconds: float) -> bytes:
     """A timeval."""
     whole = int(seconds)
     return struct.pack("ll", whole, max(1, round(1e6 * (seconds - whole))))
 
 
-def ended(control: Connection, popen: "subprocess.Popen[bytes]") -> None:
+def close(control: Connection, popen: "subprocess.Popen[bytes]") -> None:
     """The host ends when its socket is closed; somebody has to wait for it, lest it stay a zombie."""
     control.close()
     threading.Thread(target=popen.wait, name="reap", daemon=True).start()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model_store.structures import Network
-from service.engine.base import HALF_TOLERANCE, TOLERANCE, Backend, Folded, Logits, Rows, difference, reference
+from service.engine.base import HALF_TOLERANCE, TOLERANCE, Backend, Folded, Logits, Rows, max_relative_error, reference
 
 LARGEST_BATCH: Final = 512  # rows of one forward pass; beyond it activations cost memory and gain nothing
 
@@ -57,4 +57,4 @@ def on_device(tickets: Sequence[Folded], device: torch.device, dtype: torch.dtyp
 
 def half_difference(half: Networks, index: int, ticket: Folded) -> float:
     rows = torch.arange(2 * 3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).view(2, 3, 32, 32).numpy()
-    return difference(half.forward(index, rows), reference(ticket, rows))
+    return max_relative_error(half.forward(index, rows), reference(ticket, rows))

@@ -17,8 +17,8 @@ from typing import Final, NoReturn
 import numpy as np
 
 from service.cpu import NICE_INFERENCE, die_with_parent, lower_priority
-from service.engine.base import Engine, Logits, Rows, difference
-from service.engine.ipc import HEARTBEAT, READY, WORD, failed, found, understood
+from service.engine.base import Engine, Logits, Rows, max_relative_error
+from service.engine.ipc import HEARTBEAT, READY, WORD, decode_request, encode_error, encode_result
 
 BEAT_S: Final = 0.25  # a fork that works shows life this often, if its tickets let it
 SAME: Final = 1e-6  # the same code on the same numbers
@@ -54,7 +54,7 @@ def fork(connection: Connection, engine: Engine, rows: Rows, expected: Logits) -
     with contextlib.suppress(EOFError, OSError):  # the service has ended, or has no use for this process any more
         die_with_parent(signal.SIGKILL)
         lower_priority(NICE_INFERENCE)
-        if difference(every_ticket(engine, rows), expected) <= SAME:
+        if max_relative_error(every_ticket(engine, rows), expected) <= SAME:
             connection.send_bytes(WORD.pack(READY))
             while True:
                 connection.send_bytes(answered(engine, connection.recv_bytes(), beat(connection)))
@@ -63,9 +63,9 @@ def fork(connection: Connection, engine: Engine, rows: Rows, expected: Logits) -
 
 def answered(engine: Engine, message: bytes, alive: Callable[[], None]) -> bytes:
     try:
-        return found(engine.run(*understood(message), alive))
+        return encode_result(engine.run(*decode_request(message), alive))
     except Exception as error:  # noqa: BLE001 -- whatever a backend raises is the asker's to handle
-        return failed(error)
+        return encode_error(error)
 
 
 def beat(connection: Connection) -> Callable[[], None]:

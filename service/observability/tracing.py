@@ -73,7 +73,7 @@ class stage:  # noqa: N801 -- reads as a statement: `with stage("decode"):`
             self.marks.stages.append((self.name, self.begun, time.perf_counter()))
 
 
-def waited(admitted: float, taken: float | None) -> None:
+def record_queue_spans(admitted: float, taken: float | None) -> None:
     """The scheduler's two stages, now that its answer leaves. taken: when a window was begun with the request's first
     image; None if it was not answered."""
     marks = CURRENT.get()

@@ -88,7 +88,7 @@ class ThroughputEstimate:
         self.row_s = 0.0
         self.last = 0.0
 
-    def note(self, rows: int, begun: float, done: float) -> None:
+    def record(self, rows: int, begun: float, done: float) -> None:
         """A window of `rows` ran from `begun` to `done`; time that it shared with the one before counts once."""
         found = max(0.0, done - max(begun, self.last)) / rows
         self.row_s = found if self.row_s == 0.0 else self.row_s + SMOOTHING * (found - self.row_s)

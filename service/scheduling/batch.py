@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 Probabilities = NDArray[np.float32]
 """[N, classes]"""
 
-CHANCE: Final = (
+SYSTEM_RNG: Final = (
     secrets.SystemRandom()
 )  # the operating system's entropy: no state that could be learnt, or copied by fork
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """What rows are answered with: a library's tickets on an engine, and the law of theta over them."""
 
     engine: Engine
@@ -36,7 +36,7 @@ class Model:
 
 
 @dataclass(eq=False)
-class Request:
+class PendingRequest:
     """The rows of one call of submit. Its answer is filled in by windows; only the event loop's thread touches that.
 
     live: somebody still waits for it. Engine threads read it to skip rows.  taken: when the window of its first row
@@ -72,10 +72,10 @@ class Request:
 
 
 @dataclass(eq=False)
-class Task:
+class MemberTask:
     """One drawn ticket and the rows of a window that drew it. times: how often each drew it (1 without replacement)."""
 
-    window: "Window"
+    window: "Batch"
     member: int
     places: list[int] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
@@ -84,15 +84,15 @@ class Task:
 
 
 @dataclass(eq=False)
-class Window:
+class Batch:
     """Rows that are answered together, each with its own theta."""
 
-    model: Model
-    places: list[tuple[Request, int]]
+    model: ServedModel
+    places: list[tuple[PendingRequest, int]]
     rows: Rows
     thetas: list[Theta]
     begun: float
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[MemberTask] = field(default_factory=list)
     unfinished: int = 0  # parts that are not done
     failed: set[int] = field(default_factory=set)
 
@@ -104,36 +104,36 @@ class Window:
 class Shard:
     """Some of a window's tasks, which one thread runs."""
 
-    window: Window
-    tasks: list[Task] = field(default_factory=list)
+    window: Batch
+    tasks: list[MemberTask] = field(default_factory=list)
     cost: int = 0
 
-    def add(self, task: Task) -> None:
+    def add(self, task: MemberTask) -> None:
         self.tasks.append(task)
         self.cost += cost_of(task)
 
 
-def form_batch(model: Model, places: list[tuple[Request, int]]) -> Window:
+def form_batch(model: ServedModel, places: list[tuple[PendingRequest, int]]) -> Batch:
     """Draws a theta for every row and groups the rows by ticket; the costliest task comes first."""
     begun = time.perf_counter()
-    thetas = [draw_theta(model.policy, CHANCE) for _ in places]
+    thetas = [draw_theta(model.policy, SYSTEM_RNG) for _ in places]
     rows = np.stack([request.rows[index] for request, index in places])
-    window = Window(model, places, rows, thetas, begun)
-    tasks: dict[int, Task] = {}
+    window = Batch(model, places, rows, thetas, begun)
+    tasks: dict[int, MemberTask] = {}
     for place, theta in enumerate(thetas):
         for member, times in Counter(theta.members).items():
-            task = tasks.setdefault(member, Task(window, member))
+            task = tasks.setdefault(member, MemberTask(window, member))
             task.places.append(place)
             task.times.append(times)
     window.tasks = sorted(tasks.values(), key=cost_of, reverse=True)
     return window
 
 
-def cost_of(task: Task) -> int:
+def cost_of(task: MemberTask) -> int:
     return task.window.model.engine.costs[task.member] * len(task.places)
 
 
-def partition(window: Window, threads: int) -> list[Shard]:
+def partition(window: Batch, threads: int) -> list[Shard]:
     """The window's tasks in as many parts as there are threads to run them, or as tasks: the costliest first, each to
     the part that is cheapest yet."""
     parts = [Shard(window) for _ in range(min(threads, len(window.tasks)))]
@@ -145,7 +145,7 @@ def partition(window: Window, threads: int) -> list[Shard]:
 
 def run(part: Shard, metrics: Metrics, alive: Heartbeat = lambda: None) -> None:
     """One forward pass of each of its tickets. If that fails, each ticket again by itself."""
-    tasks = [task for task in part.tasks if wanted(task)]
+    tasks = [task for task in part.tasks if drop_cancelled(task)]
     if not tasks:
         return
     jobs = [(task.member, task.places) for task in tasks]
@@ -159,7 +159,7 @@ def run(part: Shard, metrics: Metrics, alive: Heartbeat = lambda: None) -> None:
             alive()
 
 
-def run_again(task: Task, metrics: Metrics) -> None:
+def run_again(task: MemberTask, metrics: Metrics) -> None:
     """One ticket. If it fails, each row alone, so that a bad row fails only itself."""
     begun = time.perf_counter()
     try:
@@ -167,18 +167,18 @@ def run_again(task: Task, metrics: Metrics) -> None:
     except Exception as error:  # noqa: BLE001 -- as above
         log.warning("ticket failed on %d rows (%s), each is run again alone", len(task.places), type(error).__name__)
         metrics.inc("engine_retries_total", len(task.places))
-        task.logits = np.concatenate([alone(task, place) for place in task.places])
+        task.logits = np.concatenate([run_single(task, place) for place in task.places])
     task.seconds = time.perf_counter() - begun
 
 
-def wanted(task: Task) -> bool:
+def drop_cancelled(task: MemberTask) -> bool:
     """Rows whose request was cancelled or came too late are taken out: they are not computed."""
     pairs = [pair for pair in zip(task.places, task.times, strict=True) if task.window.live(pair[0])]
     task.places, task.times = [place for place, _ in pairs], [times for _, times in pairs]
     return bool(pairs)
 
 
-def forward(task: Task, places: list[int]) -> Logits:
+def forward(task: MemberTask, places: list[int]) -> Logits:
     return finite(task.window.model.engine.forward(task.member, task.window.rows[places]))
 
 
@@ -188,7 +188,7 @@ def finite(logits: Logits) -> Logits:
     return logits
 
 
-def alone(task: Task, place: int) -> Logits:
+def run_single(task: MemberTask, place: int) -> Logits:
     try:
         return forward(task, [place])
     except Exception:  # noqa: BLE001 -- as above
@@ -196,7 +196,7 @@ def alone(task: Task, place: int) -> Logits:
         return np.zeros((1, task.window.model.classes), np.float32)
 
 
-def summed(window: Window) -> Probabilities:
+def combine_members(window: Batch) -> Probabilities:
     """Eq. 1 for every row, then the softmax of its members' mean. In the order of the tickets, so that the answer does
     not depend on which thread was faster. Rows of requests that have ended are zero."""
     done = sorted(

@@ -20,9 +20,9 @@ from model_store.policy import inclusion_probabilities
 from service.engine.base import Engine, Rows
 from service.errors import DeadlineExceeded, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import PUBLISH_EVERY, Metrics
-from service.observability.tracing import waited
+from service.observability.tracing import record_queue_spans
 from service.scheduling.admission import FairQueue, RateLimiter, ThroughputEstimate
-from service.scheduling.batch import Model, Probabilities, Request, Window
+from service.scheduling.batch import Batch, PendingRequest, Probabilities, ServedModel
 from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 
@@ -81,8 +81,8 @@ class Scheduler:
         settings: Settings,
         metrics: Metrics,
     ) -> None:
-        self.model = Model(engine, library.policy, len(library.classes))
-        self.queue: FairQueue[Request] = FairQueue()
+        self.model = ServedModel(engine, library.policy, len(library.classes))
+        self.queue: FairQueue[PendingRequest] = FairQueue()
         self.workers = workers
         self.gate = gate
         self.settings = settings
@@ -99,7 +99,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         arrived = loop.time()
         until = arrived + self.settings.deadline_s if deadline is None else deadline
-        request = self.admitted(rows, client, until - arrived)
+        request = self.admit(rows, client, until - arrived)
         timer = loop.call_at(until, self.expire, request)
         try:
             found = await request.answer
@@ -107,7 +107,7 @@ class Scheduler:
         finally:
             timer.cancel()
             self.release(request)
-            waited(request.admitted, request.taken)
+            record_queue_spans(request.admitted, request.taken)
         return found
 
     def check(self, size: int, client: str, left_s: float) -> None:
@@ -123,19 +123,19 @@ class Scheduler:
         running = self.gate.rows - self.queue.rows
         self.gate.check(client, size, self.queue.ahead(client, size) + running, left_s)
 
-    def admitted(self, rows: Rows, client: str, left_s: float) -> Request:
+    def admit(self, rows: Rows, client: str, left_s: float) -> PendingRequest:
         self.check(len(rows), client, left_s)
         self.gate.admit(client, len(rows))
-        request = Request(rows, client, asyncio.get_running_loop().create_future(), time.perf_counter())
+        request = PendingRequest(rows, client, asyncio.get_running_loop().create_future(), time.perf_counter())
         self.workers.push(self, request)
         self.metrics.set("queue_depth", self.queue.rows)
         return request
 
-    def expire(self, request: Request) -> None:
+    def expire(self, request: PendingRequest) -> None:
         self.metrics.inc("shed_total", reason="deadline")
         request.fail(DeadlineExceeded())
 
-    def release(self, request: Request) -> None:
+    def release(self, request: PendingRequest) -> None:
         """Answered or not: rows that no window has taken yet are not computed."""
         request.live = False
         if request.next < request.size:
@@ -149,9 +149,9 @@ class Scheduler:
         if step_s > 0:
             await asyncio.sleep(math.ceil(passed_s / step_s) * step_s - passed_s)
 
-    def deliver(self, window: Window, found: Probabilities) -> None:
+    def deliver(self, window: Batch, found: Probabilities) -> None:
         """The answers of a window, on the event loop."""
-        self.gate.pace.note(len(window.places), window.begun, time.perf_counter())
+        self.gate.pace.record(len(window.places), window.begun, time.perf_counter())
         self.observe(window)
         for place, (request, index) in enumerate(window.places):
             if place in window.failed:
@@ -159,7 +159,7 @@ class Scheduler:
             elif request.live:
                 request.fill(index, found[place])
 
-    def observe(self, window: Window) -> None:
+    def observe(self, window: Batch) -> None:
         metrics = self.metrics
         metrics.observe("batch_window_rows", len(window.places))
         metrics.observe("batch_window_seconds", time.perf_counter() - window.begun)
@@ -182,7 +182,7 @@ class DrawStatistics:
         self.ran: list[tuple[int, float]] = []  # rows and seconds of each ticket that was run: as many as were drawn
         self.count([0] * len(self.labels), 0)
 
-    def add(self, window: Window) -> None:
+    def add(self, window: Batch) -> None:
         self.drawn += [theta.members for theta in window.thetas]
         self.ran += [(len(task.places), task.seconds) for task in window.tasks if task.logits is not None]
         if len(self.drawn) >= PUBLISH_EVERY:

@@ -18,7 +18,17 @@ from service.cpu import NICE_INFERENCE, lower_priority
 from service.errors import EngineFailed
 from service.observability.metrics import Metrics
 from service.scheduling.admission import FairQueue
-from service.scheduling.batch import Model, Probabilities, Request, Shard, Window, form_batch, partition, run, summed
+from service.scheduling.batch import (
+    Batch,
+    PendingRequest,
+    Probabilities,
+    ServedModel,
+    Shard,
+    combine_members,
+    form_batch,
+    partition,
+    run,
+)
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -30,10 +40,10 @@ class BatchSource(Protocol):
     """Where windows come from and where their answers go. `deliver` is called on the event loop's thread."""
 
     @property
-    def model(self) -> Model: ...
+    def model(self) -> ServedModel: ...
     @property
-    def queue(self) -> FairQueue[Request]: ...
-    def deliver(self, window: Window, found: Probabilities) -> None: ...
+    def queue(self) -> FairQueue[PendingRequest]: ...
+    def deliver(self, window: Batch, found: Probabilities) -> None: ...
 
 
 @dataclass(eq=False)
@@ -42,7 +52,7 @@ class Worker:
 
     beat: float
     part: Shard | None = None
-    forming: list[tuple[Request, int]] | None = None
+    forming: list[tuple[PendingRequest, int]] | None = None
     dead: bool = False
     retired: bool = False
 
@@ -76,7 +86,7 @@ class WorkerPool:
         self.condition = threading.Condition()
         self.feeds: deque[BatchSource] = deque()
         self.parts: deque[Shard] = deque()
-        self.windows: dict[Window, BatchSource] = {}
+        self.windows: dict[Batch, BatchSource] = {}
         self.running = 0  # rows of windows with parts left
         self.crew: list[Worker] = []
         self.restarts = 0
@@ -88,10 +98,10 @@ class WorkerPool:
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
         for _ in range(self.threads):
-            self.hire()
+            self.start_worker()
         self.watch()
 
-    def hire(self, *, probe: bool = False) -> None:
+    def start_worker(self, *, probe: bool = False) -> None:
         worker = Worker(beat=time.monotonic())
         self.crew.append(worker)
         threading.Thread(target=self.work, args=(worker, probe), name="engine", daemon=True).start()
@@ -103,14 +113,14 @@ class WorkerPool:
             self.condition.notify_all()
         self.timer.cancel()
 
-    def push(self, feed: BatchSource, request: Request) -> None:
+    def push(self, feed: BatchSource, request: PendingRequest) -> None:
         with self.condition:
             feed.queue.push(request)
             if feed not in self.feeds:
                 self.feeds.append(feed)
             self.condition.notify()
 
-    def drop(self, feed: BatchSource, request: Request) -> None:
+    def drop(self, feed: BatchSource, request: PendingRequest) -> None:
         with self.condition:
             feed.queue.drop(request)
 
@@ -146,7 +156,7 @@ class WorkerPool:
         if self.restarts > self.settings.engine_restarts:
             self.mark_broken()
         else:
-            self.hire(probe=True)
+            self.start_worker(probe=True)
 
     def abandon(self, worker: Worker) -> None:
         """Fails the rows the thread was at, at once; if it ever comes back, its results are thrown away."""
@@ -160,7 +170,7 @@ class WorkerPool:
         if part is not None:
             for place in {place for task in part.tasks for place in task.places}:
                 part.window.places[place][0].fail(EngineFailed())
-            self.ended(part)
+            self.finish_shard(part)
 
     def mark_broken(self) -> None:
         """Nobody waits for an engine that does not come back."""
@@ -175,7 +185,7 @@ class WorkerPool:
         log.critical("the engine died %d times and is not started again", self.restarts)
         self.on_broken()
 
-    def hand_over(self, window: Window, found: Probabilities) -> None:
+    def hand_over(self, window: Batch, found: Probabilities) -> None:
         feed = self.windows.pop(window, None)
         if feed is not None:
             feed.deliver(window, found)
@@ -192,7 +202,7 @@ class WorkerPool:
         except BaseException as error:  # noqa: BLE001 -- whatever ends this thread, the watchdog has to know
             log.error("engine thread ended by %s", type(error).__name__)  # noqa: TRY400 -- the text may quote a request
             worker.dead = True
-            self.tell(self.check)
+            self.call_on_loop(self.check)
 
     def step(self, worker: Worker) -> bool:
         """Runs the next part, or lays out the next window where there is none. False: this thread is to end.
@@ -210,7 +220,7 @@ class WorkerPool:
         if feed is None:
             self.run_shard(worker, worker.part)
         else:
-            self.form(worker, feed)
+            self.form_batch(worker, feed)
         return True
 
     def wait_for_work(self, worker: Worker) -> BatchSource | None:
@@ -240,7 +250,7 @@ class WorkerPool:
                 return feed
         return None
 
-    def form(self, worker: Worker, feed: BatchSource) -> None:
+    def form_batch(self, worker: Worker, feed: BatchSource) -> None:
         window = form_batch(feed.model, worker.forming or [])
         with self.condition:
             if worker.retired:
@@ -259,9 +269,9 @@ class WorkerPool:
             if worker.retired:
                 return
             worker.part = None
-        self.ended(part)
+        self.finish_shard(part)
 
-    def ended(self, part: Shard) -> None:
+    def finish_shard(self, part: Shard) -> None:
         """Whoever ends the last part of a window adds up."""
         with self.condition:
             part.window.unfinished -= 1
@@ -269,10 +279,10 @@ class WorkerPool:
             if last:
                 self.running -= len(part.window.places)
         if last:
-            found = summed(part.window)
-            self.tell(lambda: self.hand_over(part.window, found))
+            found = combine_members(part.window)
+            self.call_on_loop(lambda: self.hand_over(part.window, found))
 
-    def tell(self, news: Callable[[], None]) -> None:
+    def call_on_loop(self, news: Callable[[], None]) -> None:
         """To the event loop; after the end there is nobody left to be told."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(news)

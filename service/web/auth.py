@@ -12,10 +12,10 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import BadRequest, RateLimited, Text, Unauthorized
+from service.errors import BadRequest, ErrorMessage, RateLimited, Unauthorized
 from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
-from service.web.body import fields
+from service.web.body import unique_headers
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def refuse_credentials_in_url(scope: Scope) -> None:
     if query and any(
         name.lower() in CREDENTIAL_PARAMS for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     ):
-        raise BadRequest(Text.TOKEN_IN_URL)
+        raise BadRequest(ErrorMessage.TOKEN_IN_URL)
 
 
 def address(scope: Scope) -> str:
@@ -76,7 +76,7 @@ class ApiKeyStore:
         owner = self.owner(given)
         if owner is None:
             self.metrics.inc("auth_failures_total", plane="public")
-            raise Unauthorized(Text.KEY_REQUIRED)
+            raise Unauthorized(ErrorMessage.KEY_REQUIRED)
         return f"key:{owner}"
 
     def owner(self, key: str) -> str | None:
@@ -118,7 +118,7 @@ class FailedLoginLimiter:
         """Raises RateLimited."""
         excess = self.until.get(address, 0.0) - self.clock() - (FAILURES - 1) * PAUSE_S
         if excess > 0:
-            raise RateLimited(Text.FAILURES, retry_after=int(excess) + 1)
+            raise RateLimited(ErrorMessage.FAILURES, retry_after=int(excess) + 1)
 
     def note(self, address: str) -> None:
         now = self.clock()
@@ -149,8 +149,8 @@ class AdminAuthMiddleware:
         """Raises Unauthorised, RateLimited."""
         client = address(scope)
         self.failures.check(client)
-        given = bearer(fields(scope))
+        given = bearer(unique_headers(scope))
         if given is None or not hmac.compare_digest(digest(given), self.expected):
             self.failures.note(client)
             self.metrics.inc("auth_failures_total", plane="admin")
-            raise Unauthorized(Text.TOKEN_REQUIRED)
+            raise Unauthorized(ErrorMessage.TOKEN_REQUIRED)

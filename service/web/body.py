@@ -14,9 +14,9 @@ from service.errors import (
     BodyTooLarge,
     ClientDisconnected,
     ContentTooLarge,
+    ErrorMessage,
     Overloaded,
     RequestTimeout,
-    Text,
     UnsupportedMediaType,
 )
 from service.observability.metrics import Metrics
@@ -41,12 +41,12 @@ Answer = TypeVar("Answer")
 sys.set_int_max_str_digits(640)  # the least Python allows, process-wide: reading n digits takes n^2 steps
 
 
-def fields(scope: Scope) -> dict[bytes, bytes]:
+def unique_headers(scope: Scope) -> dict[bytes, bytes]:
     """The request's headers by lower-case name; of those that matter here, two of one name are refused."""
     found: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name in SINGLE_VALUE_HEADERS and found.get(name, value) != value:
-            raise BadRequest(Text.HEADER_TWICE)
+            raise BadRequest(ErrorMessage.HEADER_TWICE)
         found[name] = value
     return found
 
@@ -71,21 +71,21 @@ class BodyReader:
         self.refuse_length(headers)
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
-                body = await self.gather(receive, room)
+                body = await self.read_chunks(receive, room)
         except TimeoutError:
             raise RequestTimeout(limit=self.settings.body_timeout_s) from None
         self.metrics.observe("http_request_body_bytes", len(body))
-        return await self.unpack(body, headers, room)
+        return await self.decode_content(body, headers, room)
 
     def refuse_length(self, headers: Mapping[bytes, bytes]) -> None:
         """Before any of the body is read."""
         length = whole_number(headers.get(b"content-length", b"0"))
         if length is None:
-            raise BadRequest(Text.LENGTH_HEADER)
+            raise BadRequest(ErrorMessage.LENGTH_HEADER)
         if length > self.settings.max_body_bytes:
             raise BodyTooLarge(limit=self.settings.max_body_bytes)
 
-    async def gather(self, receive: Receive, room: "BodyReservation") -> bytes:
+    async def read_chunks(self, receive: Receive, room: "BodyReservation") -> bytes:
         parts: list[bytes] = []
         more = True
         while more:
@@ -100,19 +100,19 @@ class BodyReader:
             more = message.get("more_body", False)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def unpack(self, body: bytes, headers: Mapping[bytes, bytes], room: "BodyReservation") -> bytes:
+    async def decode_content(self, body: bytes, headers: Mapping[bytes, bytes], room: "BodyReservation") -> bytes:
         coding = headers.get(b"content-encoding", b"identity").strip().lower()
         if coding in (b"", b"identity"):
             return body
         if coding not in WINDOW_BITS:
-            raise UnsupportedMediaType(Text.BODY_PACKING)
+            raise UnsupportedMediaType(ErrorMessage.BODY_PACKING)
         limit = self.settings.max_body_bytes
         room.take(limit)
         found = await asyncio.to_thread(inflate, body, coding, limit)
         room.take(len(found) - limit)
         return found
 
-    def hold(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         self.held_bytes += size
         self.metrics.set("http_bodies_held_bytes", self.held_bytes)
 
@@ -128,12 +128,12 @@ class BodyReservation:
         """Raises Overloaded when all requests together would hold too much."""
         if self.bodies.held_bytes + size > self.bodies.settings.max_bodies_bytes:
             self.bodies.metrics.inc("shed_total", reason="body")
-            raise Overloaded(Text.BODIES_FULL)
-        self.bodies.hold(size)
+            raise Overloaded(ErrorMessage.BODIES_FULL)
+        self.bodies.reserve(size)
         self.size += size
 
     def close(self) -> None:
-        self.bodies.hold(-self.size)
+        self.bodies.reserve(-self.size)
 
 
 def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
@@ -142,11 +142,11 @@ def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
     try:
         found = machine.decompress(body, limit + 1)
     except zlib.error:
-        raise BadRequest(Text.BODY_INFLATE) from None
+        raise BadRequest(ErrorMessage.BODY_INFLATE) from None
     if len(found) > limit:
         raise ContentTooLarge(limit=limit)
     if not machine.eof or machine.unused_data:
-        raise BadRequest(Text.BODY_INFLATE)
+        raise BadRequest(ErrorMessage.BODY_INFLATE)
     return found
 
 
@@ -172,23 +172,23 @@ DECODER: Final = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys, parse
 def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object: UTF-8, no NaN, no key twice, no deep nesting. Raises BadRequest, TooLarge."""
     if text.count(b",") > JSON_ELEMENTS:
-        raise ContentTooLarge(Text.JSON_TOO_MANY, limit=JSON_ELEMENTS)
+        raise ContentTooLarge(ErrorMessage.JSON_TOO_MANY, limit=JSON_ELEMENTS)
     try:
         found = DECODER.decode(text.decode("utf-8"))
     except (
         ValueError,
         RecursionError,
     ):  # also UnicodeDecodeError, JSONDecodeError and whole numbers of over 640 digits
-        raise BadRequest(Text.JSON_MALFORMED) from None
+        raise BadRequest(ErrorMessage.JSON_MALFORMED) from None
     if not isinstance(found, dict):
-        raise BadRequest(Text.JSON_OBJECT)
+        raise BadRequest(ErrorMessage.JSON_OBJECT)
     return found
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[Answer]) -> Answer:
     """Awaits `work`, whose body has been read. A client that hangs up cancels it: ClientGone."""
     me = asyncio.current_task()
-    watch = asyncio.ensure_future(hang_up(receive))
+    watch = asyncio.ensure_future(wait_for_disconnect(receive))
     watch.add_done_callback(lambda done: None if done.cancelled() or me is None else me.cancel())
     try:
         return await work
@@ -200,6 +200,6 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[Answer]) -> Ans
         watch.cancel()
 
 
-async def hang_up(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

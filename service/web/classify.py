@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.library import Library
-from service.errors import REQUEST_ID, BadRequest, NotReady, Text, UnsupportedMediaType
+from service.errors import REQUEST_ID, BadRequest, ErrorMessage, NotReady, UnsupportedMediaType
 from service.web import open_inference
 from service.web.body import media_type, parse_json, whole_number
 from service.web.decoder import sniff
@@ -21,7 +21,7 @@ from service.web.inference import (
     InferenceContext,
     Probabilities,
     RawRoute,
-    as_json,
+    json_response,
 )
 
 PATH: Final = "/v1/classify"
@@ -56,7 +56,7 @@ CLASSIFY: Final[Json] = {
 }
 
 
-class Handlers:
+class ClassifyApi:
     """One method per route, over one Front."""
 
     def __init__(self, front: DataPlane) -> None:
@@ -68,14 +68,14 @@ class Handlers:
 
         async def answer(visit: InferenceContext) -> Response:
             timeout_s = timeout_of(visit.headers, self.settings.deadline_s)
-            found = await self.front.classify(visit, images_of(visit), timeout_s)
+            found = await self.front.classify(visit, parse_body(visit), timeout_s)
             return self.front.encode(lambda: self.respond(request_id, visit.serving.library, found))
 
         return await self.front.handle(request, answer)
 
     def respond(self, request_id: str, library: Library, found: Probabilities) -> Response:
         predictions = [self.prediction(row, library.classes) for row in found.tolist()]
-        return as_json({"request_id": request_id, "library": library.digest, "predictions": predictions})
+        return json_response({"request_id": request_id, "library": library.digest, "predictions": predictions})
 
     def prediction(self, row: list[float], classes: Sequence[str]) -> Json:
         """As much as DETAIL allows: nothing but the label, or with it the likeliest classes and their probabilities.
@@ -91,12 +91,12 @@ class Handlers:
         return {**likeliest[0], "top": likeliest}
 
     async def live(self, _: Request) -> Response:
-        return as_json({"live": True})
+        return json_response({"live": True})
 
     async def ready(self, _: Request) -> Response:
         if not self.front.holder.ready:
             raise NotReady
-        return as_json({"ready": True})
+        return json_response({"ready": True})
 
 
 def timeout_of(headers: Mapping[bytes, bytes], longest_s: float) -> float | None:
@@ -105,35 +105,37 @@ def timeout_of(headers: Mapping[bytes, bytes], longest_s: float) -> float | None
         return None
     found = whole_number(headers[TIMEOUT])
     if not found:
-        raise BadRequest(Text.TIMEOUT_HEADER)
+        raise BadRequest(ErrorMessage.TIMEOUT_HEADER)
     return min(found / 1000, longest_s)
 
 
-def images_of(visit: InferenceContext) -> list[bytes]:
+def parse_body(visit: InferenceContext) -> list[bytes]:
     """The encoded images of a body: the body itself, or the base64 strings of its JSON. The bytes decide which; a
     content type that promises neither is refused before the body is looked at."""
     kind = media_type(visit.headers)
     if kind not in NOT_NAMED and kind != b"application/json" and not kind.startswith(b"image/"):
-        raise UnsupportedMediaType(Text.BODY_TYPE)
+        raise UnsupportedMediaType(ErrorMessage.BODY_TYPE)
     if not visit.body:
-        raise BadRequest(Text.EMPTY_BODY)
+        raise BadRequest(ErrorMessage.EMPTY_BODY)
     if kind == b"application/json" or (kind in NOT_NAMED and visit.body.lstrip()[:1] == b"{"):
         return parse_json_images(parse_json(visit.body))
     if sniff(visit.body) is None:
-        raise UnsupportedMediaType(Text.IMAGE_FORMAT if kind.startswith(b"image/") else Text.BODY_NEITHER)
+        raise UnsupportedMediaType(
+            ErrorMessage.IMAGE_FORMAT if kind.startswith(b"image/") else ErrorMessage.BODY_NEITHER
+        )
     return [visit.body]
 
 
 def parse_json_images(content: Json) -> list[bytes]:
     images = content.get("images")
     if set(content) != {"images"} or not isinstance(images, list) or not images:
-        raise BadRequest(Text.JSON_IMAGES)
+        raise BadRequest(ErrorMessage.JSON_IMAGES)
     if not all(isinstance(image, str) for image in images):
-        raise BadRequest(Text.JSON_IMAGES)
+        raise BadRequest(ErrorMessage.JSON_IMAGES)
     return [from_base64(image) for image in images]
 
 
-def router(here: Handlers) -> APIRouter:
+def router(here: ClassifyApi) -> APIRouter:
     routes = APIRouter(route_class=RawRoute, tags=["Classification and health"], responses=ERRORS)
     routes.add_api_route(PATH, here.classify, methods=["POST"], openapi_extra=CLASSIFY)
     routes.add_api_route("/health/live", here.live, methods=["GET"])
@@ -143,7 +145,7 @@ def router(here: Handlers) -> APIRouter:
 
 def install(app: FastAPI, front: DataPlane) -> None:
     """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it."""
-    here, protocol = Handlers(front), open_inference.Handlers(front)
+    here, protocol = ClassifyApi(front), open_inference.OpenInferenceApi(front)
     app.include_router(router(here))
     app.include_router(open_inference.router(protocol))
     model = {"model": open_inference.MODEL, "version": open_inference.VERSION}

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.errors import BadRequest, ContentTooLarge, Text, UnsupportedMediaType
+from service.errors import BadRequest, ContentTooLarge, ErrorMessage, UnsupportedMediaType
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -66,25 +66,25 @@ def sniff(data: bytes) -> str | None:
 def decode(data: bytes, max_pixels: int) -> Pixels:
     """One encoded image -> uint8 [3, 32, 32]. Raises BadRequest, TooLarge, Unsupported."""
     if not data:
-        raise BadRequest(Text.IMAGE_EMPTY)
+        raise BadRequest(ErrorMessage.IMAGE_EMPTY)
     kind = sniff(data)
     if kind is None:
-        raise UnsupportedMediaType(Text.IMAGE_FORMAT)
+        raise UnsupportedMediaType(ErrorMessage.IMAGE_FORMAT)
     try:
         with Image.open(io.BytesIO(data), formats=(kind,)) as image:
             return as_pixels(image, max_pixels)
     except ContentTooLarge:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ContentTooLarge(Text.IMAGE_TOO_LARGE, limit=max_pixels) from None
+        raise ContentTooLarge(ErrorMessage.IMAGE_TOO_LARGE, limit=max_pixels) from None
     except Exception:  # noqa: BLE001 -- hostile bytes make a decoder raise anything; it means a damaged image
-        raise BadRequest(Text.IMAGE_DAMAGED) from None
+        raise BadRequest(ErrorMessage.IMAGE_DAMAGED) from None
 
 
 def as_pixels(image: Image.Image, max_pixels: int) -> Pixels:
     """An opened image, of which only the header has been read. Raises TooLarge, and whatever Pillow raises."""
     if image.width * image.height > max_pixels:
-        raise ContentTooLarge(Text.IMAGE_TOO_LARGE, limit=max_pixels)
+        raise ContentTooLarge(ErrorMessage.IMAGE_TOO_LARGE, limit=max_pixels)
     image.load()
     small = as_rgb(image)
     if small.size != (SIZE, SIZE):
@@ -168,7 +168,7 @@ class Decoder:
                     part = slice(start, start + CHUNK)
                     await loop.run_in_executor(self.pool, self.fill, rows[part], files[part], late)
         except TimeoutError:
-            raise BadRequest(Text.IMAGE_SLOW, limit=self.timeout_s) from None
+            raise BadRequest(ErrorMessage.IMAGE_SLOW, limit=self.timeout_s) from None
         return rows
 
     def fill(self, rows: Pixels, files: Sequence[bytes], late: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.errors import BadRequest, ContentTooLarge, Text
+from service.errors import BadRequest, ContentTooLarge, ErrorMessage
 from service.web.body import parse_json, whole_number
 from service.web.decoder import SIZE, Pixels, sniff
 
@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Output:
+class RequestedOutput:
     """One requested output. classes: of the classification extension; 0 for the tensor itself."""
 
     name: str
@@ -38,17 +38,17 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Inference:
+class InferRequest:
     """images: encoded files, or uint8 [N, 3, 32, 32].  timeout_s: None for the server's."""
 
     images: Sequence[bytes] | Pixels
-    outputs: tuple[Output, ...]
+    outputs: tuple[RequestedOutput, ...]
     id: str | None = None
     timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSpec:
     """What a request is checked against. outputs: the names on offer."""
 
     outputs: tuple[str, ...]
@@ -56,25 +56,25 @@ class Model:
     max_images: int
 
 
-def read_inference(body: bytes, headers: Mapping[bytes, bytes], model: Model) -> Inference:
+def read_inference(body: bytes, headers: Mapping[bytes, bytes], model: ModelSpec) -> InferRequest:
     """Raises BadRequest, TooLarge."""
     length = len(body)
     if HEADER_LENGTH in headers:
         found = whole_number(headers[HEADER_LENGTH])
         if found is None or found > length:
-            raise BadRequest(Text.V2_HEADER_LENGTH)
+            raise BadRequest(ErrorMessage.V2_HEADER_LENGTH)
         length = found
     if not body:
-        raise BadRequest(Text.EMPTY_BODY)
+        raise BadRequest(ErrorMessage.EMPTY_BODY)
     if length == 0:
-        return Inference([body], tuple(Output(name, binary=True) for name in model.outputs))
+        return InferRequest([body], tuple(RequestedOutput(name, binary=True) for name in model.outputs))
     return from_json(parse_json(body[:length]), memoryview(body)[length:], model)
 
 
-def from_json(header: Json, tail: memoryview, model: Model) -> Inference:
+def from_json(header: Json, tail: memoryview, model: ModelSpec) -> InferRequest:
     parameters = parameters_of(header)
     binary = flag(parameters, "binary_data_output", default=False)
-    return Inference(
+    return InferRequest(
         images=read_input(header.get("inputs"), tail, model.max_images),
         outputs=read_outputs(header.get("outputs"), binary, model),
         id=read_id(header),
@@ -87,7 +87,7 @@ def read_id(header: Json) -> str | None:
     if found is None:
         return None
     if not isinstance(found, str) or len(found) > MAX_ID or not encodable(found):
-        raise BadRequest(Text.V2_ID, limit=MAX_ID)
+        raise BadRequest(ErrorMessage.V2_ID, limit=MAX_ID)
     return found
 
 
@@ -101,16 +101,16 @@ def parameters_of(holder: Json) -> Json:
     if found is None:
         return {}
     if not isinstance(found, dict) or len(found) > MAX_PARAMETERS:
-        raise BadRequest(Text.V2_PARAMETERS, limit=MAX_PARAMETERS)
+        raise BadRequest(ErrorMessage.V2_PARAMETERS, limit=MAX_PARAMETERS)
     if not all(isinstance(value, str | int | float) for value in found.values()):
-        raise BadRequest(Text.V2_PARAMETERS, limit=MAX_PARAMETERS)
+        raise BadRequest(ErrorMessage.V2_PARAMETERS, limit=MAX_PARAMETERS)
     return found
 
 
 def flag(parameters: Json, name: str, *, default: bool) -> bool:
     found = parameters.get(name, default)
     if not isinstance(found, bool):
-        raise BadRequest(Text.V2_BINARY_FLAG)
+        raise BadRequest(ErrorMessage.V2_BINARY_FLAG)
     return found
 
 
@@ -118,7 +118,7 @@ def read_timeout(parameters: Json) -> float | None:
     """Microseconds on the wire, 0 for none, as Triton has it."""
     found = parameters.get("timeout", 0)
     if not is_whole(found) or found < 0:
-        raise BadRequest(Text.V2_TIMEOUT)
+        raise BadRequest(ErrorMessage.V2_TIMEOUT)
     return min(found, 10**12) / 1e6 if found else None
 
 
@@ -131,28 +131,28 @@ def is_whole(value: Any) -> bool:
 
 def read_input(inputs: Any, tail: memoryview, max_images: int) -> Sequence[bytes] | Pixels:
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise BadRequest(Text.V2_INPUTS)
+        raise BadRequest(ErrorMessage.V2_INPUTS)
     tensor: Json = inputs[0]
     parameters = parameters_of(tensor)
     if any(name.startswith("shared_memory") for name in parameters):
-        raise BadRequest(Text.V2_SHARED_MEMORY)
+        raise BadRequest(ErrorMessage.V2_SHARED_MEMORY)
     if not set(tensor) <= INPUT_KEYS:
-        raise BadRequest(Text.V2_INPUT_KEYS)
+        raise BadRequest(ErrorMessage.V2_INPUT_KEYS)
     size = parameters.get("binary_data_size")
     if (size is None) == ("data" not in tensor):
-        raise BadRequest(Text.V2_DATA_TWICE)
+        raise BadRequest(ErrorMessage.V2_DATA_TWICE)
     expected = 0 if size is None else size
     if not is_whole(expected) or expected != len(tail):
-        raise BadRequest(Text.V2_BINARY_SIZE)
+        raise BadRequest(ErrorMessage.V2_BINARY_SIZE)
     source = tensor["data"] if size is None else tail
     if tensor.get("name") == "image":
         return read_images(tensor, source, max_images)
     if tensor.get("name") == "pixels":
         return read_pixels(tensor, source, max_images)
-    raise BadRequest(Text.V2_INPUTS)
+    raise BadRequest(ErrorMessage.V2_INPUTS)
 
 
-def rows_of(tensor: Json, rest: Sequence[tuple[int, ...]], wrong: Text, max_images: int) -> int:
+def rows_of(tensor: Json, rest: Sequence[tuple[int, ...]], wrong: ErrorMessage, max_images: int) -> int:
     """N of a shape [N, *rest], for one of the given rests; 1 <= N <= max_images."""
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not 1 <= len(shape) <= 4 or not all(is_whole(size) for size in shape):
@@ -160,19 +160,21 @@ def rows_of(tensor: Json, rest: Sequence[tuple[int, ...]], wrong: Text, max_imag
     if shape[0] < 1 or tuple(shape[1:]) not in rest:
         raise BadRequest(wrong)
     if shape[0] > max_images:
-        raise ContentTooLarge(Text.IMAGES_TOO_MANY, limit=max_images)
+        raise ContentTooLarge(ErrorMessage.IMAGES_TOO_MANY, limit=max_images)
     return int(shape[0])
 
 
 def read_images(tensor: Json, source: Any, max_images: int) -> list[bytes]:
     if tensor.get("datatype") != "BYTES":
-        raise BadRequest(Text.V2_DATATYPE)
-    count = rows_of(tensor, [(), (1,)], Text.V2_SHAPE_IMAGE, max_images)  # [N, 1]: clients that add a batch dimension
+        raise BadRequest(ErrorMessage.V2_DATATYPE)
+    count = rows_of(
+        tensor, [(), (1,)], ErrorMessage.V2_SHAPE_IMAGE, max_images
+    )  # [N, 1]: clients that add a batch dimension
     if isinstance(source, memoryview):
         return [as_file(element) for element in split_elements(source, count)]
     texts = flatten(source, tensor["shape"])
     if not all(isinstance(text, str) for text in texts):
-        raise BadRequest(Text.V2_DATA_BYTES)
+        raise BadRequest(ErrorMessage.V2_DATA_BYTES)
     return [from_base64(text) for text in texts]
 
 
@@ -181,15 +183,15 @@ def split_elements(data: memoryview, count: int) -> list[bytes]:
     elements, at = [], 0
     for _ in range(count):
         if at + 4 > len(data):
-            raise BadRequest(Text.V2_BINARY_BYTES)
+            raise BadRequest(ErrorMessage.V2_BINARY_BYTES)
         (length,) = struct.unpack_from("<I", data, at)
         at += 4
         if length > len(data) - at:
-            raise BadRequest(Text.V2_BINARY_BYTES)
+            raise BadRequest(ErrorMessage.V2_BINARY_BYTES)
         elements.append(bytes(data[at : at + length]))
         at += length
     if at != len(data):
-        raise BadRequest(Text.V2_BINARY_BYTES)
+        raise BadRequest(ErrorMessage.V2_BINARY_BYTES)
     return elements
 
 
@@ -204,19 +206,19 @@ def from_base64(text: str | bytes) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
-        raise BadRequest(Text.BASE64) from None
+        raise BadRequest(ErrorMessage.BASE64) from None
 
 
 def read_pixels(tensor: Json, source: Any, max_images: int) -> Pixels:
     datatype = tensor.get("datatype")
     if datatype in ("FP16", "BF16"):
-        raise BadRequest(Text.V2_HALF_JSON)
+        raise BadRequest(ErrorMessage.V2_HALF_JSON)
     if datatype not in ("UINT8", "FP32"):
-        raise BadRequest(Text.V2_DATATYPE)
-    count = rows_of(tensor, [PIXELS], Text.V2_SHAPE_PIXELS, max_images)
+        raise BadRequest(ErrorMessage.V2_DATATYPE)
+    count = rows_of(tensor, [PIXELS], ErrorMessage.V2_SHAPE_PIXELS, max_images)
     if isinstance(source, memoryview):
         if len(source) != count * 3 * SIZE * SIZE * ITEM_BYTES[datatype]:
-            raise BadRequest(Text.V2_BINARY_SIZE)
+            raise BadRequest(ErrorMessage.V2_BINARY_SIZE)
         flat = np.frombuffer(source, np.uint8 if datatype == "UINT8" else "<f4")
     else:
         flat = from_numbers(flatten(source, tensor["shape"]), datatype)
@@ -225,7 +227,7 @@ def read_pixels(tensor: Json, source: Any, max_images: int) -> Pixels:
 
 def from_numbers(values: list[Any], datatype: str) -> np.ndarray[Any, Any]:
     """Types are checked one by one: numpy would read strings as numbers, cut fractions off and wrap around."""
-    limit, wrong = (255, Text.V2_DATA_UINT8) if datatype == "UINT8" else (1, Text.V2_DATA_FP32)
+    limit, wrong = (255, ErrorMessage.V2_DATA_UINT8) if datatype == "UINT8" else (1, ErrorMessage.V2_DATA_FP32)
     if not set(map(type, values)) <= {int, float} or min(values) < 0 or max(values) > limit:
         raise BadRequest(wrong)
     found = np.array(values, np.float32)
@@ -239,20 +241,20 @@ def from_numbers(values: list[Any], datatype: str) -> np.ndarray[Any, Any]:
 def quantise(values: np.ndarray[Any, Any]) -> Pixels:
     """Floats in [0, 1] to the nearest of the 256 levels that tickets were measured on."""
     if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
-        raise BadRequest(Text.V2_DATA_FP32)
+        raise BadRequest(ErrorMessage.V2_DATA_FP32)
     return np.rint(values * np.float32(255)).astype(np.uint8)
 
 
 def flatten(data: Any, shape: Sequence[int]) -> list[Any]:
     """The elements of `data`, flat already or nested exactly as `shape` says, in row-major order."""
     if not isinstance(data, list):
-        raise BadRequest(Text.V2_DATA)
+        raise BadRequest(ErrorMessage.V2_DATA)
     if len(data) == math.prod(shape) and not isinstance(data[0], list):
         return data
     level: list[Any] = [data]
     for size in shape:
         if not all(isinstance(part, list) and len(part) == size for part in level):
-            raise BadRequest(Text.V2_DATA)
+            raise BadRequest(ErrorMessage.V2_DATA)
         level = list(chain.from_iterable(level))
     return level
 
@@ -260,25 +262,25 @@ def flatten(data: Any, shape: Sequence[int]) -> list[Any]:
 # Outputs
 
 
-def read_outputs(outputs: Any, binary: bool, model: Model) -> tuple[Output, ...]:
+def read_outputs(outputs: Any, binary: bool, model: ModelSpec) -> tuple[RequestedOutput, ...]:
     """Those asked for, in that order; all of them where none are named."""
     if outputs is None or outputs == []:
-        return tuple(Output(name, binary) for name in model.outputs)
+        return tuple(RequestedOutput(name, binary) for name in model.outputs)
     if not isinstance(outputs, list) or len(outputs) > len(model.outputs):
-        raise BadRequest(Text.V2_OUTPUTS)
+        raise BadRequest(ErrorMessage.V2_OUTPUTS)
     found = tuple(read_output(output, binary, model) for output in outputs)
     if len({output.name for output in found}) != len(found):
-        raise BadRequest(Text.V2_OUTPUTS)
+        raise BadRequest(ErrorMessage.V2_OUTPUTS)
     return found
 
 
-def read_output(output: Any, binary: bool, model: Model) -> Output:
+def read_output(output: Any, binary: bool, model: ModelSpec) -> RequestedOutput:
     if not isinstance(output, dict) or output.get("name") not in model.outputs:
-        raise BadRequest(Text.V2_OUTPUTS)
+        raise BadRequest(ErrorMessage.V2_OUTPUTS)
     parameters = parameters_of(output)
     if any(name.startswith("shared_memory") for name in parameters):
-        raise BadRequest(Text.V2_SHARED_MEMORY)
+        raise BadRequest(ErrorMessage.V2_SHARED_MEMORY)
     classes = parameters.get("classification", 0)
     if not is_whole(classes) or classes < 0 or (classes and output["name"] != "probabilities"):
-        raise BadRequest(Text.V2_CLASSIFICATION)
-    return Output(output["name"], flag(parameters, "binary_data", default=binary), min(classes, model.classes))
+        raise BadRequest(ErrorMessage.V2_CLASSIFICATION)
+    return RequestedOutput(output["name"], flag(parameters, "binary_data", default=binary), min(classes, model.classes))

@@ -15,12 +15,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.library import Library
-from service.errors import BadRequest, ClientDisconnected, ContentTooLarge, NotReady, ServiceError, Text
+from service.errors import BadRequest, ClientDisconnected, ContentTooLarge, ErrorMessage, NotReady, ServiceError
 from service.observability.metrics import Metrics
 from service.observability.tracing import stage
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
-from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, fields
+from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, unique_headers
 from service.web.decoder import Decoder, Pixels
 
 Detail = Literal["rounded", "label", "full"]
@@ -31,28 +31,28 @@ DIGITS: Final = 2  # of a rounded probability
 Probabilities = NDArray[np.float32]
 
 
-class Scheduler(Protocol):
+class SchedulerProtocol(Protocol):
     def check(self, size: int, client: str, left_s: float) -> None: ...
     async def submit(self, rows: Pixels, *, client: str, deadline: float | None) -> Probabilities: ...
 
 
-class Serving(Protocol):
+class LoadedLibraryProtocol(Protocol):
     """A library with what runs it. A request keeps the one it began with."""
 
     @property
     def library(self) -> Library: ...
     @property
-    def scheduler(self) -> Scheduler: ...
+    def scheduler(self) -> SchedulerProtocol: ...
 
 
-class Holder(Protocol):
+class LibraryManagerProtocol(Protocol):
     """What is being served now; None before the first library is verified and warm."""
 
     @property
-    def current(self) -> Serving | None: ...
+    def current(self) -> LoadedLibraryProtocol | None: ...
     @property
     def ready(self) -> bool: ...
-    async def reload(self) -> Serving:
+    async def reload(self) -> LoadedLibraryProtocol:
         """Opens LIBRARY again, warms it up beside the old one, and swaps. Raises StoreError; the old one then stays."""
 
 
@@ -99,7 +99,7 @@ class FastPathMiddleware:
 ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
-def as_json(content: Any, status: int = 200) -> Response:
+def json_response(content: Any, status: int = 200) -> Response:
     return Response(ENCODER.encode(content), status, media_type="application/json")
 
 
@@ -112,12 +112,12 @@ class InferenceContext:
     client: str
     arrived: float
     deadline: float
-    serving: Serving
+    serving: LoadedLibraryProtocol
     receive: Receive
 
 
 class DataPlane:
-    def __init__(self, holder: Holder, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
+    def __init__(self, holder: LibraryManagerProtocol, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
         self.holder = holder
         self.settings = settings
         self.metrics = metrics
@@ -125,7 +125,7 @@ class DataPlane:
         self.bodies = BodyReader(settings, metrics)
         self.decoder = Decoder(settings, metrics)
 
-    def serving(self) -> Serving:
+    def serving(self) -> LoadedLibraryProtocol:
         serving = self.holder.current
         if serving is None:
             raise NotReady
@@ -150,10 +150,10 @@ class DataPlane:
     async def visit(self, request: Request, answer: Callable[[InferenceContext], Awaitable[Response]]) -> Response:
         loop = asyncio.get_running_loop()
         arrived: float = request.scope.get(ARRIVAL_TIME, loop.time())
-        headers = fields(request.scope)
+        headers = unique_headers(request.scope)
         client = self.keys.client(request.scope, headers)
         if b"idempotency-key" in headers:
-            raise BadRequest(Text.IDEMPOTENCY)
+            raise BadRequest(ErrorMessage.IDEMPOTENCY)
         serving = self.serving()
         room = BodyReservation(self.bodies)
         try:
@@ -169,7 +169,7 @@ class DataPlane:
     ) -> Probabilities:
         """Encoded files, or uint8 [N, 3, 32, 32] -> [N, classes]. A client that hangs up meanwhile: ClientGone."""
         if len(images) > self.settings.max_images:
-            raise ContentTooLarge(Text.IMAGES_TOO_MANY, limit=self.settings.max_images)
+            raise ContentTooLarge(ErrorMessage.IMAGES_TOO_MANY, limit=self.settings.max_images)
         deadline = visit.deadline if timeout_s is None else min(visit.deadline, visit.arrived + timeout_s)
         if not isinstance(images, np.ndarray):  # these have to be decoded: not for a request that will be refused
             left_s = deadline - asyncio.get_running_loop().time()
@@ -190,7 +190,7 @@ class DataPlane:
         return response
 
 
-def shown(probabilities: Probabilities, detail: Detail) -> NDArray[np.float64]:
+def apply_output_detail(probabilities: Probabilities, detail: Detail) -> NDArray[np.float64]:
     """What may be seen of probabilities [N, classes]: two decimals, or all of a float32's digits."""
     wide = probabilities.astype(np.float64)
     return wide if detail == "full" else np.round(wide, DIGITS)

@@ -6,7 +6,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import REQUEST_ID, Overloaded
-from service.library_manager import Holder
+from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ class RequestMetricsMiddleware:
     """The outermost middleware. While draining it ends each connection with its answer, so that clients come back
     elsewhere."""
 
-    def __init__(self, app: ASGIApp, *, holder: Holder, metrics: Metrics, plane: str, log_all: bool) -> None:
+    def __init__(self, app: ASGIApp, *, holder: LibraryManager, metrics: Metrics, plane: str, log_all: bool) -> None:
         self.app = app
         self.holder = holder
         self.metrics = metrics
@@ -71,12 +71,12 @@ class ConcurrencyLimitMiddleware:
         if self.inside >= self.limit:
             self.metrics.inc("shed_total", reason="inflight")
             raise Overloaded
-        self.enter(1)
+        self.add(1)
         try:
             await self.app(scope, receive, send)
         finally:
-            self.enter(-1)
+            self.add(-1)
 
-    def enter(self, change: int) -> None:
+    def add(self, change: int) -> None:
         self.inside += change
         self.metrics.set("http_requests_in_flight", self.inside)

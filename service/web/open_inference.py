@@ -18,10 +18,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import NotFound, NotImplementedByServer, NotReady, Text, UnsupportedMediaType
+from service.errors import ErrorMessage, NotFound, NotImplementedByServer, NotReady, UnsupportedMediaType
 from service.web.body import media_type
 from service.web.decoder import SIZE
-from service.web.infer_request import HEADER_LENGTH, Inference, Model, Output, read_inference
+from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference
 from service.web.inference import (
     ENCODER,
     ERRORS,
@@ -29,9 +29,9 @@ from service.web.inference import (
     InferenceContext,
     Probabilities,
     RawRoute,
-    as_json,
+    apply_output_detail,
+    json_response,
     rank_classes,
-    shown,
 )
 
 MODEL: Final = "tombola"
@@ -101,7 +101,7 @@ class Statistics:
         }
 
 
-class Handlers:
+class OpenInferenceApi:
     """One method per call of the protocol, over one Front."""
 
     def __init__(self, front: DataPlane) -> None:
@@ -112,25 +112,25 @@ class Handlers:
     # What is here
 
     async def live(self, _: Request) -> Response:
-        return as_json({"live": True})
+        return json_response({"live": True})
 
     async def ready(self, _: Request) -> Response:
         self.require_ready()
-        return as_json({"live": True, "ready": True})
+        return json_response({"live": True, "ready": True})
 
     def require_ready(self) -> None:
         if not self.front.holder.ready:
             raise NotReady
 
     async def server(self, _: Request) -> Response:
-        return as_json({"name": MODEL, "version": product_version(), "extensions": EXTENSIONS})
+        return json_response({"name": MODEL, "version": product_version(), "extensions": EXTENSIONS})
 
     async def models(self, _: Request) -> Response:
-        return as_json({"models": [MODEL]})
+        return json_response({"models": [MODEL]})
 
     async def index(self, _: Request) -> Response:
         state = "READY" if self.front.holder.ready else "UNAVAILABLE"
-        return as_json([{"name": MODEL, "version": VERSION, "state": state, "reason": ""}])
+        return json_response([{"name": MODEL, "version": VERSION, "state": state, "reason": ""}])
 
     async def model(self, request: Request) -> Response:
         require_model(request)
@@ -141,7 +141,9 @@ class Handlers:
         outputs = [
             {"name": name, "datatype": DATATYPES[name], "shape": [-1, *self.rest(name)]} for name in self.outputs
         ]
-        return as_json({"name": MODEL, "versions": [VERSION], "platform": MODEL, "inputs": inputs, "outputs": outputs})
+        return json_response(
+            {"name": MODEL, "versions": [VERSION], "platform": MODEL, "inputs": inputs, "outputs": outputs}
+        )
 
     def rest(self, output: str) -> list[int]:
         """An output's shape after the number of images."""
@@ -150,7 +152,7 @@ class Handlers:
     async def model_ready(self, request: Request) -> Response:
         require_model(request)
         self.require_ready()
-        return as_json({"name": MODEL, "ready": True})
+        return json_response({"name": MODEL, "ready": True})
 
     async def config(self, request: Request) -> Response:
         """In Triton's terms, where a model that batches leaves the number of images out of `dims`."""
@@ -165,7 +167,7 @@ class Handlers:
         for name in self.outputs:
             dims = {"dims": self.rest(name)} if self.rest(name) else scalar
             outputs.append({"name": name, "data_type": types[DATATYPES[name]], **dims})
-        return as_json(
+        return json_response(
             {
                 "name": MODEL,
                 "platform": "",
@@ -180,7 +182,7 @@ class Handlers:
     async def stats(self, request: Request) -> Response:
         if "model" in request.path_params:
             require_model(request)
-        return as_json({"model_stats": [self.statistics.as_json()]})
+        return json_response({"model_stats": [self.statistics.as_json()]})
 
     # Inference
 
@@ -199,14 +201,14 @@ class Handlers:
         library = visit.serving.library
         kind = media_type(visit.headers)
         if kind not in TYPES and not kind.startswith(b"image/"):
-            raise UnsupportedMediaType(Text.V2_TYPE)
-        model = Model(self.outputs, len(library.classes), self.front.settings.max_images)
+            raise UnsupportedMediaType(ErrorMessage.V2_TYPE)
+        model = ModelSpec(self.outputs, len(library.classes), self.front.settings.max_images)
         asked = read_inference(visit.body, visit.headers, model)
         found = await self.front.classify(visit, asked.images, asked.timeout_s)
         self.statistics.images += len(found)
-        return self.front.encode(lambda: packed(self.respond(asked, found, library.classes), visit.headers))
+        return self.front.encode(lambda: compress(self.respond(asked, found, library.classes), visit.headers))
 
-    def respond(self, asked: Inference, found: Probabilities, classes: Sequence[str]) -> Response:
+    def respond(self, asked: InferRequest, found: Probabilities, classes: Sequence[str]) -> Response:
         """Tensors in the order asked for; those in binary follow the JSON in the same order."""
         head: Json = {"model_name": MODEL, "model_version": VERSION}
         if asked.id is not None:
@@ -219,7 +221,7 @@ class Handlers:
         headers = {HEADER_LENGTH.decode(): str(len(text))}
         return Response(b"".join((text, *tail)), headers=headers, media_type="application/octet-stream")
 
-    def tensor(self, output: Output, found: Probabilities, classes: Sequence[str], tail: list[bytes]) -> Json:
+    def tensor(self, output: RequestedOutput, found: Probabilities, classes: Sequence[str], tail: list[bytes]) -> Json:
         values, datatype = self.values(output, found, classes)
         described: Json = {"name": output.name, "datatype": datatype, "shape": list(values.shape)}
         if not output.binary:
@@ -228,12 +230,14 @@ class Handlers:
         tail.append(data)
         return described | {"parameters": {"binary_data_size": len(data)}}
 
-    def values(self, output: Output, found: Probabilities, classes: Sequence[str]) -> tuple[np.ndarray[Any, Any], str]:
+    def values(
+        self, output: RequestedOutput, found: Probabilities, classes: Sequence[str]
+    ) -> tuple[np.ndarray[Any, Any], str]:
         """One output as an array, [N] or [N, classes], with its datatype."""
         if output.classes:
             return self.scores(found, output.classes, classes), "BYTES"
         if output.name == "probabilities":
-            return shown(found, self.front.settings.detail), "FP32"
+            return apply_output_detail(found, self.front.settings.detail), "FP32"
         indices = found.argmax(axis=1)
         if output.name == "index":
             return indices, "INT64"
@@ -242,7 +246,7 @@ class Handlers:
     def scores(self, found: Probabilities, count: int, classes: Sequence[str]) -> np.ndarray[Any, Any]:
         """The classification extension: [N, count] of "<score>:<index>:<label>", the likeliest first."""
         order = rank_classes(found)[:, :count]
-        scores = shown(found, self.front.settings.detail)
+        scores = apply_output_detail(found, self.front.settings.detail)
         texts = [
             [f"{scores[row, index]:g}:{index}:{classes[index]}" for index in indices]
             for row, indices in enumerate(order)
@@ -250,7 +254,7 @@ class Handlers:
         return np.array(texts, dtype=object)
 
 
-def named(path: str) -> Json:
+def path_parameters(path: str) -> Json:
     """The path's parameters for the OpenAPI document, each with the only value it can have."""
     only = {"model": MODEL, "version": VERSION}
     return {
@@ -265,7 +269,7 @@ def named(path: str) -> Json:
 def require_model(request: Request) -> None:
     path = request.path_params
     if path["model"] != MODEL or path.get("version", VERSION) != VERSION:
-        raise NotFound(Text.MODEL_UNKNOWN)
+        raise NotFound(ErrorMessage.MODEL_UNKNOWN)
 
 
 def as_bytes(values: np.ndarray[Any, Any], datatype: str) -> bytes:
@@ -276,12 +280,12 @@ def as_bytes(values: np.ndarray[Any, Any], datatype: str) -> bytes:
     return values.astype({"FP32": "<f4", "INT64": "<i8"}[datatype]).tobytes()
 
 
-def packed(response: Response, headers: Mapping[bytes, bytes]) -> Response:
+def compress(response: Response, headers: Mapping[bytes, bytes]) -> Response:
     """Compressed if the client asked for it and it pays. Only here: clients unpack no other answer."""
     body = bytes(response.body)
     if len(body) < WORTH_PACKING:
         return response
-    coding = accepted(headers.get(b"accept-encoding", b""))
+    coding = negotiate_encoding(headers.get(b"accept-encoding", b""))
     if coding is None:
         return response
     body = gzip.compress(body, 1, mtime=0) if coding == "gzip" else zlib.compress(body, 1)
@@ -289,7 +293,7 @@ def packed(response: Response, headers: Mapping[bytes, bytes]) -> Response:
     return Response(body, headers=kept | {"content-encoding": coding, "vary": "accept-encoding"})
 
 
-def accepted(header: bytes) -> str | None:
+def negotiate_encoding(header: bytes) -> str | None:
     """gzip or deflate, whichever the header names first with a weight above 0."""
     for item in header.decode("latin-1").lower().replace(" ", "").split(","):
         coding, _, weight = item.partition(";q=")
@@ -313,10 +317,10 @@ UNSUPPORTED_PATHS: Final = (
 )
 
 
-def router(here: Handlers) -> APIRouter:
+def router(here: OpenInferenceApi) -> APIRouter:
     routes = APIRouter(route_class=RawRoute, tags=["Open Inference Protocol v2"], responses=ERRORS)
     for path in INFER_PATHS:
-        routes.add_api_route(path, here.infer, methods=["POST"], openapi_extra=INFER | named(path))
+        routes.add_api_route(path, here.infer, methods=["POST"], openapi_extra=INFER | path_parameters(path))
     for path in ("/v2", "/v2/"):
         routes.add_api_route(path, here.server, methods=["GET"])
     routes.add_api_route("/v2/health/live", here.live, methods=["GET"])
@@ -327,7 +331,7 @@ def router(here: Handlers) -> APIRouter:
     asked = {"": here.model, "/ready": here.model_ready, "/config": here.config, "/stats": here.stats}
     for prefix in PREFIXES:
         for rest, endpoint in asked.items():
-            routes.add_api_route(prefix + rest, endpoint, methods=["GET"], openapi_extra=named(prefix))
+            routes.add_api_route(prefix + rest, endpoint, methods=["GET"], openapi_extra=path_parameters(prefix))
     for path in UNSUPPORTED_PATHS:
         routes.add_api_route(path, not_offered, methods=["GET", "POST"], include_in_schema=False)
     return routes

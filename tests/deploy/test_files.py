@@ -18,7 +18,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from model_store.policy import Policy, draw_theta, expected_size
 from service.observability.metrics import PREFIX, PUBLISH_EVERY, TABLE, Metrics
 from service.scheduling.scheduler import DrawStatistics
-from service.settings import Settings, knobs
+from service.settings import Settings, setting_docs
 from tests.support.serving import stand_in_library
 
 DEPLOY: Final = Path(__file__).parents[1] / "deploy"
@@ -169,7 +169,7 @@ def test_the_image_is_told_settings_that_exist() -> None:
     dockerfile = (DEPLOY.parent / "Dockerfile").read_text("utf-8")
     told = set(re.findall(r"\b(TOMBOLA_\w+)=", dockerfile))
     assert told
-    assert told <= {knob.variable for knob in knobs()}
+    assert told <= {knob.variable for knob in setting_docs()}
 
 
 def compose() -> Json:
@@ -193,7 +193,7 @@ def test_compose_mounts_files_that_exist_and_names_settings_that_exist() -> None
     files = [name for name in mounted if name.startswith("./")]
     assert len(files) == 5
     assert all((DEPLOY / name).is_file() for name in files)
-    assert set(services["tombola"]["environment"]) <= {knob.variable for knob in knobs()}
+    assert set(services["tombola"]["environment"]) <= {knob.variable for knob in setting_docs()}
 
 
 def test_compose_locks_the_service_up_and_publishes_only_classification() -> None:

@@ -15,7 +15,7 @@ import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
 from service.observability.metrics import PREFIX, TABLE
-from service.settings import SERVICE_LINK, Settings, knobs
+from service.settings import SERVICE_LINK, Settings, setting_docs
 from tests.deploy.test_files import DEPLOY, PROMETHEUS
 
 KUBERNETES: Final = DEPLOY / "kubernetes"
@@ -140,7 +140,7 @@ def test_a_pod_runs_with_as_little_as_the_restricted_standard_allows() -> None:
 
 def test_variables_are_settings_and_kubernetes_adds_none() -> None:
     told = {variable["name"] for variable in container()["env"]}
-    assert told <= {knob.variable for knob in knobs()}
+    assert told <= {knob.variable for knob in setting_docs()}
     assert not pod()["enableServiceLinks"]
     assert SERVICE_LINK.fullmatch("TOMBOLA_SERVICE_HOST")  # and if somebody turns them on, they are passed over
 
@@ -196,7 +196,7 @@ def test_the_runtime_s_containers_and_volumes_are_a_valid_pod() -> None:
             {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec}, version, strict=True
         )
     told = {variable["name"] for variable in spec["containers"][0]["env"]}
-    assert told <= {knob.variable for knob in knobs()}
+    assert told <= {knob.variable for knob in setting_docs()}
 
 
 def test_the_inference_service_asks_for_what_the_runtime_offers() -> None:

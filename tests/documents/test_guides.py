@@ -13,9 +13,9 @@ import torch
 from model_store.policy import expected_size
 from service.__main__ import main
 from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
-from service.benchmarks.command import put_into
+from service.benchmarks.command import replace_section
 from service.observability.metrics import PREFIX, TABLE
-from service.settings import SettingsRejected, knobs
+from service.settings import SettingsRejected, setting_docs
 from tests.support.serving import some_rows, tiny_library
 
 ROOT: Final = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def exposed() -> set[str]:
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
 def test_every_setting_and_metric_that_a_page_names_exists(page: Path) -> None:
     variables = set(re.findall(r"\bTOMBOLA_[A-Z_]*[A-Z]\b", text(page)))
-    assert variables <= {knob.variable for knob in knobs()}
+    assert variables <= {knob.variable for knob in setting_docs()}
     assert set(re.findall(r"\btombola_[a-z_]+[a-z]\b", text(page))) <= exposed()
 
 
@@ -64,7 +64,7 @@ def test_a_reader_of_the_readme_finds_every_guide() -> None:
 
 def test_the_policy_s_defaults_are_the_defaults() -> None:
     told = re.findall(r"`(TOMBOLA_\w+)` = ([\w.]+)", text(ROOT / "SECURITY.md"))
-    defaults = {knob.variable: knob.default for knob in knobs()}
+    defaults = {knob.variable: knob.default for knob in setting_docs()}
     assert len(told) >= 10
     assert told == [(name, defaults[name]) for name, _ in told]
 
@@ -156,5 +156,5 @@ def test_a_page_without_the_table_s_place_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing\n")
     with pytest.raises(SettingsRejected, match=r"page\.md: expected <!-- a -->"):
-        put_into(page, "<!-- a -->\ntable")
+        replace_section(page, "<!-- a -->\ntable")
     assert page.read_text("utf-8") == "nothing\n"

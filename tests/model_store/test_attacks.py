@@ -24,7 +24,7 @@ from model_store.attacks import (
     pgd,
     project,
     random_start,
-    unit,
+    steepest_direction,
 )
 from tests.support.tickets import make_ticket
 
@@ -217,12 +217,14 @@ def test_images_that_are_not_in_pixel_units_are_refused(undefended: Undefended) 
 @given(st.floats(-35, 3))
 def test_unit_steps_have_length_one_however_small_the_gradient(exponent: float) -> None:
     gradient = torch.randn(3, 2, 4, generator=seeded()).double() * 10**exponent
-    assert torch.allclose(unit(gradient, "l2").flatten(1).norm(dim=1), torch.ones(3, dtype=torch.float64), atol=1e-4)
-    assert set(unit(gradient, "linf").abs().flatten().tolist()) == {1.0}
+    assert torch.allclose(
+        steepest_direction(gradient, "l2").flatten(1).norm(dim=1), torch.ones(3, dtype=torch.float64), atol=1e-4
+    )
+    assert set(steepest_direction(gradient, "linf").abs().flatten().tolist()) == {1.0}
 
 
 def test_a_zero_gradient_gives_no_step_and_no_nan() -> None:
-    assert not unit(torch.zeros(2, 3), "l2").any()
+    assert not steepest_direction(torch.zeros(2, 3), "l2").any()
     flat = pgd(
         lambda images: images.flatten(1)[:, :2] * 0,
         torch.rand(2, 3, 2, 2),

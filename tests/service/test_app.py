@@ -28,8 +28,8 @@ from service.__main__ import main
 from service.benchmarks.library_check import figures, lines
 from service.cpu import NICE_LOADING
 from service.engine.base import EngineRejected, Folded, folded
-from service.errors import Text
-from service.library_manager import Holder
+from service.errors import ErrorMessage
+from service.library_manager import LibraryManager
 from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
 from service.sample import ship
@@ -52,7 +52,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Planes:
-    holder: Holder
+    holder: LibraryManager
     metrics: Metrics
     public: httpx.AsyncClient
     admin: httpx.AsyncClient
@@ -68,7 +68,7 @@ def with_planes(
 
     async def run() -> Answer:
         settings, metrics = Settings(library=library, state_dir=state, engine="torch", **knobs), Metrics()
-        holder = Holder(settings, metrics)
+        holder = LibraryManager(settings, metrics)
         public = apps.create_public_app(holder, settings, metrics, ApiKeyStore(None, metrics))
         admin = apps.create_admin_app(holder, settings, metrics, TOKEN)
         if load:
@@ -217,7 +217,7 @@ def test_a_crowd_is_turned_away_while_health_is_answered(tiny: Library, state: P
         await until(lambda: planes.metrics.value("http_requests_in_flight") == 1)
         refused = await planes.classify()
         assert refused.status_code == 503
-        assert refused.json() == {"error": Text.FULL}
+        assert refused.json() == {"error": ErrorMessage.FULL}
         assert int(refused.headers["retry-after"]) >= 1
         assert (await planes.public.get("/health/ready")).status_code == 200
         hold.set()

@@ -16,14 +16,14 @@ from service.settings import (
     admin_token,
     ensure_state_dir,
     is_loopback,
-    knobs,
     read_settings,
+    setting_docs,
 )
 
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for row in knobs():
+    for row in setting_docs():
         monkeypatch.delenv(row.variable, raising=False)
 
 
@@ -51,7 +51,7 @@ def test_flag_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_setting_has_a_unit_a_reason_a_variable_and_a_flag() -> None:
-    for row in knobs():
+    for row in setting_docs():
         assert row.variable == "TOMBOLA_" + row.name.upper()
         assert row.flag == "--" + row.name.replace("_", "-")
         assert row.unit
@@ -228,6 +228,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         main(["serve", "--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    for row in knobs():
+    for row in setting_docs():
         assert row.flag.removeprefix("--") in said
         assert row.variable in said

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from model_store.library import Library, write_library
 from model_store.policy import Policy
-from service.audit.attack_runner import Run
+from service.audit.attack_runner import AuditRun
 from service.audit.config import Audit
 from service.audit.evaluation import AttackTarget, CandidateSet, Defense, DrawSet, Member
 from service.audit.labelled_data import LabelledImages
@@ -115,11 +115,11 @@ def tiny(
     return write_library(path, classes=DIGITS, data="random", tickets=items(tickets))
 
 
-def run_on(network: nn.Module, folder: Path, audit: Audit, images: int) -> Run:
+def run_on(network: nn.Module, folder: Path, audit: Audit, images: int) -> AuditRun:
     """An audit of one network in place of a library's only ticket."""
     library = tiny(folder / "library", ("resnet18",), (0.5,))
     bench = CandidateSet((Member("resnet18-50", network, 1.0),), 1, ("resnet18",), Policy.all(1), torch.device("cpu"))
-    return Run(folder / "audit", audit, library, faint_digits(images), bench=bench)
+    return AuditRun(folder / "audit", audit, library, faint_digits(images), bench=bench)
 
 
 def system(policy: Policy) -> Defense:

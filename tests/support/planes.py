@@ -19,13 +19,13 @@ from starlette.types import ASGIApp
 
 from service import errors
 from service.admin import library_api
-from service.app import loop_factory, plane
+from service.app import create_server, loop_factory
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web import classify
 from service.web.auth import AdminAuthMiddleware, ApiKeyStore
 from service.web.decoder import Pixels
-from service.web.inference import DataPlane, Holder, Probabilities
+from service.web.inference import DataPlane, LibraryManagerProtocol, Probabilities
 from tests.support.tickets import CLASSES
 
 DIGEST: Final = "ab" * 32
@@ -102,7 +102,7 @@ class StandIn:
         return self
 
 
-def public_app(holder: Holder | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:
+def public_app(holder: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:
     settings, metrics = Settings(**knobs), metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
     front = DataPlane(holder or StandIn(), settings, metrics, ApiKeyStore(settings.api_keys_file, metrics))
@@ -111,7 +111,9 @@ def public_app(holder: Holder | None = None, metrics: Metrics | None = None, **k
     return app
 
 
-def admin_app(holder: Holder | None = None, metrics: Metrics | None = None, *, metrics_open: bool = True) -> FastAPI:
+def admin_app(
+    holder: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, *, metrics_open: bool = True
+) -> FastAPI:
     metrics = metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
     app.include_router(library_api.router(holder or StandIn(), metrics))
@@ -131,7 +133,7 @@ def ask(app: ASGIApp, method: str, path: str, **request: Any) -> httpx.Response:
     return asyncio.run(once())
 
 
-def refused(response: httpx.Response, status: int, text: errors.Text | None = None) -> str:
+def refused(response: httpx.Response, status: int, text: errors.ErrorMessage | None = None) -> str:
     """Checks the error form, and the text if one is given, up to its numbers; returns what was said."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
@@ -143,7 +145,7 @@ def refused(response: httpx.Response, status: int, text: errors.Text | None = No
 
 
 def one_of_the_catalogue(said: str) -> bool:
-    return any(matches(text, said) for text in errors.Text)
+    return any(matches(text, said) for text in errors.ErrorMessage)
 
 
 def matches(text: str, said: str) -> bool:
@@ -159,7 +161,7 @@ def matches(text: str, said: str) -> bool:
 def behind_a_port(app: FastAPI, **knobs: Any) -> Iterator[str]:
     """The app in a real server on a free port, in a thread; gives host:port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = plane(app, Settings(**knobs), listener)
+    server = create_server(app, Settings(**knobs), listener)
 
     def serve() -> None:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:

@@ -7,12 +7,12 @@ from model_store.library import Library
 from service import library_manager
 from service.__main__ import main
 from service.engine.base import Engine, Logits, Rows
-from service.engine.factory import open_served
+from service.engine.factory import open_for_serving
 from service.settings import Settings
 
 
 def mortal(library: Library, settings: Settings) -> Engine:
-    made = open_served(library, settings)
+    made = open_for_serving(library, settings)
 
     def forward(member: int, rows: Rows) -> Logits:
         if (rows.min(axis=(1, 2, 3)) == 255).any():
@@ -24,5 +24,5 @@ def mortal(library: Library, settings: Settings) -> Engine:
 
 
 if __name__ == "__main__":
-    library_manager.open_served = mortal  # type: ignore[attr-defined]
+    library_manager.open_for_serving = mortal  # type: ignore[attr-defined]
     sys.exit(main())

@@ -25,7 +25,7 @@ from training.__main__ import main
 from training.data import Images, read_split
 from training.errors import CheckpointRejected, TrainingError
 from training.export import export, table
-from training.jobs import Job, find_jobs, prepare, read_result, run_local, status, work
+from training.jobs import Job, find_jobs, initialize, read_result, run_job, run_local, status
 from training.recipes import TrainConfig
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def job_in(folder: Path, made: TrainConfig | None = None, **more: object) -> Job
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state folder with one finished ticket."""
     state = tmp_path_factory.mktemp("state")
-    work(job_in(state), read_split(data), CPU)
+    run_job(job_in(state), read_split(data), CPU)
     return state
 
 
@@ -91,7 +91,7 @@ def test_a_finished_job_exports_as_a_library_with_its_claims(finished: Path, tmp
 
 def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, finished: Path, tmp_path: Path) -> None:
     job = job_in(tmp_path)
-    prepare(job)
+    initialize(job)
     worker = jobs.start_worker(job, data, "cpu", environment={"TRAINING_CHECKPOINT_SECONDS": "0"})
     until(lambda: (job.folder / "checkpoint.safetensors").exists())
     worker.send_signal(signal.SIGKILL)
@@ -138,17 +138,17 @@ def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
 
 def test_two_processes_never_work_on_one_job(data: Path, tmp_path: Path) -> None:
     job = job_in(tmp_path)
-    prepare(job)
+    initialize(job)
     with jobs.locked(job.folder) as mine:
         assert mine
-        work(job, read_split(data), CPU)  # leaves at once: the lock is held
+        run_job(job, read_split(data), CPU)  # leaves at once: the lock is held
         assert status(job).state == "running"
     assert not (job.folder / "log.jsonl").exists()
 
 
 def test_a_folder_of_another_recipe_is_refused(finished: Path) -> None:
     with pytest.raises(CheckpointRejected, match="begun under another recipe"):
-        prepare(job_in(finished, recipe(seed=2)))
+        initialize(job_in(finished, recipe(seed=2)))
 
 
 def test_training_goes_on_from_a_library_and_the_better_ticket_stays(
@@ -181,7 +181,7 @@ def test_training_goes_on_from_a_library_and_the_better_ticket_stays(
 def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work(job_in(tmp_path / "run", recipe(mask_share=0.5)), read_split(data), CPU)
+    run_job(job_in(tmp_path / "run", recipe(mask_share=0.5)), read_split(data), CPU)
     base = export(tmp_path / "base", [tmp_path / "run"])
     arguments = ["--data", str(data), "--data-name", "digits", "--state", str(tmp_path / "scratch"), "--workers", "1"]
     assert main(["scratch", str(base.path), *arguments]) == 0
@@ -198,7 +198,7 @@ def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
 
 def test_baselines_are_exported_beside_the_tickets_and_never_drawn(data: Path, finished: Path, tmp_path: Path) -> None:
     dense = TrainConfig(Structure("resnet18", 2), 1.0, 3, 10, batch=16, guards=0, mask_share=0.0, precision="float32")
-    work(job_in(tmp_path / "dense", dense, role="baseline"), read_split(data), CPU)
+    run_job(job_in(tmp_path / "dense", dense, role="baseline"), read_split(data), CPU)
     library = export(tmp_path / "library", [finished, tmp_path / "dense"])
     assert (len(library.tickets), len(library.baselines)) == (1, 1)
     assert "\n| dense, never drawn | " in table(library)
@@ -207,7 +207,7 @@ def test_baselines_are_exported_beside_the_tickets_and_never_drawn(data: Path, f
 
 
 def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
-    prepare(job_in(tmp_path))
+    initialize(job_in(tmp_path))
     with pytest.raises(TrainingError, match="no finished ticket; nothing was written"):
         export(tmp_path / "library", [tmp_path])
     assert not (tmp_path / "library").exists()
@@ -263,7 +263,7 @@ def test_help_teaches_the_way_from_data_to_a_library() -> None:
 
 def test_status_reads_a_log_whose_last_line_was_cut(tmp_path: Path) -> None:
     job = job_in(tmp_path)
-    prepare(job)
+    initialize(job)
     line = {"kind": "step", "step": 20, "seconds": 3.0}
     (job.folder / "log.jsonl").write_text(json.dumps(line) + "\n" + '{"kind": "st')
     assert (status(job).state, status(job).step) == ("interrupted", 20)

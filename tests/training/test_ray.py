@@ -12,7 +12,7 @@ from tests.training.test_jobs import CPU, data, job_in, recipe
 from training.data import read_split
 from training.errors import TrainingError
 from training.executors.ray import run_ray
-from training.jobs import work
+from training.jobs import run_job
 
 ray = pytest.importorskip("ray")
 __all__ = ["data"]  # the fixture
@@ -52,7 +52,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_tickets_of_a_local_run(data: Pa
     assert killed, "the job was over before its worker could be killed"
     for made, job in zip(recipes, jobs, strict=True):
         local = job_in(tmp_path / "local", made)
-        work(local, read_split(data), CPU)
+        run_job(local, read_split(data), CPU)
         assert equal(*(load_ticket(folder / "ticket.safetensors") for folder in (job.folder, local.folder)))
 
 

@@ -14,7 +14,7 @@ from training import search
 from training.errors import CheckpointRejected, SearchFailed, TrainingError
 from training.recipes import PRESETS, Allocation, Attack, TrainConfig, continued_from, mask_phase
 from training.search import (
-    Guard,
+    OverfitCheck,
     Search,
     Step,
     augmented,
@@ -40,7 +40,7 @@ TINY = TrainConfig(
 )
 
 
-def ignore(_event: Step | Guard) -> None:
+def ignore(_event: Step | OverfitCheck) -> None:
     pass
 
 
@@ -274,9 +274,9 @@ def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPa
     measured = iter([(0.5, 0.3), (0.5, 0.1), (0.5, 0.3), (0.5, 0.3)])
     monkeypatch.setattr(Search, "guard", lambda self: next(measured))
     recipe = replace(TINY, guards=4, ramp_until=0.0, clean_until=0.0)
-    events: list[Step | Guard] = []
+    events: list[Step | OverfitCheck] = []
     run(recipe, digits(), tmp_path, events.append, CPU)
-    guards = [event for event in events if isinstance(event, Guard)]
+    guards = [event for event in events if isinstance(event, OverfitCheck)]
     assert [(guard.step, guard.rolled_back, guard.noise) for guard in guards] == [
         (6, False, 1),
         (12, True, 1),

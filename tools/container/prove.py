@@ -27,7 +27,7 @@ from typing import Any, Final
 from benchmarks.servers import set_size_kb
 from model_store.errors import StoreError
 from model_store.library import open_library, write_library
-from service.cpu import family
+from service.cpu import process_tree
 from service.sample import ship
 from tests.support.tickets import CLASSES, eight_tickets, items
 
@@ -302,7 +302,7 @@ def prove_inside(proof: Proof, process: int, image: Json) -> None:
     proof.check("HEALTHCHECK succeeds when ready", holds=within(process, image, *image["Healthcheck"]["Test"][1:]) == 0)
     sockets = listening(process)
     proof.check("the admin plane listens on loopback", holds=sockets == {("00000000", 8000), ("0100007F", 8001)})
-    proof.figures["resident_mb"] = round(sum(set_size_kb(member) for member in family(process)) / 1000)
+    proof.figures["resident_mb"] = round(sum(set_size_kb(member) for member in process_tree(process)) / 1000)
 
 
 def prove_outside(proof: Proof, library: str) -> None:

@@ -31,10 +31,10 @@ with atheris.instrument_imports(include=["service", "PIL", "json"]):
     from service.web.body import inflate, parse_json
     from service.web.classify import parse_json_images
     from service.web.decoder import decode, orientation
-    from service.web.infer_request import HEADER_LENGTH, Model, read_inference
+    from service.web.infer_request import HEADER_LENGTH, ModelSpec, read_inference
 from tests.support.planes import encoded, one_of_the_catalogue, picture, png
 
-MODEL: Final = Model(("probabilities", "index", "label"), classes=10, max_images=64)
+MODEL: Final = ModelSpec(("probabilities", "index", "label"), classes=10, max_images=64)
 MAX_PIXELS: Final = 250_000
 
 

@@ -22,7 +22,7 @@ CONNECT_S = 5.0
 def run_job_task(folder: str, data: str, device: str) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
-    job_store.work(job_store.read_job(Path(folder)), read_split(Path(data)), torch.device(device))
+    job_store.run_job(job_store.read_job(Path(folder)), read_split(Path(data)), torch.device(device))
 
 
 def check_reachable(address: str) -> None:
@@ -50,7 +50,7 @@ def run_ray(
         raise TrainingError("--ray: Ray is not installed; `pip install 'tombola[ray]'` brings it") from None
     check_reachable(address)
     for job in jobs:
-        job_store.prepare(job)
+        job_store.initialize(job)
     try:
         ray.init(address=None if address == "local" else address, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError) as error:

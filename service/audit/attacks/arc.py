@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model_store.attacks import TINY, ThreatModel, per_image, project, unit
+from model_store.attacks import EPS, ThreatModel, per_image, project, steepest_direction
 from service.audit.evaluation import CERTAIN, AttackTarget, failure, wrong
 
 OVERSHOOT = 0.05  # in epsilons, beyond the linearised boundary
@@ -99,10 +99,10 @@ def over_the_boundary(
     lead, gradient = lead_of(target, row, images, labels)
     flat = gradient.flatten(1)
     length = flat.abs().sum(dim=1) if threat.norm == "linf" else flat.norm(dim=1)
-    away = lead / length.clamp_min(TINY)
+    away = lead / length.clamp_min(EPS)
     near = torch.where(lead > 0, (away + OVERSHOOT * threat.epsilon).clamp(max=2 * threat.epsilon), 0)
     far = torch.where(lead > 0, 2 * threat.epsilon, 0.0)
-    direction = -unit(gradient, threat.norm)
+    direction = -steepest_direction(gradient, threat.norm)
     return per_image(near, images) * direction, per_image(far, images) * direction
 
 

@@ -24,7 +24,7 @@ from model_store.attacks import ThreatModel
 from model_store.policy import Policy, draw_matrix
 from service.audit.attacks.autoattack import isolated_rng
 from service.audit.errors import AuditRejected, OracleFailed
-from service.audit.evaluation import Member, as_floats, plain, workers
+from service.audit.evaluation import Member, as_floats, forward_no_grad, workers
 
 SIZE: Final = 32
 REQUEST_IMAGES: Final = 128
@@ -153,7 +153,7 @@ class LocalOracle:
         def run(index: int) -> tuple[Tensor, Tensor]:
             drawn = rows[:, index].nonzero().flatten()
             asked, back = place[drawn].unique(return_inverse=True)
-            return drawn, plain(self.members[index], images[asked]).cpu()[back] * rows[drawn, index][:, None]
+            return drawn, forward_no_grad(self.members[index], images[asked]).cpu()[back] * rows[drawn, index][:, None]
 
         total = torch.zeros(0)
         used = rows.any(dim=0).nonzero().flatten().tolist()
@@ -226,7 +226,7 @@ def square(
             now = margins(averaged(oracle, as_bytes(tried), settings.averages), labels)
             better = now > best
             held[better], best[better], asked[better] = tried[better], now[better], 1
-        if probe + 1 in marks(settings.probes):
+        if probe + 1 in snapshot_points(settings.probes):
             stops.append(Snapshot((probe + 1) * settings.averages, as_bytes(held)))
     return stops
 
@@ -252,7 +252,7 @@ def patched(
     return tried
 
 
-def marks(probes: int) -> set[int]:
+def snapshot_points(probes: int) -> set[int]:
     """Where the attack is scored: eight points, evenly in the logarithm, and the end."""
     return {max(2, round(probes ** (k / 8))) for k in range(1, 9)} | {probes}
 
@@ -329,7 +329,7 @@ def hop_skip_jump(
             each.append(votes)
     epsilon, clean = int(threat.epsilon * 255 + 1e-6), pixels.numpy().astype(np.int16)
     stops = []
-    for queries in sorted(mark * settings.averages for mark in marks(settings.probes)):
+    for queries in sorted(mark * settings.averages for mark in snapshot_points(settings.probes)):
         found = torch.stack([votes.after(queries) for votes in each])
         away = np.clip(found.numpy().astype(np.int16) - clean, -epsilon, epsilon)
         stops.append(Snapshot(queries, as_bytes(clean + away), found))

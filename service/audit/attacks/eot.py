@@ -11,7 +11,7 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, unit
+from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, steepest_direction
 from service.audit.attacks.losses import LOSSES, Loss, Stage, typical_margin
 from service.audit.evaluation import CERTAIN, AttackTarget, failure
 
@@ -44,7 +44,7 @@ class Reach(PgdConfig):
 
 
 @dataclass(frozen=True)
-class Found:
+class AttackResult:
     """images: the riskiest met, float [N, 3, 32, 32].  risk: float64 [N] on the attacker's draws.
     risks, losses: [steps + 1, N], the best so far at each step of the first start; the clean images come first."""
 
@@ -101,7 +101,7 @@ def attack(
     ascent: PgdConfig,
     generator: torch.Generator,
     warm: Sequence[Tensor] = (),
-) -> Found:
+) -> AttackResult:
     """images: float [N, 3, 32, 32] in [0, 1].  warm: starts of the same shape, tried before the random ones."""
     scale = typical_margin(target.logits(images[:SCALED_ON]), labels[:SCALED_ON], target.draws)
     best = judged(target, images, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
@@ -111,7 +111,7 @@ def attack(
         trace, cost = climb(target, images, labels, threat, ascent, fresh, best, scale)
         traces.append(trace)
         passes += cost
-    return Found(best.images, best.risk, *traces[0], passes=passes)
+    return AttackResult(best.images, best.risk, *traces[0], passes=passes)
 
 
 @torch.no_grad()
@@ -239,9 +239,11 @@ def move(state: State, gradient: Tensor, threat: ThreatModel, ascent: PgdConfig,
     size = per_image(state.step, state.images)
     if ascent.schedule == "constant":
         state.velocity = ascent.momentum * state.velocity + l1_unit(gradient)
-        state.images = project(state.images + size * unit(state.velocity, threat.norm), state.clean, threat)
+        state.images = project(
+            state.images + size * steepest_direction(state.velocity, threat.norm), state.clean, threat
+        )
         return
-    ahead = project(state.images + size * unit(gradient, threat.norm), state.clean, threat)
+    ahead = project(state.images + size * steepest_direction(gradient, threat.norm), state.clean, threat)
     damping = DAMPING if step else 1.0
     drift = (1 - damping) * (state.images - state.previous)
     moved = project(state.images + damping * (ahead - state.images) + drift, state.clean, threat)

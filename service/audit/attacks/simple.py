@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import (
-    TINY,
+    EPS,
     Loss,
     ThreatModel,
     cross_entropy,
@@ -17,7 +17,7 @@ from model_store.attacks import (
     pgd,
     project,
     random_start,
-    unit,
+    steepest_direction,
 )
 from service.audit.attacks.losses import LOSSES, Stage, typical_margin
 from service.audit.evaluation import AttackTarget, Member, failure, workers
@@ -94,7 +94,7 @@ def corners(
     risk = failure(torch.cat([target(part) for part in torch.split(images, BATCH)], dim=1), labels, target.draws)
     for _ in range(count):
         noise = torch.randn(images.shape, generator=generator).to(images)
-        tried = project(images + threat.epsilon * unit(noise, threat.norm), images, threat)
+        tried = project(images + threat.epsilon * steepest_direction(noise, threat.norm), images, threat)
         logits = torch.cat([target(part) for part in torch.split(tried, BATCH)], dim=1)
         now = failure(logits, labels, target.draws)
         best = torch.where(per_image(now > risk, best), tried, best)
@@ -121,7 +121,7 @@ def universal(
         for index in torch.split(order, settings.batch):
             gradient = shared_gradient(target, images[index], labels[index], shift, settings.loss, scale)
             velocity = settings.momentum * velocity + l1_unit(gradient)
-            shift = within(shift + settings.step * threat.epsilon * unit(velocity, threat.norm), threat)
+            shift = within(shift + settings.step * threat.epsilon * steepest_direction(velocity, threat.norm), threat)
         risk = shared_risk(target, images[:seen], labels[:seen], shift)
         if risk > highest:
             best, highest = shift, risk
@@ -132,7 +132,7 @@ def within(shift: Tensor, threat: ThreatModel) -> Tensor:
     if threat.norm == "linf":
         return shift.clamp(-threat.epsilon, threat.epsilon)
     length = float(shift.norm())
-    return shift * (threat.epsilon / max(length, threat.epsilon, TINY))
+    return shift * (threat.epsilon / max(length, threat.epsilon, EPS))
 
 
 def shared_gradient(

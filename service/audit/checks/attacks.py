@@ -10,10 +10,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from model_store.attacks import fgsm, l1_unit, project, random_start, unit
+from model_store.attacks import fgsm, l1_unit, project, random_start, steepest_direction
 from model_store.policy import draw_theta, matrix
 from service.audit import baselines
-from service.audit.attack_runner import Outcome, Run, seed_of
+from service.audit.attack_runner import AuditRun, Outcome, seed_of
 from service.audit.attacks import eot
 from service.audit.attacks.autoattack import AutoAttackConfig, ExpectedLogits
 from service.audit.attacks.autoattack import attack as library_attack
@@ -30,8 +30,8 @@ from service.audit.evaluation import (
     as_floats,
     failure,
     logits_of,
+    pointwise_worst,
     quantize_to_uint8,
-    worst,
 )
 from service.audit.profiles import FAR, refine
 
@@ -44,17 +44,17 @@ NEVER: Final = 256.0  # of a distance in 255ths: not even the whole range of pix
 SHARPEN: Final = refine(10)
 
 
-def accuracy(run: Run, outcome: Outcome) -> Tensor:
+def accuracy(run: AuditRun, outcome: Outcome) -> Tensor:
     """float64 [n]: ours under one attack's images."""
     return run.scores(run.systems[0], outcome).right
 
 
-def strongest(run: Run, outcomes: list[Outcome], images: int) -> Tensor:
+def strongest(run: AuditRun, outcomes: list[Outcome], images: int) -> Tensor:
     """float64 [images]: ours under the worst of these, which must cover the images."""
     index = torch.arange(images)
     found = [run.clean(run.systems[0]).pick(index)]
     found += [run.scores(run.systems[0], o).pick(index) for o in outcomes if o.step.images >= images]
-    return worst(found).right
+    return pointwise_worst(found).right
 
 
 def converged(lab: CheckContext) -> CheckResult:
@@ -109,7 +109,9 @@ def sampled_attack(lab: CheckContext, draws: int) -> Tensor:
         for _ in range(draws):
             gradient += gradient_of(drawn_alone(lab, rng), images, labels, LOSSES["mean-loss"], Stage(1.0, 0.0))[2]
         velocity = PROBE.momentum * velocity + l1_unit(gradient)
-        images = project(images + PROBE.step * threat.epsilon * unit(velocity, threat.norm), lab.images, threat)
+        images = project(
+            images + PROBE.step * threat.epsilon * steepest_direction(velocity, threat.norm), lab.images, threat
+        )
     return images
 
 
@@ -135,7 +137,7 @@ def iterative_below_single_step(lab: CheckContext) -> CheckResult:
     )
 
 
-def same_attack_by_epsilon(run: Run) -> list[tuple[float, Tensor]]:
+def same_attack_by_epsilon(run: AuditRun) -> list[tuple[float, Tensor]]:
     """Ours under eot-mean-loss at each epsilon, on the images that it saw there."""
     found = [o for o in run.outcomes if o.step.system == run.systems[0].name and o.step.name == "eot-mean-loss"]
     lowest: dict[float, Tensor] = {0.0: run.clean(run.systems[0]).right}
@@ -381,7 +383,9 @@ def smooth_landscape(lab: CheckContext) -> CheckResult:
         above = []
         for a in torch.linspace(-1, 1, side).tolist():
             for b in torch.linspace(-1, 1, side).tolist():
-                moved = images + threat.epsilon * (a * unit(gradient, threat.norm) + b * unit(noise, threat.norm))
+                moved = images + threat.epsilon * (
+                    a * steepest_direction(gradient, threat.norm) + b * steepest_direction(noise, threat.norm)
+                )
                 now = loss(target(project(moved, images, threat)), labels, target.draws, stage)
                 above.append(now > reached * (1 + 1e-4) + 1e-4)
     share = float(torch.stack(above).double().mean())

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import ThreatModel
-from service.audit.attack_runner import Outcome, Run, seed_of
+from service.audit.attack_runner import AuditRun, Outcome, seed_of
 from service.audit.attacks import eot
-from service.audit.attacks.eot import Found, PgdConfig
+from service.audit.attacks.eot import AttackResult, PgdConfig
 from service.audit.config import ProfileName
 from service.audit.evaluation import AttackTarget, Defense, as_floats, quantize_to_uint8
 from service.audit.profiles import PROFILES, Profile
@@ -45,8 +45,8 @@ class Check:
 class CheckContext:
     """What checks share: a run, the first few images, and the attacks made on them so far."""
 
-    run: Run
-    cache: dict[str, Found] = field(default_factory=dict)
+    run: AuditRun
+    cache: dict[str, AttackResult] = field(default_factory=dict)
 
     @property
     def profile(self) -> Profile:
@@ -86,7 +86,7 @@ class CheckContext:
 
     def attack(
         self, ascent: PgdConfig, name: str = "", target: AttackTarget | None = None, epsilon: float | None = None
-    ) -> Found:
+    ) -> AttackResult:
         """On the first few images at the headline epsilon, remembered by its settings."""
         key = repr((ascent, name, epsilon))
         if key not in self.cache:
@@ -126,7 +126,7 @@ def points(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def judged(check: Check, lab: CheckContext) -> dict[str, Any]:
+def evaluate_check(check: Check, lab: CheckContext) -> dict[str, Any]:
     """The row of the table."""
     row = {"id": check.id, "name": check.name, "criterion": check.criterion, "hard": check.hard}
     if RANK[lab.run.audit.profile] < RANK[check.least]:

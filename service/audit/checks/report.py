@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model_store.attacks import Norm, ThreatModel
-from service.audit.attack_runner import Outcome, Run
+from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.attacks import arc, eot
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.eot import PgdConfig
@@ -102,7 +102,7 @@ def pointwise_minimum(lab: CheckContext) -> CheckResult:
     return CheckResult(excess <= 1e-9, f"mean of minima over {sum(within(run, o) for o in run.outcomes)} attacks")
 
 
-def within(run: Run, outcome: Outcome) -> bool:
+def within(run: AuditRun, outcome: Outcome) -> bool:
     return outcome.step.epsilon <= run.audit.headline
 
 

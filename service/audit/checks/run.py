@@ -6,15 +6,15 @@ import time
 from typing import Final
 
 from model_store.ticket import write_atomically
-from service.audit.attack_runner import Json, Run
+from service.audit.attack_runner import AuditRun, Json
 from service.audit.checks import attacks, model, report
-from service.audit.checks.base import Check, CheckContext, judged
+from service.audit.checks.base import Check, CheckContext, evaluate_check
 from service.audit.config import digest_of
 
 CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS)
 
 
-def inspect(run: Run) -> list[Json]:
+def run_checks(run: AuditRun) -> list[Json]:
     """The table, for the attacks that a run has made."""
     lab, rows = CheckContext(run), []
     for check in CHECKS:
@@ -23,7 +23,7 @@ def inspect(run: Run) -> list[Json]:
         if path.exists():
             row: Json = json.loads(path.read_text())
         else:
-            row = judged(check, lab)
+            row = evaluate_check(check, lab)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(row).encode())
         rows.append(row)
@@ -32,7 +32,7 @@ def inspect(run: Run) -> list[Json]:
     return rows
 
 
-def key_of(run: Run, check: Check) -> str:
+def key_of(run: AuditRun, check: Check) -> str:
     """Changes with anything that changes the check's result: the attacks it looks at above all."""
     about = [run.library.digest, run.fingerprint, run.data.digest, str(run.audit), [run.key_of(s) for s in run.steps]]
     return f"{check.id:02d}-{digest_of(about)[:24]}"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from service.audit.attack_runner import Run
+from service.audit.attack_runner import AuditRun
 
 STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "tombola",
@@ -112,7 +112,7 @@ def queries(report: Json) -> Figure | None:
     return figure
 
 
-def examples(run: Run) -> list[Json]:
+def examples(run: AuditRun) -> list[Json]:
     """The first images with their riskiest forms at the headline epsilon: pictures and what became of p."""
     system, labels = run.systems[0], run.data.labels
     count = min(EXAMPLES, len(run.data))

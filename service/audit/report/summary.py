@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model_store import policy as sampling
 from service.audit import baselines
-from service.audit.attack_runner import Outcome, Run
+from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.config import NOT_COVERED, digest_of, threat_model
 from service.audit.evaluation import Defense, Scores, countable
 from service.audit.profiles import PROFILES, SHARED, left_out
@@ -48,7 +48,7 @@ def figures(found: Scores) -> Json:
     }
 
 
-def summary(run: Run, checks: Sequence[Json], seconds: float) -> Json:
+def summary(run: AuditRun, checks: Sequence[Json], seconds: float) -> Json:
     """The whole report. `digest` covers all but itself and the timings."""
     body: Json = {
         "format": FORMAT,
@@ -87,7 +87,7 @@ def verdict(checks: Sequence[Json], *, partial: bool = False) -> Json:
     return {"verdict": word, "failed": [c["id"] for c in failed], "warned": [c["id"] for c in warned]}
 
 
-def library_of(run: Run) -> Json:
+def library_of(run: AuditRun) -> Json:
     policy = run.library.policy
     return {
         "digest": run.library.digest,
@@ -102,14 +102,14 @@ def library_of(run: Run) -> Json:
     }
 
 
-def outside_of(run: Run) -> Json | None:
+def outside_of(run: AuditRun) -> Json | None:
     """The attacker's own library, if there was one."""
     if run.outside is None:
         return None
     return {"digest": run.outside.digest, "members": list(run.bench.names[run.bench.own :])}
 
 
-def data_of(run: Run) -> Json:
+def data_of(run: AuditRun) -> Json:
     return {
         "name": run.data.name,
         "origin": run.data.origin,
@@ -146,7 +146,7 @@ def commit() -> str:
 # Parts
 
 
-def system_of(run: Run, system: Defense) -> Json:
+def system_of(run: AuditRun, system: Defense) -> Json:
     curve, images = [], covered(run)
     for epsilon in epsilons(run):
         found = run.robust(system, epsilon, images)
@@ -162,7 +162,7 @@ def system_of(run: Run, system: Defense) -> Json:
     }
 
 
-def scored_on(run: Run, system: Defense) -> str:
+def scored_on(run: AuditRun, system: Defense) -> str:
     draws = run.scoring(system)
     if len(draws.rows) == 1:
         return "one state"
@@ -173,17 +173,17 @@ def scored_on(run: Run, system: Defense) -> str:
     return f"{len(draws.rows):,} draws"
 
 
-def epsilons(run: Run) -> list[float]:
+def epsilons(run: AuditRun) -> list[float]:
     return sorted({0.0} | {step.epsilon for step in run.steps if step.epsilon in (*run.audit.epsilons,)})
 
 
-def covered(run: Run) -> int:
+def covered(run: AuditRun) -> int:
     """The images on which every system was attacked at every epsilon: a curve has the same ones all along."""
     counts = [step.images for step in run.steps if step.epsilon in run.audit.epsilons and step.stage <= SHARED]
     return min(counts, default=len(run.data))
 
 
-def attack_of(run: Run, outcome: Outcome) -> Json:
+def attack_of(run: AuditRun, outcome: Outcome) -> Json:
     step = outcome.step
     own = run.system(step.system)
     labels = run.data.labels[: step.images]
@@ -203,7 +203,7 @@ def attack_of(run: Run, outcome: Outcome) -> Json:
     }
 
 
-def alone(run: Run, outcome: Outcome, broken: Tensor) -> int:
+def alone(run: AuditRun, outcome: Outcome, broken: Tensor) -> int:
     """Images whose majority only this attack, of those on the same system within its epsilon, turns."""
     own = run.system(outcome.step.system)
     left = broken.clone()
@@ -215,12 +215,12 @@ def alone(run: Run, outcome: Outcome, broken: Tensor) -> int:
     return int(left.sum())
 
 
-def singles(run: Run, attack: str) -> dict[str, Outcome]:
+def singles(run: AuditRun, attack: str) -> dict[str, Outcome]:
     """The outcomes of an attack on each member alone, by the member's name."""
     return {o.step.system.split(" ", 1)[1]: o for o in run.outcomes if o.step.name == attack}
 
 
-def tickets_of(run: Run) -> list[Json]:
+def tickets_of(run: AuditRun) -> list[Json]:
     """Table 1: each ticket and baseline alone."""
     rows = []
     attacked = {name: singles(run, name) for name in ("fgsm", "pgd-20")}
@@ -235,7 +235,7 @@ def tickets_of(run: Run) -> list[Json]:
     return rows
 
 
-def transfer_of(run: Run) -> Json | None:
+def transfer_of(run: AuditRun) -> Json | None:
     """Fig. 1: row = the member attacked, column = the one that answers; means over blocks of structures. Of the members
     that the audit attacked one by one."""
     outcomes = singles(run, "pgd-20") or singles(run, "fgsm")
@@ -278,7 +278,7 @@ def blocks(structures: Sequence[str], matrix: Tensor) -> Json:
     return {"blocks": means, "diagonal": diagonal, "off_diagonal": outside, "naive_random_against_random": naive}
 
 
-def comparisons(run: Run) -> list[Json]:
+def comparisons(run: AuditRun) -> list[Json]:
     """Ours less each other system, on the same images under the same attacks, paired; words only where the interval
     allows them."""
     count = len(run.data)
@@ -310,7 +310,7 @@ def words(difference: Interval, *, randomness: bool) -> str:
     return "no difference shown: the interval holds 0"
 
 
-def universal_of(run: Run) -> Json | None:
+def universal_of(run: AuditRun) -> Json | None:
     """One perturbation for all images: each system on the half of the images that none was made from, under the one
     made against it (if one was), and under the worst of all that were made."""
     found = {o.step.system: o for o in run.outcomes if o.step.name == "universal"}
@@ -330,7 +330,7 @@ def universal_of(run: Run) -> Json | None:
     return {"made_against": list(found), "images": len(unseen), "systems": rows}
 
 
-def per_image(run: Run) -> Json:
+def per_image(run: AuditRun) -> Json:
     """p_i of every system, clean and at the headline: what two reports are compared by."""
 
     def row(found: Scores) -> list[float]:

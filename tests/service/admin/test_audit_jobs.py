@@ -22,7 +22,7 @@ from service import errors
 from service.__main__ import main
 from service.admin import audit_jobs as jobs_module
 from service.admin.audit_api import router
-from service.admin.audit_jobs import Jobs
+from service.admin.audit_jobs import AuditQueue
 from service.admin.audit_worker import work
 from service.audit.command import INVALID
 from service.audit.errors import AuditConflict
@@ -50,7 +50,7 @@ class Plane:
     def __init__(self, library: Library, state: Path, **settings: Any) -> None:
         self.settings = Settings(library=library.path, state_dir=state, **settings)
         self.metrics = Metrics()
-        self.jobs = Jobs(self.settings, self.metrics, lambda: library)
+        self.jobs = AuditQueue(self.settings, self.metrics, lambda: library)
         self.app = FastAPI()
         self.app.include_router(router(self.jobs))
         self.app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=self.metrics, metrics_open=True)

@@ -17,7 +17,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 
 from service.admin import console_files
-from service.errors import Text, install
+from service.errors import ErrorMessage, install
 from service.observability.metrics import Metrics
 from service.sample import ship
 from service.web.auth import AdminAuthMiddleware
@@ -90,7 +90,7 @@ class TestFiles:
     def test_other_names_are_not_found_and_nothing_outside_the_folder_is_served(self) -> None:
         for path in ("/console/none.js", "/console/..%2fauth.py", "/console/%2e%2e/auth.py", "/console/"):
             assert ask(console_app(), "GET", path).status_code in (401, 404), path
-        refused(ask(console_app(), "GET", "/console/none.js"), 404, Text.NOT_FOUND)
+        refused(ask(console_app(), "GET", "/console/none.js"), 404, ErrorMessage.NOT_FOUND)
 
     def test_nothing_comes_from_elsewhere(self) -> None:
         for path in FOLDER.iterdir():

@@ -14,10 +14,10 @@ from model_store.library import Library
 from model_store.policy import inclusion_probabilities
 from service import app as apps
 from service.admin import console_api, console_files
-from service.admin.audit_jobs import Jobs
-from service.admin.console_api import DRAWS, latency, spread
-from service.errors import Text
-from service.library_manager import Holder
+from service.admin.audit_jobs import AuditQueue
+from service.admin.console_api import DRAWS, latency, summarize_draws
+from service.errors import ErrorMessage
+from service.library_manager import LibraryManager
 from service.observability.metrics import PUBLISH_EVERY, Metrics
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
@@ -39,8 +39,8 @@ class Plane:
     def __init__(self, library: Path, state: Path, **knobs: Any) -> None:
         settings = Settings(library=library, state_dir=state, engine="torch", **knobs)
         self.metrics = Metrics()
-        self.holder = Holder(settings, self.metrics)
-        jobs = Jobs(settings, self.metrics, self.holder.library)
+        self.holder = LibraryManager(settings, self.metrics)
+        jobs = AuditQueue(settings, self.metrics, self.holder.library)
         routers = (console_files.router(), console_api.router(self.holder, settings, self.metrics, jobs))
         admin = apps.create_admin_app(self.holder, settings, self.metrics, TOKEN, routers)
         public = apps.create_public_app(self.holder, settings, self.metrics, ApiKeyStore(None, self.metrics))
@@ -78,7 +78,7 @@ def test_nothing_is_told_without_the_token(tiny: Library, tmp_path: Path) -> Non
             ("GET", "/admin/profiles"),
             ("POST", "/admin/audits/cost"),
         ):
-            refused(await plane.stranger.request(method, path), 401, Text.TOKEN_REQUIRED)
+            refused(await plane.stranger.request(method, path), 401, ErrorMessage.TOKEN_REQUIRED)
 
     with_plane(ask, tiny, tmp_path, load=False)
 
@@ -88,8 +88,8 @@ def test_before_the_library_is_there_it_says_why_nothing_is_ready(tiny: Library,
         found = (await plane.admin.get("/admin/overview")).json()
         assert (found["ready"], found["reason"]) == (False, "loading")
         assert found["library"] is found["engine"] is found["draws"] is None
-        refused(await plane.admin.post("/admin/try", content=png()), 503, Text.NOT_READY)
-        refused(await plane.admin.post("/admin/audits/cost", json={"profile": "smoke"}), 503, Text.NOT_READY)
+        refused(await plane.admin.post("/admin/try", content=png()), 503, ErrorMessage.NOT_READY)
+        refused(await plane.admin.post("/admin/audits/cost", json={"profile": "smoke"}), 503, ErrorMessage.NOT_READY)
 
     with_plane(ask, tiny, tmp_path, load=False)
 
@@ -143,9 +143,9 @@ def test_a_picture_is_asked_about_twenty_times_and_no_theta_is_told(tiny: Librar
 
 def test_what_is_no_image_is_refused_in_words(tiny: Library, tmp_path: Path) -> None:
     async def ask(plane: Plane) -> None:
-        refused(await plane.admin.post("/admin/try", content=b"no image"), 415, Text.IMAGE_FORMAT)
-        refused(await plane.admin.post("/admin/try", content=b""), 400, Text.IMAGE_EMPTY)
-        refused(await plane.admin.post("/admin/try", content=png()[:60]), 400, Text.IMAGE_DAMAGED)
+        refused(await plane.admin.post("/admin/try", content=b"no image"), 415, ErrorMessage.IMAGE_FORMAT)
+        refused(await plane.admin.post("/admin/try", content=b""), 400, ErrorMessage.IMAGE_EMPTY)
+        refused(await plane.admin.post("/admin/try", content=png()[:60]), 400, ErrorMessage.IMAGE_DAMAGED)
         assert "larger than 1024 bytes" in refused(await plane.admin.post("/admin/try", content=bytes(1025)), 400)
 
     with_plane(ask, tiny, tmp_path, max_body_bytes=1024)
@@ -196,7 +196,7 @@ def test_latency_counts_answered_classifications_alone() -> None:
 
 
 def test_the_spread_of_draws_by_hand() -> None:
-    found = spread(np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]], np.float32), CLASSES)
+    found = summarize_draws(np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]], np.float32), CLASSES)
     assert (found["label"], found["agreement"]) == ("cat", 0.6667)
     assert found["classes"][0] == {"label": "cat", "votes": 2, "mean": 0.4333, "low": 0.2, "high": 0.6}
     assert [row["votes"] for row in found["classes"]] == [2, 1, 0]

@@ -10,7 +10,7 @@ import pytest
 from model_store.errors import LibraryRejected
 from model_store.library import Library
 from model_store.policy import states
-from service.errors import RateLimited, Text
+from service.errors import ErrorMessage, RateLimited
 from service.observability.metrics import Metrics
 from service.settings import SettingsRejected
 from service.web.auth import FAILURES, PAUSE_S, ApiKeyStore, FailedLoginLimiter, read_keys
@@ -43,36 +43,38 @@ class TestTheGate:
     def test_nothing_passes_without_the_token(self, method: str, path: str, headers: dict[str, str]) -> None:
         metrics = Metrics()
         response = ask(admin_app(metrics=metrics), method, path, headers=headers)
-        refused(response, 401, Text.TOKEN_REQUIRED)
+        refused(response, 401, ErrorMessage.TOKEN_REQUIRED)
         assert response.headers["www-authenticate"] == "Bearer"
         assert metrics.value("auth_failures_total", plane="admin") == 1
 
     def test_paths_that_do_not_exist_are_behind_it_too(self) -> None:
-        refused(ask(admin_app(), "GET", "/secret"), 401, Text.TOKEN_REQUIRED)
-        refused(ask(admin_app(), "GET", "/secret", headers=BEARER), 404, Text.NOT_FOUND)
-        refused(ask(admin_app(), "GET", "/consoles"), 401, Text.TOKEN_REQUIRED)
-        refused(ask(admin_app(), "GET", "//admin/library"), 401, Text.TOKEN_REQUIRED)
+        refused(ask(admin_app(), "GET", "/secret"), 401, ErrorMessage.TOKEN_REQUIRED)
+        refused(ask(admin_app(), "GET", "/secret", headers=BEARER), 404, ErrorMessage.NOT_FOUND)
+        refused(ask(admin_app(), "GET", "/consoles"), 401, ErrorMessage.TOKEN_REQUIRED)
+        refused(ask(admin_app(), "GET", "//admin/library"), 401, ErrorMessage.TOKEN_REQUIRED)
 
     def test_health_is_open(self) -> None:
         for path in ("/health/live", "/health/ready"):
             assert ask(admin_app(), "GET", path).status_code == 200
-        refused(ask(admin_app(StandIn(ready=False)), "GET", "/health/ready"), 503, Text.NOT_READY)
+        refused(ask(admin_app(StandIn(ready=False)), "GET", "/health/ready"), 503, ErrorMessage.NOT_READY)
 
     def test_metrics_are_open_unless_the_settings_close_them(self) -> None:
         assert "tombola_ready" in ask(admin_app(), "GET", "/metrics").text
         closed = admin_app(metrics_open=False)
-        refused(ask(closed, "GET", "/metrics"), 401, Text.TOKEN_REQUIRED)
+        refused(ask(closed, "GET", "/metrics"), 401, ErrorMessage.TOKEN_REQUIRED)
         response = ask(closed, "GET", "/metrics", headers=BEARER)
         assert response.headers["content-type"].startswith("text/plain")
 
     def test_a_token_in_the_url_is_refused_even_beside_the_right_one(self) -> None:
         for name in ("token", "access_token", "Authorization"):
-            refused(ask(admin_app(), "GET", f"/admin/policy?{name}={TOKEN}", headers=BEARER), 400, Text.TOKEN_IN_URL)
-            refused(ask(admin_app(), "GET", f"/metrics?{name}={TOKEN}"), 400, Text.TOKEN_IN_URL)
+            refused(
+                ask(admin_app(), "GET", f"/admin/policy?{name}={TOKEN}", headers=BEARER), 400, ErrorMessage.TOKEN_IN_URL
+            )
+            refused(ask(admin_app(), "GET", f"/metrics?{name}={TOKEN}"), 400, ErrorMessage.TOKEN_IN_URL)
 
     def test_two_different_tokens_are_refused(self) -> None:
         headers = [("authorization", "Bearer x"), ("authorization", f"Bearer {TOKEN}")]
-        refused(ask(admin_app(), "GET", "/admin/policy", headers=headers), 400, Text.HEADER_TWICE)
+        refused(ask(admin_app(), "GET", "/admin/policy", headers=headers), 400, ErrorMessage.HEADER_TWICE)
 
     def test_after_many_failures_the_address_has_to_wait(self) -> None:
         async def attempts() -> list[httpx.Response]:
@@ -83,7 +85,7 @@ class TestTheGate:
 
         *wrong, right = asyncio.run(attempts())
         assert [response.status_code for response in wrong] == [401] * FAILURES + [429]
-        refused(right, 429, Text.FAILURES)
+        refused(right, 429, ErrorMessage.FAILURES)
         assert 1 <= int(right.headers["retry-after"]) <= PAUSE_S + 1
 
     def test_the_token_is_never_logged(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -185,7 +187,7 @@ class TestLibrary:
             raise LibraryRejected("/srv/library/tickets/x.safetensors: damaged")
 
         holder.on_reload = bad
-        refused(ask(admin_app(holder), "POST", "/admin/library", headers=BEARER), 422, Text.LIBRARY_REFUSED)
+        refused(ask(admin_app(holder), "POST", "/admin/library", headers=BEARER), 422, ErrorMessage.LIBRARY_REFUSED)
         assert "damaged" in caplog.text
 
     def test_one_swap_at_a_time(self, holder: StandIn) -> None:
@@ -204,11 +206,11 @@ class TestLibrary:
                 await begun.wait()
                 second = await client.post("/admin/library")
                 go.set()
-                refused(second, 409, Text.SWAP_RUNNING)
+                refused(second, 409, ErrorMessage.SWAP_RUNNING)
                 return [(await first).status_code, second.status_code]
 
         assert asyncio.run(both()) == [200, 409]
 
     def test_before_the_first_library(self) -> None:
         for method, path in PATHS[:3]:
-            refused(ask(admin_app(StandIn(loaded=False)), method, path, headers=BEARER), 503, Text.NOT_READY)
+            refused(ask(admin_app(StandIn(loaded=False)), method, path, headers=BEARER), 503, ErrorMessage.NOT_READY)

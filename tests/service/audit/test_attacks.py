@@ -162,7 +162,7 @@ def test_the_risk_an_attack_reports_is_the_risk_of_its_images() -> None:
         (a := eot.attack(target, images, labels, EIGHT, PgdConfig(steps=8, schedule="adaptive"), generator()), a.risk),
         (b := arc.attack(target, images, labels, EIGHT, ArcConfig(2, 2), generator()), b[1]),
     ):
-        reached = found.images if isinstance(found, eot.Found) else found[0]
+        reached = found.images if isinstance(found, eot.AttackResult) else found[0]
         with torch.no_grad():
             assert torch.allclose(failure(target(reached), labels, target.draws), risk)
 

@@ -23,12 +23,12 @@ from service.audit.evaluation import (
     draws_of,
     enumerated,
     failure,
+    pointwise_worst,
     quantize_to_uint8,
     score_exactly,
     scores,
     scoring_draws,
     use_cores,
-    worst,
 )
 from service.audit.stats import bootstrap, clopper_pearson, paired, resampled_means
 from tests.support.audit_models import alone, system
@@ -105,7 +105,7 @@ def told(*right: float) -> Scores:
 
 
 def test_the_mean_of_minima_is_below_the_minimum_of_means() -> None:
-    found = worst([told(0.2, 0.9), told(0.8, 0.1)])
+    found = pointwise_worst([told(0.2, 0.9), told(0.8, 0.1)])
     assert found.right.tolist() == [0.2, 0.1]
     assert found.by_size[1].tolist() == [0.2, 0.1]
 

@@ -14,7 +14,7 @@ from torch import nn
 from model_store.errors import LibraryRejected
 from model_store.library import write_library
 from service.audit import baselines
-from service.audit.attack_runner import Outcome, Run
+from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.checks import attacks, base, model, run
 from service.audit.checks.base import CheckContext, CheckResult
 from service.audit.command import BELOW, INVALID, add_parser, conclude
@@ -24,7 +24,7 @@ from service.audit.evaluation import candidates_of
 from service.audit.profiles import PROFILES, SHARED, attacks_of, images_of, plan
 from service.audit.report.markdown_report import MARKS
 from service.audit.report.summary import compare, digest_holds, words
-from service.audit.run import audit, labelled
+from service.audit.run import labelled, run_audit
 from service.audit.stats import Interval
 from tests.support.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
 from tests.support.serving import some_rows
@@ -64,7 +64,7 @@ def library(folder: Path) -> Any:
 def report(folder: Path, library: Any) -> Json:
     """A smoke audit of four random tickets on images that they label themselves."""
     torch.set_num_threads(1)
-    return audit(folder / "first", SMALL, library, labelled(SMALL, library, None))
+    return run_audit(folder / "first", SMALL, library, labelled(SMALL, library, None))
 
 
 def without_timings(report: Json) -> Json:
@@ -100,7 +100,9 @@ def test_the_attack_bites(report: Json) -> None:
 
 
 def test_another_attackers_seed_leaves_the_defender_alone(report: Json, library: Any, folder: Path) -> None:
-    one, other = (Run(folder / "unused", Audit("smoke", images=4, seed=s), library, faint_digits(4)) for s in (0, 1))
+    one, other = (
+        AuditRun(folder / "unused", Audit("smoke", images=4, seed=s), library, faint_digits(4)) for s in (0, 1)
+    )
     for system in one.systems:
         assert torch.equal(one.scoring(system).rows, other.scoring(system).rows)
         assert torch.equal(one.clean(system).right, other.clean(system).right)
@@ -109,8 +111,8 @@ def test_another_attackers_seed_leaves_the_defender_alone(report: Json, library:
 
 
 def test_a_finished_attack_is_never_run_again(report: Json, folder: Path, library: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(Run, "run", lambda *_: pytest.fail("an attack ran again"))
-    assert audit(folder / "first", SMALL, library, labelled(SMALL, library, None))["digest"] == report["digest"]
+    monkeypatch.setattr(AuditRun, "run", lambda *_: pytest.fail("an attack ran again"))
+    assert run_audit(folder / "first", SMALL, library, labelled(SMALL, library, None))["digest"] == report["digest"]
 
 
 def test_an_interrupted_audit_goes_on_where_it_was(
@@ -127,16 +129,16 @@ def test_an_interrupted_audit_goes_on_where_it_was(
 
     data = labelled(SMALL, library, None)
     with pytest.raises(KeyboardInterrupt):
-        audit(folder / "cut", SMALL, library, data, tell=cut)
+        run_audit(folder / "cut", SMALL, library, data, tell=cut)
     ran: list[Step] = []
-    plain = Run.run
+    plain = AuditRun.run
 
-    def counted(run: Run, step: Step) -> Any:
+    def counted(run: AuditRun, step: Step) -> Any:
         ran.append(step)
         return plain(run, step)
 
-    monkeypatch.setattr(Run, "run", counted)
-    found = audit(folder / "cut", SMALL, library, data)
+    monkeypatch.setattr(AuditRun, "run", counted)
+    found = run_audit(folder / "cut", SMALL, library, data)
     assert found["digest"] == report["digest"]
     assert without_timings(found) == without_timings(report)
     repeated = 1  # check 32 runs one attack again to compare
@@ -280,7 +282,7 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
         steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
         assert len({step.id for step in steps}) == len(steps)
         assert all(step.images <= images_of(asked) for step in steps)
-        costs.append(sum(Run(folder / "unused", asked, library, faint_digits(2)).costs))
+        costs.append(sum(AuditRun(folder / "unused", asked, library, faint_digits(2)).costs))
     assert costs == sorted(costs)
     assert costs[1] > 10 * costs[0]
 
@@ -355,21 +357,21 @@ def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None
 def test_a_choice_of_tickets_makes_a_matrix_of_their_own(report: Json, library: Any, folder: Path) -> None:
     chosen = ("resnet18-50", "resnet34-20")
     asked = Audit("smoke", attacks=("fgsm",), tickets=chosen, epsilons=(8.0,), images=4)
-    some = audit(folder / "some", asked, library, labelled(asked, library, None))["transfer"]
+    some = run_audit(folder / "some", asked, library, labelled(asked, library, None))["transfer"]
     whole = report["transfer"]
     places = [whole["names"].index(name) for name in chosen]
     assert some["names"] == list(chosen)
     assert some["accuracy"] == [[whole["accuracy"][i][j] for j in places] for i in places]
     assert set(some["blocks"]) == {"resnet18 -> resnet34", "resnet34 -> resnet18"}
     with pytest.raises(AuditRejected, match="'resnet18-51'; expected some of resnet18-20"):
-        Run(folder / "unused", Audit("smoke", tickets=("resnet18-51",)), library, faint_digits(2))
+        AuditRun(folder / "unused", Audit("smoke", tickets=("resnet18-51",)), library, faint_digits(2))
 
 
 def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
     report: Json, library: Any, folder: Path
 ) -> None:
     theirs = tiny(folder / "theirs", ("resnet18",), (0.3,))
-    found = audit(folder / "outside", SMALL, library, labelled(SMALL, library, None), outside=theirs)
+    found = run_audit(folder / "outside", SMALL, library, labelled(SMALL, library, None), outside=theirs)
     name = f"{theirs.digest[:6]}/resnet18-30"
     assert found["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
     assert set(found["systems"]) == set(report["systems"])
@@ -380,7 +382,7 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
     two = items([make_ticket("resnet18", 0.5, classes=2)])
     others = write_library(folder / "others", classes=("cat", "dog"), data="random", tickets=two)
     with pytest.raises(AuditRejected, match="expected the library's own"):
-        Run(folder / "unused", SMALL, library, faint_digits(2), outside=others)
+        AuditRun(folder / "unused", SMALL, library, faint_digits(2), outside=others)
 
 
 # Defences that only look strong
@@ -449,16 +451,16 @@ def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: boo
 def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
     np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
     served = folder / "pictures.npz"
-    run = Run(folder / "rounded", Audit("standard", images=4), library, faint_digits(4), int8_images=served)
+    run = AuditRun(folder / "rounded", Audit("standard", images=4), library, faint_digits(4), int8_images=served)
     finding = model.same_model(CheckContext(run))
     assert finding.ok is False
     assert finding.warn
     assert "in 8 bits" in finding.value
-    assert model.same_model(CheckContext(Run(folder / "rounded", run.audit, library, run.data))).ok
+    assert model.same_model(CheckContext(AuditRun(folder / "rounded", run.audit, library, run.data))).ok
 
 
 def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) -> None:
-    run = Run(folder / "known", Audit("standard", attacks=("eot-mean-loss",), images=8), library, faint_digits(8))
+    run = AuditRun(folder / "known", Audit("standard", attacks=("eot-mean-loss",), images=8), library, faint_digits(8))
     run.steps = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
     run.costs = [1.0] * len(run.steps)
     run.attack()
@@ -517,7 +519,7 @@ def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
 
     def judged(ok: bool | None, hard: bool, warn: bool = False, least: Any = "smoke") -> str:
         check = base.Check(1, "name", "criterion", hard, least, lambda _: CheckResult(ok, "value", warn))
-        return str(base.judged(check, lab)["outcome"])
+        return str(base.evaluate_check(check, lab)["outcome"])
 
     assert judged(True, True) == "pass"
     assert judged(False, True) == "fail"
@@ -533,7 +535,7 @@ def test_all_thirty_four_checks_are_there_once() -> None:
 
 def test_a_warm_start_comes_from_earlier_stages_alone(library: Any, folder: Path) -> None:
     """So that every system's refined attack starts from the same images, and a key costs one look at each attack."""
-    run = Run(folder / "unused", Audit("standard"), library, faint_digits(8))
+    run = AuditRun(folder / "unused", Audit("standard"), library, faint_digits(8))
     warm = [step for step in run.steps if step.warm]
     assert {"eot-risk", "arc"} <= {step.name for step in warm}
     for step in warm:

@@ -220,7 +220,7 @@ def test_eight_bits_are_near_float_and_really_eight(small_library: Library, stat
     rows = some_rows(5)
     for member in range(len(small_library.tickets)):
         found, expected = rounded.forward(member, rows), exact.forward(member, rows)
-        assert 0 < base.difference(found, expected) < base.INT8_TOLERANCE
+        assert 0 < base.max_relative_error(found, expected) < base.INT8_TOLERANCE
 
 
 def test_every_convolution_s_input_and_weights_are_rounded(small_library: Library) -> None:

@@ -18,13 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_store.library import Library
-from service.cpu import NICE_INFERENCE, cpu_s, family, resident_bytes
+from service.cpu import NICE_INFERENCE, cpu_s, process_tree, resident_bytes
 from service.engine.base import Engine, EngineDied, EngineRejected
-from service.engine.factory import open_engine, open_served, uses_processes
-from service.engine.ipc import FAILED, FOUND, WORD, encode_request, failed, found, read, understood
+from service.engine.factory import open_engine, open_for_serving, uses_processes
+from service.engine.ipc import (
+    FAILED,
+    FOUND,
+    WORD,
+    decode_request,
+    decode_result,
+    encode_error,
+    encode_request,
+    encode_result,
+)
 from service.observability.metrics import Metrics
 from service.sample import ship
-from service.scheduling.batch import Model, Request, Shard, form_batch, partition, run, summed
+from service.scheduling.batch import PendingRequest, ServedModel, Shard, combine_members, form_batch, partition, run
 from service.settings import Settings
 from tests.support.serving import holds, over_and_over, serving, some_rows, tiny_library
 
@@ -49,13 +58,13 @@ def settings(state: Path, **knobs: Any) -> Settings:
 @pytest.fixture(scope="module")
 def shared(tiny: Library, state: Path) -> Engine:
     """For tests that leave its processes alive."""
-    return open_served(tiny, settings(state))
+    return open_for_serving(tiny, settings(state))
 
 
 @pytest.fixture
 def engine(tiny: Library, state: Path) -> Iterator[Engine]:
     """For tests that do not."""
-    made = open_served(tiny, settings(state, engine_timeout_s=1.0))
+    made = open_for_serving(tiny, settings(state, engine_timeout_s=1.0))
     yield made
     host = made.pids()[0]
     if alive(host):
@@ -63,7 +72,7 @@ def engine(tiny: Library, state: Path) -> Iterator[Engine]:
 
 
 def forks(engine: Engine) -> list[int]:
-    return family(engine.pids()[0])[1:]
+    return process_tree(engine.pids()[0])[1:]
 
 
 def alive(pid: int) -> bool:
@@ -83,21 +92,21 @@ def alive(pid: int) -> bool:
 )
 def test_a_question_is_understood_and_an_answer_read(rows: int, jobs: list[tuple[int, list[int]]]) -> None:
     asked = some_rows(rows)
-    heard, tasks = understood(encode_request(asked, jobs))
+    heard, tasks = decode_request(encode_request(asked, jobs))
     assert np.array_equal(heard, asked)
     assert [(member, list(places)) for member, places in tasks] == jobs
     ran = [
         (np.full((len(places), 10), member, np.float32), 0.25 * place) for place, (member, places) in enumerate(jobs)
     ]
-    message = found(ran)
+    message = encode_result(ran)
     assert message[: WORD.size] == WORD.pack(FOUND)
-    for (logits, seconds), (expected, passed) in zip(read(message[WORD.size :], jobs, 10), ran, strict=True):
+    for (logits, seconds), (expected, passed) in zip(decode_result(message[WORD.size :], jobs, 10), ran, strict=True):
         assert np.array_equal(logits, expected)
         assert seconds == passed
 
 
 def test_of_an_exception_only_its_type_is_said() -> None:
-    assert failed(ValueError("secret")) == WORD.pack(FAILED) + b"ValueError"
+    assert encode_error(ValueError("secret")) == WORD.pack(FAILED) + b"ValueError"
 
 
 # The engine
@@ -137,7 +146,7 @@ def test_a_process_stands_back_for_the_event_loop(shared: Engine) -> None:
 
 def test_no_secret_is_handed_on(tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOMBOLA_ADMIN_TOKEN", "a-secret-that-stays-here")
-    made = open_served(tiny, settings(state))
+    made = open_for_serving(tiny, settings(state))
     for pid in made.pids():
         assert b"a-secret-that-stays-here" not in Path(f"/proc/{pid}/environ").read_bytes()
         assert b"a-secret-that-stays-here" not in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -180,7 +189,7 @@ def test_without_its_host_there_is_no_engine(engine: Engine) -> None:
 
 
 def test_a_forgotten_engine_ends_its_processes(tiny: Library, state: Path) -> None:
-    made = open_served(tiny, settings(state))
+    made = open_for_serving(tiny, settings(state))
     pids = made.pids()
     assert len(pids) == 3
     del made
@@ -204,16 +213,16 @@ def test_a_library_that_changed_meanwhile_is_refused(state: Path, tmp_path: Path
     first = tiny_library(tmp_path / "library")
     tiny_library(tmp_path / "library", seed=50)
     with pytest.raises(EngineRejected, match="changed while it was being opened"):
-        open_served(first, settings(state, engine="openvino"))
+        open_for_serving(first, settings(state, engine="openvino"))
 
 
 def test_what_a_host_refuses_is_said_in_its_words(tiny: Library, state: Path, tmp_path: Path) -> None:
     gone = tiny_library(tmp_path / "library")
     (tmp_path / "library" / "manifest.json").unlink()
     with pytest.raises(EngineRejected, match=r"manifest\.json"):
-        open_served(gone, settings(state, engine="openvino"))
+        open_for_serving(gone, settings(state, engine="openvino"))
     with pytest.raises(EngineRejected, match=r"nothing\.npz: no such file"):
-        open_served(tiny, settings(state, int8_images=Path("nothing.npz")))
+        open_for_serving(tiny, settings(state, int8_images=Path("nothing.npz")))
 
 
 def test_a_host_that_cannot_start_is_an_engine_refused_and_auto_takes_another(
@@ -221,8 +230,8 @@ def test_a_host_that_cannot_start_is_an_engine_refused_and_auto_takes_another(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(EngineRejected, match="ended with code 1 while it opened"):
-        open_served(tiny, settings(state, engine="openvino"))
-    assert open_served(tiny, settings(state)).name == "torch"
+        open_for_serving(tiny, settings(state, engine="openvino"))
+    assert open_for_serving(tiny, settings(state)).name == "torch"
 
 
 # The law, and the service
@@ -230,14 +239,14 @@ def test_a_host_that_cannot_start_is_an_engine_refused_and_auto_takes_another(
 
 def test_a_window_in_parts_gives_the_sums_of_one_part(shared: Engine, tiny: Library, state: Path) -> None:
     loop = asyncio.new_event_loop()
-    request = Request(some_rows(9), "someone", loop.create_future(), 0.0)
+    request = PendingRequest(some_rows(9), "someone", loop.create_future(), 0.0)
     places = [(request, index) for index in range(9)]
-    window = form_batch(Model(shared, tiny.policy, 10), places)
+    window = form_batch(ServedModel(shared, tiny.policy, 10), places)
     for part in partition(window, 3):
         run(part, Metrics())
-    first = summed(window)
+    first = combine_members(window)
     run(Shard(window, window.tasks), Metrics())
-    np.testing.assert_allclose(summed(window), first, atol=1e-6)
+    np.testing.assert_allclose(combine_members(window), first, atol=1e-6)
     loop.close()
 
 
@@ -246,11 +255,11 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
 ) -> None:
     flags = ("--engine", "openvino", "--threads", "2", "--engine-restarts", "100", "--drain-delay-s", "0")
     with serving(tiny.path, tmp_path / "state", *flags) as process:
-        pids = family(process.process.pid)[1:]
+        pids = process_tree(process.process.pid)[1:]
         process.process.send_signal(signal.SIGHUP)
         holds(lambda: process.metric('library_swaps_total{outcome="ok"}') == 1)
         holds(lambda: not any(alive(pid) for pid in pids))  # the old library's have no more to do
-        host, *first = family(process.process.pid)[1:]
+        host, *first = process_tree(process.process.pid)[1:]
         assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in first} == {min(19, os.nice(0) + NICE_INFERENCE)}
         answers: list[int] = []
         with over_and_over(lambda: answers.append(process.classify(ship())[0])):
@@ -264,7 +273,7 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
         assert process.ready()
         assert process.metric("engine_cpu_seconds_total") > 0
         assert process.metric("engine_resident_memory_bytes") > 0
-        now = family(host)
+        now = process_tree(host)
         assert not set(first) & set(now)
         assert process.end() == 0
     holds(lambda: not any(alive(pid) for pid in now))
@@ -276,8 +285,10 @@ def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
     command += ["--library", str(tiny.path), "--state-dir", str(tmp_path), "--engine", "openvino"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        holds(lambda: b"service.engine.fork_server" in Path(f"/proc/{family(process.pid)[-1]}/cmdline").read_bytes())
-        host = family(process.pid)[-1]
+        holds(
+            lambda: b"service.engine.fork_server" in Path(f"/proc/{process_tree(process.pid)[-1]}/cmdline").read_bytes()
+        )
+        host = process_tree(process.pid)[-1]
         os.kill(host, signal.SIGSTOP)  # it will be opening for ever
         try:
             process.send_signal(signal.SIGTERM)
@@ -288,7 +299,7 @@ def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being
 
 def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path) -> None:
     with serving(tiny.path, tmp_path / "state", "--engine", "openvino") as process:
-        pids = family(process.process.pid)
+        pids = process_tree(process.process.pid)
         assert len(pids) >= 3
         os.kill(pids[0], signal.SIGKILL)
         holds(lambda: not any(alive(pid) for pid in pids[1:]))

@@ -26,7 +26,7 @@ from service.engine.factory import open_engine
 from service.errors import DeadlineExceeded, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import PUBLISH_EVERY, Metrics
 from service.scheduling.admission import FairQueue, RateLimiter, ThroughputEstimate
-from service.scheduling.batch import Model, Request, Window, form_batch, partition, run, summed
+from service.scheduling.batch import Batch, PendingRequest, ServedModel, combine_members, form_batch, partition, run
 from service.scheduling.scheduler import DrawStatistics
 from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
@@ -36,18 +36,20 @@ from tests.support.serving import Stand, engine, marks_its_members, some_rows, s
 
 
 @pytest.fixture(scope="module")
-def model(small_library: Library, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(small_library: Library, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     made = open_engine(small_library, Settings(state_dir=tmp_path_factory.mktemp("state"), threads=2))
-    return Model(made, small_library.policy, len(small_library.classes))
+    return ServedModel(made, small_library.policy, len(small_library.classes))
 
 
-def requests_of(*sizes: int, loop: asyncio.AbstractEventLoop) -> list[Request]:
+def requests_of(*sizes: int, loop: asyncio.AbstractEventLoop) -> list[PendingRequest]:
     return [
-        Request(some_rows(size, seed), "someone", loop.create_future(), 0.0) for seed, size in enumerate(sizes) if size
+        PendingRequest(some_rows(size, seed), "someone", loop.create_future(), 0.0)
+        for seed, size in enumerate(sizes)
+        if size
     ]
 
 
-def run_whole(window: Window, threads: int = 2) -> None:
+def run_whole(window: Batch, threads: int = 2) -> None:
     for part in partition(window, threads):
         run(part, Metrics())
 
@@ -55,13 +57,13 @@ def run_whole(window: Window, threads: int = 2) -> None:
 @settings(deadline=None, max_examples=8)
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_a_batched_answer_equals_the_solo_answer_for_the_same_theta(
-    sizes: list[int], model: Model, small_library: Library
+    sizes: list[int], model: ServedModel, small_library: Library
 ) -> None:
     loop = asyncio.new_event_loop()
     requests = requests_of(*sizes, loop=loop)
     window = form_batch(model, [(request, index) for request in requests for index in range(request.size)])
     run_whole(window)
-    found = summed(window)
+    found = combine_members(window)
     for place, (request, index) in enumerate(window.places):
         members = [calibrated(small_library.tickets[member]) for member in window.thetas[place].members]
         draw = torch.ones(1, len(members))
@@ -82,7 +84,7 @@ def test_a_window_runs_each_drawn_ticket_once_and_the_costliest_first() -> None:
     made = Engine("stand-in", "cpu", 1, forward, (1, 50, 2, 3), 0.0, "", 0.0)
     loop = asyncio.new_event_loop()
     (request,) = requests_of(20, loop=loop)
-    window = form_batch(Model(made, Policy.all(4), 10), [(request, index) for index in range(20)])
+    window = form_batch(ServedModel(made, Policy.all(4), 10), [(request, index) for index in range(20)])
     run_whole(window)
     assert calls == [(1, 20), (3, 20), (2, 20), (0, 20)]
     loop.close()
@@ -92,9 +94,9 @@ def test_repeats_of_a_ticket_count_twice_but_run_once() -> None:
     law = Policy(((0, 1),), 2, sizes=(0.0, 0.0, 1.0), replacement=True)
     loop = asyncio.new_event_loop()
     (request,) = requests_of(40, loop=loop)
-    window = form_batch(Model(engine(tickets=2), law, 10), [(request, index) for index in range(40)])
+    window = form_batch(ServedModel(engine(tickets=2), law, 10), [(request, index) for index in range(40)])
     run_whole(window)
-    found = summed(window)
+    found = combine_members(window)
     for row, theta in zip(found, window.thetas, strict=True):
         mean = np.zeros(10)
         for member in theta.members:
@@ -340,11 +342,11 @@ def test_rows_of_a_window_are_skipped_once_nobody_waits_for_them() -> None:
         return marks_its_members(member, rows)
 
     places = [(gone, 0), (waiting, 0), (gone, 1), (waiting, 1), (waiting, 2)]
-    window = form_batch(Model(engine(forward), Policy.all(4), 10), places)
+    window = form_batch(ServedModel(engine(forward), Policy.all(4), 10), places)
     gone.live = False
     run_whole(window)
     assert seen == [3] * 4
-    assert np.allclose(summed(window)[[1, 3, 4]].sum(axis=1), 1)
+    assert np.allclose(combine_members(window)[[1, 3, 4]].sum(axis=1), 1)
     loop.close()
 
 
@@ -389,9 +391,9 @@ def test_buckets_are_bounded_whoever_comes() -> None:
 
 def test_the_pace_counts_time_that_windows_share_once() -> None:
     pace = ThroughputEstimate()
-    pace.note(10, begun=0.0, done=1.0)
+    pace.record(10, begun=0.0, done=1.0)
     assert pace.row_s == pytest.approx(0.1)
-    pace.note(10, begun=0.5, done=2.0)  # began while the first was running
+    pace.record(10, begun=0.5, done=2.0)  # began while the first was running
     assert pace.row_s == pytest.approx(0.1)
     assert pace.wait_s(50) == pytest.approx(5.0)
     assert pace.retry_after_s(50) == 5
@@ -594,8 +596,8 @@ def test_a_scrape_after_one_image_does_not_tell_how_many_tickets_answered_it() -
     assert alone == together
 
 
-def window_of(places: list[tuple[Request, int]]) -> Window:
-    return form_batch(Model(engine(), Policy.all(4), 10), places)
+def window_of(places: list[tuple[PendingRequest, int]]) -> Batch:
+    return form_batch(ServedModel(engine(), Policy.all(4), 10), places)
 
 
 @pytest.mark.parametrize(("quantum_ms", "pauses"), [(0.0, False), (20.0, True)])

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from service.errors import DeadlineExceeded, Draining, EngineFailed, Overloaded, RateLimited, ServiceError, Text
+from service.errors import DeadlineExceeded, Draining, EngineFailed, ErrorMessage, Overloaded, RateLimited, ServiceError
 from service.observability.metrics import Metrics
 from service.web.inference import ARRIVAL_TIME
 from tests.support.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
@@ -109,50 +109,50 @@ class TestHealth:
             app = public_app(holder)
             assert ask(app, "GET", "/health/live").json() == {"live": True}
             response = ask(app, "GET", "/health/ready")
-            refused(response, 503, Text.NOT_READY)
+            refused(response, 503, ErrorMessage.NOT_READY)
             assert int(response.headers["retry-after"]) >= 1
         assert ask(public_app(), "GET", "/health/ready").json() == {"ready": True}
 
     def test_before_the_first_library_there_is_no_answer(self) -> None:
-        refused(ask(public_app(StandIn(loaded=False)), "POST", PATH, content=png()), 503, Text.NOT_READY)
+        refused(ask(public_app(StandIn(loaded=False)), "POST", PATH, content=png()), 503, ErrorMessage.NOT_READY)
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
         ("content", "content_type", "status", "text"),
         [
-            (b"", None, 400, Text.EMPTY_BODY),
-            (b"hello", None, 415, Text.BODY_NEITHER),
-            (b"hello", "image/png", 415, Text.IMAGE_FORMAT),
-            (encoded(picture(), "GIF"), "image/gif", 415, Text.IMAGE_FORMAT),
-            (png()[:60], "image/png", 400, Text.IMAGE_DAMAGED),
-            (png(size=(2500, 2500)), "image/png", 413, Text.IMAGE_TOO_LARGE),
-            (png(), "application/json", 400, Text.JSON_MALFORMED),
-            (b"{", "application/json", 400, Text.JSON_MALFORMED),
-            (b'{"images": ["aaaa"', None, 400, Text.JSON_MALFORMED),
-            (b"[1]", "application/json", 400, Text.JSON_OBJECT),
-            (b"{}", None, 400, Text.JSON_IMAGES),
-            (b'{"images": []}', None, 400, Text.JSON_IMAGES),
-            (b'{"images": "aaaa"}', None, 400, Text.JSON_IMAGES),
-            (b'{"images": [1]}', None, 400, Text.JSON_IMAGES),
-            (b'{"images": ["aaaa"], "seed": 1}', None, 400, Text.JSON_IMAGES),
-            (b'{"images": ["a*a="]}', None, 400, Text.BASE64),
-            ('{"images": ["aaaé"]}'.encode(), None, 400, Text.BASE64),
-            (b'{"images": [""]}', None, 400, Text.IMAGE_EMPTY),
-            (b'{"images": ["aGVsbG8="]}', None, 415, Text.IMAGE_FORMAT),
-            (png(), "text/plain", 415, Text.BODY_TYPE),
-            (png(), "multipart/form-data; boundary=x", 415, Text.BODY_TYPE),
+            (b"", None, 400, ErrorMessage.EMPTY_BODY),
+            (b"hello", None, 415, ErrorMessage.BODY_NEITHER),
+            (b"hello", "image/png", 415, ErrorMessage.IMAGE_FORMAT),
+            (encoded(picture(), "GIF"), "image/gif", 415, ErrorMessage.IMAGE_FORMAT),
+            (png()[:60], "image/png", 400, ErrorMessage.IMAGE_DAMAGED),
+            (png(size=(2500, 2500)), "image/png", 413, ErrorMessage.IMAGE_TOO_LARGE),
+            (png(), "application/json", 400, ErrorMessage.JSON_MALFORMED),
+            (b"{", "application/json", 400, ErrorMessage.JSON_MALFORMED),
+            (b'{"images": ["aaaa"', None, 400, ErrorMessage.JSON_MALFORMED),
+            (b"[1]", "application/json", 400, ErrorMessage.JSON_OBJECT),
+            (b"{}", None, 400, ErrorMessage.JSON_IMAGES),
+            (b'{"images": []}', None, 400, ErrorMessage.JSON_IMAGES),
+            (b'{"images": "aaaa"}', None, 400, ErrorMessage.JSON_IMAGES),
+            (b'{"images": [1]}', None, 400, ErrorMessage.JSON_IMAGES),
+            (b'{"images": ["aaaa"], "seed": 1}', None, 400, ErrorMessage.JSON_IMAGES),
+            (b'{"images": ["a*a="]}', None, 400, ErrorMessage.BASE64),
+            ('{"images": ["aaaé"]}'.encode(), None, 400, ErrorMessage.BASE64),
+            (b'{"images": [""]}', None, 400, ErrorMessage.IMAGE_EMPTY),
+            (b'{"images": ["aGVsbG8="]}', None, 415, ErrorMessage.IMAGE_FORMAT),
+            (png(), "text/plain", 415, ErrorMessage.BODY_TYPE),
+            (png(), "multipart/form-data; boundary=x", 415, ErrorMessage.BODY_TYPE),
         ],
     )
-    def test_wrong_content(self, content: bytes, content_type: str | None, status: int, text: Text) -> None:
+    def test_wrong_content(self, content: bytes, content_type: str | None, status: int, text: ErrorMessage) -> None:
         headers = {} if content_type is None else {"content-type": content_type}
         refused(ask(public_app(), "POST", PATH, content=content, headers=headers), status, text)
 
     def test_too_many_images_and_bodies_too_large(self) -> None:
         body = json.dumps(base64_json(*[png()] * 4)).encode()
-        refused(ask(public_app(max_images=3), "POST", PATH, content=body), 413, Text.IMAGES_TOO_MANY)
+        refused(ask(public_app(max_images=3), "POST", PATH, content=body), 413, ErrorMessage.IMAGES_TOO_MANY)
         response = ask(public_app(max_body_bytes=1024), "POST", PATH, content=png() + bytes(1024))
-        assert "1024 bytes" in refused(response, 413, Text.BODY_TOO_LARGE)
+        assert "1024 bytes" in refused(response, 413, ErrorMessage.BODY_TOO_LARGE)
         assert response.headers["connection"] == "close"
 
     def test_a_body_without_length_is_measured_as_it_comes(self) -> None:
@@ -163,7 +163,7 @@ class TestRefusals:
                 taken.append(1)
                 yield bytes(500)
 
-        refused(ask(public_app(max_body_bytes=2000), "POST", PATH, content=endless()), 413, Text.BODY_TOO_LARGE)
+        refused(ask(public_app(max_body_bytes=2000), "POST", PATH, content=endless()), 413, ErrorMessage.BODY_TOO_LARGE)
 
     def test_a_body_in_pieces_is_put_together(self) -> None:
         async def pieces() -> AsyncIterator[bytes]:
@@ -195,7 +195,7 @@ class TestRefusals:
 
         first, second = asyncio.run(two())
         assert first.status_code == 200
-        refused(second, 503, Text.BODIES_FULL)
+        refused(second, 503, ErrorMessage.BODIES_FULL)
         assert second.headers["retry-after"] == "1"
         assert metrics.value("shed_total", reason="body") == 1
         assert metrics.value("http_bodies_held_bytes") == 0
@@ -207,15 +207,15 @@ class TestRefusals:
             await asyncio.sleep(30)
 
         response = ask(public_app(body_timeout_s=0.05), "POST", PATH, content=slow())
-        refused(response, 408, Text.BODY_SLOW)
+        refused(response, 408, ErrorMessage.BODY_SLOW)
         assert response.headers["connection"] == "close"
 
     def test_paths_and_methods(self) -> None:
         app = public_app()
-        refused(ask(app, "GET", "/nothing/here"), 404, Text.NOT_FOUND)
-        refused(ask(app, "POST", PATH + "/"), 404, Text.NOT_FOUND)
+        refused(ask(app, "GET", "/nothing/here"), 404, ErrorMessage.NOT_FOUND)
+        refused(ask(app, "POST", PATH + "/"), 404, ErrorMessage.NOT_FOUND)
         response = ask(app, "GET", PATH)
-        refused(response, 405, Text.METHOD)
+        refused(response, 405, ErrorMessage.METHOD)
         assert response.headers["allow"] == "POST"
 
     def test_admin_calls_are_not_there(self) -> None:
@@ -226,10 +226,10 @@ class TestRefusals:
             ("GET", "/admin/policy"),
             ("POST", "/admin/audits"),
         ):
-            refused(ask(public_app(), method, path), 404, Text.NOT_FOUND)
+            refused(ask(public_app(), method, path), 404, ErrorMessage.NOT_FOUND)
 
     def test_a_key_for_repeating_a_request_is_declined(self) -> None:
-        refused(classify(headers={"idempotency-key": "x"}), 400, Text.IDEMPOTENCY)
+        refused(classify(headers={"idempotency-key": "x"}), 400, ErrorMessage.IDEMPOTENCY)
 
     @pytest.mark.parametrize(
         ("error", "status", "pause"),
@@ -273,7 +273,7 @@ class TestRefusals:
         metrics = Metrics()
         for error in (ValueError(secret), KeyError(secret), MemoryError(secret), ExceptionGroup(secret, [OSError()])):
             response = ask(public_app(StandIn(Oracle(error)), metrics), "POST", PATH, content=png())
-            assert refused(response, 500) == Text.FAILED
+            assert refused(response, 500) == ErrorMessage.FAILED
         assert metrics.value("inference_requests_total", outcome="error") == 4
         assert "KeyError" in caplog.text
         assert "17" not in "".join(record.getMessage() for record in caplog.records).replace("line", "")
@@ -291,7 +291,7 @@ class TestPacking:
 
     @pytest.mark.parametrize("coding", ["br", "gzip, gzip", "zstd", "pickle"])
     def test_others_are_refused(self, coding: str) -> None:
-        refused(classify(headers={"content-encoding": coding}), 415, Text.BODY_PACKING)
+        refused(classify(headers={"content-encoding": coding}), 415, ErrorMessage.BODY_PACKING)
 
     @pytest.mark.parametrize(
         "body",
@@ -304,12 +304,12 @@ class TestPacking:
         ids=["not packed", "cut short", "more behind it", "two members"],  # not the bytes: gzip's hold the time
     )
     def test_damaged_packing(self, body: bytes) -> None:
-        refused(classify(body, headers={"content-encoding": "gzip"}), 400, Text.BODY_INFLATE)
+        refused(classify(body, headers={"content-encoding": "gzip"}), 400, ErrorMessage.BODY_INFLATE)
 
     def test_a_bomb_stops_at_the_limit(self) -> None:
         bomb = gzip.compress(bytes(100_000_000), 9)
         assert len(bomb) < 100_000
-        refused(classify(bomb, headers={"content-encoding": "gzip"}), 413, Text.BODY_TOO_LARGE)
+        refused(classify(bomb, headers={"content-encoding": "gzip"}), 413, ErrorMessage.BODY_TOO_LARGE)
 
 
 class TestDeadlines:
@@ -326,11 +326,11 @@ class TestDeadlines:
 
     @pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "", "9" * 30])
     def test_nonsense_is_refused(self, value: str) -> None:
-        refused(classify(headers={"tombola-timeout-ms": value}), 400, Text.TIMEOUT_HEADER)
+        refused(classify(headers={"tombola-timeout-ms": value}), 400, ErrorMessage.TIMEOUT_HEADER)
 
     def test_two_different_ones_are_refused(self) -> None:
         response = classify(headers=[("tombola-timeout-ms", "1"), ("tombola-timeout-ms", "2")])
-        refused(response, 400, Text.HEADER_TWICE)
+        refused(response, 400, ErrorMessage.HEADER_TWICE)
 
 
 class TestHangUps:
@@ -454,13 +454,13 @@ class TestKeys:
         metrics = Metrics()
         raw = {name: value.encode("latin-1") for name, value in headers.items()}
         response = ask(public_app(None, metrics, api_keys_file=keys), "POST", PATH, content=png(), headers=raw)
-        refused(response, 401, Text.KEY_REQUIRED)
+        refused(response, 401, ErrorMessage.KEY_REQUIRED)
         assert response.headers["www-authenticate"] == "Bearer"
         assert metrics.value("auth_failures_total", plane="public") == 1
 
     def test_both_protocols_ask_for_it_and_health_and_metadata_do_not(self, keys: Path) -> None:
         app = public_app(api_keys_file=keys)
-        refused(ask(app, "POST", "/v2/models/tombola/infer", content=png()), 401, Text.KEY_REQUIRED)
+        refused(ask(app, "POST", "/v2/models/tombola/infer", content=png()), 401, ErrorMessage.KEY_REQUIRED)
         for path in (
             "/health/live",
             "/health/ready",
@@ -472,7 +472,7 @@ class TestKeys:
 
     def test_a_key_in_the_url_is_refused_even_where_none_is_needed(self) -> None:
         for name in ("key", "token", "api_key", "ACCESS_TOKEN"):
-            refused(ask(public_app(), "POST", f"{PATH}?{name}=first", content=png()), 400, Text.TOKEN_IN_URL)
+            refused(ask(public_app(), "POST", f"{PATH}?{name}=first", content=png()), 400, ErrorMessage.TOKEN_IN_URL)
 
     def test_without_keys_the_address_is_the_client(self) -> None:
         holder = StandIn()

@@ -18,7 +18,7 @@ from open_inference.openapi.core.api_error import ApiError
 from open_inference.openapi.types import InferenceRequest
 from tritonclient.utils import InferenceServerException
 
-from service.errors import Text
+from service.errors import ErrorMessage
 from tests.support.planes import behind_a_port, picture, png, public_app
 from tests.support.tickets import CLASSES
 
@@ -122,14 +122,14 @@ class TestTritonBlocking:
     def test_errors_say_what_is_wrong(self, client: Any) -> None:
         with pytest.raises(InferenceServerException) as caught:
             client.infer("other", [image_input(blocking)])
-        assert (caught.value.status(), caught.value.message()) == ("404", Text.MODEL_UNKNOWN)
+        assert (caught.value.status(), caught.value.message()) == ("404", ErrorMessage.MODEL_UNKNOWN)
         tensor = blocking.InferInput("image", [1], "BYTES").set_data_from_numpy(np.array([b"no image"], dtype=object))
         with pytest.raises(InferenceServerException) as caught:
             client.infer("tombola", [tensor])
-        assert (caught.value.status(), caught.value.message()) == ("415", Text.IMAGE_FORMAT)
+        assert (caught.value.status(), caught.value.message()) == ("415", ErrorMessage.IMAGE_FORMAT)
         with pytest.raises(InferenceServerException) as caught:
             client.load_model("tombola", config="{}", files={"file:1/model.py": b"x = 1"})
-        assert (caught.value.status(), caught.value.message()) == ("501", Text.NOT_OFFERED)
+        assert (caught.value.status(), caught.value.message()) == ("501", ErrorMessage.NOT_OFFERED)
 
     def test_sixty_calls_on_one_connection_good_and_bad_in_turn(self, client: Any) -> None:
         bad = blocking.InferInput("image", [1], "BYTES").set_data_from_numpy(np.array([b"no image"], dtype=object))
@@ -138,7 +138,7 @@ class TestTritonBlocking:
             try:
                 client.infer("tombola", [bad if turn % 2 else image_input(blocking)])
             except InferenceServerException as error:
-                broken += error.message() != Text.IMAGE_FORMAT
+                broken += error.message() != ErrorMessage.IMAGE_FORMAT
         assert broken == 0
 
 
@@ -172,7 +172,7 @@ class TestTritonNonblocking:
                     try:
                         await client.infer("tombola" if turn % 2 else "other", [image_input(nonblocking)])
                     except InferenceServerException as error:
-                        broken += error.message() != Text.MODEL_UNKNOWN
+                        broken += error.message() != ErrorMessage.MODEL_UNKNOWN
             return broken
 
         assert asyncio.run(calls()) == 0

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from service.errors import BadRequest, ContentTooLarge, ServiceError, Text, UnsupportedMediaType
+from service.errors import BadRequest, ContentTooLarge, ErrorMessage, ServiceError, UnsupportedMediaType
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web import decoder as decoder_module
@@ -124,29 +124,29 @@ class TestOrientation:
 
 class TestWhatIsRefused:
     def test_nothing(self) -> None:
-        assert refusal(b"").message == Text.IMAGE_EMPTY
+        assert refusal(b"").message == ErrorMessage.IMAGE_EMPTY
 
     @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "EPS", "PDF", "JPEG2000", "TGA", "SGI"])
     def test_other_formats_whose_readers_are_never_run(self, kind: str) -> None:
         error = refusal(encoded(picture(), kind))
-        assert (type(error), error.status, error.message) == (UnsupportedMediaType, 415, Text.IMAGE_FORMAT)
+        assert (type(error), error.status, error.message) == (UnsupportedMediaType, 415, ErrorMessage.IMAGE_FORMAT)
 
     def test_another_format_behind_the_first_bytes_of_an_accepted_one(self) -> None:
         for start in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"):
-            assert refusal(start + encoded(picture(), "GIF")).message == Text.IMAGE_DAMAGED
+            assert refusal(start + encoded(picture(), "GIF")).message == ErrorMessage.IMAGE_DAMAGED
 
     @PILLOW_WARNS
     @pytest.mark.parametrize("kind", KINDS)
     def test_files_cut_short_at_any_place(self, kind: str) -> None:
         data = encoded(NOISE, kind)
         for length in range(1, len(data) - 20, 97):
-            assert refusal(data[:length]).message in (Text.IMAGE_DAMAGED, Text.IMAGE_FORMAT)
+            assert refusal(data[:length]).message in (ErrorMessage.IMAGE_DAMAGED, ErrorMessage.IMAGE_FORMAT)
 
     def test_too_many_pixels_are_seen_in_the_header_before_any_is_decoded(self) -> None:
         for width, height in ((20_000, 20_000), (1_000_000, 5), (2001, 2000)):
             error = refusal(png_of(width, height, chunk(b"IDAT", b"")))  # not one pixel could be decoded
             assert (type(error), error.status) == (ContentTooLarge, 413)
-            assert error.message == Text.IMAGE_TOO_LARGE.format(limit=MAX_PIXELS)
+            assert error.message == ErrorMessage.IMAGE_TOO_LARGE.format(limit=MAX_PIXELS)
 
     def test_a_bomb_of_fifty_kilobytes_costs_no_memory(self) -> None:
         bomb = png_of(20_000, 20_000, chunk(b"IDAT", zlib.compress(bytes(20_001 * 2_000), 9)), chunk(b"IEND", b""))

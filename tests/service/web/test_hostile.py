@@ -29,8 +29,8 @@ from tritonclient.utils import InferenceServerException
 
 from model_store.library import Library
 from service.app import create_admin_app, create_public_app
-from service.errors import Text
-from service.library_manager import Holder
+from service.errors import ErrorMessage
+from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
@@ -142,13 +142,13 @@ class TestDeserialisation:
         monkeypatch.setattr(socket.socket, "connect", connect)
         url = "http://169.254.169.254/latest/meta-data"
         element = struct.pack("<I", len(url)) + url.encode()
-        refused(ask(app, "POST", CLASSIFY, json={"url": url}), 400, Text.JSON_IMAGES)
-        refused(ask(app, "POST", CLASSIFY, json={"images": [url]}), 400, Text.BASE64)
+        refused(ask(app, "POST", CLASSIFY, json={"url": url}), 400, ErrorMessage.JSON_IMAGES)
+        refused(ask(app, "POST", CLASSIFY, json={"images": [url]}), 400, ErrorMessage.BASE64)
         refused(ask(app, "POST", CLASSIFY, json={"images": [base64.b64encode(url.encode()).decode()]}), 415)
-        refused(ask(app, "POST", CLASSIFY, content=url.encode()), 415, Text.BODY_NEITHER)
-        refused(binary(app, {"inputs": [bytes_tensor(1, len(element))]}, element), 415, Text.IMAGE_FORMAT)
+        refused(ask(app, "POST", CLASSIFY, content=url.encode()), 415, ErrorMessage.BODY_NEITHER)
+        refused(binary(app, {"inputs": [bytes_tensor(1, len(element))]}, element), 415, ErrorMessage.IMAGE_FORMAT)
         load = {"parameters": {"config": "{}", "file:1/model.py": "aW1wb3J0IG9z"}}
-        refused(ask(app, "POST", "/v2/repository/models/tombola/load", json=load), 501, Text.NOT_OFFERED)
+        refused(ask(app, "POST", "/v2/repository/models/tombola/load", json=load), 501, ErrorMessage.NOT_OFFERED)
 
 
 def bytes_tensor(count: int, size: Any) -> dict[str, Any]:
@@ -164,12 +164,14 @@ class TestSizes:
     def test_three_megabytes_of_six_byte_elements(self, app: FastAPI) -> None:
         data = struct.pack("<I2s", 2, b"xx") * 500_000
         before = resident_bytes()
-        refused(binary(app, {"inputs": [bytes_tensor(500_000, len(data))]}, data), 413, Text.IMAGES_TOO_MANY)
-        refused(binary(app, {"inputs": [bytes_tensor(512, len(data))]}, data), 400, Text.V2_BINARY_BYTES)
+        refused(binary(app, {"inputs": [bytes_tensor(500_000, len(data))]}, data), 413, ErrorMessage.IMAGES_TOO_MANY)
+        refused(binary(app, {"inputs": [bytes_tensor(512, len(data))]}, data), 400, ErrorMessage.V2_BINARY_BYTES)
         assert resident_bytes() - before < 64 * MEGABYTE
 
-    @pytest.mark.parametrize(("what", "text"), [("inputs", Text.V2_INPUTS), ("outputs", Text.V2_OUTPUTS)])
-    def test_ten_thousand_inputs_or_outputs(self, app: FastAPI, what: str, text: Text) -> None:
+    @pytest.mark.parametrize(
+        ("what", "text"), [("inputs", ErrorMessage.V2_INPUTS), ("outputs", ErrorMessage.V2_OUTPUTS)]
+    )
+    def test_ten_thousand_inputs_or_outputs(self, app: FastAPI, what: str, text: ErrorMessage) -> None:
         size = len(png())
         content = {"inputs": [bytes_tensor(1, size + 4)], what: [{"name": f"{what} {i}"} for i in range(10_000)]}
         before = resident_bytes()
@@ -202,7 +204,7 @@ class TestSizes:
     def test_a_body_of_thirty_megabytes_is_refused_and_the_client_can_read_why(self, server: str) -> None:
         with httpx.Client(base_url=f"http://{server}", timeout=30) as client:
             for _ in range(10):
-                refused(client.post(CLASSIFY, content=bytes(30 * MEGABYTE)), 413, Text.BODY_TOO_LARGE)
+                refused(client.post(CLASSIFY, content=bytes(30 * MEGABYTE)), 413, ErrorMessage.BODY_TOO_LARGE)
                 assert client.post(CLASSIFY, content=png()).status_code == 200
 
     @pytest.mark.parametrize(
@@ -259,10 +261,12 @@ class TestParsers:
         assert one_of_the_catalogue(refused(response, response.status_code))
 
     def test_whole_numbers_of_four_hundred_digits(self, app: FastAPI) -> None:
-        for shape, text in (([10**400], Text.IMAGES_TOO_MANY), ([1, 10**400], Text.V2_SHAPE_IMAGE)):
+        for shape, text in (([10**400], ErrorMessage.IMAGES_TOO_MANY), ([1, 10**400], ErrorMessage.V2_SHAPE_IMAGE)):
             tensor = {"name": "image", "shape": shape, "datatype": "BYTES", "data": [""]}
             refused(
-                ask(app, "POST", INFER, json={"inputs": [tensor]}), 413 if text == Text.IMAGES_TOO_MANY else 400, text
+                ask(app, "POST", INFER, json={"inputs": [tensor]}),
+                413 if text == ErrorMessage.IMAGES_TOO_MANY else 400,
+                text,
             )
 
     @pytest.mark.parametrize("path", [CLASSIFY, INFER])
@@ -289,7 +293,7 @@ class TestParsers:
         answer = wire(server, request_line_and_headers + b"\r\nabc")
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400 ")
-        assert json.loads(body) == {"error": Text.BAD_REQUEST}
+        assert json.loads(body) == {"error": ErrorMessage.BAD_REQUEST}
 
     @pytest.mark.parametrize("host", [b"evil/..", b"", b"[::1", b"a" * 10_000, b"x\x7fy"])
     def test_hosts_of_any_kind_change_nothing(self, server: str, host: bytes) -> None:
@@ -564,7 +568,7 @@ class Story:
 
     async def run(self) -> str:
         """Asks the same image over both protocols; returns the metrics."""
-        holder = Holder(self.settings, self.metrics)
+        holder = LibraryManager(self.settings, self.metrics)
         await holder.start()
         try:
             app = create_public_app(holder, self.settings, self.metrics, ApiKeyStore(None, self.metrics))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from service.errors import Text
+from service.errors import ErrorMessage
 from service.observability.metrics import Metrics
 from service.web.infer_request import flatten, quantise
 from tests.support.planes import StandIn, ask, encoded, picture, png, public_app, refused
@@ -124,7 +124,7 @@ class TestWhatIsHere:
     def test_not_ready_is_503(self) -> None:
         app = public_app(StandIn(ready=False))
         for path in ("/v2/health/ready", f"{MODEL}/ready"):
-            refused(ask(app, "GET", path), 503, Text.NOT_READY)
+            refused(ask(app, "GET", path), 503, ErrorMessage.NOT_READY)
         assert ask(app, "GET", "/v2/health/live").status_code == 200
 
     @pytest.mark.parametrize("name", ["other", "Tombola", "..%2f..%2fetc", "tombola/versions/2", "tombola/versions/01"])
@@ -147,11 +147,11 @@ class TestWhatIsHere:
     )
     def test_what_is_not_offered(self, path: str) -> None:
         body = {"parameters": {"config": "{}", "file:1/model.py": "aW1wb3J0IG9z"}}
-        refused(ask(public_app(), "POST", path, json=body), 501, Text.NOT_OFFERED)
+        refused(ask(public_app(), "POST", path, json=body), 501, ErrorMessage.NOT_OFFERED)
 
     def test_wrong_methods(self) -> None:
         for method, path in (("GET", INFER), ("POST", MODEL), ("DELETE", MODEL), ("PUT", "/v2")):
-            refused(ask(public_app(), method, path), 405, Text.METHOD)
+            refused(ask(public_app(), method, path), 405, ErrorMessage.METHOD)
 
 
 class TestStatistics:
@@ -330,7 +330,7 @@ class TestDetail:
         assert [output["name"] for output in ask(app, "GET", MODEL).json()["outputs"]] == ["index", "label"]
         assert list(outputs_of(infer({"inputs": [image_tensor(110)]}, app=app))) == ["index", "label"]
         asked = {"inputs": [image_tensor(110)], "outputs": [{"name": "probabilities"}]}
-        refused(infer(asked, app=app), 400, Text.V2_OUTPUTS)
+        refused(infer(asked, app=app), 400, ErrorMessage.V2_OUTPUTS)
 
     def test_full_has_all_digits(self) -> None:
         found = outputs_of(infer({"inputs": [image_tensor(110)]}, app=public_app(detail="full")))
@@ -350,87 +350,94 @@ OUTPUTS: Final[tuple[Any, ...]] = (
     [{"name": "index"}] * 2,
     [{"name": "index"}] * 10_000,
 )
-BAD_JSON: Final[list[tuple[Any, int, Text]]] = [
-    (b"", 400, Text.EMPTY_BODY),
-    (b"[]", 400, Text.JSON_OBJECT),
-    (b'{"inputs": [}', 400, Text.JSON_MALFORMED),
-    ({}, 400, Text.V2_INPUTS),
-    ({"inputs": None}, 400, Text.V2_INPUTS),
-    ({"inputs": {}}, 400, Text.V2_INPUTS),
-    ({"inputs": []}, 400, Text.V2_INPUTS),
-    ({"inputs": [None]}, 400, Text.V2_INPUTS),
-    ({"inputs": [image_tensor(1), pixel_tensor()]}, 400, Text.V2_INPUTS),
-    ({"inputs": [image_tensor(1)] * 10_000}, 400, Text.V2_INPUTS),
-    ({"inputs": [image_tensor(1, name="x")]}, 400, Text.V2_INPUTS),
-    ({"inputs": [image_tensor(1, name=["image"])]}, 400, Text.V2_INPUTS),
-    ({"inputs": [image_tensor(1, url="http://169.254.169.254/")]}, 400, Text.V2_INPUT_KEYS),
-    ({"inputs": [image_tensor(1, datatype="FP32")]}, 400, Text.V2_DATATYPE),
-    ({"inputs": [image_tensor(1, datatype=None)]}, 400, Text.V2_DATATYPE),
-    ({"inputs": [pixel_tensor(datatype="INT64")]}, 400, Text.V2_DATATYPE),
-    ({"inputs": [pixel_tensor(datatype={})]}, 400, Text.V2_DATATYPE),
-    ({"inputs": [pixel_tensor(datatype="FP16")]}, 400, Text.V2_HALF_JSON),
-    ({"inputs": [pixel_tensor(datatype="BF16")]}, 400, Text.V2_HALF_JSON),
+BAD_JSON: Final[list[tuple[Any, int, ErrorMessage]]] = [
+    (b"", 400, ErrorMessage.EMPTY_BODY),
+    (b"[]", 400, ErrorMessage.JSON_OBJECT),
+    (b'{"inputs": [}', 400, ErrorMessage.JSON_MALFORMED),
+    ({}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": None}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": {}}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": []}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": [None]}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": [image_tensor(1), pixel_tensor()]}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": [image_tensor(1)] * 10_000}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": [image_tensor(1, name="x")]}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": [image_tensor(1, name=["image"])]}, 400, ErrorMessage.V2_INPUTS),
+    ({"inputs": [image_tensor(1, url="http://169.254.169.254/")]}, 400, ErrorMessage.V2_INPUT_KEYS),
+    ({"inputs": [image_tensor(1, datatype="FP32")]}, 400, ErrorMessage.V2_DATATYPE),
+    ({"inputs": [image_tensor(1, datatype=None)]}, 400, ErrorMessage.V2_DATATYPE),
+    ({"inputs": [pixel_tensor(datatype="INT64")]}, 400, ErrorMessage.V2_DATATYPE),
+    ({"inputs": [pixel_tensor(datatype={})]}, 400, ErrorMessage.V2_DATATYPE),
+    ({"inputs": [pixel_tensor(datatype="FP16")]}, 400, ErrorMessage.V2_HALF_JSON),
+    ({"inputs": [pixel_tensor(datatype="BF16")]}, 400, ErrorMessage.V2_HALF_JSON),
     *(
-        ({"inputs": [image_tensor(1, shape=shape)]}, 400, Text.V2_SHAPE_IMAGE)
+        ({"inputs": [image_tensor(1, shape=shape)]}, 400, ErrorMessage.V2_SHAPE_IMAGE)
         for shape in (None, 1, "1", [], [0], [-1], [1.0], [True], ["1"], [1, 2], [None], [[1]], [1] * 50)
     ),
     *(
-        ({"inputs": [pixel_tensor(shape=shape)]}, 400, Text.V2_SHAPE_PIXELS)
+        ({"inputs": [pixel_tensor(shape=shape)]}, 400, ErrorMessage.V2_SHAPE_PIXELS)
         for shape in ([1], [1, 3, 32], [1, 3, 32, 33], [0, 3, 32, 32], [-1, 3, 32, 32], [1, 3072], [2**62, 2])
     ),
-    ({"inputs": [pixel_tensor(shape=[2**62, 3, 32, 32])]}, 413, Text.IMAGES_TOO_MANY),
-    ({"inputs": [image_tensor(1, shape=[10**300])]}, 413, Text.IMAGES_TOO_MANY),
-    ({"inputs": [image_tensor(1, shape=[513])]}, 413, Text.IMAGES_TOO_MANY),
-    ({"inputs": [image_tensor(1, shape=[2])]}, 400, Text.V2_DATA),
-    ({"inputs": [image_tensor(1, data="aaaa")]}, 400, Text.V2_DATA),
-    ({"inputs": [image_tensor(1, data=[])]}, 400, Text.V2_DATA),
-    ({"inputs": [image_tensor(1, data=None)]}, 400, Text.V2_DATA),
-    ({"inputs": [image_tensor(1, data=[7])]}, 400, Text.V2_DATA_BYTES),
-    ({"inputs": [image_tensor(1, data=[{"b64": "aaaa"}])]}, 400, Text.V2_DATA_BYTES),
-    ({"inputs": [image_tensor(1, data=["http://169.254.169.254/x.png"])]}, 400, Text.BASE64),
-    ({"inputs": [image_tensor(1, data=["aGVsbG8="])]}, 415, Text.IMAGE_FORMAT),
-    ({"inputs": [pixel_tensor(data=[0] * 3071)]}, 400, Text.V2_DATA),
-    ({"inputs": [pixel_tensor(data=[[0] * 3072])]}, 400, Text.V2_DATA),
-    ({"inputs": [pixel_tensor(data=[*PIXELS[:2].tolist(), [[0] * 32] * 31])]}, 400, Text.V2_DATA),
-    *(({"inputs": [pixel_tensor(data=[value] * 3072)]}, 400, Text.V2_DATA_UINT8) for value in (*VALUES, 256, 0.5)),
+    ({"inputs": [pixel_tensor(shape=[2**62, 3, 32, 32])]}, 413, ErrorMessage.IMAGES_TOO_MANY),
+    ({"inputs": [image_tensor(1, shape=[10**300])]}, 413, ErrorMessage.IMAGES_TOO_MANY),
+    ({"inputs": [image_tensor(1, shape=[513])]}, 413, ErrorMessage.IMAGES_TOO_MANY),
+    ({"inputs": [image_tensor(1, shape=[2])]}, 400, ErrorMessage.V2_DATA),
+    ({"inputs": [image_tensor(1, data="aaaa")]}, 400, ErrorMessage.V2_DATA),
+    ({"inputs": [image_tensor(1, data=[])]}, 400, ErrorMessage.V2_DATA),
+    ({"inputs": [image_tensor(1, data=None)]}, 400, ErrorMessage.V2_DATA),
+    ({"inputs": [image_tensor(1, data=[7])]}, 400, ErrorMessage.V2_DATA_BYTES),
+    ({"inputs": [image_tensor(1, data=[{"b64": "aaaa"}])]}, 400, ErrorMessage.V2_DATA_BYTES),
+    ({"inputs": [image_tensor(1, data=["http://169.254.169.254/x.png"])]}, 400, ErrorMessage.BASE64),
+    ({"inputs": [image_tensor(1, data=["aGVsbG8="])]}, 415, ErrorMessage.IMAGE_FORMAT),
+    ({"inputs": [pixel_tensor(data=[0] * 3071)]}, 400, ErrorMessage.V2_DATA),
+    ({"inputs": [pixel_tensor(data=[[0] * 3072])]}, 400, ErrorMessage.V2_DATA),
+    ({"inputs": [pixel_tensor(data=[*PIXELS[:2].tolist(), [[0] * 32] * 31])]}, 400, ErrorMessage.V2_DATA),
     *(
-        ({"inputs": [pixel_tensor(datatype="FP32", data=[value] * 3072)]}, 400, Text.V2_DATA_FP32)
+        ({"inputs": [pixel_tensor(data=[value] * 3072)]}, 400, ErrorMessage.V2_DATA_UINT8)
+        for value in (*VALUES, 256, 0.5)
+    ),
+    *(
+        ({"inputs": [pixel_tensor(datatype="FP32", data=[value] * 3072)]}, 400, ErrorMessage.V2_DATA_FP32)
         for value in (*VALUES, -0.001, 1.001)
     ),
     (
         b'{"inputs": [{"name": "pixels", "shape": [1, 3, 32, 32], "datatype": "FP32", "data": [1e999]}]}',
         400,
-        Text.V2_DATA,
+        ErrorMessage.V2_DATA,
     ),
-    ({"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES"}]}, 400, Text.V2_DATA_TWICE),
-    ({"inputs": [image_tensor(1, parameters={"binary_data_size": 3})]}, 400, Text.V2_DATA_TWICE),
-    ({"inputs": [binary_tensor(b"x")]}, 400, Text.V2_BINARY_SIZE),
-    ({"inputs": [image_tensor(1, parameters={"shared_memory_region": "x"})]}, 400, Text.V2_SHARED_MEMORY),
+    ({"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES"}]}, 400, ErrorMessage.V2_DATA_TWICE),
+    ({"inputs": [image_tensor(1, parameters={"binary_data_size": 3})]}, 400, ErrorMessage.V2_DATA_TWICE),
+    ({"inputs": [binary_tensor(b"x")]}, 400, ErrorMessage.V2_BINARY_SIZE),
+    ({"inputs": [image_tensor(1, parameters={"shared_memory_region": "x"})]}, 400, ErrorMessage.V2_SHARED_MEMORY),
     (
         {"inputs": [image_tensor(1)], "outputs": [{"name": "index", "parameters": {"shared_memory_region": "x"}}]},
         400,
-        Text.V2_SHARED_MEMORY,
+        ErrorMessage.V2_SHARED_MEMORY,
     ),
-    ({"inputs": [image_tensor(1, parameters=[])]}, 400, Text.V2_PARAMETERS),
-    ({"inputs": [image_tensor(1)], "parameters": {"a": {}}}, 400, Text.V2_PARAMETERS),
-    ({"inputs": [image_tensor(1)], "parameters": {"a": None}}, 400, Text.V2_PARAMETERS),
-    ({"inputs": [image_tensor(1)], "parameters": {str(number): 1 for number in range(65)}}, 400, Text.V2_PARAMETERS),
-    ({"inputs": [image_tensor(1)], "parameters": {"timeout": -1}}, 400, Text.V2_TIMEOUT),
-    ({"inputs": [image_tensor(1)], "parameters": {"timeout": "1"}}, 400, Text.V2_TIMEOUT),
-    ({"inputs": [image_tensor(1)], "parameters": {"timeout": 1.5}}, 400, Text.V2_TIMEOUT),
-    ({"inputs": [image_tensor(1)], "parameters": {"timeout": True}}, 400, Text.V2_TIMEOUT),
-    ({"inputs": [image_tensor(1)], "parameters": {"binary_data_output": 1}}, 400, Text.V2_BINARY_FLAG),
+    ({"inputs": [image_tensor(1, parameters=[])]}, 400, ErrorMessage.V2_PARAMETERS),
+    ({"inputs": [image_tensor(1)], "parameters": {"a": {}}}, 400, ErrorMessage.V2_PARAMETERS),
+    ({"inputs": [image_tensor(1)], "parameters": {"a": None}}, 400, ErrorMessage.V2_PARAMETERS),
+    (
+        {"inputs": [image_tensor(1)], "parameters": {str(number): 1 for number in range(65)}},
+        400,
+        ErrorMessage.V2_PARAMETERS,
+    ),
+    ({"inputs": [image_tensor(1)], "parameters": {"timeout": -1}}, 400, ErrorMessage.V2_TIMEOUT),
+    ({"inputs": [image_tensor(1)], "parameters": {"timeout": "1"}}, 400, ErrorMessage.V2_TIMEOUT),
+    ({"inputs": [image_tensor(1)], "parameters": {"timeout": 1.5}}, 400, ErrorMessage.V2_TIMEOUT),
+    ({"inputs": [image_tensor(1)], "parameters": {"timeout": True}}, 400, ErrorMessage.V2_TIMEOUT),
+    ({"inputs": [image_tensor(1)], "parameters": {"binary_data_output": 1}}, 400, ErrorMessage.V2_BINARY_FLAG),
     (
         {"inputs": [image_tensor(1)], "outputs": [{"name": "index", "parameters": {"binary_data": "yes"}}]},
         400,
-        Text.V2_BINARY_FLAG,
+        ErrorMessage.V2_BINARY_FLAG,
     ),
-    *(({"inputs": [image_tensor(1)], "outputs": outputs}, 400, Text.V2_OUTPUTS) for outputs in OUTPUTS),
+    *(({"inputs": [image_tensor(1)], "outputs": outputs}, 400, ErrorMessage.V2_OUTPUTS) for outputs in OUTPUTS),
     *(
         (
             {"inputs": [image_tensor(1)], "outputs": [{"name": name, "parameters": {"classification": count}}]},
             400,
-            Text.V2_CLASSIFICATION,
+            ErrorMessage.V2_CLASSIFICATION,
         )
         for name, count in (
             ("probabilities", -1),
@@ -441,9 +448,9 @@ BAD_JSON: Final[list[tuple[Any, int, Text]]] = [
             ("label", 1),
         )
     ),
-    (TOO_LONG, 400, Text.V2_ID),
-    ({"inputs": [image_tensor(1)], "id": 7}, 400, Text.V2_ID),
-    (b'{"id": "\\ud800", "inputs": []}', 400, Text.V2_INPUTS),
+    (TOO_LONG, 400, ErrorMessage.V2_ID),
+    ({"inputs": [image_tensor(1)], "id": 7}, 400, ErrorMessage.V2_ID),
+    (b'{"id": "\\ud800", "inputs": []}', 400, ErrorMessage.V2_INPUTS),
 ]
 
 
@@ -454,22 +461,22 @@ def app() -> FastAPI:
 
 class TestRefusals:
     @pytest.mark.parametrize(("content", "status", "text"), BAD_JSON)
-    def test_bad_requests(self, app: FastAPI, content: Any, status: int, text: Text) -> None:
+    def test_bad_requests(self, app: FastAPI, content: Any, status: int, text: ErrorMessage) -> None:
         refused(infer(content, app=app), status, text)
 
     def test_half_a_surrogate_pair_cannot_be_an_id(self, app: FastAPI) -> None:
         body = json.dumps({"inputs": [image_tensor(1)]}).replace("{", '{"id": "\\ud800", ', 1).encode()
-        refused(infer(body, app=app), 400, Text.V2_ID)
+        refused(infer(body, app=app), 400, ErrorMessage.V2_ID)
 
     @pytest.mark.parametrize("value", ["-1", "1e3", "x", "", "999999", "9" * 40, " 10", "+5", "\u0661"])
     def test_header_lengths(self, app: FastAPI, value: str) -> None:
         body = json.dumps({"inputs": [image_tensor(1)]}).encode()
         response = ask(app, "POST", INFER, content=body, headers={LENGTH: value.encode()})
-        refused(response, 400, Text.V2_HEADER_LENGTH)
+        refused(response, 400, ErrorMessage.V2_HEADER_LENGTH)
 
     def test_two_header_lengths(self, app: FastAPI) -> None:
         response = ask(app, "POST", INFER, content=b"{}", headers=[(LENGTH, "1"), (LENGTH, "2")])
-        refused(response, 400, Text.HEADER_TWICE)
+        refused(response, 400, ErrorMessage.HEADER_TWICE)
 
     @pytest.mark.parametrize("size", [-1, 0, 3071, 3073, 2**63, 10**300, "3072", 3072.0, True, None])
     def test_sizes_of_binary_tensors(self, app: FastAPI, size: Any) -> None:
@@ -479,10 +486,10 @@ class TestRefusals:
 
     def test_a_binary_tensor_of_another_size_than_its_shape(self, app: FastAPI) -> None:
         for data in (PIXELS.tobytes() * 2, b"", PIXELS.tobytes()[:-1]):
-            refused(infer({"inputs": [binary_tensor(data)]}, data, app=app), 400, Text.V2_BINARY_SIZE)
+            refused(infer({"inputs": [binary_tensor(data)]}, data, app=app), 400, ErrorMessage.V2_BINARY_SIZE)
 
     def test_bytes_after_json_data(self, app: FastAPI) -> None:
-        refused(infer({"inputs": [image_tensor(1)]}, b"more", app=app), 400, Text.V2_BINARY_SIZE)
+        refused(infer({"inputs": [image_tensor(1)]}, b"more", app=app), 400, ErrorMessage.V2_BINARY_SIZE)
 
     @pytest.mark.parametrize(
         "data",
@@ -497,22 +504,24 @@ class TestRefusals:
     )
     def test_elements_that_do_not_add_up(self, app: FastAPI, data: bytes) -> None:
         tensor = binary_tensor(data, name="image", datatype="BYTES", shape=[1])
-        refused(infer({"inputs": [tensor]}, data, app=app), 400, Text.V2_BINARY_BYTES)
+        refused(infer({"inputs": [tensor]}, data, app=app), 400, ErrorMessage.V2_BINARY_BYTES)
 
     def test_floats_that_are_no_pixels(self, app: FastAPI) -> None:
         for value in (float("nan"), float("inf"), -float("inf"), -1e-6, 1.0001):
             data = np.full(3072, value, "<f4").tobytes()
             response = infer({"inputs": [binary_tensor(data, datatype="FP32")]}, data, app=app)
-            refused(response, 400, Text.V2_DATA_FP32)
+            refused(response, 400, ErrorMessage.V2_DATA_FP32)
 
     def test_a_raw_body_that_is_no_image(self, app: FastAPI) -> None:
-        refused(infer(b"hello", headers={LENGTH: "0"}, app=app), 415, Text.IMAGE_FORMAT)
+        refused(infer(b"hello", headers={LENGTH: "0"}, app=app), 415, ErrorMessage.IMAGE_FORMAT)
 
     @pytest.mark.parametrize(
         "kind", ["application/x-pickle", "application/vnd.bentoml+pickle", "multipart/form-data", "text/xml"]
     )
     def test_content_types_of_another_world(self, app: FastAPI, kind: str) -> None:
-        refused(infer({"inputs": [image_tensor(1)]}, headers={"content-type": kind}, app=app), 415, Text.V2_TYPE)
+        refused(
+            infer({"inputs": [image_tensor(1)]}, headers={"content-type": kind}, app=app), 415, ErrorMessage.V2_TYPE
+        )
 
 
 class TestPieces:
