@@ -18,7 +18,7 @@ from benchmarks import requests
 from benchmarks.requests import Form
 from service.cpu import cpu_s, process_tree, usable_cores
 
-ROOT: Final = Path(__file__).parent.parent
+ROOT: Final = Path(__file__).parents[1]
 VENV: Final = ROOT / ".venv" / "bench"  # the peers, over the packages of the project's own environment
 PEERS: Final = ("litserve>=0.2.17,<0.3", "mosec>=0.9.5,<1")
 

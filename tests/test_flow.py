@@ -24,7 +24,7 @@ from training.export import export
 from training.jobs import Job, run_job
 from training.recipes import TrainConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-jpeg.zip"
 
 

@@ -21,7 +21,7 @@ from service.scheduling.scheduler import DrawStatistics
 from service.settings import Settings, setting_docs
 from tests.support.serving import stand_in_library
 
-DEPLOY: Final = Path(__file__).parents[1] / "deploy"
+DEPLOY: Final = Path(__file__).parents[2] / "deploy"
 PROMETHEUS: Final = DEPLOY / "prometheus"
 NEEDS_PROMTOOL: Final = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"

@@ -67,7 +67,7 @@ def test_the_base_s_manifests_are_valid() -> None:
     for document in documents(BASE):
         validate(document)
     expected = "Deployment HorizontalPodAutoscaler Namespace NetworkPolicy PodDisruptionBudget PrometheusRule"
-    assert sorted(kinds) == [*expected.split(), "ServerProcess", "ServerProcess", "ServiceAccount", "ServiceMonitor"]
+    assert sorted(kinds) == [*expected.split(), "Service", "Service", "ServiceAccount", "ServiceMonitor"]
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "ServiceMonitor"])
@@ -158,10 +158,10 @@ def test_selectors_find_the_pods() -> None:
     for kind in ("Deployment", "PodDisruptionBudget"):
         assert one(kind)["spec"]["selector"]["matchLabels"].items() <= labels
     for service in ("tombola", "tombola-admin"):
-        assert one("ServerProcess", service)["spec"]["selector"].items() <= labels
+        assert one("Service", service)["spec"]["selector"].items() <= labels
     assert (
         one("ServiceMonitor")["spec"]["selector"]["matchLabels"]
-        == one("ServerProcess", "tombola-admin")["metadata"]["labels"]
+        == one("Service", "tombola-admin")["metadata"]["labels"]
     )
 
 

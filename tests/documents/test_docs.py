@@ -16,7 +16,7 @@ from training.export import END, PRINTED, mark, table
 from training.jobs import GPU_SPEED, cost
 from training.recipes import DENSITIES, PRESETS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [page for page in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(page.parts)]
 PARSERS = {"training": training_parser, "service": service_parser}

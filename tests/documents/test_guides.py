@@ -18,7 +18,7 @@ from service.observability.metrics import PREFIX, TABLE
 from service.settings import SettingsRejected, setting_docs
 from tests.support.serving import some_rows, tiny_library
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 GUIDES: Final = [
     ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").glob("*.md")),

@@ -22,7 +22,7 @@ from model_store.policy import Policy, draw_theta
 from model_store.ticket import Ticket, encode
 from tests.support.tickets import CLASSES, identical, items, make_ticket
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def write(path: Path, tickets: Sequence[Ticket], **others: Any) -> Library:

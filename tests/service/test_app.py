@@ -326,7 +326,7 @@ def test_an_engine_that_refuses_a_library_is_a_library_refused(
 
     async def swap(planes: Planes) -> None:
         before = planes.holder.current
-        monkeypatch.setattr("service.library_manager.open_served", refuse)
+        monkeypatch.setattr("service.library_manager.open_for_serving", refuse)
         with pytest.raises(StoreError, match="no such device"):
             await planes.holder.reload()
         assert planes.holder.current is before

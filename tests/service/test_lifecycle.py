@@ -150,7 +150,7 @@ def test_an_engine_that_dies_in_a_request_fails_that_request_and_the_process_whe
     folder: Path, tmp_path: Path
 ) -> None:
     flags = ("--engine-restarts", "1", "--threads", "1", "--drain-delay-s", "0")
-    program = (str(ROOT / "tests" / "sabotaged.py"),)
+    program = (str(ROOT / "tests" / "support" / "sabotaged.py"),)
     with serving(folder, tmp_path / "state", *flags, program=program) as process:
         status, answer = process.classify(png("white"))
         assert status == 500

@@ -30,7 +30,7 @@ from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 from tests.support.tickets import CLASSES, items, make_ticket
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 TOKEN: Final = "a-token-for-the-tests-alone"
 TINY: Final[tuple[StructureName, ...]] = ("resnet18", "resnet34")
 Answer = TypeVar("Answer")

@@ -272,7 +272,7 @@ def test_crops_and_mirror_images_are_the_image_s_own_pixels() -> None:
 
 def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measured = iter([(0.5, 0.3), (0.5, 0.1), (0.5, 0.3), (0.5, 0.3)])
-    monkeypatch.setattr(Search, "guard", lambda self: next(measured))
+    monkeypatch.setattr(Search, "check_overfit", lambda self: next(measured))
     recipe = replace(TINY, guards=4, ramp_until=0.0, clean_until=0.0)
     events: list[Step | OverfitCheck] = []
     run(recipe, digits(), tmp_path, events.append, CPU)

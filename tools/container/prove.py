@@ -31,7 +31,7 @@ from service.cpu import process_tree
 from service.sample import ship
 from tests.support.tickets import CLASSES, eight_tickets, items
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 SUITE: Final = "bookworm"  # its Python is the Dockerfile's
 PACKAGES: Final = "python3,python3-venv,python-is-python3,ca-certificates"
 BASE: Final = "python:3.11-slim"

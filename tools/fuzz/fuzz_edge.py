@@ -23,7 +23,7 @@ from typing import Final
 
 import atheris  # type: ignore[import-untyped]
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 with atheris.instrument_imports(include=["service", "PIL", "json"]):
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 -- loaded late otherwise
 

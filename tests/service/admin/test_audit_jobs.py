@@ -246,7 +246,7 @@ def test_a_failing_audit_says_why(plane: Plane, pretended: Any) -> None:
     started, made = pretended
     plane.jobs.start()
     audit = plane.submit()
-    until(lambda: plane.state(audit) == "running", "it to run")
+    until(lambda: plane.state(audit) == "running" and bool(started), "it to run")
     (started[0] / "events.jsonl").write_text('{"event": "failed", "why": "the library is another now"}\n')
     made[0].code = 2
     made[0].complete()

@@ -316,7 +316,7 @@ def test_threads_follow_the_affinity() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a priority")
-def test_a_process_can_stand_aside_for_everybody() -> None:
-    words = "import os; from service.cpu import stand_aside; stand_aside(); print(os.sched_getscheduler(0))"
+def test_a_process_can_set_idle_priority_for_everybody() -> None:
+    words = "import os; from service.cpu import set_idle_priority; set_idle_priority(); print(os.sched_getscheduler(0))"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert int(done.stdout) == os.SCHED_IDLE

@@ -202,7 +202,7 @@ def test_without_the_setting_nothing_of_the_extra_is_imported(tmp_path: Path) ->
 import sys
 from service import app
 from service.settings import Settings
-app.build(Settings(port=0, admin_port=0, state_dir={str(tmp_path)!r}))
+app.create_service(Settings(port=0, admin_port=0, state_dir={str(tmp_path)!r}))
 print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter"))])
 """
     assert output_of(program) == "[]"
@@ -220,14 +220,14 @@ memory = InMemorySpanExporter()
 trace.set_tracer_provider(TracerProvider())
 trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(memory))
 from service.app import create_public_app
-from service.web.auth import Keys
+from service.web.auth import ApiKeyStore
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.planes import StandIn, png
 from dataclasses import dataclass
 holder = StandIn()
 holder.draining = False
-app = create_public_app(holder, Settings(), Metrics(), Keys(None, Metrics()))
+app = create_public_app(holder, Settings(), Metrics(), ApiKeyStore(None, Metrics()))
 async def ask():
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tombola") as client:
         return [(await client.post(path, content=png())).status_code for path in ("/v1/classify", "/secret")]
