@@ -28,7 +28,7 @@ from service.benchmarks.command import machine
 
 CLIENTS: Final = (1, 8, 32, 128)
 SHARES: Final = (0.5, 0.8, 1.2)
-RESULTS: Final = ROOT / "tests" / "bench" / "results"
+RESULTS: Final = ROOT / "benchmarks" / "results"
 
 
 def main() -> int:
