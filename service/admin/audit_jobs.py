@@ -23,15 +23,10 @@ from model_store.ticket import Ticket, write_atomically
 from service.admin.dataset_store import DatasetStore
 from service.audit import baselines
 from service.audit.config import Audit, read_audit
+from service.audit.cost import check_giga_multiply_adds, estimated_seconds, giga_multiply_adds, multiply_adds_of
 from service.audit.errors import AuditConflict, AuditUnknown, CostRejected, QueueFull
-from service.audit.evaluation import Member, candidates_of
-from service.audit.profiles import (
-    check_giga_multiply_adds,
-    estimated_seconds,
-    giga_multiply_adds,
-    multiply_adds_of,
-    plan,
-)
+from service.audit.evaluation.members import Member, candidates_of
+from service.audit.plan import plan
 from service.cpu import NICE_AUDIT
 from service.engine.factory import chosen_device
 from service.observability.metrics import Metrics
@@ -235,8 +230,8 @@ class AuditQueue:
 
     def cost(self, asked: Audit, library: Library) -> Json:
         """What it will cost, before it starts. Raises CostRejected."""
-        bench = candidates_of(library, outside=self.outside, made=planning_stub)
-        compared = baselines.compared(bench, baselines.strengths(library))
+        bench = candidates_of(library, outside=self.outside, build=planning_stub)
+        compared = baselines.compared_systems(bench, baselines.strengths(library))
         steps, each = plan(asked, bench, compared), multiply_adds_of(library, self.outside)
         by_name = {s.name: s for s in (*compared, *(baselines.single(bench, j) for j in range(len(bench.members))))}
         attacks = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)

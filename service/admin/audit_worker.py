@@ -42,15 +42,13 @@ def work(folder: Path, job: Json, tell: Any) -> None:
     from model_store.library import open_library
     from service.audit.config import read_audit
     from service.audit.errors import AuditConflict
-    from service.audit.evaluation import use_cores
-    from service.audit.run import labelled, run_audit
+    from service.audit.run import load_images, run_audit
 
-    use_cores(job["threads"])
     asked = read_audit(job["request"])
     library = open_library(Path(job["library"]) if job["library"] else None)
     if library.digest != job["digest"]:
         raise AuditConflict(f"the library is {library.digest[:12]} now; the audit was asked of {job['digest'][:12]}")
-    data = labelled(asked, library, Path(job["data"]) if job["data"] else None)
+    data = load_images(asked, library, Path(job["data"]) if job["data"] else None, job["threads"])
     outside, served = (Path(job[name]) if job.get(name) else None for name in ("outside", "int8_images"))
     run_audit(
         folder,
@@ -61,7 +59,8 @@ def work(folder: Path, job: Json, tell: Any) -> None:
         url=job["url"],
         outside=open_library(outside) if outside else None,
         int8_images=served,
-        tell=tell,
+        emit=tell,
+        threads=job["threads"],
     )
 
 

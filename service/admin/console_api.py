@@ -17,7 +17,8 @@ from model_store.policy import inclusion_probabilities, size_probabilities
 from service.admin.audit_api import limited, map_audit_errors, read_json
 from service.admin.audit_jobs import AuditQueue
 from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
-from service.audit.profiles import PROFILES, Profile, attacks_of
+from service.audit.plan import attacks_of
+from service.audit.profiles import PROFILES, Profile
 from service.errors import ClientDisconnected, NotReady
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import OUTCOMES, PREFIX, PUBLISH_EVERY, REASONS, SECONDS, Metrics

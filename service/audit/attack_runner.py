@@ -24,32 +24,25 @@ from service.audit.attacks.black_box import HttpOracle, LocalOracle, QueryAttack
 from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.config import Audit, Step, digest_of
-from service.audit.evaluation import (
-    CERTAIN,
+from service.audit.cost import giga_multiply_adds, multiply_adds_of
+from service.audit.evaluation.draws import Defense, DrawSet, is_countable, scoring_draws
+from service.audit.evaluation.members import (
     AttackTarget,
     CandidateSet,
-    Defense,
-    DrawSet,
     Member,
-    Scores,
     as_floats,
     candidates_of,
-    countable,
-    distance,
-    logits_of,
-    pointwise_worst,
-    quantize_to_uint8,
-    score_exactly,
-    scores,
-    scoring_draws,
     target_of,
 )
+from service.audit.evaluation.pixel_grid import distance, quantize_to_uint8
+from service.audit.evaluation.scoring import CERTAIN, Scores, pointwise_worst, score_exactly, scores
 from service.audit.labelled_data import LabelledImages
-from service.audit.profiles import SHARED, giga_multiply_adds, multiply_adds_of, plan
+from service.audit.plan import plan
+from service.audit.profiles import SHARED
 
 CODE: Final = 4  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
-Tell = Callable[[Json], None]
+Emit = Callable[[Json], None]
 
 
 @dataclass(frozen=True)
@@ -91,10 +84,11 @@ class AuditRun:
         device: str = "cpu",
         url: str | None = None,
         key: str | None = None,
-        tell: Tell = lambda _: None,
+        emit: Emit = lambda _: None,
         outside: Library | None = None,
         int8_images: Path | None = None,
-        bench: CandidateSet | None = None,
+        candidates: CandidateSet | None = None,
+        threads: int = 1,
     ) -> None:
         """outside: a library of the attacker's own, of the same classes, to transfer from.  int8_images: what the
         service is calibrated on, if it runs in 8 bits.  bench: other networks than the library's, to try the checks on.
@@ -105,24 +99,24 @@ class AuditRun:
         self.outside = outside
         self.data = data
         self.url, self.key, self.int8_images = url, key, int8_images
-        self.tell = tell
-        self.bench = bench or candidates_of(library, device, outside)
-        self.fingerprint = fingerprint(self.bench.members)
+        self.emit = emit
+        self.candidates = candidates or candidates_of(library, device, outside, threads=threads)
+        self.fingerprint = fingerprint(self.candidates.members)
         self.strength = baselines.strengths(library)
-        self.systems = baselines.compared(self.bench, self.strength)
-        singles = [baselines.single(self.bench, index) for index in range(len(self.bench.members))]
+        self.systems = baselines.compared_systems(self.candidates, self.strength)
+        singles = [baselines.single(self.candidates, index) for index in range(len(self.candidates.members))]
         self.by_name = {system.name: system for system in (*singles, *self.systems)}
-        self.steps = plan(audit, self.bench, self.systems)
+        self.steps = plan(audit, self.candidates, self.systems)
         self.multiply_adds = multiply_adds_of(library, outside)
         self.costs = [self.cost(step) for step in self.steps]
-        self.counted: dict[tuple[str, int, bool, bool], Scores] = {}
+        self.exact: dict[tuple[str, int, bool, bool], Scores] = {}
         self.keys: dict[Step, str] = {}
         self.parts: dict[int, str] = {}
         self.outcomes: list[Outcome] = []
         self.draws: dict[str, DrawSet] = {}
         self.scored: dict[tuple[str, int], tuple[Outcome, Scores]] = {}
         self.scored_clean: dict[str, Scores] = {}
-        self.clean_logits = logits_of(self.bench.members, data.pixels, self.bench.device)
+        self.clean_logits = self.candidates.logits(data.pixels)
 
     def system(self, name: str) -> Defense:
         return self.by_name[name]
@@ -132,7 +126,7 @@ class AuditRun:
 
     def target(self, name: str) -> AttackTarget:
         """A system as the attacker sees it."""
-        return target_of(self.bench, self.system(name), f"attacker {self.audit.seed} {name}")
+        return target_of(self.candidates, self.system(name), f"attacker {self.audit.seed} {name}")
 
     def scoring(self, system: Defense) -> DrawSet:
         if system.name not in self.draws:
@@ -164,26 +158,26 @@ class AuditRun:
             paid += cost if fresh else 0.0
             rate = (time.monotonic() - began) / paid if paid else 0.0
             left = round(rate * (sum(self.costs) - done), 1)
-            self.tell(self.progress(outcome, done / sum(self.costs), left))
+            self.emit(self.progress(outcome, done / sum(self.costs), left))
 
     def progress(self, outcome: Outcome, share: float, left: float) -> Json:
         """One finished attack, as the events stream tells it."""
         step = outcome.step
         right = float(self.scores(self.system(step.system), outcome).right.mean())
         named = {"attack": step.name, "system": step.system, "epsilon": step.epsilon, "images": step.images}
-        told = {"event": "step", "id": step.id, "share": round(share, 4), "seconds_left": left}
-        return told | named | {"accuracy": round(right, 4)}
+        event = {"event": "step", "id": step.id, "share": round(share, 4), "seconds_left": left}
+        return event | named | {"accuracy": round(right, 4)}
 
     def outcome(self, step: Step) -> tuple[Outcome, bool]:
         path = self.folder / "attacks" / f"{self.key_of(step)}.npz"
         if path.exists():
             return load(path, step), False
         began = time.monotonic()
-        found = self.run(step)
-        pixels = quantize_to_uint8(found.images, self.data.pixels[: step.images], step.norm, step.threat.epsilon)
-        logits = logits_of(self.bench.members, pixels, self.bench.device)
+        raw = self.run(step)
+        pixels = quantize_to_uint8(raw.images, self.data.pixels[: step.images], step.norm, step.threat.epsilon)
+        logits = self.candidates.logits(pixels)
         seconds = time.monotonic() - began
-        outcome = Outcome(step, pixels, logits, found.trace, found.extra, found.passes, seconds)
+        outcome = Outcome(step, pixels, logits, raw.trace, raw.extra, raw.passes, seconds)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, dump(outcome))
         return outcome, True
@@ -211,33 +205,37 @@ class AuditRun:
     def run(self, step: Step) -> RawResult:
         target = self.target(step.system)
         part = self.data.first(step.images)
-        images, labels = as_floats(part.pixels, self.bench.device), part.labels.to(self.bench.device)
+        images, labels = as_floats(part.pixels, self.candidates.device), part.labels.to(self.candidates.device)
         generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
-        warm = [as_floats(self.riskiest(step), self.bench.device)] if step.warm else []
+        warm = [as_floats(self.riskiest(step), self.candidates.device)] if step.warm else []
         match step.settings:
             case PgdConfig():
                 return from_pgd(eot.attack(target, images, labels, step.threat, step.settings, generator, warm))
             case ArcConfig():
-                found, _ = arc.attack(target, images, labels, step.threat, step.settings, generator, warm)
-                return RawResult(found)
+                images_reached, _ = arc.attack(target, images, labels, step.threat, step.settings, generator, warm)
+                return RawResult(images_reached)
             case AutoAttackConfig():
                 seed = seed_of("library", self.audit.seed, step.id)
                 return RawResult(autoattack.attack(target, images, labels, step.threat, step.settings, seed))
             case SingleModelPgd():
                 member = target.members[0]
-                return RawResult(simple.attack_member(member, images, labels, step.threat, step.settings, generator))
+                return RawResult(
+                    simple.attack_member(
+                        member, images, labels, step.threat, step.settings, generator, threads=self.candidates.threads
+                    )
+                )
             case UniversalPerturbation():
                 return RawResult(simple.universal(target, images, labels, step.threat, step.settings, generator))
             case RandomCorners():
-                found, _ = simple.corners(target, images, labels, step.threat, step.settings.count, generator)
-                return RawResult(found)
+                images_reached, _ = simple.corners(target, images, labels, step.threat, step.settings.count, generator)
+                return RawResult(images_reached)
             case QueryAttackConfig():
                 return self.query(step, step.settings, part)
 
     def riskiest(self, step: Step) -> Tensor:
         """For each image the worst for the system, on the attacker's draws, of all attacks so far in reach."""
         system, labels = self.system(step.system), self.data.labels[: step.images]
-        draws = target_of(self.bench, system, f"attacker {self.audit.seed} {step.system}").draws
+        draws = target_of(self.candidates, system, f"attacker {self.audit.seed} {step.system}").draws
         used = list(system.used)
         best, lowest = self.data.pixels[: step.images].clone(), None
         reachable = set(self.before(step))
@@ -270,11 +268,13 @@ class AuditRun:
         if self.url is not None and step.system == baselines.OURS:
             return HttpOracle(self.url, len(self.library.classes), self.key)
         rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
-        return LocalOracle(self.bench.members, system.policy, self.bench.device, rng)
+        return LocalOracle(
+            self.candidates.members, system.policy, self.candidates.device, rng, threads=self.candidates.threads
+        )
 
     def rights(self, system: Defense, pixels: Tensor, labels: Tensor) -> Tensor:
         """float64 [n]: p_i of any images on the grid, under the scoring draws."""
-        logits = logits_of(self.bench.members, pixels, self.bench.device)
+        logits = self.candidates.logits(pixels)
         return scores(logits, labels, self.scoring(system)).right
 
     # What the attacks add up to
@@ -285,21 +285,28 @@ class AuditRun:
 
         shared: only of the attacks that all compared systems faced alike.
         """
-        return pointwise_worst([found for found, _ in self.reached(system, epsilon, images, shared=shared)])
+        return pointwise_worst([scores for scores, _ in self.reached(system, epsilon, images, shared=shared)])
 
     def reported(self, system: Defense, images: int, *, shared: bool = False, clean: bool = False) -> Scores:
         """`robust` at the headline epsilon, or clean, as it is reported: what was chosen on the scoring draws is scored
         on every state of the law, where there are not too many to count."""
         key = (system.name, images, shared, clean)
-        if key not in self.counted:
+        if key not in self.exact:
             candidates = self.reached(system, -1.0 if clean else self.audit.headline, images, shared=shared)
-            found = pointwise_worst([scored for scored, _ in candidates])
-            if not self.scoring(system).counted and countable(system.policy):
+            worst = pointwise_worst([scored for scored, _ in candidates])
+            if not self.scoring(system).exhaustive and is_countable(system.policy):
                 pick = torch.stack([scored.right for scored, _ in candidates]).argmin(dim=0).tolist()
                 chosen = torch.stack([candidates[place][1][:, i] for i, place in enumerate(pick)], dim=1)
-                found = score_exactly(found, chosen, self.data.labels[:images], system.policy)
-            self.counted[key] = found
-        return self.counted[key]
+                worst = score_exactly(
+                    worst,
+                    chosen,
+                    self.data.labels[:images],
+                    system.policy,
+                    self.candidates.threads,
+                    self.candidates.device,
+                )
+            self.exact[key] = worst
+        return self.exact[key]
 
     def reached(
         self, system: Defense, epsilon: float, images: int, *, shared: bool = False
@@ -308,37 +315,37 @@ class AuditRun:
         reached = [(self.clean(system).pick(torch.arange(images)), self.clean_logits)]
         for outcome in self.outcomes:
             if outcome.step.epsilon <= epsilon and not (shared and outcome.step.stage > SHARED):
-                found = self.scores(system, outcome)
+                own = self.scores(system, outcome)
                 count = min(images, outcome.step.images)
-                reached.append((pad(found.pick(torch.arange(count)), images), outcome.logits))
+                reached.append((pad(own.pick(torch.arange(count)), images), outcome.logits))
         return reached
 
 
-def pad(found: Scores, images: int) -> Scores:
+def pad(part: Scores, images: int) -> Scores:
     """Images that the attack left out count as right."""
 
     def longer(values: Tensor, fill: float) -> Tensor:
         return torch.cat([values, torch.full((images - len(values),), fill, dtype=values.dtype)])
 
-    sizes = {n: longer(right, 1) for n, right in found.by_size.items()}
-    return Scores(longer(found.right, 1), longer(found.any_wrong, 0), sizes)
+    sizes = {n: longer(right, 1) for n, right in part.by_size.items()}
+    return Scores(longer(part.right, 1), longer(part.any_wrong, 0), sizes)
 
 
-def from_pgd(found: eot.AttackResult) -> RawResult:
+def from_pgd(result: eot.AttackResult) -> RawResult:
     trace = {
-        "accuracy": [round(1 - risk, 6) for risk in found.risks.mean(dim=1).tolist()],
-        "loss": [round(loss, 6) for loss in found.losses.mean(dim=1).tolist()],
+        "accuracy": [round(1 - risk, 6) for risk in result.risks.mean(dim=1).tolist()],
+        "loss": [round(loss, 6) for loss in result.losses.mean(dim=1).tolist()],
     }
-    return RawResult(found.images, trace, {"converged": converged(found)}, found.passes)
+    return RawResult(result.images, trace, {"converged": converged(result)}, result.passes)
 
 
-def converged(found: eot.AttackResult) -> float:
+def converged(result: eot.AttackResult) -> float:
     """The share of images whose loss, rescaled to its own range, moved at most 0.05 over the last ten steps."""
-    losses = found.losses
+    losses = result.losses
     low, high = losses.amin(dim=0), losses.amax(dim=0)
     tail = losses[-min(10, len(losses)) :]
     moved = (tail.amax(dim=0) - tail.amin(dim=0)) / (high - low).clamp_min(1e-12)
-    certain = found.risk >= CERTAIN
+    certain = result.risk >= CERTAIN
     return round(float(((moved <= 0.05) | certain).double().mean()), 6)
 
 
@@ -379,6 +386,6 @@ def fingerprint(members: Sequence[Member]) -> str:
     return state.hexdigest()
 
 
-def inside(outcome: Outcome, clean: Tensor) -> float:
+def largest_distance(outcome: Outcome, clean: Tensor) -> float:
     """The largest distance of an image from its clean one, in pixel units."""
     return float(distance(outcome.pixels, clean[: outcome.step.images], outcome.step.norm).max())

@@ -6,7 +6,8 @@ from typing import Final
 
 from model_store.library import Library
 from model_store.policy import Policy, expected_size
-from service.audit.evaluation import CandidateSet, Defense, widened
+from service.audit.evaluation.draws import Defense, widen
+from service.audit.evaluation.members import CandidateSet
 
 OURS: Final = "tombola"
 MEAN: Final = "mean-of-all"
@@ -18,76 +19,78 @@ OUTSIDE: Final = "outside "
 R2S: Final = "r2s "
 
 
-def ours(bench: CandidateSet) -> Defense:
+def ours(candidates: CandidateSet) -> Defense:
     about = "theta drawn anew for each image by the library's own law"
-    return Defense(OURS, about, widened(bench.policy, len(bench.members)))
+    return Defense(OURS, about, widen(candidates.policy, len(candidates.members)))
 
 
-def mean_of_all(bench: CandidateSet) -> Defense:
-    return Defense(MEAN, "all tickets together, every time: no chance", fixed(bench, range(bench.tickets)))
+def mean_of_all(candidates: CandidateSet) -> Defense:
+    return Defense(MEAN, "all tickets together, every time: no chance", fixed(candidates, range(candidates.tickets)))
 
 
-def single(bench: CandidateSet, index: int) -> Defense:
-    if index < bench.tickets:
+def single(candidates: CandidateSet, index: int) -> Defense:
+    if index < candidates.tickets:
         prefix, about = TICKET, "one ticket alone"
-    elif index < bench.own:
+    elif index < candidates.own:
         prefix, about = DENSE, "dense adversarial training, one network alone"
     else:
         prefix, about = OUTSIDE, "an attacker's own network, never served"
-    return Defense(prefix + bench.names[index], about, fixed(bench, [index]))
+    return Defense(prefix + candidates.names[index], about, fixed(candidates, [index]))
 
 
-def fixed(bench: CandidateSet, members: Sequence[int]) -> Policy:
-    return Policy.fixed(list(members), len(bench.members))
+def fixed(candidates: CandidateSet, members: Sequence[int]) -> Policy:
+    return Policy.fixed(list(members), len(candidates.members))
 
 
-def switching(bench: CandidateSet) -> list[Defense]:
+def switching(candidates: CandidateSet) -> list[Defense]:
     """R2S: one ticket of one structure for each image."""
-    names = list(dict.fromkeys(bench.structures[: bench.tickets]))
+    names = list(dict.fromkeys(candidates.structures[: candidates.tickets]))
     return [
-        Defense(f"{R2S}{name}", f"one {name} ticket drawn for each image", Policy.switching(group, len(bench.members)))
+        Defense(
+            f"{R2S}{name}", f"one {name} ticket drawn for each image", Policy.switching(group, len(candidates.members))
+        )
         for name in names
-        if len(group := [j for j in range(bench.tickets) if bench.structures[j] == name]) > 1
+        if len(group := [j for j in range(candidates.tickets) if candidates.structures[j] == name]) > 1
     ]
 
 
-def best_ticket(bench: CandidateSet, strength: Sequence[float]) -> Defense:
+def best_ticket(candidates: CandidateSet, strength: Sequence[float]) -> Defense:
     """The ticket most robust by the library's own claims on held-out training images."""
-    index = max(range(bench.tickets), key=lambda j: strength[j])
-    about = f"{bench.names[index]} alone: the best by the library's claims on held-out images"
-    return Defense(BEST, about, fixed(bench, [index]))
+    index = max(range(candidates.tickets), key=lambda j: strength[j])
+    about = f"{candidates.names[index]} alone: the best by the library's claims on held-out images"
+    return Defense(BEST, about, fixed(candidates, [index]))
 
 
-def equal_cost(bench: CandidateSet, strength: Sequence[float]) -> Defense:
+def equal_cost(candidates: CandidateSet, strength: Sequence[float]) -> Defense:
     """As many fixed tickets as the law draws on average, rounded: the best by claims, structures as mixed as may be."""
-    count = min(bench.tickets, max(1, round(expected_size(bench.policy))))
-    ranked = sorted(range(bench.tickets), key=lambda j: -strength[j])[: max(count, 12)]
+    count = min(candidates.tickets, max(1, round(expected_size(candidates.policy))))
+    ranked = sorted(range(candidates.tickets), key=lambda j: -strength[j])[: max(count, 12)]
     chosen = max(
         combinations(ranked, count),
-        key=lambda some: (len({bench.structures[j] for j in some}), sum(strength[j] for j in some)),
+        key=lambda some: (len({candidates.structures[j] for j in some}), sum(strength[j] for j in some)),
     )
-    names = " + ".join(bench.names[j] for j in chosen)
-    return Defense(COST, f"{names}, always: what one draw costs on average", fixed(bench, chosen))
+    names = " + ".join(candidates.names[j] for j in chosen)
+    return Defense(COST, f"{names}, always: what one draw costs on average", fixed(candidates, chosen))
 
 
 def strengths(library: Library) -> list[float]:
     """Each ticket's PGD claim on the selection split, else on any split, else 0. Audited images never choose."""
-    found = []
+    values = []
     for entry in library.entries:
         claims = [claim for claim in entry.claims if claim.metric == "pgd"]
         held_out = [claim for claim in claims if claim.data.split == "selection"]
-        found.append(max((claim.value for claim in held_out or claims), default=0.0))
-    return found
+        values.append(max((claim.value for claim in held_out or claims), default=0.0))
+    return values
 
 
-def compared(bench: CandidateSet, strength: Sequence[float]) -> list[Defense]:
+def compared_systems(candidates: CandidateSet, strength: Sequence[float]) -> list[Defense]:
     """All that face the same attacks: ours first."""
-    dense = [single(bench, index) for index in range(bench.tickets, bench.own)]
+    dense = [single(candidates, index) for index in range(candidates.tickets, candidates.own)]
     return [
-        ours(bench),
-        mean_of_all(bench),
-        equal_cost(bench, strength),
-        best_ticket(bench, strength),
-        *switching(bench),
+        ours(candidates),
+        mean_of_all(candidates),
+        equal_cost(candidates, strength),
+        best_ticket(candidates, strength),
+        *switching(candidates),
         *dense,
     ]

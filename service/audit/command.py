@@ -98,8 +98,7 @@ def request_of(given: argparse.Namespace) -> Json:
 def local(given: argparse.Namespace) -> Json:
     from model_store.library import open_library
     from service.audit.config import read_audit
-    from service.audit.evaluation import cores_used, use_cores
-    from service.audit.run import labelled, run_audit
+    from service.audit.run import load_images, run_audit
     from service.cpu import usable_cores
     from service.engine.base import EngineRejected
     from service.engine.factory import chosen_device
@@ -109,13 +108,13 @@ def local(given: argparse.Namespace) -> Json:
         device = str(chosen_device(given.device))
     except EngineRejected as error:
         raise AuditRejected(str(error)) from None
-    use_cores(given.threads or usable_cores())
+    threads = given.threads or usable_cores()
     asked = read_audit({**request_of(given), "data": given.data and Path(given.data).name})
     library = open_library(given.library or read_settings({}).library)
     outside = open_library(given.outside) if given.outside else None
-    data: LabelledImages = labelled(asked, library, Path(given.data) if given.data else None)
+    data: LabelledImages = load_images(asked, library, Path(given.data) if given.data else None, threads)
     print(f"library {library.digest[:12]}, {len(library.tickets)} tickets; {len(data)} images: {data.origin}")
-    print(f"device {device}, {cores_used[0]} cores, seed {asked.seed}, profile {asked.profile}")
+    print(f"device {device}, {threads} cores, seed {asked.seed}, profile {asked.profile}")
     with ProgressBar() as shown:
         return run_audit(
             given.out,
@@ -126,7 +125,8 @@ def local(given: argparse.Namespace) -> Json:
             url=given.service,
             key=given.key,
             outside=outside,
-            tell=shown.tell,
+            emit=shown.tell,
+            threads=threads,
         )
 
 

@@ -13,41 +13,43 @@ from model_store.library import Library
 from model_store.ticket import write_atomically
 from service.audit import baselines
 from service.audit import labelled_data as sets
-from service.audit.attack_runner import AuditRun, Json, Tell
+from service.audit.attack_runner import AuditRun, Emit, Json
 from service.audit.checks.run import run_checks
 from service.audit.config import Audit
+from service.audit.cost import check_giga_multiply_adds, estimated_seconds
 from service.audit.errors import DataRejected
-from service.audit.evaluation import candidates_of, cores_used, logits_of, scoring_draws
+from service.audit.evaluation.draws import scoring_draws
+from service.audit.evaluation.members import candidates_of
 from service.audit.labelled_data import LabelledImages
-from service.audit.profiles import check_giga_multiply_adds, estimated_seconds, images_of
+from service.audit.plan import images_of
 from service.audit.report import html_report, plots, summary
 
 REPORT: Final = "report.json"
 PAGE: Final = "report.html"
 
 
-def labelled(audit: Audit, library: Library, path: Path | None) -> LabelledImages:
+def load_images(audit: Audit, library: Library, path: Path | None, threads: int = 1) -> LabelledImages:
     """The images to attack. Without a path, generated ones, for a smoke test alone."""
     if path is not None:
         return sets.read_data(path, library.classes, images_of(audit))
     if audit.profile != "smoke":
         raise DataRejected(f"profile {audit.profile} needs labelled images; only smoke can run on generated ones")
-    return sets.generated(images_of(audit), audit.seed, lambda pixels: majority(library, pixels))
+    return sets.generated(images_of(audit), audit.seed, lambda pixels: majority(library, pixels, threads))
 
 
-def majority(library: Library, pixels: Tensor) -> Tensor:
+def majority(library: Library, pixels: Tensor, threads: int = 1) -> Tensor:
     """What the ensemble says most often, int64 [N]."""
-    bench = candidates_of(library)
-    draws = scoring_draws(baselines.ours(bench), 0)
-    said = predictions(combine(logits_of(bench.members, pixels, bench.device), draws.rows))
+    candidates = candidates_of(library, threads=threads)
+    draws = scoring_draws(baselines.ours(candidates), 0)
+    answers = predictions(combine(candidates.logits(pixels), draws.rows))
     classes = len(library.classes)
-    shares = torch.stack([draws.weights @ (said == label).double() for label in range(classes)])
+    shares = torch.stack([draws.weights @ (answers == label).double() for label in range(classes)])
     return shares.argmax(dim=0)
 
 
 def run_audit(
     folder: Path,
-    asked: Audit,
+    audit: Audit,
     library: Library,
     data: LabelledImages,
     *,
@@ -56,28 +58,31 @@ def run_audit(
     key: str | None = None,
     outside: Library | None = None,
     int8_images: Path | None = None,
-    tell: Tell = lambda _: None,
+    emit: Emit = lambda _: None,
+    threads: int = 1,
 ) -> Json:
     """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was.
 
     url, key: of a service of the same library, for black-box attacks.  outside: a library to transfer from.
     int8_images: what the service is calibrated on, if it runs in 8 bits.
     """
+    torch.set_num_threads(1)  # members run in threads of their own: results do not depend on the number of cores
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     run = AuditRun(
         folder,
-        asked,
+        audit,
         library,
         data,
         device=device,
         url=url,
         key=key,
-        tell=tell,
+        emit=emit,
+        threads=threads,
         outside=outside,
         int8_images=int8_images,
     )
-    tell({"event": "cost", **cost(run)})
+    emit({"event": "cost", **cost(run)})
     run.attack()
     checks = run_checks(run)
     report = summary.summary(run, checks, time.monotonic() - began)
@@ -89,5 +94,5 @@ def run_audit(
 
 def cost(run: AuditRun) -> dict[str, Any]:
     giga = sum(run.costs) + check_giga_multiply_adds(run.audit, run.multiply_adds)
-    seconds = estimated_seconds(giga, cores_used[0])
+    seconds = estimated_seconds(giga, run.candidates.threads.count)
     return {"attacks": len(run.steps), "giga_multiply_adds": round(giga, 1), "seconds": round(seconds)}

@@ -27,15 +27,15 @@ def resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float6
 
 def bootstrap(values: ArrayLike, seed: int = 0) -> Interval:
     """Percentile bootstrap of a mean over images. Where all are 0 or all 1: Clopper-Pearson."""
-    found = np.asarray(values, dtype=np.float64)
-    mean = float(found.mean())
-    if float(np.ptp(found)) == 0 and mean in (0.0, 1.0):
-        return clopper_pearson(round(mean * len(found)), len(found))
-    low, high = np.quantile(resampled_means(found, seed), [TAIL, 1 - TAIL])
+    sample = np.asarray(values, dtype=np.float64)
+    mean = float(sample.mean())
+    if float(np.ptp(sample)) == 0 and mean in (0.0, 1.0):
+        return clopper_pearson(round(mean * len(sample)), len(sample))
+    low, high = np.quantile(resampled_means(sample, seed), [TAIL, 1 - TAIL])
     return Interval(mean, min(mean, float(low)), max(mean, float(high)))
 
 
-def paired(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Interval:
+def paired_difference(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Interval:
     """The mean difference first - second of two systems on the same images, image by image."""
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     low, high = np.quantile(resampled_means(difference, seed), [TAIL, 1 - TAIL])

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from model_store.attacks import ThreatModel
 from model_store.library import Library
 from service.audit.attacks.simple import SingleModelPgd, attack_member
-from service.audit.evaluation import Member, as_floats, candidates_of, quantize_to_uint8
+from service.audit.evaluation.members import Member, as_floats, candidates_of
+from service.audit.evaluation.pixel_grid import quantize_to_uint8
 from service.audit.labelled_data import LabelledImages, read_data
-from service.audit.stats import paired
+from service.audit.stats import paired_difference
 from service.engine.base import Engine, Rows
 from service.engine.factory import CALIBRATION_IMAGES
 
@@ -81,7 +82,7 @@ def right(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Right:
 
 def difference(exact: Right, rounded: Right) -> dict[str, Any]:
     """In percent: the accuracy of each, and the second less the first with its 95 % interval."""
-    found = paired(rounded, exact)
+    found = paired_difference(rounded, exact)
     points = {name: round(100 * value, 3) for name, value in found._asdict().items()}
     return {"float32": round(100 * exact.mean(), 3), "int8": round(100 * rounded.mean(), 3), "difference": points}
 

@@ -12,7 +12,8 @@ from model_store.library import Library, write_library
 from model_store.policy import Policy
 from service.audit.attack_runner import AuditRun
 from service.audit.config import Audit
-from service.audit.evaluation import AttackTarget, CandidateSet, Defense, DrawSet, Member
+from service.audit.evaluation.draws import Defense, DrawSet
+from service.audit.evaluation.members import AttackTarget, CandidateSet, Member
 from service.audit.labelled_data import LabelledImages
 from tests.support.digits import digits
 from tests.support.tickets import items, make_ticket
@@ -91,7 +92,7 @@ class Quantised(nn.Module):
 def alone(*networks: nn.Module) -> AttackTarget:
     """Each member alone, with equal probability."""
     count = len(networks)
-    draws = DrawSet(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), counted=True)
+    draws = DrawSet(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), exhaustive=True)
     return AttackTarget(tuple(Member(f"network {i}", network, 1.0) for i, network in enumerate(networks)), draws)
 
 
@@ -118,8 +119,10 @@ def tiny(
 def run_on(network: nn.Module, folder: Path, audit: Audit, images: int) -> AuditRun:
     """An audit of one network in place of a library's only ticket."""
     library = tiny(folder / "library", ("resnet18",), (0.5,))
-    bench = CandidateSet((Member("resnet18-50", network, 1.0),), 1, ("resnet18",), Policy.all(1), torch.device("cpu"))
-    return AuditRun(folder / "audit", audit, library, faint_digits(images), bench=bench)
+    candidates = CandidateSet(
+        (Member("resnet18-50", network, 1.0),), 1, ("resnet18",), Policy.all(1), torch.device("cpu")
+    )
+    return AuditRun(folder / "audit", audit, library, faint_digits(images), candidates=candidates)
 
 
 def system(policy: Policy) -> Defense:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import EPS, ThreatModel, per_image, project, steepest_direction
-from service.audit.evaluation import CERTAIN, AttackTarget, failure, wrong
+from service.audit.evaluation.members import AttackTarget
+from service.audit.evaluation.scoring import CERTAIN, failure, wrong
 
 OVERSHOOT = 0.05  # in epsilons, beyond the linearised boundary
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from model_store.attacks import ThreatModel, per_image, project
-from service.audit.attacks.losses import ensembles, log_expected_softmax
-from service.audit.evaluation import CERTAIN, AttackTarget, failure
+from service.audit.attacks.losses import ensemble_logits, log_expected_softmax
+from service.audit.evaluation.members import AttackTarget
+from service.audit.evaluation.scoring import CERTAIN, failure
 
 Proxy = Literal["soft-vote", "mean-logits", "mean-log-softmax"]
 Method = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
@@ -53,7 +54,7 @@ class ExpectedLogits:
         self.see(images.detach(), logits.detach())
         if self.proxy == "soft-vote":
             return log_expected_softmax(logits, self.target.draws)
-        drawn = ensembles(logits, self.target.draws)
+        drawn = ensemble_logits(logits, self.target.draws)
         values = drawn if self.proxy == "mean-logits" else torch.log_softmax(drawn, dim=-1)
         return torch.einsum("r,rnc->nc", self.target.draws.weights.to(values), values)
 
@@ -113,7 +114,7 @@ def attack(
         for place, index in enumerate(torch.split(open_still, target.batch(images)) if len(open_still) else ()):
             clean, right = images[index].contiguous(), labels[index]
             kept = WorstCaseTracker(target, clean, right, threat)
-            perturb = built(ExpectedLogits(target, standard.proxy, kept.see), threat, standard, seed + place)
+            perturb = build_attack(ExpectedLogits(target, standard.proxy, kept.see), threat, standard, seed + place)
             offer(kept, project(perturb(clean, right).detach(), clean, threat))
             reached[index] = kept.images
     return reached
@@ -135,7 +136,7 @@ def offer(kept: WorstCaseTracker, final: Tensor) -> None:
     kept.risk = torch.maximum(risk, kept.risk)
 
 
-def built(
+def build_attack(
     classifier: ExpectedLogits, threat: ThreatModel, standard: AutoAttackConfig, seed: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
     from pyautoattack import autopgd_base, fab_pt, square  # here, since a server that only serves has no use for them

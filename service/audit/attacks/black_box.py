@@ -24,7 +24,8 @@ from model_store.attacks import ThreatModel
 from model_store.policy import Policy, draw_matrix
 from service.audit.attacks.autoattack import isolated_rng
 from service.audit.errors import AuditRejected, OracleFailed
-from service.audit.evaluation import Member, as_floats, forward_no_grad, workers
+from service.audit.evaluation.members import Member, as_floats, forward_no_grad
+from service.audit.evaluation.threads import WorkerThreads
 
 SIZE: Final = 32
 REQUEST_IMAGES: Final = 128
@@ -135,12 +136,13 @@ class LocalOracle:
     rng: random.Random
     digits: int = 2
     queries: int = 0
+    threads: WorkerThreads = field(default_factory=WorkerThreads)
 
     def __enter__(self) -> "LocalOracle":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is held."""
+        """Nothing is current."""
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> NDArray[np.float64]:
@@ -152,12 +154,14 @@ class LocalOracle:
 
         def run(index: int) -> tuple[Tensor, Tensor]:
             drawn = rows[:, index].nonzero().flatten()
-            asked, back = place[drawn].unique(return_inverse=True)
-            return drawn, forward_no_grad(self.members[index], images[asked]).cpu()[back] * rows[drawn, index][:, None]
+            distinct_rows, back = place[drawn].unique(return_inverse=True)
+            return drawn, forward_no_grad(self.members[index], images[distinct_rows]).cpu()[back] * rows[drawn, index][
+                :, None
+            ]
 
         total = torch.zeros(0)
         used = rows.any(dim=0).nonzero().flatten().tolist()
-        for drawn, logits in workers().map(run, used):
+        for drawn, logits in self.threads.map(run, used):
             total = total if len(total) else torch.zeros(len(pixels), logits.shape[1])
             total.index_add_(0, drawn, logits)
         self.queries += len(pixels)
@@ -167,8 +171,11 @@ class LocalOracle:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was held at one point of the attack. queries: of each image so far.  unclipped: the same before it was put
-    into the ball, from an attack that looks for the nearest image instead of staying inside."""
+    """The state at one point of the attack.
+
+    queries: of each image so far.
+    unclipped: the images before they were put into the ball, from an attack that looks for the nearest image.
+    """
 
     queries: int
     pixels: Tensor
@@ -186,7 +193,7 @@ def attack(
     return hop_skip_jump(oracle, pixels, labels, threat, settings, seed)
 
 
-def averaged(oracle: Oracle, pixels: Tensor, averages: int) -> NDArray[np.float64]:
+def average_answers(oracle: Oracle, pixels: Tensor, averages: int) -> NDArray[np.float64]:
     answers = oracle(pixels.repeat(averages, 1, 1, 1))
     return np.asarray(answers.reshape(averages, len(pixels), -1).mean(axis=0))
 
@@ -213,21 +220,23 @@ def square(
     epsilon = int(threat.epsilon * 255 + 1e-6)
     clean = pixels.numpy().astype(np.int16)
     stripes = rng.choice([-epsilon, epsilon], (len(clean), 3, 1, SIZE))
-    held = np.clip(clean + stripes, 0, 255)
-    best = margins(averaged(oracle, as_bytes(held), settings.averages), labels)
-    asked, stops = np.ones(len(clean)), []  # how often q answers were added up in `best`
+    current = np.clip(clean + stripes, 0, 255)
+    best = margins(average_answers(oracle, as_bytes(current), settings.averages), labels)
+    answers, stops = np.ones(len(clean)), []  # how often q answers were added up in `best`
     for probe in range(1, settings.probes):
         if probe % REASKED == 0:
-            again = margins(averaged(oracle, as_bytes(held), settings.averages), labels)
-            best, asked = (best * asked + again) / (asked + 1), asked + 1
+            again = margins(average_answers(oracle, as_bytes(current), settings.averages), labels)
+            best, answers = (best * answers + again) / (answers + 1), answers + 1
         else:
             side = side_of(probe, settings.probes)
-            tried = np.stack([patched(image, at, epsilon, side, rng) for image, at in zip(held, clean, strict=True)])
-            now = margins(averaged(oracle, as_bytes(tried), settings.averages), labels)
+            tried = np.stack(
+                [place_square(image, at, epsilon, side, rng) for image, at in zip(current, clean, strict=True)]
+            )
+            now = margins(average_answers(oracle, as_bytes(tried), settings.averages), labels)
             better = now > best
-            held[better], best[better], asked[better] = tried[better], now[better], 1
+            current[better], best[better], answers[better] = tried[better], now[better], 1
         if probe + 1 in snapshot_points(settings.probes):
-            stops.append(Snapshot((probe + 1) * settings.averages, as_bytes(held)))
+            stops.append(Snapshot((probe + 1) * settings.averages, as_bytes(current)))
     return stops
 
 
@@ -240,15 +249,15 @@ def side_of(probe: int, probes: int) -> int:
     return max(1, round(math.sqrt(P_INIT / 2**halvings) * SIZE))
 
 
-def patched(
+def place_square(
     image: NDArray[np.int16], clean: NDArray[np.int16], epsilon: int, side: int, rng: np.random.Generator
 ) -> NDArray[np.int16]:
     """One square window set to a corner of the ball."""
     side = min(side, SIZE - 1)
     top, left = rng.integers(0, SIZE - side, 2)
-    window = np.s_[:, top : top + side, left : left + side]
+    region = np.s_[:, top : top + side, left : left + side]
     tried = image.copy()
-    tried[window] = np.clip(clean[window] + rng.choice([-epsilon, epsilon], (3, 1, 1)), 0, 255)
+    tried[region] = np.clip(clean[region] + rng.choice([-epsilon, epsilon], (3, 1, 1)), 0, 255)
     return tried
 
 
@@ -268,7 +277,7 @@ class QueryBudgetExceeded(Exception):
 class Votes:
     """What ART sees: the label of a majority of q answers. Keeps the nearest probe that a second majority confirms.
 
-    held: what was kept, from which query on.
+    current: what was kept, from which query on.
     """
 
     oracle: Oracle
@@ -279,15 +288,15 @@ class Votes:
     limit: int
     best: Tensor
     spent: int = 0
-    held: list[tuple[int, Tensor]] = field(default_factory=list)
+    history: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def keep(self, image: Tensor) -> None:
         self.best = image
-        self.held.append((self.spent, image))
+        self.history.append((self.spent, image))
 
     def after(self, queries: int) -> Tensor:
-        """What was held once so many queries were spent."""
-        return next((image for spent, image in reversed(self.held) if spent <= queries), self.clean)
+        """What was current once so many queries were spent."""
+        return next((image for spent, image in reversed(self.history) if spent <= queries), self.clean)
 
     def start(self, candidates: Sequence[Tensor]) -> None:
         """From the first that a majority does not take for the label; the clean image itself may be one."""
@@ -295,21 +304,21 @@ class Votes:
             self.keep(next(image for image in candidates if self.majority(image[None])[0] != self.label))
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
-        asked = torch.from_numpy(np.round(np.clip(images, 0, 1) * 255).astype(np.uint8))
-        found = self.majority(asked)
-        for image in asked[torch.from_numpy(found != self.label)]:
+        probes = torch.from_numpy(np.round(np.clip(images, 0, 1) * 255).astype(np.uint8))
+        labels = self.majority(probes)
+        for image in probes[torch.from_numpy(labels != self.label)]:
             if self.away(image) < self.away(self.best) and self.majority(image[None])[0] != self.label:
                 self.keep(image)
-        return np.eye(self.classes)[found]
+        return np.eye(self.classes)[labels]
 
     def away(self, image: Tensor) -> int:
         return int((image.int() - self.clean.int()).abs().max())
 
-    def majority(self, asked: Tensor) -> NDArray[np.int64]:
+    def majority(self, probes: Tensor) -> NDArray[np.int64]:
         if self.spent >= self.limit:
             raise QueryBudgetExceeded
-        self.spent += self.averages * len(asked)
-        votes = self.oracle(asked.repeat(self.averages, 1, 1, 1)).argmax(axis=1).reshape(self.averages, -1)
+        self.spent += self.averages * len(probes)
+        votes = self.oracle(probes.repeat(self.averages, 1, 1, 1)).argmax(axis=1).reshape(self.averages, -1)
         counts = np.stack([(votes == label).sum(axis=0) for label in range(self.classes)], axis=1)
         return np.asarray(counts.argmax(axis=1))
 
@@ -330,9 +339,9 @@ def hop_skip_jump(
     epsilon, clean = int(threat.epsilon * 255 + 1e-6), pixels.numpy().astype(np.int16)
     stops = []
     for queries in sorted(mark * settings.averages for mark in snapshot_points(settings.probes)):
-        found = torch.stack([votes.after(queries) for votes in each])
-        away = np.clip(found.numpy().astype(np.int16) - clean, -epsilon, epsilon)
-        stops.append(Snapshot(queries, as_bytes(clean + away), found))
+        nearest = torch.stack([votes.after(queries) for votes in each])
+        away = np.clip(nearest.numpy().astype(np.int16) - clean, -epsilon, epsilon)
+        stops.append(Snapshot(queries, as_bytes(clean + away), nearest))
     return stops
 
 

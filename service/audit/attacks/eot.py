@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, steepest_direction
 from service.audit.attacks.losses import LOSSES, Loss, Stage, typical_margin
-from service.audit.evaluation import CERTAIN, AttackTarget, failure
+from service.audit.evaluation.members import AttackTarget
+from service.audit.evaluation.scoring import CERTAIN, failure
 
 DAMPING: Final = 0.75  # APGD's alpha
 RISING: Final = 0.75  # APGD's rho: the share of steps that must raise the loss
@@ -56,7 +57,7 @@ class AttackResult:
 
 
 @dataclass
-class State:
+class PgdState:
     """One start under way; row i belongs to image `rows[i]`. All tensors have the images first."""
 
     rows: Tensor
@@ -104,18 +105,18 @@ def attack(
 ) -> AttackResult:
     """images: float [N, 3, 32, 32] in [0, 1].  warm: starts of the same shape, tried before the random ones."""
     scale = typical_margin(target.logits(images[:SCALED_ON]), labels[:SCALED_ON], target.draws)
-    best = judged(target, images, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
+    best = score_clean(target, images, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
     traces, passes = [], len(images)
     for start in [*(project(start, images, threat) for start in warm), *[None] * ascent.restarts]:
         fresh = random_start(images, threat, generator) if start is None else start  # drawn even if nothing is left
-        trace, cost = climb(target, images, labels, threat, ascent, fresh, best, scale)
+        trace, cost = run_restart(target, images, labels, threat, ascent, fresh, best, scale)
         traces.append(trace)
         passes += cost
     return AttackResult(best.images, best.risk, *traces[0], passes=passes)
 
 
 @torch.no_grad()
-def judged(target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
+def score_clean(target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
     risks, losses = [], []
     for some, right in target.parts(images, labels):
         logits = target(some)
@@ -129,8 +130,8 @@ def gradients_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as gradient_of, for as many images as there are: in even parts, each of which fits into memory."""
     parts = torch.arange(len(images), device=images.device).tensor_split(-(-len(images) // target.batch(images)))
-    found = [gradient_of(target, images[part], labels[part], loss, stage) for part in parts]
-    risk, losses, gradient = (torch.cat(values) for values in zip(*found, strict=True))
+    parts_of = [gradient_of(target, images[part], labels[part], loss, stage) for part in parts]
+    risk, losses, gradient = (torch.cat(values) for values in zip(*parts_of, strict=True))
     return risk, losses, gradient
 
 
@@ -146,7 +147,7 @@ def gradient_of(
     return failure(logits.detach(), labels, target.draws), losses.detach(), gradient
 
 
-def climb(
+def run_restart(
     target: AttackTarget,
     clean: Tensor,
     labels: Tensor,
@@ -158,7 +159,7 @@ def climb(
 ) -> tuple[tuple[Tensor, Tensor], int]:
     """One start, updating `best`. Returns the trace of best risk and loss so far, and the image-steps it cost."""
     loss, stage = LOSSES[ascent.loss], Stage(scale, 0.0)
-    state = begin(clean, labels, start, threat, ascent)
+    state = initial_state(clean, labels, start, threat, ascent)
     checks = checkpoints(ascent.steps)
     risks, losses, passes = [best.risk.clone()], [best.loss.clone()], 0
     for step in range(ascent.steps + 1):
@@ -169,19 +170,19 @@ def climb(
             risk, now, gradient = gradients_of(target, state.images, state.labels, loss, stage)
             passes += len(state.rows)
             best.take(state.rows, state.images, risk, now)
-            note(state, now, gradient, step)
+            record(state, now, gradient, step)
             if ascent.schedule == "adaptive" and step in checks:
-                gradient = checked(state, gradient, step - checks[step])
+                gradient = halve_steps(state, gradient, step - checks[step])
             if step < ascent.steps:
-                move(state, gradient, threat, ascent, step)
+                step_images(state, gradient, threat, ascent, step)
         risks.append(best.risk.clone())
         losses.append(best.loss.clone())
     return (torch.stack(risks), torch.stack(losses)), passes
 
 
-def begin(clean: Tensor, labels: Tensor, start: Tensor, threat: ThreatModel, ascent: PgdConfig) -> State:
+def initial_state(clean: Tensor, labels: Tensor, start: Tensor, threat: ThreatModel, ascent: PgdConfig) -> PgdState:
     zeros = torch.zeros(len(clean), device=clean.device)
-    return State(
+    return PgdState(
         rows=torch.arange(len(clean), device=clean.device),
         clean=clean,
         labels=labels,
@@ -199,7 +200,7 @@ def begin(clean: Tensor, labels: Tensor, start: Tensor, threat: ThreatModel, asc
     )
 
 
-def note(state: State, losses: Tensor, gradient: Tensor, step: int) -> None:
+def record(state: PgdState, losses: Tensor, gradient: Tensor, step: int) -> None:
     """Counts the rises since the last checkpoint and keeps the point of the highest loss."""
     if step > 0:
         state.rises = state.rises + (losses > state.loss)
@@ -213,15 +214,15 @@ def note(state: State, losses: Tensor, gradient: Tensor, step: int) -> None:
 def checkpoints(steps: int) -> dict[int, int]:
     """APGD's: step -> the checkpoint before it."""
     gap = max(int(FIRST_CHECK * steps), 1)
-    found, at = {}, 0
+    previous, at = {}, 0
     while at + gap <= steps:
-        found[at + gap] = at
+        previous[at + gap] = at
         at += gap
         gap = max(gap - max(int(GAP_SHRINKS * steps), 1), max(int(LEAST_GAP * steps), 1))
-    return found
+    return previous
 
 
-def checked(state: State, gradient: Tensor, gap: int) -> Tensor:
+def halve_steps(state: PgdState, gradient: Tensor, gap: int) -> Tensor:
     """Halves the step of images whose loss seldom rose or stood still, and takes them back to their best point."""
     stuck = ~state.halved & (state.best_loss <= state.loss_at_check)
     halve = (state.rises < RISING * gap) | stuck
@@ -235,7 +236,7 @@ def checked(state: State, gradient: Tensor, gap: int) -> Tensor:
     return torch.where(back, state.best_gradient, gradient)
 
 
-def move(state: State, gradient: Tensor, threat: ThreatModel, ascent: PgdConfig, step: int) -> None:
+def step_images(state: PgdState, gradient: Tensor, threat: ThreatModel, ascent: PgdConfig, step: int) -> None:
     size = per_image(state.step, state.images)
     if ascent.schedule == "constant":
         state.velocity = ascent.momentum * state.velocity + l1_unit(gradient)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from model_store.attacks import margin
 from model_store.ensemble import combine
-from service.audit.evaluation import DrawSet
+from service.audit.evaluation.draws import DrawSet
 
 HINGE: Final = 0.5  # how far beyond the boundary a draw is pushed, in typical margins
 SMOOTH_FROM, SMOOTH_TO = 1.0, 0.05  # the sigmoid's width at the first and the last step, in typical margins
@@ -36,12 +36,12 @@ Loss = Callable[[Tensor, Tensor, DrawSet, Stage], Tensor]
 """logits [M, N, classes], labels [N], draws, stage -> [N]."""
 
 
-def ensembles(logits: Tensor, draws: DrawSet) -> Tensor:
+def ensemble_logits(logits: Tensor, draws: DrawSet) -> Tensor:
     """[R, N, classes]: the mean of each draw's members, whose softmax is what the service answers with."""
     return combine(logits, draws.rows / draws.sizes[:, None])
 
 
-def expected(values: Tensor, draws: DrawSet) -> Tensor:
+def expectation(values: Tensor, draws: DrawSet) -> Tensor:
     """[R, N] -> [N]."""
     return draws.weights.to(values) @ values
 
@@ -59,7 +59,7 @@ def cross_entropies(outputs: Tensor, labels: Tensor) -> Tensor:
 def log_expected_softmax(logits: Tensor, draws: DrawSet) -> Tensor:
     """log E_theta softmax, [N, classes]: what a client who averages answers converges to."""
     weights = draws.weights.to(logits).log()[:, None, None]
-    return torch.logsumexp(torch.log_softmax(ensembles(logits, draws), dim=-1) + weights, dim=0)
+    return torch.logsumexp(torch.log_softmax(ensemble_logits(logits, draws), dim=-1) + weights, dim=0)
 
 
 def mean_output(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
@@ -69,7 +69,7 @@ def mean_output(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Ten
 
 def mean_loss(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
     """(b) Expected cross-entropy."""
-    return expected(per_draw(cross_entropies, ensembles(logits, draws), labels), draws)
+    return expectation(per_draw(cross_entropies, ensemble_logits(logits, draws), labels), draws)
 
 
 def mean_loss_normalised(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
@@ -86,19 +86,19 @@ def mean_candidates(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) ->
 
 def hinge(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
     """(d) -E[relu(kappa + margin)]: draws fooled by more than kappa drop out."""
-    lead = -per_draw(margin, ensembles(logits, draws), labels)
-    return -expected(functional.relu(HINGE * stage.scale + lead), draws)
+    lead = -per_draw(margin, ensemble_logits(logits, draws), labels)
+    return -expectation(functional.relu(HINGE * stage.scale + lead), draws)
 
 
 def risk(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
     """(e) E[sigmoid(-margin / tau)], tau falling geometrically: towards the failure probability itself."""
     tau = stage.scale * SMOOTH_FROM ** (1 - stage.progress) * SMOOTH_TO**stage.progress
-    return expected(torch.sigmoid(per_draw(margin, ensembles(logits, draws), labels) / tau), draws)
+    return expectation(torch.sigmoid(per_draw(margin, ensemble_logits(logits, draws), labels) / tau), draws)
 
 
 def mean_logits(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
     """The margin of the mean logits: deterministic, and blind to which draws it fools."""
-    mean = torch.einsum("r,rnc->nc", draws.weights.to(logits), ensembles(logits, draws))
+    mean = torch.einsum("r,rnc->nc", draws.weights.to(logits), ensemble_logits(logits, draws))
     return margin(mean, labels)
 
 
@@ -116,4 +116,4 @@ LOSSES: Final[dict[str, Loss]] = {
 @torch.no_grad()
 def typical_margin(logits: Tensor, labels: Tensor, draws: DrawSet) -> float:
     """The median absolute margin over draws and images: the unit of kappa and tau."""
-    return max(1e-6, float(per_draw(margin, ensembles(logits, draws), labels).abs().median()))
+    return max(1e-6, float(per_draw(margin, ensemble_logits(logits, draws), labels).abs().median()))

@@ -20,7 +20,9 @@ from model_store.attacks import (
     steepest_direction,
 )
 from service.audit.attacks.losses import LOSSES, Stage, typical_margin
-from service.audit.evaluation import AttackTarget, Member, failure, workers
+from service.audit.evaluation.members import CUDA_PASS_IMAGES, AttackTarget, Member
+from service.audit.evaluation.scoring import failure
+from service.audit.evaluation.threads import WorkerThreads
 
 BATCH: Final = 64
 PART: Final = 16  # images of one PGD on one ticket
@@ -62,8 +64,9 @@ def attack_member(
     single: SingleModelPgd,
     generator: torch.Generator,
     loss: Loss = cross_entropy,
+    threads: WorkerThreads | None = None,
 ) -> Tensor:
-    """Part by part, each with a generator of its own, on all cores."""
+    """Part by part, each with a generator of its own, in parallel on a CPU."""
 
     def run(some: Tensor, right: Tensor, seed: int) -> Tensor:
         if single.steps == 0:
@@ -80,9 +83,10 @@ def attack_member(
             loss=loss,
         )
 
-    some, right = torch.split(images, PART), torch.split(labels, PART)
+    size = PART if images.device.type == "cpu" else CUDA_PASS_IMAGES
+    some, right = torch.split(images, size), torch.split(labels, size)
     seeds = torch.randint(2**62, (len(some),), generator=generator).tolist()
-    return torch.cat(list(workers().map(run, some, right, seeds)))
+    return torch.cat(list((threads or WorkerThreads()).map(run, some, right, seeds)))
 
 
 @torch.no_grad()

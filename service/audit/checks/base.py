@@ -12,7 +12,9 @@ from service.audit.attack_runner import AuditRun, Outcome, seed_of
 from service.audit.attacks import eot
 from service.audit.attacks.eot import AttackResult, PgdConfig
 from service.audit.config import ProfileName
-from service.audit.evaluation import AttackTarget, Defense, as_floats, quantize_to_uint8
+from service.audit.evaluation.draws import Defense
+from service.audit.evaluation.members import AttackTarget, as_floats
+from service.audit.evaluation.pixel_grid import quantize_to_uint8
 from service.audit.profiles import PROFILES, Profile
 from service.audit.stats import standard_error
 
@@ -67,7 +69,7 @@ class CheckContext:
 
     @property
     def images(self) -> Tensor:
-        return as_floats(self.pixels, self.run.bench.device)
+        return as_floats(self.pixels, self.run.candidates.device)
 
     @property
     def labels(self) -> Tensor:
@@ -91,7 +93,7 @@ class CheckContext:
         key = repr((ascent, name, epsilon))
         if key not in self.cache:
             threat = self.threat(epsilon)
-            device = self.run.bench.device
+            device = self.run.candidates.device
             self.cache[key] = eot.attack(
                 target or self.target, self.images, self.labels.to(device), threat, ascent, self.generator(name)
             )
@@ -126,16 +128,16 @@ def points(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def evaluate_check(check: Check, lab: CheckContext) -> dict[str, Any]:
+def evaluate_check(check: Check, context: CheckContext) -> dict[str, Any]:
     """The row of the table."""
     row = {"id": check.id, "name": check.name, "criterion": check.criterion, "hard": check.hard}
-    if RANK[lab.run.audit.profile] < RANK[check.least]:
+    if RANK[context.run.audit.profile] < RANK[check.least]:
         return {**row, "outcome": "skipped", "value": f"runs from profile {check.least} on"}
-    found = check.run(lab)
-    if found.ok is None:
-        result: Result = "skipped"
-    elif found.ok:
-        result = "pass"
+    result = check.run(context)
+    if result.ok is None:
+        outcome: Result = "skipped"
+    elif result.ok:
+        outcome = "pass"
     else:
-        result = "fail" if check.hard and not found.warn else "warn"
-    return {**row, "outcome": result, "value": found.value}
+        outcome = "fail" if check.hard and not result.warn else "warn"
+    return {**row, "outcome": outcome, "value": result.value}

@@ -14,96 +14,101 @@ from torch import Tensor
 from model_store.attacks import cross_entropy, random_start
 from model_store.ensemble import calibrated
 from model_store.policy import draw_theta, inclusion_probabilities, size_probabilities, states
-from service.audit.attack_runner import fingerprint, inside
+from service.audit.attack_runner import fingerprint, largest_distance
 from service.audit.attacks.autoattack import isolated_rng
 from service.audit.attacks.eot import PgdConfig, gradient_of
 from service.audit.attacks.losses import LOSSES, Stage
 from service.audit.checks.base import Check, CheckContext, CheckResult, points
-from service.audit.evaluation import AttackTarget, DrawSet, Member, as_floats, failure
+from service.audit.evaluation.draws import DrawSet
+from service.audit.evaluation.members import AttackTarget, Member, as_floats
+from service.audit.evaluation.scoring import failure
 
 PROBE: Final = PgdConfig("mean-loss", steps=20, step=0.125, momentum=0.75)
 STAGE: Final = Stage(scale=1.0, progress=0.0)
 SIGMAS: Final = 5.0  # of a binomial count: a false alarm in less than a million
 
 
-def feasible(lab: CheckContext) -> CheckResult:
-    over = max((inside(o, lab.run.data.pixels) - o.step.threat.epsilon for o in lab.run.outcomes), default=0.0)
-    kinds = {o.pixels.dtype for o in lab.run.outcomes}
+def feasible(context: CheckContext) -> CheckResult:
+    over = max(
+        (largest_distance(o, context.run.data.pixels) - o.step.threat.epsilon for o in context.run.outcomes),
+        default=0.0,
+    )
+    kinds = {o.pixels.dtype for o in context.run.outcomes}
     return CheckResult(over <= 1e-6 and kinds <= {torch.uint8}, f"furthest outside by {max(0.0, over):.1e}, all uint8")
 
 
-def deliverable(lab: CheckContext) -> CheckResult:
+def deliverable(context: CheckContext) -> CheckResult:
     """The figures are on the grid by construction; this is what rounding cost the attacker."""
-    found = lab.attack(PROBE, "probe")
+    result = context.attack(PROBE, "probe")
     with torch.no_grad():
-        raw = 1 - failure(lab.target(found.images), lab.labels, lab.target.draws)
-    change = abs(float(raw.mean()) - float(lab.right(found.images).mean()))
-    limit = max(0.01, 1 / lab.count)
+        raw = 1 - failure(context.target(result.images), context.labels, context.target.draws)
+    change = abs(float(raw.mean()) - float(context.right(result.images).mean()))
+    limit = max(0.01, 1 / context.count)
     return CheckResult(change <= limit, f"rounding to 8 bits moves accuracy by {points(change)}", warn=change <= 0.1)
 
 
-def same_model(lab: CheckContext) -> CheckResult:
+def same_model(context: CheckContext) -> CheckResult:
     """Against the store's own calibrated tickets, and from `standard` on against the engine that serves."""
-    pixels = lab.run.data.pixels[:64]
-    images, worst = as_floats(pixels, lab.run.bench.device), 0.0
-    for member, ticket in zip(lab.run.bench.members, lab.run.library.tickets, strict=False):
+    pixels = context.run.data.pixels[:64]
+    images, worst = as_floats(pixels, context.run.candidates.device), 0.0
+    for member, ticket in zip(context.run.candidates.members, context.run.library.tickets, strict=False):
         with torch.no_grad():
-            worst = max(worst, relative(member(images), calibrated(ticket, lab.run.bench.device)(images)))
-    engine = "not compared" if lab.run.audit.profile == "smoke" else against_engine(lab, pixels)
+            worst = max(worst, relative(member(images), calibrated(ticket, context.run.candidates.device)(images)))
+    engine = "not compared" if context.run.audit.profile == "smoke" else against_engine(context, pixels)
     shown = f"{engine:.1e}" if isinstance(engine, float) else engine
-    said = f"largest relative difference {worst:.1e} over {len(pixels)} images; engine {shown}"
-    if lab.run.int8_images is not None and isinstance(engine, float) and worst <= 1e-5:
-        return CheckResult(False, f"{said}: the service runs in 8 bits, these figures are of float32", warn=True)
+    text = f"largest relative difference {worst:.1e} over {len(pixels)} images; engine {shown}"
+    if context.run.int8_images is not None and isinstance(engine, float) and worst <= 1e-5:
+        return CheckResult(False, f"{text}: the service runs in 8 bits, these figures are of float32", warn=True)
     worst = max(worst, engine) if isinstance(engine, float) else worst
-    return CheckResult(worst <= 1e-5, said)
+    return CheckResult(worst <= 1e-5, text)
 
 
 def relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / second.abs().max().clamp_min(1.0))
 
 
-def against_engine(lab: CheckContext, pixels: Tensor) -> float | str:
+def against_engine(context: CheckContext, pixels: Tensor) -> float | str:
     from service.engine.base import EngineRejected
     from service.engine.factory import open_engine
     from service.settings import Settings
 
     try:
         engine = open_engine(
-            lab.run.library, Settings(state_dir=lab.run.folder, threads=1, int8_images=lab.run.int8_images)
+            context.run.library, Settings(state_dir=context.run.folder, threads=1, int8_images=context.run.int8_images)
         )
     except EngineRejected as error:
         return f"refused: {error!s:.80}"
-    images = as_floats(pixels, lab.run.bench.device)
+    images = as_floats(pixels, context.run.candidates.device)
     worst = 0.0
-    for index, member in enumerate(lab.run.bench.members[: lab.run.bench.tickets]):
+    for index, member in enumerate(context.run.candidates.members[: context.run.candidates.tickets]):
         with torch.no_grad():
             ours = member(images).cpu()
         worst = max(worst, relative(torch.from_numpy(engine.forward(index, pixels.numpy())), ours))
     return worst
 
 
-def no_side_effects(lab: CheckContext) -> CheckResult:
-    members = lab.run.bench.members
-    same = fingerprint(members) == lab.run.fingerprint
+def no_side_effects(context: CheckContext) -> CheckResult:
+    members = context.run.candidates.members
+    same = fingerprint(members) == context.run.fingerprint
     training = sum(module.training for member in members for module in member.network.modules())
     gradients = sum(p.grad is not None for member in members for p in member.network.parameters())
-    said = f"weights and statistics {'unchanged' if same else 'CHANGED'}, {training} modules in train mode"
-    return CheckResult(same and not training and not gradients, f"{said}, {gradients} gradients left behind")
+    text = f"weights and statistics {'unchanged' if same else 'CHANGED'}, {training} modules in train mode"
+    return CheckResult(same and not training and not gradients, f"{text}, {gradients} gradients left behind")
 
 
-def start(lab: CheckContext) -> Tensor:
-    return random_start(lab.images, lab.threat(), lab.generator("start"))
+def start(context: CheckContext) -> Tensor:
+    return random_start(context.images, context.threat(), context.generator("start"))
 
 
-def no_zero_gradients(lab: CheckContext) -> CheckResult:
+def no_zero_gradients(context: CheckContext) -> CheckResult:
     """Of the ensemble's loss, and of each member's own: one masked member is enough to hide."""
-    point, labels = start(lab), lab.labels.to(lab.run.bench.device)
-    _, _, gradient = gradient_of(lab.target, point, labels, LOSSES["mean-loss"], STAGE)
+    point, labels = start(context), context.labels.to(context.run.candidates.device)
+    _, _, gradient = gradient_of(context.target, point, labels, LOSSES["mean-loss"], STAGE)
     zero = float((gradient.flatten(1).abs().amax(dim=1) == 0).double().mean())
-    shares = {member.name: zero_share(member, point, labels) for member in lab.target.members}
+    shares = {member.name: zero_share(member, point, labels) for member in context.target.members}
     worst = max(shares, key=lambda name: shares[name])
-    said = f"{points(zero)} of the ensemble's, {points(shares[worst])} of {worst}'s"
-    return CheckResult(zero <= 0.01 and shares[worst] <= 0.01, said)
+    text = f"{points(zero)} of the ensemble's, {points(shares[worst])} of {worst}'s"
+    return CheckResult(zero <= 0.01 and shares[worst] <= 0.01, text)
 
 
 def zero_share(member: Member, images: Tensor, labels: Tensor) -> float:
@@ -113,12 +118,12 @@ def zero_share(member: Member, images: Tensor, labels: Tensor) -> float:
     return float((gradient.flatten(1).abs().amax(dim=1) == 0).double().mean())
 
 
-def right_gradients(lab: CheckContext) -> CheckResult:
+def right_gradients(context: CheckContext) -> CheckResult:
     """Central differences in float64, in the full direction of random signs, against autograd's."""
-    target = in_doubles(lab.target)
-    point, labels, draws = start(lab).double(), lab.labels.to(lab.run.bench.device), 4
+    target = as_float64(context.target)
+    point, labels, draws = start(context).double(), context.labels.to(context.run.candidates.device), 4
     _, _, gradient = gradient_of(target, point, labels, LOSSES["mean-loss"], STAGE)
-    generator, good = lab.generator("directions"), []
+    generator, good = context.generator("directions"), []
     for _ in range(draws):
         direction = torch.randn(point.shape, generator=generator, dtype=torch.float64).to(point)
         ahead, behind = (loss_at(target, point + side * STEP * direction, labels) for side in (1, -1))
@@ -126,7 +131,7 @@ def right_gradients(lab: CheckContext) -> CheckResult:
         expected = (gradient * direction).flatten(1).sum(dim=1)
         good.append((slope - expected).abs() <= 0.05 * expected.abs() + 1e-9)
     share = float(torch.stack(good).double().mean())
-    return CheckResult(share >= 0.95, f"{points(share)} of {draws * lab.count} within 5 %")
+    return CheckResult(share >= 0.95, f"{points(share)} of {draws * context.count} within 5 %")
 
 
 STEP: Final = 1e-7  # small enough that few rectifiers switch in between; float64 keeps 9 digits of the loss
@@ -137,66 +142,66 @@ def loss_at(target: AttackTarget, images: Tensor, labels: Tensor) -> Tensor:
     return LOSSES["mean-loss"](target(images), labels, target.draws, STAGE)
 
 
-def in_doubles(target: AttackTarget) -> AttackTarget:
+def as_float64(target: AttackTarget) -> AttackTarget:
     members = tuple(replace(member, network=deepcopy(member.network).double()) for member in target.members)
     return AttackTarget(members, target.draws)
 
 
-def factored_is_sampled(lab: CheckContext) -> CheckResult:
+def factored_is_sampled(context: CheckContext) -> CheckResult:
     """Against the plain way: draw theta, run its members, add up; as the service does it."""
-    rng = random.Random(f"sampled {lab.run.audit.seed}")
-    used, count = list(lab.ours.used), 2000
-    exact = 1 - lab.right(lab.images)
-    failed = torch.zeros(lab.count, dtype=torch.float64)
+    rng = random.Random(f"sampled {context.run.audit.seed}")
+    used, count = list(context.ours.used), 2000
+    exact = 1 - context.right(context.images)
+    failed = torch.zeros(context.count, dtype=torch.float64)
     with torch.no_grad():
-        own = lab.target(lab.images).cpu()
+        own = context.target(context.images).cpu()
     for _ in range(count):
-        members = draw_theta(lab.ours.policy, rng).members
+        members = draw_theta(context.ours.policy, rng).members
         total = sum((own[used.index(member)] for member in members), start=torch.zeros_like(own[0]))
-        failed += (total.argmax(dim=1) != lab.labels).double() / count
+        failed += (total.argmax(dim=1) != context.labels).double() / count
     error = (exact * (1 - exact) / count).sqrt()
     excess = float(((failed - exact).abs() - SIGMAS * error).max())
-    cosine = sampled_cosine(lab, rng) if lab.run.audit.profile != "smoke" else None
-    said = f"p within {SIGMAS:g} standard errors of 2,000 draws" if excess <= 1e-9 else f"p off by {excess:.4f} beyond"
+    cosine = sampled_cosine(context, rng) if context.run.audit.profile != "smoke" else None
+    text = f"p within {SIGMAS:g} standard errors of 2,000 draws" if excess <= 1e-9 else f"p off by {excess:.4f} beyond"
     agree = cosine is None or cosine >= 0.95
-    return CheckResult(excess <= 1e-9 and agree, f"{said}; gradients' cosine {cosine or 'not run'}")
+    return CheckResult(excess <= 1e-9 and agree, f"{text}; gradients' cosine {cosine or 'not run'}")
 
 
-def sampled_cosine(lab: CheckContext, rng: random.Random) -> float:
+def sampled_cosine(context: CheckContext, rng: random.Random) -> float:
     """The median over images of the cosine between the factored gradient and one of sampled draws, run one by one."""
-    images, labels = start(lab)[:4], lab.labels[:4].to(lab.run.bench.device)
-    _, _, exact = gradient_of(lab.target, images, labels, LOSSES["mean-loss"], STAGE)
+    images, labels = start(context)[:4], context.labels[:4].to(context.run.candidates.device)
+    _, _, exact = gradient_of(context.target, images, labels, LOSSES["mean-loss"], STAGE)
     total = torch.zeros_like(images)
-    for _ in range(512 if lab.full else 128):
-        members = tuple(lab.run.bench.members[index] for index in draw_theta(lab.ours.policy, rng).members)
+    for _ in range(512 if context.full else 128):
+        members = tuple(context.run.candidates.members[index] for index in draw_theta(context.ours.policy, rng).members)
         alone = AttackTarget(
-            members, DrawSet(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), counted=True)
+            members, DrawSet(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), exhaustive=True)
         )
         total += gradient_of(alone, images, labels, LOSSES["mean-loss"], STAGE)[2]
     return round(float(torch.cosine_similarity(exact.flatten(1), total.flatten(1)).median()), 4)
 
 
-def independent_chance(lab: CheckContext) -> CheckResult:
-    policy, count = lab.ours.policy, 100_000 if lab.run.audit.profile != "smoke" else 10_000
+def independent_chance(context: CheckContext) -> CheckResult:
+    policy, count = context.ours.policy, 100_000 if context.run.audit.profile != "smoke" else 10_000
     with isolated_rng(0):
         first = [draw_theta(policy, secrets.SystemRandom()) for _ in range(100)]
     with isolated_rng(0):
         second = [draw_theta(policy, secrets.SystemRandom()) for _ in range(100)]
     steered = first == second and states(policy) > 1
-    rng = random.Random(f"law {lab.run.audit.defender_seed}")
+    rng = random.Random(f"law {context.run.audit.defender_seed}")
     thetas = [draw_theta(policy, rng) for _ in range(count)]
     sizes, members = Counter(len(t.members) for t in thetas), Counter(m for t in thetas for m in set(t.members))
     worst = max(
         *(off(sizes[n], count, p) for n, p in size_probabilities(policy).items()),
         *(off(members[m], count, p) for m, p in enumerate(inclusion_probabilities(policy))),
     )
-    said = f"largest deviation {worst:.2f} standard errors over {count} draws"
-    return CheckResult(worst <= SIGMAS and not steered, said + (", and a seed FIXES theta" if steered else ""))
+    text = f"largest deviation {worst:.2f} standard errors over {count} draws"
+    return CheckResult(worst <= SIGMAS and not steered, text + (", and a seed FIXES theta" if steered else ""))
 
 
-def off(found: int, count: int, p: float) -> float:
+def off(count_seen: int, count: int, p: float) -> float:
     spread = math.sqrt(count * p * (1 - p))
-    return abs(found - count * p) / spread if spread > 0 else float(found != round(count * p)) * math.inf
+    return abs(count_seen - count * p) / spread if spread > 0 else float(count_seen != round(count * p)) * math.inf
 
 
 CHECKS: Final = (

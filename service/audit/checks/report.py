@@ -16,7 +16,9 @@ from service.audit.attacks.eot import PgdConfig
 from service.audit.checks.base import Check, CheckContext, CheckResult, points
 from service.audit.checks.model import PROBE
 from service.audit.config import threat_model
-from service.audit.evaluation import AttackTarget, DrawSet, Member, quantize_to_uint8
+from service.audit.evaluation.draws import DrawSet
+from service.audit.evaluation.members import AttackTarget, Member
+from service.audit.evaluation.pixel_grid import quantize_to_uint8
 from service.audit.stats import standard_error
 
 
@@ -36,7 +38,7 @@ class Linear(nn.Module):
 def linear_target(*members: Linear) -> AttackTarget:
     """Each member alone with equal probability."""
     count = len(members)
-    draws = DrawSet(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), counted=True)
+    draws = DrawSet(torch.eye(count), torch.full((count,), 1 / count, dtype=torch.float64), exhaustive=True)
     return AttackTarget(tuple(Member(f"linear {i}", member, 1.0) for i, member in enumerate(members)), draws)
 
 
@@ -48,9 +50,9 @@ def closed_form_error(norm: Norm, ascent: PgdConfig) -> float:
     images = 0.5 + 0.2 * (torch.rand(16, 3, 4, 4, generator=generator) - 0.5)
     model, threat = Linear(weight, 6.0 - float(weight.sum()) / 2), ThreatModel(norm, 0.01)
     labels = torch.zeros(16, dtype=torch.int64)
-    found = eot.attack(linear_target(model), images, labels, threat, ascent, generator)
+    result = eot.attack(linear_target(model), images, labels, threat, ascent, generator)
     dual = weight.abs().sum() if norm == "linf" else weight.norm()
-    before, after = (scores_of(model, x) for x in (images, found.images))
+    before, after = (scores_of(model, x) for x in (images, result.images))
     return float((after - (before - threat.epsilon * dual)).abs().max())
 
 
@@ -76,8 +78,8 @@ def controls(_: CheckContext) -> CheckResult:
     generator = torch.Generator().manual_seed(28)
     averaged = float(eot.attack(target, images, labels, threat, PgdConfig("mean-loss", steps=50), generator).risk)
     one_by_one = float(arc.attack(target, images, labels, threat, ArcConfig(), generator)[1])
-    said = f"risk {averaged:.1f} by averaged gradients, {one_by_one:.1f} by ARC"
-    return CheckResult(averaged == 0 and one_by_one == 0.5, said)
+    text = f"risk {averaged:.1f} by averaged gradients, {one_by_one:.1f} by ARC"
+    return CheckResult(averaged == 0 and one_by_one == 0.5, text)
 
 
 def closed_form(_: CheckContext) -> CheckResult:
@@ -87,13 +89,13 @@ def closed_form(_: CheckContext) -> CheckResult:
     return CheckResult(worst <= 1e-4, f"largest error {worst:.1e}")
 
 
-def pointwise_minimum(lab: CheckContext) -> CheckResult:
+def pointwise_minimum(context: CheckContext) -> CheckResult:
     """The figure reported is the mean of the minima: below every single attack on the same images."""
-    run = lab.run
-    robust = run.robust(lab.ours, run.audit.headline, len(run.data)).right
+    run = context.run
+    robust = run.robust(context.ours, run.audit.headline, len(run.data)).right
     excess = max(
         (
-            float((robust[: o.step.images] - run.scores(lab.ours, o).right).max())
+            float((robust[: o.step.images] - run.scores(context.ours, o).right).max())
             for o in run.outcomes
             if within(run, o)
         ),
@@ -106,53 +108,56 @@ def within(run: AuditRun, outcome: Outcome) -> bool:
     return outcome.step.epsilon <= run.audit.headline
 
 
-def clean_accuracy(lab: CheckContext) -> CheckResult:
-    clean, robust = lab.run.clean(lab.ours), lab.run.robust(lab.ours, lab.run.audit.headline, len(lab.run.data))
+def clean_accuracy(context: CheckContext) -> CheckResult:
+    clean, robust = (
+        context.run.clean(context.ours),
+        context.run.robust(context.ours, context.run.audit.headline, len(context.run.data)),
+    )
     below = bool((robust.right <= clean.right + 1e-12).all())
-    said = (
+    text = (
         f"expected {points(float(clean.right.mean()))}, majority {points(float((clean.right > 0.5).double().mean()))}"
     )
     return CheckResult(
-        below, f"{said}, no failing draw {points(1 - float(clean.any_wrong.double().mean()))}; none refused"
+        below, f"{text}, no failing draw {points(1 - float(clean.any_wrong.double().mean()))}; none refused"
     )
 
 
-def reproducible(lab: CheckContext) -> CheckResult:
+def reproducible(context: CheckContext) -> CheckResult:
     """The cheapest gradient attack again, and from `standard` on with two more seeds."""
     mine = [
         o
-        for o in lab.run.outcomes
-        if isinstance(o.step.settings, PgdConfig) and o.step.system == lab.ours.name and not o.step.warm
+        for o in context.run.outcomes
+        if isinstance(o.step.settings, PgdConfig) and o.step.system == context.ours.name and not o.step.warm
     ]
     if not mine:
         return CheckResult(None, "no gradient attack ran")
     outcome = min(mine, key=lambda o: o.passes)
-    again = lab.run.run(outcome.step)
+    again = context.run.run(outcome.step)
     pixels = quantize_to_uint8(
-        again.images, lab.run.data.pixels[: outcome.step.images], outcome.step.norm, outcome.step.threat.epsilon
+        again.images, context.run.data.pixels[: outcome.step.images], outcome.step.norm, outcome.step.threat.epsilon
     )
     same = torch.equal(pixels, outcome.pixels)
-    if lab.run.audit.profile == "smoke":
+    if context.run.audit.profile == "smoke":
         return CheckResult(same, f"{outcome.step.name} repeated: {'identical' if same else 'DIFFERENT'} images")
-    found = [lab.right(lab.attack(replace(PROBE, steps=10), f"seed {n}").images) for n in range(3)]
-    means = [float(right.mean()) for right in found]
-    limit = max(2 / lab.count, 2 * max(standard_error(found[0].numpy(), other.numpy()) for other in found[1:]))
+    rights = [context.right(context.attack(replace(PROBE, steps=10), f"seed {n}").images) for n in range(3)]
+    means = [float(right.mean()) for right in rights]
+    limit = max(2 / context.count, 2 * max(standard_error(rights[0].numpy(), other.numpy()) for other in rights[1:]))
     spread = max(means) - min(means)
     return CheckResult(same and spread <= limit, f"identical images: {same}; three seeds spread {points(spread)}")
 
 
-def threat_model_said(lab: CheckContext) -> CheckResult:
+def threat_model_said(context: CheckContext) -> CheckResult:
     needed = {"goal", "norm", "epsilon", "pixels", "knowledge", "order", "queries", "compute"}
-    said = {name for name, text in threat_model(lab.run.audit).items() if text}
-    return CheckResult(needed <= said, f"{len(said)} fields")
+    filled = {name for name, text in threat_model(context.run.audit).items() if text}
+    return CheckResult(needed <= filled, f"{len(filled)} fields")
 
 
-def data_hygiene(lab: CheckContext) -> CheckResult:
+def data_hygiene(context: CheckContext) -> CheckResult:
     """Selection used other images: by the split they lie in, and by the digests in the library's claims."""
-    entries = (*lab.run.library.entries, *lab.run.library.baseline_entries)
+    entries = (*context.run.library.entries, *context.run.library.baseline_entries)
     chosen = {c.data.digest for entry in entries for c in entry.claims if c.data.split == "selection"}
-    reused = lab.run.data.digest in chosen
-    if lab.run.data.held_out:
+    reused = context.run.data.digest in chosen
+    if context.run.data.held_out:
         return CheckResult(
             not reused, f"images under test/ or made here; {len(chosen)} selection sets, none of them these"
         )

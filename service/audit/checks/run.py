@@ -16,19 +16,19 @@ CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHEC
 
 def run_checks(run: AuditRun) -> list[Json]:
     """The table, for the attacks that a run has made."""
-    lab, rows = CheckContext(run), []
+    context, rows = CheckContext(run), []
     for check in CHECKS:
         began = time.monotonic()
         path = run.folder / "checks" / f"{key_of(run, check)}.json"
         if path.exists():
             row: Json = json.loads(path.read_text())
         else:
-            row = evaluate_check(check, lab)
+            row = evaluate_check(check, context)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(row).encode())
         rows.append(row)
-        told = {"event": "check", "id": check.id, "name": check.name, "outcome": row["outcome"], "value": row["value"]}
-        run.tell({**told, "seconds": round(time.monotonic() - began, 2)})
+        event = {"event": "check", "id": check.id, "name": check.name, "outcome": row["outcome"], "value": row["value"]}
+        run.emit({**event, "seconds": round(time.monotonic() - began, 2)})
     return rows
 
 

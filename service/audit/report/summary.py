@@ -17,9 +17,11 @@ from model_store import policy as sampling
 from service.audit import baselines
 from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.config import NOT_COVERED, digest_of, threat_model
-from service.audit.evaluation import Defense, Scores, countable
-from service.audit.profiles import PROFILES, SHARED, left_out
-from service.audit.stats import Interval, bootstrap, clopper_pearson, paired
+from service.audit.evaluation.draws import Defense, is_countable
+from service.audit.evaluation.scoring import Scores
+from service.audit.plan import skipped_attacks
+from service.audit.profiles import PROFILES, SHARED
+from service.audit.stats import Interval, bootstrap, clopper_pearson, paired_difference
 
 FORMAT: Final = "tombola-audit"
 VERSION: Final = 1
@@ -55,7 +57,7 @@ def summary(run: AuditRun, checks: Sequence[Json], seconds: float) -> Json:
         "version": VERSION,
         **verdict(checks, partial=bool(run.audit.attacks)),
         "audit": {**asdict(run.audit), "images": len(run.data), "headline": run.audit.headline},
-        "profile": {"about": PROFILES[run.audit.profile].about, "left_out": left_out(run.steps)},
+        "profile": {"about": PROFILES[run.audit.profile].about, "left_out": skipped_attacks(run.steps)},
         "threat_model": threat_model(run.audit),
         "not_covered": list(NOT_COVERED),
         "library": library_of(run),
@@ -92,8 +94,8 @@ def library_of(run: AuditRun) -> Json:
     return {
         "digest": run.library.digest,
         "classes": list(run.library.classes),
-        "tickets": list(run.bench.names[: run.bench.tickets]),
-        "baselines": list(run.bench.names[run.bench.tickets : run.bench.own]),
+        "tickets": list(run.candidates.names[: run.candidates.tickets]),
+        "baselines": list(run.candidates.names[run.candidates.tickets : run.candidates.own]),
         "outside": outside_of(run),
         "states": sampling.states(policy),
         "effective_states": round(sampling.effective_states(policy), 3),
@@ -106,7 +108,7 @@ def outside_of(run: AuditRun) -> Json | None:
     """The attacker's own library, if there was one."""
     if run.outside is None:
         return None
-    return {"digest": run.outside.digest, "members": list(run.bench.names[run.bench.own :])}
+    return {"digest": run.outside.digest, "members": list(run.candidates.names[run.candidates.own :])}
 
 
 def data_of(run: AuditRun) -> Json:
@@ -153,7 +155,7 @@ def system_of(run: AuditRun, system: Defense) -> Json:
         curve.append({"epsilon": epsilon, **interval(bootstrap(found.right.numpy())), "images": images})
     return {
         "about": system.about,
-        "members": [run.bench.names[index] for index in system.used],
+        "members": [run.candidates.names[index] for index in system.used],
         "scored_on": scored_on(run, system),
         "clean": figures(run.reported(system, len(run.data), clean=True)),
         "robust": figures(run.reported(system, len(run.data))),
@@ -166,9 +168,9 @@ def scored_on(run: AuditRun, system: Defense) -> str:
     draws = run.scoring(system)
     if len(draws.rows) == 1:
         return "one state"
-    if draws.counted:
+    if draws.exhaustive:
         return f"all {len(draws.rows):,} states"
-    if countable(system.policy):
+    if is_countable(system.policy):
         return f"all {sampling.states(system.policy):,} states, its images chosen on {len(draws.rows):,} draws"
     return f"{len(draws.rows):,} draws"
 
@@ -224,9 +226,9 @@ def tickets_of(run: AuditRun) -> list[Json]:
     """Table 1: each ticket and baseline alone."""
     rows = []
     attacked = {name: singles(run, name) for name in ("fgsm", "pgd-20")}
-    for index, name in enumerate(run.bench.names):
-        own = baselines.single(run.bench, index)
-        row: Json = {"name": name, "structure": run.bench.structures[index], "role": own.name.split(" ")[0]}
+    for index, name in enumerate(run.candidates.names):
+        own = baselines.single(run.candidates, index)
+        row: Json = {"name": name, "structure": run.candidates.structures[index], "role": own.name.split(" ")[0]}
         row["clean"] = interval(bootstrap(run.clean(own).right.numpy()))
         for attack, outcomes in attacked.items():
             if name in outcomes:
@@ -239,17 +241,17 @@ def transfer_of(run: AuditRun) -> Json | None:
     """Fig. 1: row = the member attacked, column = the one that answers; means over blocks of structures. Of the members
     that the audit attacked one by one."""
     outcomes = singles(run, "pgd-20") or singles(run, "fgsm")
-    chosen = [index for index, name in enumerate(run.bench.names) if name in outcomes]
-    if not any(index < run.bench.tickets for index in chosen):
+    chosen = [index for index, name in enumerate(run.candidates.names) if name in outcomes]
+    if not any(index < run.candidates.tickets for index in chosen):
         return None
-    names = [run.bench.names[index] for index in chosen]
+    names = [run.candidates.names[index] for index in chosen]
     rows = []
     for name in names:
         outcome = outcomes[name]
         right = outcome.logits[chosen].argmax(dim=2) == run.data.labels[: outcome.step.images]
         rows.append([round(value, 6) for value in right.double().mean(dim=1).tolist()])
     attack = next(iter(outcomes.values())).step.name
-    structures = [run.bench.structures[index] for index in chosen if index < run.bench.tickets]
+    structures = [run.candidates.structures[index] for index in chosen if index < run.candidates.tickets]
     return {"attack": attack, "names": names, "accuracy": rows, **blocks(structures, torch.tensor(rows))}
 
 
@@ -288,8 +290,8 @@ def comparisons(run: AuditRun) -> list[Json]:
     rows = []
     for other in others:
         theirs = run.reported(other, count, shared=True).right.numpy()
-        robust = paired(own, theirs)
-        clean = paired(own_clean, run.clean(other).right.numpy())
+        robust = paired_difference(own, theirs)
+        clean = paired_difference(own_clean, run.clean(other).right.numpy())
         rows.append(
             {
                 "against": other.name,
@@ -364,6 +366,7 @@ def compare(first: Json, second: Json) -> Json:
         if name in second["per_image"]:
             one, other = first["per_image"][name], second["per_image"][name]
             rows[name] = {
-                kind: interval(paired(other[kind], one[kind])) if same else None for kind in ("clean", "robust")
+                kind: interval(paired_difference(other[kind], one[kind])) if same else None
+                for kind in ("clean", "robust")
             }
     return {"paired": same, "changed": changed, "verdicts": [first["verdict"], second["verdict"]], "systems": rows}

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from model_store.attacks import Norm, ThreatModel, misclassified, pgd
 from model_store.policy import Policy
-from service.audit import evaluation
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.autoattack import AutoAttackConfig, ExpectedLogits, Proxy, isolated_rng
@@ -19,7 +18,10 @@ from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.losses import LOSSES, Stage
 from service.audit.attacks.simple import SingleModelPgd, UniversalPerturbation
 from service.audit.checks.report import Linear, closed_form_error, linear_target, two_against_one_direction
-from service.audit.evaluation import AttackTarget, DrawSet, Member, as_floats, draws_of, failure
+from service.audit.evaluation import members as evaluation
+from service.audit.evaluation.draws import DrawSet, draws_of
+from service.audit.evaluation.members import AttackTarget, Member, as_floats
+from service.audit.evaluation.scoring import failure
 from tests.support.audit_models import alone, faint_digits, small_cnn, undefended
 
 EIGHT = ThreatModel("linf", 8 / 255)
@@ -258,7 +260,7 @@ def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
 
     classifier = ExpectedLogits(target, "mean-logits", see)
     with isolated_rng(0):
-        autoattack.built(classifier, THREE, AutoAttackConfig("apgd-t", "mean-logits", 8, targets=3), 0)(
+        autoattack.build_attack(classifier, THREE, AutoAttackConfig("apgd-t", "mean-logits", 8, targets=3), 0)(
             images.contiguous(), labels
         )
     assert len(tried) > 8

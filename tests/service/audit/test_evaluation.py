@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,25 +13,12 @@ from scipy.stats import binomtest
 from torch import nn
 
 from model_store.policy import Policy, inclusion_probabilities, size_probabilities, states
-from service.audit.evaluation import (
-    GRAPH_BYTES,
-    PASS_IMAGES,
-    AttackTarget,
-    DrawSet,
-    Member,
-    Scores,
-    distance,
-    draws_of,
-    enumerated,
-    failure,
-    pointwise_worst,
-    quantize_to_uint8,
-    score_exactly,
-    scores,
-    scoring_draws,
-    use_cores,
-)
-from service.audit.stats import bootstrap, clopper_pearson, paired, resampled_means
+from service.audit.evaluation.draws import DrawSet, draws_of, enumerate_states, scoring_draws
+from service.audit.evaluation.members import GRAPH_BYTES, PASS_IMAGES, AttackTarget, Member
+from service.audit.evaluation.pixel_grid import distance, quantize_to_uint8
+from service.audit.evaluation.scoring import Scores, failure, pointwise_worst, score_exactly, scores
+from service.audit.evaluation.threads import WorkerThreads
+from service.audit.stats import bootstrap, clopper_pearson, paired_difference, resampled_means
 from tests.support.audit_models import alone, system
 
 GROUPS = ["a", "a", "a", "b", "b", "c"]
@@ -45,7 +33,7 @@ LAWS = [
 
 @pytest.mark.parametrize("law", LAWS)
 def test_enumeration_is_the_law(law: Policy) -> None:
-    draws = enumerated(law)
+    draws = enumerate_states(law)
     assert len(draws.rows) == states(law) == len({tuple(row) for row in draws.rows.tolist()})
     assert (draws.weights @ draws.rows.double()).tolist() == pytest.approx(inclusion_probabilities(law))
     for n, p in size_probabilities(law).items():
@@ -54,8 +42,8 @@ def test_enumeration_is_the_law(law: Policy) -> None:
 
 def test_large_laws_are_sampled_and_small_ones_counted() -> None:
     large = Policy.over([name for name in "abcd" for _ in range(10)])
-    assert not draws_of(large, 50, random.Random(0)).counted
-    assert draws_of(LAWS[0], 50, random.Random(0)).counted
+    assert not draws_of(large, 50, random.Random(0)).exhaustive
+    assert draws_of(LAWS[0], 50, random.Random(0)).exhaustive
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -64,7 +52,7 @@ def test_counting_through_in_halves_is_counting_through(law: Policy) -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randint(-2, 3, (6, 20, 4), generator=generator).float()
     labels = torch.randint(0, 4, (20,), generator=generator)
-    plain = scores(logits, labels, enumerated(law))
+    plain = scores(logits, labels, enumerate_states(law))
     found = score_exactly(plain, logits, labels, law)
     assert found.right.tolist() == pytest.approx(plain.right.tolist(), abs=1e-6)
     assert torch.equal(found.any_wrong, plain.any_wrong)
@@ -74,7 +62,7 @@ def test_failure_by_hand() -> None:
     """Member 0 is right by 1 on both images; member 1 is wrong by 3 on the second. The draws: 0, 1, both."""
     logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]]])
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    draws = DrawSet(rows, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), counted=True)
+    draws = DrawSet(rows, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), exhaustive=True)
     labels = torch.tensor([0, 0])
     assert failure(logits, labels, draws).tolist() == [0.0, 0.5]
     found = scores(logits, labels, draws)
@@ -88,7 +76,7 @@ def test_what_is_never_right_is_exactly_zero() -> None:
     law = Policy.over(["a", "a", "b", "b", "c", "c", "d", "d"])
     logits = torch.tensor([0.0, 1.0]).expand(8, 3, 2).contiguous()
     labels = torch.zeros(3, dtype=torch.int64)
-    found = scores(logits, labels, enumerated(law))
+    found = scores(logits, labels, enumerate_states(law))
     assert found.right.tolist() == [0.0, 0.0, 0.0]
     assert score_exactly(found, logits, labels, law).right.tolist() == [0.0, 0.0, 0.0]
 
@@ -96,7 +84,7 @@ def test_what_is_never_right_is_exactly_zero() -> None:
 def test_logits_that_are_not_finite_are_refused() -> None:
     logits = torch.tensor([[[math.nan, 0.0]]])
     with pytest.raises(ValueError, match="not finite"):
-        failure(logits, torch.tensor([0]), enumerated(Policy.all(1)))
+        failure(logits, torch.tensor([0]), enumerate_states(Policy.all(1)))
 
 
 def told(*right: float) -> Scores:
@@ -166,7 +154,7 @@ def test_paired_differences_are_tighter_than_two_intervals() -> None:
     """Two systems that disagree on five of a hundred images differ significantly; their own intervals overlap."""
     first = np.r_[np.ones(55), np.zeros(45)]
     second = np.r_[np.ones(47), np.zeros(53)]
-    assert paired(first, second).low > 0
+    assert paired_difference(first, second).low > 0
     assert bootstrap(first).low < bootstrap(second).high
 
 
@@ -180,18 +168,18 @@ def test_members_side_by_side_give_what_one_after_another_gives() -> None:
     target, images = alone(*networks), torch.rand(4, 3, 8, 8)
     with torch.no_grad():
         plain = torch.stack([network(images) for network in networks])
-    weights, found, threads = torch.rand(3, 4, 5), [], torch.get_num_threads()
+    weights, found, torch_threads = torch.rand(3, 4, 5), [], torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         for count in (1, 2, 2):
-            use_cores(count)
+            parallel = replace(target, threads=WorkerThreads(count))
             ours = images.clone().requires_grad_(True)
-            logits = target(ours)
+            logits = parallel(ours)
             assert torch.equal(logits, plain)
-            assert torch.equal(target(images), plain)
+            assert torch.equal(parallel(images), plain)
             found.append(torch.autograd.grad((logits * weights).sum(), ours)[0])
     finally:
-        use_cores(1)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(torch_threads)
     ours = images.clone().requires_grad_(True)
     outputs = torch.stack([network(ours) for network in networks])
     (expected,) = torch.autograd.grad((outputs * weights).sum(), ours)
@@ -205,8 +193,8 @@ def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory() -> N
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten()).requires_grad_(requires_grad=False)
     member = Member("network", network, 2.0)
     image = torch.zeros(1, 3, 32, 32)
-    assert member.held(image) == 4 * 32 * 32 * (3 + 8)
-    draws = DrawSet(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), counted=True)
+    assert member.graph_bytes(image) == 4 * 32 * 32 * (3 + 8)
+    draws = DrawSet(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), exhaustive=True)
     assert AttackTarget((member,), draws).batch(image) == PASS_IMAGES
-    assert AttackTarget((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.held(image))
+    assert AttackTarget((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.graph_bytes(image))
     assert AttackTarget((member,) * 10_000, draws).batch(image) == 4

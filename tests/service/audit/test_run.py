@@ -20,11 +20,12 @@ from service.audit.checks.base import CheckContext, CheckResult
 from service.audit.command import BELOW, INVALID, add_parser, conclude
 from service.audit.config import Audit, Step
 from service.audit.errors import AuditRejected, DataRejected
-from service.audit.evaluation import candidates_of
-from service.audit.profiles import PROFILES, SHARED, attacks_of, images_of, plan
+from service.audit.evaluation.members import candidates_of
+from service.audit.plan import attacks_of, images_of, plan
+from service.audit.profiles import PROFILES, SHARED
 from service.audit.report.markdown_report import MARKS
 from service.audit.report.summary import compare, digest_holds, words
-from service.audit.run import labelled, run_audit
+from service.audit.run import load_images, run_audit
 from service.audit.stats import Interval
 from tests.support.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
 from tests.support.serving import some_rows
@@ -64,7 +65,7 @@ def library(folder: Path) -> Any:
 def report(folder: Path, library: Any) -> Json:
     """A smoke audit of four random tickets on images that they label themselves."""
     torch.set_num_threads(1)
-    return run_audit(folder / "first", SMALL, library, labelled(SMALL, library, None))
+    return run_audit(folder / "first", SMALL, library, load_images(SMALL, library, None))
 
 
 def without_timings(report: Json) -> Json:
@@ -112,7 +113,7 @@ def test_another_attackers_seed_leaves_the_defender_alone(report: Json, library:
 
 def test_a_finished_attack_is_never_run_again(report: Json, folder: Path, library: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(AuditRun, "run", lambda *_: pytest.fail("an attack ran again"))
-    assert run_audit(folder / "first", SMALL, library, labelled(SMALL, library, None))["digest"] == report["digest"]
+    assert run_audit(folder / "first", SMALL, library, load_images(SMALL, library, None))["digest"] == report["digest"]
 
 
 def test_an_interrupted_audit_goes_on_where_it_was(
@@ -127,9 +128,9 @@ def test_an_interrupted_audit_goes_on_where_it_was(
         if sum(e["event"] == "step" for e in told) == 5:
             raise KeyboardInterrupt
 
-    data = labelled(SMALL, library, None)
+    data = load_images(SMALL, library, None)
     with pytest.raises(KeyboardInterrupt):
-        run_audit(folder / "cut", SMALL, library, data, tell=cut)
+        run_audit(folder / "cut", SMALL, library, data, emit=cut)
     ran: list[Step] = []
     plain = AuditRun.run
 
@@ -268,7 +269,7 @@ def test_the_configured_library_is_the_one_that_is_audited(
 
 def test_generated_images_are_for_smoke_alone(library: Any) -> None:
     with pytest.raises(DataRejected, match="needs labelled images"):
-        labelled(Audit("standard"), library, None)
+        load_images(Audit("standard"), library, None)
 
 
 # Plans and costs
@@ -279,7 +280,7 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
     for profile in PROFILES:
         asked = Audit(profile)
         bench = candidates_of(library)
-        steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+        steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
         assert len({step.id for step in steps}) == len(steps)
         assert all(step.images <= images_of(asked) for step in steps)
         costs.append(sum(AuditRun(folder / "unused", asked, library, faint_digits(2)).costs))
@@ -293,7 +294,7 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
     for norm, headline, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
         asked = Audit("standard", norm=norm)  # type: ignore[arg-type]
         assert asked.headline == headline
-        steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+        steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
         assert max(step.epsilon for step in steps) == unbounded
         assert {step.epsilon for step in steps} >= set(asked.epsilons) - {0.0}
 
@@ -301,7 +302,7 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
 def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
     """Comparisons count stages 0 and 1: the same attacks with the same settings on every compared system."""
     bench = candidates_of(library)
-    compared = baselines.compared(bench, baselines.strengths(library))
+    compared = baselines.compared_systems(bench, baselines.strengths(library))
     for profile in PROFILES:
         steps = [step for step in plan(Audit(profile), bench, compared) if step.stage <= SHARED]
         faced = {
@@ -316,14 +317,14 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
 @pytest.mark.parametrize("name", ["smoke", "standard", "full"])
 def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
     bench = candidates_of(library)
-    steps = plan(Audit(name, norm=norm), bench, baselines.compared(bench, baselines.strengths(library)))
+    steps = plan(Audit(name, norm=norm), bench, baselines.compared_systems(bench, baselines.strengths(library)))
     assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
     bench = candidates_of(library)
     asked = Audit("standard", attacks=("arc", "fgsm"))
-    steps = plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+    steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
     assert {step.name for step in steps} == {"arc", "fgsm"}
 
 
@@ -340,7 +341,7 @@ def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
     """An audit of nothing would report the clean accuracy as what the attacks left."""
     bench = candidates_of(library)
     with pytest.raises(AuditRejected, match=f"'{missing}': profile {asked.profile} in {asked.norm} does not run it"):
-        plan(asked, bench, baselines.compared(bench, baselines.strengths(library)))
+        plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
 
 
 def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:
@@ -357,7 +358,7 @@ def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None
 def test_a_choice_of_tickets_makes_a_matrix_of_their_own(report: Json, library: Any, folder: Path) -> None:
     chosen = ("resnet18-50", "resnet34-20")
     asked = Audit("smoke", attacks=("fgsm",), tickets=chosen, epsilons=(8.0,), images=4)
-    some = run_audit(folder / "some", asked, library, labelled(asked, library, None))["transfer"]
+    some = run_audit(folder / "some", asked, library, load_images(asked, library, None))["transfer"]
     whole = report["transfer"]
     places = [whole["names"].index(name) for name in chosen]
     assert some["names"] == list(chosen)
@@ -371,7 +372,7 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
     report: Json, library: Any, folder: Path
 ) -> None:
     theirs = tiny(folder / "theirs", ("resnet18",), (0.3,))
-    found = run_audit(folder / "outside", SMALL, library, labelled(SMALL, library, None), outside=theirs)
+    found = run_audit(folder / "outside", SMALL, library, load_images(SMALL, library, None), outside=theirs)
     name = f"{theirs.digest[:6]}/resnet18-30"
     assert found["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
     assert set(found["systems"]) == set(report["systems"])
@@ -444,8 +445,8 @@ def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: boo
         return
     for size in sorted(set(least.tolist())):
         at = which[least == size]
-        assert attacks.fooled_at(lab, at, size).all()
-        assert not attacks.fooled_at(lab, at, size - 1).any()
+        assert attacks.fools_most_draws(lab, at, size).all()
+        assert not attacks.fools_most_draws(lab, at, size - 1).any()
 
 
 def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:

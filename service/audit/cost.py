@@ -1,0 +1,65 @@
+"""What an audit costs, estimated before it starts."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from model_store.library import Library
+from model_store.policy import expected_size
+from model_store.structures import multiply_adds
+from service.audit.attacks.arc import ArcConfig
+from service.audit.attacks.autoattack import AutoAttackConfig
+from service.audit.attacks.black_box import QueryAttackConfig
+from service.audit.attacks.eot import PgdConfig
+from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
+from service.audit.config import Audit, ProfileName, Step
+from service.audit.evaluation.draws import Defense
+from service.audit.evaluation.members import all_members
+from service.audit.plan import images_of
+from service.audit.profiles import PROFILES
+
+GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
+GMACS_PER_SECOND: Final = 25.0  # one core, measured on the compact library's structures
+OPEN: Final = 0.5  # images that can still get riskier, mean over an attack's steps: measured between 0.41 and 0.54
+CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 500, "full": 900}  # of all members, an image
+
+
+def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:
+    """Of one image through each member of the bench."""
+    return [multiply_adds(ticket.structure) for _, ticket in all_members(library, outside)]
+
+
+def forwards(step: Step, drawn: float, members: int) -> float:
+    """Forwards of one image through each member that the attack asks for. drawn: members of a draw."""
+    match step.settings:
+        case PgdConfig(steps=steps, restarts=restarts, ends_early=ends_early):
+            return 2 + (OPEN if ends_early else 1) * GRADIENT * (steps + 1) * (restarts + step.warm)
+        case ArcConfig(sweeps=sweeps, candidates=candidates):
+            return OPEN * sweeps * (1 + candidates * (2 + GRADIENT * drawn / members))
+        case AutoAttackConfig(method=method, iterations=iterations, restarts=restarts, targets=targets):
+            each = 1 if method == "square" else GRADIENT + (method == "fab-t")
+            return OPEN * each * iterations * restarts * (targets if method.endswith("-t") else 1)
+        case SingleModelPgd(steps=steps, restarts=restarts):
+            return GRADIENT * max(1, steps) * restarts
+        case UniversalPerturbation(epochs=epochs):
+            return epochs * (GRADIENT + 1) / 2
+        case RandomCorners(count=count):
+            return 1 + count
+        case QueryAttackConfig(averages=averages, probes=probes):
+            return probes * (1 - (1 - drawn / members) ** averages)
+
+
+def giga_multiply_adds(step: Step, system: Defense, each: Sequence[int]) -> float:
+    """What one attack costs, scoring included."""
+    used = system.used
+    attack = forwards(step, expected_size(system.policy), len(used)) * sum(each[index] for index in used)
+    return step.images * (attack + sum(each)) / 1e9
+
+
+def check_giga_multiply_adds(audit: Audit, each: Sequence[int]) -> float:
+    """What the sanity checks cost, which attack the first few images again."""
+    images = min(images_of(audit), PROFILES[audit.profile].check_images)
+    return images * CHECK_FORWARDS[audit.profile] * sum(each) / 1e9
+
+
+def estimated_seconds(giga: float, threads: int = 1) -> float:
+    return giga / (GMACS_PER_SECOND * threads)

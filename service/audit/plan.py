@@ -1,0 +1,119 @@
+"""The plan of an audit: every attack on every system, stage by stage, so that warm starts have images to start from."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from model_store.attacks import Norm
+from service.audit.attacks.black_box import QueryAttackConfig
+from service.audit.baselines import OURS, single
+from service.audit.config import ATTACKS, LARGEST, Audit, Step
+from service.audit.errors import AuditRejected
+from service.audit.evaluation.draws import Defense
+from service.audit.evaluation.members import CandidateSet
+from service.audit.profiles import FAR, PROFILES, REACH, Named, Profile
+
+SHARED: Final = 1  # the last stage of what every compared system faces alike
+WARM: Final = ("eot-risk", "arc")  # these start from the riskiest images of earlier stages
+
+
+def images_of(audit: Audit) -> int:
+    return audit.images or PROFILES[audit.profile].images
+
+
+def plan(audit: Audit, candidates: CandidateSet, systems: Sequence[Defense]) -> list[Step]:
+    """Every attack, in stages, so that warm starts have images to start from.
+
+    Stages 0 and 1: what all systems face, cold and warm. Stages 2 to 5, aimed at the served policy alone: cold, warm,
+    the attack that never gives up a gain, the large epsilons.
+
+    Raises:
+      AuditRejected: an attack that the profile does not have, or a ticket that does not exist.
+    """
+    profile, count = PROFILES[audit.profile], images_of(audit)
+    refuse_missing(audit, profile)
+    targets = [system.name for system in systems]
+    singles = [single(candidates, index).name for index in selected_members(audit, candidates)]
+    steps: list[Step] = steps_for(audit, profile.each, singles, audit.headline, count)
+    for epsilon in (e for e in audit.epsilons if e > 0 and (profile.sweep or e == audit.headline)):
+        main = epsilon == audit.headline
+        images = count if main else min(count, profile.swept_images)
+        steps += steps_for(audit, profile.shared if main else profile.swept, targets, epsilon, images)
+    steps += headline_steps(audit, profile, count)
+    steps += large_epsilon_steps(audit, min(count, profile.far_images))
+    return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
+
+
+def attacks_of(profile: Profile, norm: Norm) -> list[str]:
+    """The names of all attacks that a profile runs."""
+    groups = (profile.each, profile.shared, profile.ours, profile.few, profile.universal, queries_of(profile, norm))
+    return list(dict.fromkeys(name for group in groups for name, _ in group))
+
+
+def queries_of(profile: Profile, norm: Norm) -> Named:
+    """Black-box attacks are l-infinity here."""
+    return profile.queries if norm == "linf" else ()
+
+
+def refuse_missing(audit: Audit, profile: Profile) -> None:
+    """An attack that was asked for and would not run must not look as if it had found nothing. Raises AuditRejected."""
+    there = attacks_of(profile, audit.norm)
+    for name in audit.attacks:
+        if name not in there:
+            raise AuditRejected(
+                f"attacks {name!r}: profile {audit.profile} in {audit.norm} does not run it; it has {', '.join(there)}"
+            )
+
+
+def selected_members(audit: Audit, candidates: CandidateSet) -> list[int]:
+    """The members to attack one by one: those that the audit names, or all. Raises AuditRejected."""
+    for name in audit.tickets:
+        if name not in candidates.names:
+            raise AuditRejected(f"tickets {name!r:.60}; expected some of {', '.join(candidates.names)}")
+    return [index for index, name in enumerate(candidates.names) if not audit.tickets or name in audit.tickets]
+
+
+def headline_steps(audit: Audit, profile: Profile, count: int) -> list[Step]:
+    """What is aimed at ours at the headline epsilon, and what is set beside it."""
+    epsilon, few, queried = audit.headline, min(count, profile.few_images), min(count, profile.queried_images)
+    queries = queries_of(profile, audit.norm)
+    fixed = tuple(
+        pair for pair in queries if isinstance(pair[1], QueryAttackConfig) and pair[1].averages == 1
+    )  # answers alike
+    return [
+        *steps_for(audit, profile.ours, [OURS], epsilon, count, after=2),
+        *steps_for(audit, profile.few, [OURS], epsilon, few, after=2),
+        *steps_for(audit, profile.universal, profile.universal_systems, epsilon, count, after=2),
+        *steps_for(audit, queries, [OURS], epsilon, queried, after=2),
+        *steps_for(audit, fixed, profile.queried_systems, epsilon, queried, after=2),
+    ]
+
+
+def large_epsilon_steps(audit: Audit, images: int) -> list[Step]:
+    """Each size from where the one before it came."""
+    reach = (("eot-mean-loss", REACH),)
+    return [
+        replace(step, stage=3 + place, warm=True)
+        for place, size in enumerate((*FAR[audit.norm], LARGEST[audit.norm]))
+        for step in steps_for(audit, reach, [OURS], size, images)
+    ]
+
+
+def steps_for(
+    audit: Audit, attacks: Named, systems: Sequence[str], epsilon: float, images: int, after: int = 0
+) -> list[Step]:
+    def stage(name: str) -> int:
+        return after + (name in WARM) + (name == "arc")
+
+    return [
+        Step(name, system, audit.norm, epsilon, images, settings, stage(name), name in WARM)
+        for system in systems
+        for name, settings in attacks
+        if audit.wants(name)
+    ]
+
+
+def skipped_attacks(steps: Sequence[Step]) -> list[str]:
+    """The attacks of ATTACKS that an audit does not run."""
+    ran = {step.name for step in steps}
+    return [name for name in ATTACKS if name not in ran]
