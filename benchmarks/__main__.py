@@ -20,7 +20,7 @@ from benchmarks.beside import beside_an_audit
 from benchmarks.chaos import overload, soak
 from benchmarks.figure import draw
 from benchmarks.load import closed_loop, open_figures
-from benchmarks.report import best_peers, put_into, ratios, table
+from benchmarks.report import best_peers, markdown_tables, ratios, replace_section
 from benchmarks.requests import Form
 from benchmarks.servers import ROOT, VENV, Running, Server, ours, peers, prepare_peers, started
 from model_store.library import open_library
@@ -40,13 +40,18 @@ def main() -> int:
         print("bench: wrk is not installed; on Debian: apt-get install wrk", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        found = MEASURED[given.what](given, Path(folder))
-    whole = {"what": given.what, "when": datetime.now(UTC).isoformat(timespec="seconds"), **conditions(given), **found}
+        figures = MEASURED[given.what](given, Path(folder))
+    whole = {
+        "what": given.what,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        **conditions(given),
+        **figures,
+    }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"{given.what}.json").write_text(json.dumps(whole, indent=1) + "\n")
     if given.what == "compare":
         draw(whole, given.out / "compare.svg")
-    print(table(given.out))
+    print(markdown_tables(given.out))
     return 0
 
 
@@ -94,26 +99,30 @@ def compare(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     """(a) the raw engine, (b) this server, (c) its peers, which come first: ours is also given the best ones' load. The
     raw engine is measured before and after ours: a shared machine is not as fast ten minutes later."""
     prepare_peers()
-    served: dict[str, Any] = {}
+    servers: dict[str, Any] = {}
     for server in peers(state):
         if not given.only or server.name in given.only:
-            served[server.name] = benched(server, given, [])
+            servers[server.name] = measure_server(server, given, [])
     before = raw(given, state), forwards(given, state)
     mine = ours(given.library, state)
-    served[mine.name] = benched(mine, given, [peer["rate"] for peer in best_peers(served).values()])
+    servers[mine.name] = measure_server(mine, given, [peer["rate"] for peer in best_peers(servers).values()])
     after = raw(given, state), forwards(given, state)
-    found = {"raw": mean_of(before[0], after[0]), "forwards": mean_of(before[1], after[1]), "servers": served}
-    return found | {"ratios": ratios(found)}
+    figures = {
+        "raw": mean_of_runs(before[0], after[0]),
+        "forwards": mean_of_runs(before[1], after[1]),
+        "servers": servers,
+    }
+    return figures | {"ratios": ratios(figures)}
 
 
-def benched(server: Server, given: argparse.Namespace, rates: Sequence[float]) -> dict[str, Any]:
+def measure_server(server: Server, given: argparse.Namespace, rates: Sequence[float]) -> dict[str, Any]:
     with started(server, given.library) as running:
-        found = measured(server, running, given.seconds, rates)
+        figures = measure_forms(server, running, given.seconds, rates)
     print(f"{server.name}: done", flush=True)
-    return found
+    return figures
 
 
-def mean_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def mean_of_runs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Of two runs, what they measured: numbers with a fraction."""
     means = {name: round((first[name] + second[name]) / 2, 3) for name in first if isinstance(first[name], float)}
     return first | means | {"runs": [first, second]}
@@ -126,8 +135,8 @@ def raw(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     command += ["--state-dir", str(state)]
     command += [] if given.library is None else ["--library", str(given.library)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    figures: dict[str, Any] = json.loads(out.read_text())
+    return figures
 
 
 def forwards(given: argparse.Namespace, state: Path) -> dict[str, Any]:
@@ -140,70 +149,70 @@ def forwards(given: argparse.Namespace, state: Path) -> dict[str, Any]:
         *([str(given.library)] if given.library else []),
     ]
     done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
 
 
-def measured(server: Server, running: Running, seconds: float, rates: Sequence[float]) -> dict[str, Any]:
+def measure_forms(server: Server, running: Running, seconds: float, rates: Sequence[float]) -> dict[str, Any]:
     """rates: further loads, in images a second, that others were measured at."""
     forms = [(name, form()) for name, form in server.forms]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "kind": server.kind,
         "tuning": dict(server.variables),
         "start_s": round(running.start_s, 2),
     }
-    found |= {"idle_mb": round(running.memory_mb(), 1)}
-    found["forms"] = {name: in_form(form, running, seconds) for name, form in forms}
-    found["equal"] = [opened(running, forms[0][1], rate, seconds) for rate in rates]
-    return found | {"busy_mb": round(running.memory_mb(), 1)}
+    figures |= {"idle_mb": round(running.memory_mb(), 1)}
+    figures["forms"] = {name: measure_form(form, running, seconds) for name, form in forms}
+    figures["equal"] = [run_open_loop(running, forms[0][1], rate, seconds) for rate in rates]
+    return figures | {"busy_mb": round(running.memory_mb(), 1)}
 
 
-def in_form(form: Form, running: Running, seconds: float) -> dict[str, Any]:
+def measure_form(form: Form, running: Running, seconds: float) -> dict[str, Any]:
     """Closed loop, then open loop at shares of the capacity that it showed."""
     closed_loop(running.place, form, 8, min(3.0, seconds))  # warm
-    closed = [with_cpu(running, form, clients, seconds) for clients in CLIENTS]
+    closed = [run_closed_loop(running, form, clients, seconds) for clients in CLIENTS]
     capacity = max(row["images_per_s"] for row in closed)
-    shares = [{"share": share, **opened(running, form, share * capacity, seconds)} for share in SHARES]
+    shares = [{"share": share, **run_open_loop(running, form, share * capacity, seconds)} for share in SHARES]
     return {"closed": closed, "capacity": capacity, "open": shares}
 
 
-def opened(running: Running, form: Form, rate: float, seconds: float) -> dict[str, Any]:
+def run_open_loop(running: Running, form: Form, rate: float, seconds: float) -> dict[str, Any]:
     return open_figures(running.place, form, rate, seconds, deadline_s=1.0)
 
 
-def with_cpu(running: Running, form: Form, clients: int, seconds: float) -> dict[str, Any]:
+def run_closed_loop(running: Running, form: Form, clients: int, seconds: float) -> dict[str, Any]:
     before = running.cpu_s()
-    found = closed_loop(running.place, form, clients, seconds)
+    figures = closed_loop(running.place, form, clients, seconds)
     used = running.cpu_s() - before
-    return found | {"server_cpu_ms_per_image": round(1000 * used / max(1, found["answers"]), 3)}
+    return figures | {"server_cpu_ms_per_image": round(1000 * used / max(1, figures["answers"]), 3)}
 
 
-def overload_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+def run_overload(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     with started(ours(given.library, state), given.library) as running:
         return overload(running, given.seconds)
 
 
-def soak_only(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+def run_soak(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     with started(ours(given.library, state), given.library) as running:
         return asyncio.run(soak(running, given.minutes * 60, state / "engine"))
 
 
-def audited(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+def run_beside_audit(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     with started(ours(given.library, state), given.library) as running:
         return beside_an_audit(running, (state / "admin-token").read_text().strip(), given.seconds)
 
 
-MEASURED: Final = {"compare": compare, "overload": overload_only, "audited": audited, "soak": soak_only}
+MEASURED: Final = {"compare": compare, "overload": run_overload, "audited": run_beside_audit, "soak": run_soak}
 
 
 def report(given: argparse.Namespace) -> int:
     """The README's table and the figure, from the results."""
     draw(json.loads((given.out / "compare.json").read_text()), given.out / "compare.svg")
-    text = table(given.out)
+    text = markdown_tables(given.out)
     if given.into is None:
         print(text)
     else:
-        put_into(given.into, text)
+        replace_section(given.into, text)
         print(f"{given.into}: its table of benchmarks is that of {given.out}")
     return 0
 

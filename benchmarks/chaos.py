@@ -26,7 +26,7 @@ def overload(running: Running, seconds: float) -> dict[str, Any]:
     form = requests.files("/v1/classify", ("Tombola-Timeout-Ms", f"{1000 * DEADLINE_S:.0f}"))
     capacity = closed_loop(running.place, form, 32, min(10.0, seconds))["images_per_s"]
     before = closed_loop(running.place, form, 1, 3)
-    sizes, counted = [running.memory_mb()], served(running)
+    sizes, before_counts = [running.memory_mb()], served_counts(running)
     with ThreadPoolExecutor(2) as pool:
         flood = pool.submit(open_figures, running.place, form, 2 * capacity, seconds, DEADLINE_S)
         recovered = pool.submit(recovery_s, running.place, form, seconds, 2 * before["p95_ms"] / 1000)
@@ -37,14 +37,14 @@ def overload(running: Running, seconds: float) -> dict[str, Any]:
     return {
         "capacity": capacity,
         "overload": flood.result(),
-        "by_its_own_clock": {name: count - counted[name] for name, count in served(running).items()},
+        "by_its_own_clock": {name: count - before_counts[name] for name, count in served_counts(running).items()},
         "memory_mb": [round(size, 1) for size in (sizes[0], max(sizes), running.memory_mb())],
         "recovery_s": round(recovered.result(), 3),
         "idle_p50_ms": {"before": before["p50_ms"], "after": after["p50_ms"]},
     }
 
 
-def served(running: Running) -> dict[str, float]:
+def served_counts(running: Running) -> dict[str, float]:
     """Answers by the server's clock, from a request's headers to the end of its answer: all, and those in time."""
     duration = 'http_request_duration_seconds_{kind}{{code="200",{le}route="/v1/classify"'
     return {
@@ -56,21 +56,21 @@ def served(running: Running) -> dict[str, float]:
 def recovery_s(place: str, form: requests.Form, pause_s: float, fast_s: float) -> float:
     """After the pause: seconds until the first of NORMAL answers in a row, each within `fast_s`."""
     time.sleep(pause_s)
-    begun = time.perf_counter()
-    return asyncio.run(first_of_fast(place, form.messages(place)[0], fast_s)) - begun
+    started_at = time.perf_counter()
+    return asyncio.run(first_of_fast(place, form.messages(place)[0], fast_s)) - started_at
 
 
 async def first_of_fast(place: str, message: bytes, fast_s: float) -> float:
     """When (time.perf_counter) the first of NORMAL fast answers was there. Each on a connection of its own."""
     moments: list[float] = []
     while len(moments) < NORMAL:
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         reader, writer = await asyncio.open_connection(*place.split(":"))
         writer.write(message)
         status, _ = await answer(reader)
         writer.close()
         now = time.perf_counter()
-        moments = [*moments, now] if status == 200 and now - begun <= fast_s else []
+        moments = [*moments, now] if status == 200 and now - started_at <= fast_s else []
     return moments[0]
 
 
@@ -78,31 +78,31 @@ async def soak(running: Running, seconds: float, compiled: Path) -> dict[str, An
     """Honest load at LOAD of the capacity; beside it hang-ups, slow senders, nonsense, requests of 100 images, and the
     library swapped for itself again and again.  compiled: the folder of the server's compiled models."""
     form = requests.files("/v1/classify")
-    measured = await asyncio.to_thread(closed_loop, running.place, form, 32, 5)
+    capacity = await asyncio.to_thread(closed_loop, running.place, form, 32, 5)
     files, samples = running.open_files(), list[dict[str, float]]()
-    odd: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     beside = [
         asyncio.ensure_future(task)
         for task in (
             watch(running, samples),
-            swap(running, odd, compiled),
-            again(running.place, hang_up, odd, 0.05),
-            again(running.place, nonsense, odd, 0.2),
-            again(running.place, many, odd, 5.0),
-            *(again(running.place, slow, odd, 0.1) for _ in range(200)),
+            swap(running, outcomes, compiled),
+            repeat(running.place, hang_up, outcomes, 0.05),
+            repeat(running.place, nonsense, outcomes, 0.2),
+            repeat(running.place, many, outcomes, 5.0),
+            *(repeat(running.place, slow, outcomes, 0.1) for _ in range(200)),
         )
     ]
-    outcome = await open_loop(running.place, form, LOAD * measured["images_per_s"], seconds)
+    outcome = await open_loop(running.place, form, LOAD * capacity["images_per_s"], seconds)
     for task in beside:
         task.cancel()
     await asyncio.gather(*beside, return_exceptions=True)
-    await swapped(running, odd["swaps"])
+    await wait_for_swaps(running, outcomes["swaps"])
     await asyncio.sleep(QUIET_S)
     return {
         "seconds": seconds,
-        "rate": round(LOAD * measured["images_per_s"], 1),
+        "rate": round(LOAD * capacity["images_per_s"], 1),
         "statuses": dict(outcome.statuses),
-        "beside": dict(odd),
+        "beside": dict(outcomes),
         **{f"p{part}_ms": quantile_ms(outcome.latencies, part / 100) for part in (50, 95, 99)},
         "left": {
             "queue_depth": running.metric("queue_depth"),
@@ -116,15 +116,15 @@ async def soak(running: Running, seconds: float, compiled: Path) -> dict[str, An
     }
 
 
-async def swap(running: Running, odd: Counter[str], compiled: Path) -> None:
+async def swap(running: Running, outcomes: Counter[str], compiled: Path) -> None:
     while True:
         await asyncio.sleep(SWAP_S)
         shutil.rmtree(compiled, ignore_errors=True)  # those of a new library would have to be made, too
         running.process.send_signal(signal.SIGHUP)
-        odd["swaps"] += 1
+        outcomes["swaps"] += 1
 
 
-async def swapped(running: Running, times: int) -> None:
+async def wait_for_swaps(running: Running, times: int) -> None:
     """Waits until so many swaps are through: what is left is only counted then."""
     async with asyncio.timeout(600):
         while running.metric('library_swaps_total{outcome="ok"}') < times:  # noqa: ASYNC110 -- it is another process's
@@ -132,17 +132,17 @@ async def swapped(running: Running, times: int) -> None:
 
 
 async def watch(running: Running, samples: list[dict[str, float]]) -> None:
-    begun = time.monotonic()
+    started_at = time.monotonic()
     while True:
-        sample = {"s": time.monotonic() - begun, "mb": running.memory_mb(), "open_files": running.open_files()}
+        sample = {"s": time.monotonic() - started_at, "mb": running.memory_mb(), "open_files": running.open_files()}
         samples.append({name: round(value, 1) for name, value in sample.items()})
         await asyncio.sleep(5)
 
 
-async def again(place: str, act: Any, odd: Counter[str], pause_s: float) -> None:
+async def repeat(place: str, act: Any, outcomes: Counter[str], pause_s: float) -> None:
     while True:
         with suppress(OSError, asyncio.IncompleteReadError):
-            odd[await act(place)] += 1
+            outcomes[await act(place)] += 1
         await asyncio.sleep(pause_s)
 
 

@@ -12,11 +12,11 @@ def draw(whole: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     throughput, latency = figure.subplots(1, 2)
     for name, row in whole["servers"].items():
-        for form, found in row["forms"].items():
-            clients = [entry["clients"] for entry in found["closed"]]
+        for form, measured in row["forms"].items():
+            clients = [entry["clients"] for entry in measured["closed"]]
             label = f"{name} ({form})"
-            throughput.plot(clients, [entry["images_per_s"] for entry in found["closed"]], marker="o", label=label)
-            latency.plot(clients, [entry["p99_ms"] for entry in found["closed"]], marker="o", label=label)
+            throughput.plot(clients, [entry["images_per_s"] for entry in measured["closed"]], marker="o", label=label)
+            latency.plot(clients, [entry["p99_ms"] for entry in measured["closed"]], marker="o", label=label)
     throughput.axhline(whole["raw"]["engine_images_per_s"], linestyle="--", color="grey", label="raw engine")
     for axes, title, unit in ((throughput, "Throughput", "images/s"), (latency, "99th percentile", "ms")):
         axes.set(title=title, xlabel="clients (closed loop)", ylabel=unit, xscale="log")

@@ -15,7 +15,7 @@ import numpy as np
 
 from model_store.library import open_library
 from model_store.policy import draw_theta
-from service.engine.base import Engine, Rows
+from service.engine.base import Engine, Images
 from service.engine.factory import open_engine
 from service.settings import Settings
 
@@ -23,14 +23,14 @@ DRAWS: Final = 1000
 ROUNDS: Final = 20
 
 
-def forward_ms(engine: Engine, tickets: int, image: Rows) -> list[float]:
+def forward_ms(engine: Engine, tickets: int, image: Images) -> list[float]:
     """Ticket after ticket, round after round, so that each finds the cache as a server would leave it."""
     seconds: list[list[float]] = [[] for _ in range(tickets)]
     for _ in range(ROUNDS):
         for member in range(tickets):
-            begun = time.perf_counter()
+            started_at = time.perf_counter()
             engine.forward(member, image)
-            seconds[member].append(time.perf_counter() - begun)
+            seconds[member].append(time.perf_counter() - started_at)
     return [1000 * statistics.median(times) for times in seconds]
 
 
@@ -40,8 +40,8 @@ def main(state: Path, path: Path | None) -> None:
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
     times = forward_ms(engine, len(library.tickets), image)
     sums = [sum(times[member] for member in draw_theta(library.policy, rng).members) for _ in range(DRAWS)]
-    found = {"draws": DRAWS, "median_sum_ms": statistics.median(sums), "mean_forward_ms": statistics.mean(times)}
-    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
+    figures = {"draws": DRAWS, "median_sum_ms": statistics.median(sums), "mean_forward_ms": statistics.mean(times)}
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":

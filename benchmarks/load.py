@@ -42,13 +42,13 @@ def closed_loop(place: str, form: Form, clients: int, seconds: float) -> dict[st
             f"http://{place}",
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("JSON"))[5:])
-    good = found["answers"] - found["refused"]
-    return {"clients": clients, "images_per_s": round(good / found["seconds"], 1), **rounded(found)}
+    figures: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("JSON"))[5:])
+    good = figures["answers"] - figures["refused"]
+    return {"clients": clients, "images_per_s": round(good / figures["seconds"], 1), **round_floats(figures)}
 
 
-def rounded(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
+def round_floats(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
 
 
 @dataclass
@@ -67,12 +67,12 @@ async def open_loop(place: str, form: Form, rate: float, seconds: float, *, seed
     generator, outcome = random.Random(seed), Outcome()
     messages, free = form.messages(place), asyncio.Semaphore(CONNECTIONS)
     idle: list[Idle] = []
-    begun, due, tasks = time.perf_counter(), 0.0, []
+    started_at, due, tasks = time.perf_counter(), 0.0, []
     number = 0
     while (due := due + generator.expovariate(rate)) < seconds:
-        await asyncio.sleep(max(0.0, begun + due - time.perf_counter()))
+        await asyncio.sleep(max(0.0, started_at + due - time.perf_counter()))
         message = messages[number % len(messages)]
-        tasks.append(asyncio.ensure_future(one(place, message, begun + due, idle, free, outcome)))
+        tasks.append(asyncio.ensure_future(one(place, message, started_at + due, idle, free, outcome)))
         number += 1
     if tasks:
         _, unanswered = await asyncio.wait(tasks, timeout=PATIENCE_S)
@@ -137,16 +137,16 @@ def open_figures(place: str, form: Form, rate: float, seconds: float, deadline_s
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         outcome = runner.run(open_loop(place, form, rate, seconds))
     after = resource.getrusage(resource.RUSAGE_SELF)
-    asked = sum(outcome.statuses.values())
+    attempts = sum(outcome.statuses.values())
     shed = outcome.statuses["503"] + outcome.statuses["429"]
     return {
         "rate": round(rate, 1),
         "seconds": seconds,
-        "asked": asked,
+        "asked": attempts,
         "statuses": dict(outcome.statuses),
         "goodput_per_s": round(sum(latency <= deadline_s for latency in outcome.latencies) / seconds, 1),
         "deadline_s": deadline_s,
-        "shed_share": round(shed / max(1, asked), 4),
+        "shed_share": round(shed / max(1, attempts), 4),
         "refused_without_retry_after": outcome.without_pause,
         **{f"p{part}_ms": quantile_ms(outcome.latencies, part / 100) for part in (50, 95, 99)},
         "late_p99_ms": quantile_ms(outcome.late, 0.99),

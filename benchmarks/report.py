@@ -12,26 +12,26 @@ KINDS: Final = {
     "grouped": "rows grouped by ticket",
     "compiled": "and our compiled tickets",
 }
-Found = dict[str, Any]
+Figures = dict[str, Any]
 
 
-def at(server: Found, clients: int, form: str | None = None) -> Found:
+def at(server: Figures, clients: int, form: str | None = None) -> Figures:
     """The closed loop with so many clients, of a server's first form unless another is named."""
     forms = server["forms"]
     rows = forms[form or next(iter(forms))]["closed"]
-    found: Found = next(row for row in rows if row["clients"] == clients)
-    return found
+    figures: Figures = next(row for row in rows if row["clients"] == clients)
+    return figures
 
 
-def open_at(server: Found, share: float) -> Found:
+def open_at(server: Figures, share: float) -> Figures:
     rows = next(iter(server["forms"].values()))["open"]
-    found: Found = next(row for row in rows if row["share"] == share)
-    return found
+    figures: Figures = next(row for row in rows if row["share"] == share)
+    return figures
 
 
-def best_peers(servers: Found) -> dict[str, Found]:
+def best_peers(servers: Figures) -> dict[str, Figures]:
     """By kind: the peer that answers most at 32 clients, and its open loop at 80 % of its capacity."""
-    best: dict[str, Found] = {}
+    best: dict[str, Figures] = {}
     for name, server in servers.items():
         kind, images = server["kind"], at(server, 32)["images_per_s"]
         if kind and images > best.get(kind, {"images_per_s": 0})["images_per_s"]:
@@ -40,19 +40,19 @@ def best_peers(servers: Found) -> dict[str, Found]:
     return best
 
 
-def ratios(found: Found) -> Found:
+def ratios(figures: Figures) -> Figures:
     """The figures to reach: over HTTP against raw, raw against the plain loop, ours against the best peer of each kind,
     and one idle client against its members' forward times."""
-    servers = found["servers"]
-    result: Found = {"raw_over_plain_loop": found["raw"]["ratio"]}
+    servers = figures["servers"]
+    result: Figures = {"raw_over_plain_loop": figures["raw"]["ratio"]}
     if OURS not in servers:
         return result
     mine = at(servers[OURS], 32)
     result["without_http_over_raw"] = round(
-        found["raw"]["without_http_images_per_s"] / found["raw"]["engine_images_per_s"], 3
+        figures["raw"]["without_http_images_per_s"] / figures["raw"]["engine_images_per_s"], 3
     )
-    result["http_over_raw_at_32"] = round(mine["images_per_s"] / found["raw"]["engine_images_per_s"], 3)
-    result["idle_p50_over_forwards"] = round(at(servers[OURS], 1)["p50_ms"] / found["forwards"]["median_sum_ms"], 2)
+    result["http_over_raw_at_32"] = round(mine["images_per_s"] / figures["raw"]["engine_images_per_s"], 3)
+    result["idle_p50_over_forwards"] = round(at(servers[OURS], 1)["p50_ms"] / figures["forwards"]["median_sum_ms"], 2)
     result["over_best_peer"] = {
         kind: {
             "peer": peer["name"],
@@ -66,48 +66,55 @@ def ratios(found: Found) -> Found:
     return result
 
 
-def table(folder: Path) -> str:
+def markdown_tables(folder: Path) -> str:
     """Markdown of what is there of compare.json, overload.json, audited.json and soak.json."""
-    parts = [("compare", comparison), ("overload", overloaded), ("audited", audited), ("soak", soaked)]
-    found = [
+    parts = [
+        ("compare", describe_comparison),
+        ("overload", describe_overload),
+        ("audited", describe_audited),
+        ("soak", describe_soak),
+    ]
+    tables = [
         make(json.loads((folder / f"{name}.json").read_text()))
         for name, make in parts
         if (folder / f"{name}.json").exists()
     ]
-    return "\n\n".join(found)
+    return "\n\n".join(tables)
 
 
-def comparison(whole: Found) -> str:
+def describe_comparison(whole: Figures) -> str:
     """Every server in every form, the figures to reach, and the conditions."""
     head = ("server", "images/s at 1", "8", "32", "128 clients", "p50 / p99 ms at 32", "good at 120 %", "MB", "start s")
     rows = [row for name, server in whole["servers"].items() for row in server_rows(name, server)]
-    lines = [line(head), line(("---",) * len(head)), *map(line, rows)]
-    return "\n".join([*lines, "", *reached(whole), "", f"{whole['seconds']:g} s a measurement. {told(whole)}"])
+    lines = [table_row(head), table_row(("---",) * len(head)), *map(table_row, rows)]
+    return "\n".join(
+        [*lines, "", *describe_ratios(whole), "", f"{whole['seconds']:g} s a measurement. {describe_conditions(whole)}"]
+    )
 
 
-def server_rows(name: str, server: Found) -> list[tuple[str, ...]]:
+def server_rows(name: str, server: Figures) -> list[tuple[str, ...]]:
     return [
         (
             f"**{name}** ({form})" if name == OURS else f"{name} ({form})",
             *(f"{at(server, clients, form)['images_per_s']:.0f}" for clients in (1, 8, 32, 128)),
             f"{at(server, 32, form)['p50_ms']:.0f} / {at(server, 32, form)['p99_ms']:.0f}",
-            f"{found['open'][-1]['goodput_per_s']:.0f}",
+            f"{figures['open'][-1]['goodput_per_s']:.0f}",
             f"{server['busy_mb']:.0f}",
             f"{server['start_s']:.1f}",
         )
-        for form, found in server["forms"].items()
+        for form, figures in server["forms"].items()
     ]
 
 
-def reached(whole: Found) -> list[str]:
+def describe_ratios(whole: Figures) -> list[str]:
     ratio, raw = whole["ratios"], whole["raw"]
-    speed, asked, askers = raw["engine_images_per_s"], raw["without_http_images_per_s"], raw["askers"]
+    speed, throughput, clients = raw["engine_images_per_s"], raw["without_http_images_per_s"], raw["askers"]
     lines = [f"- raw engine: {speed:.0f} images/s, {ratio['raw_over_plain_loop']:.1f} times the plain loop (3 wanted)"]
     if "over_best_peer" not in ratio:
         return lines
     share = 100 * ratio["without_http_over_raw"]
     lines += [
-        f"- {asked:.0f} images/s for {askers} who wait, without HTTP and decoding: {share:.0f} % of the raw engine",
+        f"- {throughput:.0f} images/s for {clients} who wait, without HTTP and decoding: {share:.0f} % of the engine",
         f"- over HTTP at 32 clients: {100 * ratio['http_over_raw_at_32']:.0f} % of the raw engine (85 % wanted)",
         f"- one idle client: p50 is {ratio['idle_p50_over_forwards']:.2f} times its members' forward times (2 at most)",
     ]
@@ -121,7 +128,7 @@ def reached(whole: Found) -> list[str]:
     return lines
 
 
-def by_itself(whole: Found) -> str:
+def describe_clocks(whole: Figures) -> str:
     """What of the latencies is the generator's, and what the server says."""
     server = whole["by_its_own_clock"]
     share = 100 * server["within_deadline"] / server["answers"]
@@ -129,21 +136,21 @@ def by_itself(whole: Found) -> str:
     return f"{share:.1f} % in time by the server's own clock; the generator sent them {late:.0f} ms late at p99"
 
 
-def overloaded(whole: Found) -> str:
+def describe_overload(whole: Figures) -> str:
     flood, idle = whole["overload"], whole["idle_p50_ms"]
     sizes = " → ".join(f"{size:.0f}" for size in whole["memory_mb"])
     return (
         f"Overload, {flood['rate']:.0f} images/s for {flood['seconds']:.0f} s, twice the capacity, each with a "
         f"deadline of {1000 * flood['deadline_s']:.0f} ms: {counts(flood['statuses'])}; "
         f"{flood['refused_without_retry_after']} refusals without `Retry-After`; p50 {flood['p50_ms']:.0f} ms, p99 "
-        f"{flood['p99_ms']:.0f} ms of what was answered, from the moment a request was due ({by_itself(whole)}); "
+        f"{flood['p99_ms']:.0f} ms of what was answered, from the moment a request was due ({describe_clocks(whole)}); "
         f"memory {sizes} MB; {whole['recovery_s']:.2f} s after the last request single images are answered as before "
         f"(p50 {idle['before']:.1f} ms, then {idle['after']:.1f} ms). "
-        f"{told(whole)}"
+        f"{describe_conditions(whole)}"
     )
 
 
-def audited(whole: Found) -> str:
+def describe_audited(whole: Figures) -> str:
     def three(load: str, figure: str) -> str:
         before, after = (f"{alone[load][figure]:.3g}" for alone in whole["alone"])
         return f"{whole['beside'][load][figure]:.3g} ({before} before, {after} after)"
@@ -153,11 +160,12 @@ def audited(whole: Found) -> str:
         f"Beside an audit ({audit['profile']} on {audit['images']} images, {share:.0f} % of it done): 32 clients "
         f"get {three('many', 'images_per_s')} images/s, p99 {three('many', 'p99_ms')} ms; one client p50 "
         f"{three('one', 'p50_ms')} and p99 {three('one', 'p99_ms')} ms; Poisson arrivals at half of the capacity, "
-        f"{rate:.0f} images/s, p50 {three('open', 'p50_ms')} and p99 {three('open', 'p99_ms')} ms. {told(whole)}"
+        f"{rate:.0f} images/s, p50 {three('open', 'p50_ms')} and p99 {three('open', 'p99_ms')} ms. "
+        + describe_conditions(whole)
     )
 
 
-def soaked(whole: Found) -> str:
+def describe_soak(whole: Figures) -> str:
     return (
         f"Soak, {whole['seconds'] / 60:.0f} minutes at {whole['rate']:.0f} images/s beside 200 slow senders, hang-ups, "
         f"nonsense, requests of 100 images, and the library swapped every minute: {counts(whole['statuses'])}; p50 "
@@ -165,15 +173,15 @@ def soaked(whole: Found) -> str:
         f"{whole['memory_mb_per_hour']:.0f} MB an hour; afterwards {whole['left']['queue_depth']:.0f} rows queued, "
         f"{whole['left']['in_flight']:.0f} requests and {whole['left']['held_bytes']:.0f} bytes held, "
         f"{whole['open_files']['before']} → {whole['open_files']['after']} open files, "
-        f"{whole['after_mb']:,.0f} MB. {told(whole)}"
+        f"{whole['after_mb']:,.0f} MB. {describe_conditions(whole)}"
     )
 
 
-def counts(statuses: Found) -> str:
+def counts(statuses: Figures) -> str:
     return ", ".join(f"{count:,} × {name}" for name, count in sorted(statuses.items()) if count)
 
 
-def told(whole: Found) -> str:
+def describe_conditions(whole: Figures) -> str:
     machine, library, versions = whole["machine"], whole["library"], whole["versions"]
     peers = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
@@ -184,11 +192,11 @@ def told(whole: Found) -> str:
     )
 
 
-def line(cells: tuple[str, ...]) -> str:
+def table_row(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def put_into(page: Path, text: str) -> None:
+def replace_section(page: Path, text: str) -> None:
     """Replaces what stands between the marks."""
     begin, end = MARKS
     whole = page.read_text(encoding="utf-8")

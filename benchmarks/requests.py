@@ -64,12 +64,12 @@ class Form:
 def pictures(seed: int = 0) -> list[NDArray[np.uint8]]:
     """uint8 [32, 32, 3]: smooth colours under a little noise, which compress about as photographs do."""
     rng = np.random.default_rng(seed)
-    found = []
+    images = []
     for _ in range(IMAGES):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
         noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (32, 32, 3))
-        found.append(noisy.clip(0, 255).astype(np.uint8))
-    return found
+        images.append(noisy.clip(0, 255).astype(np.uint8))
+    return images
 
 
 def png(picture: NDArray[np.uint8]) -> bytes:

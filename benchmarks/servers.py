@@ -53,20 +53,20 @@ def ours(library: Path | None, state: Path) -> Server:
 def peers(state: Path) -> list[Server]:
     """FastAPI gives no batches, so there is nothing to group there."""
     python, where = str(VENV / "bin" / "python"), "benchmarks.peers."
-    plain = (sys.executable, "-m", where + "plain", "{port}", "{cores}")
+    fastapi = (sys.executable, "-m", where + "fastapi_server", "{port}", "{cores}")
     litserve = (python, "-m", where + "litserve_server", "{port}", "{cores}")
     mosec = (python, "-m", where + "mosec_server", "--address", "127.0.0.1", "--port", "{port}", "--timeout", "30000")
     png, as_json = requests.files, requests.base64_json
-    found = [Server("fastapi", plain, "/health", (("png", lambda: png("/classify")),), kind="plain")]
+    servers = [Server("fastapi", fastapi, "/health", (("png", lambda: png("/classify")),), kind="plain")]
     for kind in KINDS:
         tuning = dict(zip(("BENCH_BATCH", "BENCH_WAIT_MS"), BATCHES[kind], strict=True))
         variables = {"BENCH_KIND": kind, "BENCH_STATE": str(state), **tuning}
         suffix = "" if kind == "plain" else f" {kind}"
         forms = (("base64", lambda: as_json("/predict")),)
-        found.append(Server("litserve" + suffix, litserve, "/health", forms, variables, kind))
+        servers.append(Server("litserve" + suffix, litserve, "/health", forms, variables, kind))
         flags = (*mosec, "--log-level", "error")
-        found.append(Server("mosec" + suffix, flags, "/", (("png", lambda: png("/inference")),), variables, kind))
-    return found
+        servers.append(Server("mosec" + suffix, flags, "/", (("png", lambda: png("/inference")),), variables, kind))
+    return servers
 
 
 def prepare_peers() -> None:
@@ -122,14 +122,14 @@ def started(server: Server, library: Path | None) -> Iterator[Running]:
     if library is not None:
         variables["BENCH_LIBRARY"] = str(library)
     with tempfile.TemporaryFile() as log:
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, cwd=ROOT, process_group=0)
         try:
             if not answers(f"http://127.0.0.1:{port}{server.health}", process):
                 log.seek(0)
-                said = log.read()[-2000:].decode(errors="replace")
-                raise RuntimeError(f"{server.name}: not ready, exit code {process.poll()}; it said: {said}")
-            yield Running(f"127.0.0.1:{port}", process, time.perf_counter() - begun, f"http://127.0.0.1:{admin}")
+                output = log.read()[-2000:].decode(errors="replace")
+                raise RuntimeError(f"{server.name}: not ready, exit code {process.poll()}; output: {output}")
+            yield Running(f"127.0.0.1:{port}", process, time.perf_counter() - started_at, f"http://127.0.0.1:{admin}")
         finally:
             end(process)
 

@@ -1,5 +1,4 @@
-"""How many cores this process may really use: its affinity and its container's CPU quota, not the host's count; and
-which of its threads go first on them; and what other processes of ours use."""
+"""The cores this process may use (its affinity and its container's quota), priorities, and what processes use."""
 
 import contextlib
 import ctypes
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path("/")
-# On a core that both want, whatever runs tickets waits for the event loop, since what that has not read no admission
-# knows of; and what opens a library, while another is served, waits for both. Audits come last of all.
+# Niceness, lowest first: event loop, inference, library loading, audits. The event loop must come first: requests that
+# it has not read yet cannot be refused.
 NICE_INFERENCE: Final = 5
 NICE_LOADING: Final = 10
 NICE_AUDIT: Final = 19
@@ -20,23 +19,27 @@ SET_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG
 
 
 def lower_priority(steps: int) -> None:
-    """Lowers the priority of the calling thread, which those that it starts inherit, by so many steps of `nice`. Only
-    Linux has priorities of threads."""
+    """Lowers the priority of the calling thread by so many steps of `nice`. Threads that it starts inherit it.
+
+    Only Linux has priorities of threads.
+    """
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # forbidden in some sandbox: slower under overload, and no reason to die
+        with contextlib.suppress(OSError):  # forbidden in some sandboxes: slower under overload, no reason to fail
             os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + steps)
 
 
 def set_idle_priority() -> None:
-    """The calling process runs only where nobody else wants to: one with a low priority alone still has its turn out
-    when somebody wakes. Only Linux has that."""
+    """SCHED_IDLE: the calling process runs only on otherwise idle cores. Only Linux has it.
+
+    `nice 19` is not enough: such a process still finishes its time slice.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def process_tree(pid: int) -> list[int]:
-    """A process and all below it, where the system tells."""
+    """A process and all its descendants, where the system lists them."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -45,19 +48,19 @@ def process_tree(pid: int) -> list[int]:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time that a process has taken; 0 for one that is gone, or where the system does not tell."""
+    """Processor time of a process; 0 for one that is gone, or where the system does not say."""
     fields = " ".join(lines(Path(f"/proc/{pid}/stat"))).rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if len(fields) > 12 else 0.0
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process, with what it shares; 0 as above."""
+    """Resident memory of a process, shared pages included; 0 as above."""
     fields = words(Path(f"/proc/{pid}/statm"))
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 
 
 def die_with_parent(number: int) -> None:
-    """This process gets the signal when the thread that started it ends. Only Linux has that."""
+    """Sends this process the signal when the thread that started it ends (PR_SET_PDEATHSIG). Only Linux has it."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, number)

@@ -1,4 +1,4 @@
-"""The library being served, whether it may be asked, and how another takes its place."""
+"""The library being served, whether it is ready, and how another takes its place."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class LoadedLibrary:
-    """A verified library, its warm engine, and the way in. A request keeps the one it began with."""
+    """A verified library, its warm engine and its scheduler. A request keeps the one it began with."""
 
     library: Library
     engine: Engine
@@ -39,8 +39,9 @@ class LoadedLibrary:
 
 
 class LibraryManager:
-    """current: None before the first library is verified and warm.  draining: from the moment the process is to end.
+    """Loads and swaps libraries, and knows whether the service is ready.
 
+    current: None before the first library is verified and warm.  draining: from the moment the process is to end.
     on_broken: called on the event loop when the engine has died for good.
     """
 
@@ -49,14 +50,14 @@ class LibraryManager:
         self.metrics = metrics
         self.current: LoadedLibrary | None = None
         self.draining = False
-        self.gate = AdmissionController(settings, metrics)
+        self.admission = AdmissionController(settings, metrics)
         niceness = 0 if uses_processes(settings) else NICE_INFERENCE
         self.workers = WorkerPool(engine_threads(settings), settings, metrics, on_broken, niceness=niceness)
-        self.workers.on_beat = self.on_heartbeat
+        self.workers.on_heartbeat = self.on_heartbeat
         self.opening = asyncio.Lock()
-        self.retired_engines: list[weakref.ref[Engine]] = []  # engines of libraries that others have taken the place of
-        self.collected = 0.0
-        self.spent: dict[int, float] = {}  # processor seconds of the engine's processes, as last told
+        self.retired_engines: list[weakref.ref[Engine]] = []  # of libraries that were replaced
+        self.collected_at = 0.0
+        self.cpu_s: dict[int, float] = {}  # of the engine's processes, at the last heartbeat
 
     async def start(self) -> LoadedLibrary:
         """Starts the engine's threads and loads the library. Raises StoreError."""
@@ -64,20 +65,22 @@ class LibraryManager:
         return await self.load()
 
     async def reload(self) -> LoadedLibrary:
-        """Opens settings.library again, warms it up beside the old one, and swaps. Raises StoreError; the old one then
-        stays. Requests that began with the old library are answered by it."""
+        """Opens settings.library again, warms it up beside the old one, and swaps. Raises StoreError.
+
+        If it raises, the old one stays. Requests that began with the old library are answered by it.
+        """
         try:
-            serving = await self.load()
+            loaded = await self.load()
         except Exception:
             self.metrics.inc("library_swaps_total", outcome="refused")
             raise
         self.metrics.inc("library_swaps_total", outcome="ok")
-        return serving
+        return loaded
 
     async def load(self) -> LoadedLibrary:
         async with self.opening:
             library, engine = await self.open_library_and_engine()
-            scheduler = Scheduler(library, engine, self.workers, self.gate, self.settings, self.metrics)
+            scheduler = Scheduler(library, engine, self.workers, self.admission, self.settings, self.metrics)
             if self.current is not None:
                 self.retired_engines.append(weakref.ref(self.current.engine))
             self.current = LoadedLibrary(library, engine, scheduler)
@@ -87,19 +90,21 @@ class LibraryManager:
             return self.current
 
     async def open_library_and_engine(self) -> tuple[Library, Engine]:
-        """Off the event loop, by threads that stand back for those that answer meanwhile. Processes would inherit that
-        priority for good, so whoever starts those and waits for them has the usual one."""
+        """Runs in a low-priority thread.
+
+        The fork server is started from a normal-priority thread, because children inherit priority permanently.
+        """
         loop = asyncio.get_running_loop()
-        slowly = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,))
+        pool = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,))
         try:
-            library = await loop.run_in_executor(slowly, open_library, self.settings.library)
+            library = await loop.run_in_executor(pool, open_library, self.settings.library)
             if uses_processes(self.settings):
                 return library, await run_in_daemon_thread(lambda: open_for_serving(library, self.settings))
-            return library, await loop.run_in_executor(slowly, open_for_serving, library, self.settings)
+            return library, await loop.run_in_executor(pool, open_for_serving, library, self.settings)
         except EngineRejected as error:
             raise LibraryRejected(f"{library.path}: {error}") from error
         finally:
-            slowly.shutdown(wait=False)
+            pool.shutdown(wait=False)
 
     def describe(self, library: Library) -> None:
         self.metrics.set("library_tickets", len(library.tickets), state="serving")
@@ -116,7 +121,7 @@ class LibraryManager:
 
     @property
     def reason(self) -> str:
-        """Why nothing may be asked now; empty when it may."""
+        """Why the service is not ready; empty when it is."""
         if self.draining:
             return "draining"
         if self.current is None:
@@ -128,16 +133,18 @@ class LibraryManager:
         return not self.reason
 
     def on_heartbeat(self) -> None:
-        """At every beat of the watchdog. Requests that failed can keep a library alive in circles of exceptions and
-        frames, and on a server at rest no collection would come by: the memory is too much to leave to that."""
+        """Runs at every heartbeat of the watchdog. Forces a collection while a replaced library is still in memory.
+
+        Failed requests leave reference cycles (exception and frame) that keep an old library alive.
+        """
         self.update_metrics()
         self.retired_engines = [engine for engine in self.retired_engines if engine() is not None]
-        if self.retired_engines and time.monotonic() - self.collected > COLLECT_S:
+        if self.retired_engines and time.monotonic() - self.collected_at > COLLECT_S:
             gc.collect()
-            self.collected = time.monotonic()
+            self.collected_at = time.monotonic()
 
     def update_metrics(self) -> None:
-        """The state as metrics, whenever it may have changed."""
+        """Called whenever the state may have changed."""
         self.metrics.set("ready", float(self.ready))
         self.metrics.set("draining", float(self.draining))
         pids = [] if self.current is None else self.current.engine.pids()
@@ -145,12 +152,11 @@ class LibraryManager:
             self.update_process_metrics(pids)
 
     def update_process_metrics(self, pids: Sequence[int]) -> None:
-        spent = {pid: cpu_s(pid) for pid in pids}
-        self.metrics.inc(
-            "engine_cpu_seconds_total", sum(max(0, s - self.spent.get(pid, 0)) for pid, s in spent.items())
-        )
+        now = {pid: cpu_s(pid) for pid in pids}
+        new_s = sum(max(0, seconds - self.cpu_s.get(pid, 0)) for pid, seconds in now.items())
+        self.metrics.inc("engine_cpu_seconds_total", new_s)
         self.metrics.set("engine_resident_memory_bytes", resident_bytes(pids[0]))
-        self.spent = spent
+        self.cpu_s = now
 
     def drain(self) -> None:
         self.draining = True
@@ -158,14 +164,14 @@ class LibraryManager:
 
 
 async def run_in_daemon_thread(work: Callable[[], Result]) -> Result:
-    """As asyncio.to_thread, in a thread that the end of the process does not wait for."""
+    """As asyncio.to_thread, in a thread that does not delay the end of the process."""
     answer: Future[Result] = Future()
     answer.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
             answer.set_result(work())
-        except BaseException as error:  # noqa: BLE001 -- whoever waits gets it
+        except BaseException as error:  # noqa: BLE001 -- the caller gets it
             answer.set_exception(error)
 
     threading.Thread(target=run, name="open", daemon=True).start()

@@ -60,8 +60,10 @@ class Defence:
         thetas = [draw_theta(self.library.policy, CHANCE) for _ in images]
         with torch.inference_mode():
             sums = self.sums(pixels, thetas)
-            found = torch.softmax(sums / torch.tensor([[len(theta.members)] for theta in thetas]), dim=1)
-        return [{"label": self.library.classes[int(row.argmax())], "probabilities": row.tolist()} for row in found]
+            probabilities = torch.softmax(sums / torch.tensor([[len(theta.members)] for theta in thetas]), dim=1)
+        return [
+            {"label": self.library.classes[int(row.argmax())], "probabilities": row.tolist()} for row in probabilities
+        ]
 
     def one_by_one(self, pixels: Tensor, thetas: Sequence[Theta]) -> Tensor:
         rows = [

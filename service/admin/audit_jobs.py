@@ -28,7 +28,7 @@ from service.audit.errors import AuditConflict, AuditUnknown, CostRejected, Queu
 from service.audit.evaluation.members import Member, candidates_of
 from service.audit.plan import plan
 from service.cpu import NICE_AUDIT
-from service.engine.factory import chosen_device
+from service.engine.factory import resolve_device
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -223,7 +223,7 @@ class AuditQueue:
             "outside": named(self.settings.audits_outside),
             "int8_images": named(self.settings.int8_images),
             "threads": self.settings.audits_threads,
-            "device": str(chosen_device(self.settings.device)),
+            "device": str(resolve_device(self.settings.device)),
             "url": None if self.settings.api_keys_file else self.url,
             "why": "",
         }

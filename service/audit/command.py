@@ -101,11 +101,11 @@ def local(given: argparse.Namespace) -> Json:
     from service.audit.run import load_images, run_audit
     from service.cpu import usable_cores
     from service.engine.base import EngineRejected
-    from service.engine.factory import chosen_device
+    from service.engine.factory import resolve_device
     from service.settings import read_settings
 
     try:
-        device = str(chosen_device(given.device))
+        device = str(resolve_device(given.device))
     except EngineRejected as error:
         raise AuditRejected(str(error)) from None
     threads = given.threads or usable_cores()

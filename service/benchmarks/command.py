@@ -29,7 +29,7 @@ from service.audit.errors import DataRejected
 from service.audit.labelled_data import read_data
 from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
 from service.benchmarks.timing_leakage import scheduling
-from service.engine.base import Engine, EngineRejected, Rows
+from service.engine.base import Engine, EngineRejected, Images
 from service.engine.factory import engine_threads, open_engine, open_for_serving
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, add_flags, read_settings
@@ -163,7 +163,7 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def plain_loop(library: Library, networks: Sequence[Network], images: Rows, thetas: Sequence[Theta]) -> None:
+def plain_loop(library: Library, networks: Sequence[Network], images: Images, thetas: Sequence[Theta]) -> None:
     """As one would write it: draw, run each member at batch 1, add up; torch with all its threads."""
     with torch_threads(engine_threads(Settings())), torch.inference_mode():
         for image, theta in zip(images, thetas, strict=True):
@@ -182,7 +182,7 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int) -> None:
+def in_windows(engine: Engine, images: Images, thetas: Sequence[Theta], size: int) -> None:
     """Each thread a window of its own: nothing is shared out, nobody waits for anybody."""
 
     def window(start: int) -> None:
@@ -196,7 +196,7 @@ def in_windows(engine: Engine, images: Rows, thetas: Sequence[Theta], size: int)
         list(pool.map(window, range(0, len(images), size)))
 
 
-async def scheduler_throughput(library: Library, engine: Engine, settings: Settings, images: Rows) -> None:
+async def scheduler_throughput(library: Library, engine: Engine, settings: Settings, images: Images) -> None:
     """Each asker takes the next image when the last is answered."""
     left = iter(images)
     async with scheduling(Scheduler, library, engine, settings) as scheduler:

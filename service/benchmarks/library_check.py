@@ -14,7 +14,7 @@ import numpy as np
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
 from model_store.policy import Policy, Theta, draw_theta, expected_size, size_probabilities, states
-from service.engine.base import Engine, EngineRejected, Rows
+from service.engine.base import Engine, EngineRejected, Images
 from service.engine.factory import open_engine
 from service.settings import Settings
 
@@ -83,7 +83,7 @@ def some_of_size(policy: Policy, n: int, rng: random.Random) -> list[Theta]:
     return found
 
 
-def answer_s(pool: ThreadPoolExecutor, engine: Engine, row: Rows, members: Sequence[int]) -> float:
+def answer_s(pool: ThreadPoolExecutor, engine: Engine, row: Images, members: Sequence[int]) -> float:
     begun = time.perf_counter()
     list(pool.map(lambda member: engine.forward(member, row), members))
     return time.perf_counter() - begun

@@ -19,7 +19,7 @@ from service.audit.evaluation.members import Member, as_floats, candidates_of
 from service.audit.evaluation.pixel_grid import quantize_to_uint8
 from service.audit.labelled_data import LabelledImages, read_data
 from service.audit.stats import paired_difference
-from service.engine.base import Engine, Rows
+from service.engine.base import Engine, Images
 from service.engine.factory import CALIBRATION_IMAGES
 
 THREAT: Final = ThreatModel("linf", 8 / 255)
@@ -27,10 +27,10 @@ BATCH: Final = 50
 TIMED_ROWS: Final = 32
 REPEATS: Final = 10
 Right = NDArray[np.float64]  # [N], 1 or 0
-Answers = Callable[[int, Rows], NDArray[np.float32]]
+Answers = Callable[[int, Images], NDArray[np.float32]]
 
 
-def measured_images(path: Path, library: Library, images: int) -> tuple[LabelledImages, Rows]:
+def measured_images(path: Path, library: Library, images: int) -> tuple[LabelledImages, Images]:
     """The first `images`, and the CALIBRATION_IMAGES after them, which are never measured."""
     data = read_data(path, library.classes, images + CALIBRATION_IMAGES)
     return data.first(len(data) - CALIBRATION_IMAGES), data.pixels[-CALIBRATION_IMAGES:].numpy()
@@ -64,14 +64,14 @@ def compare(library: Library, exact: Engine, rounded: Engine, data: LabelledImag
     }
 
 
-def attacked(member: Member, data: LabelledImages, seed: int) -> Rows:
+def attacked(member: Member, data: LabelledImages, seed: int) -> Images:
     """PGD-20 images of one ticket, as 8-bit files carry them."""
     generator = torch.Generator().manual_seed(seed)
     moved = attack_member(member, as_floats(data.pixels), data.labels, THREAT, SingleModelPgd(), generator)
     return quantize_to_uint8(moved, data.pixels, THREAT.norm, THREAT.epsilon).numpy()
 
 
-def in_batches(forward: Answers, member: int, images: Rows) -> NDArray[np.float32]:
+def in_batches(forward: Answers, member: int, images: Images) -> NDArray[np.float32]:
     return np.concatenate([forward(member, images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
 
 
@@ -91,7 +91,7 @@ def mean_difference(rows: Sequence[dict[str, Any]], kind: str) -> float:
     return round(float(np.mean([row[kind]["difference"]["value"] for row in rows])), 3)
 
 
-def image_ms(forward: Answers, member: int, images: Rows) -> float:
+def image_ms(forward: Answers, member: int, images: Images) -> float:
     """Milliseconds of an image, one thread, the best of several."""
     some, seconds = images[:TIMED_ROWS], []
     for _ in range(REPEATS):

@@ -80,7 +80,7 @@ async def scheduling(kind: type[Kind], library: Library, engine: Engine, setting
     """A scheduler with threads of its own, as a server would have them."""
     metrics = Metrics()
     workers = WorkerPool(
-        engine.threads, settings, metrics, lambda: None, niceness=NICE_INFERENCE if engine.apart is None else 0
+        engine.threads, settings, metrics, lambda: None, niceness=NICE_INFERENCE if engine.run_remote is None else 0
     )
     workers.start()
     try:

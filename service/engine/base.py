@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from model_store.structures import Network, fold
 from model_store.ticket import Ticket
 
-Rows = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 """[N, 3, 32, 32], 0 to 255."""
 Logits = NDArray[np.float32]
 """[N, classes], divided by the ticket's temperature."""
-Forward = Callable[[int, Rows], Logits]
-"""(ticket's index in the library, its rows) -> its logits. May be called from several threads at once."""
+Forward = Callable[[int, Images], Logits]
+"""(ticket's index in the library, images) -> its logits. May be called from several threads at once."""
 Jobs = Sequence[tuple[int, Sequence[int]]]
-"""(ticket's index, the places of its rows among some rows), one job a ticket."""
+"""(ticket's index, indices of its images in a batch), one job a ticket."""
 JobResult = tuple[Logits, float]
-"""What a job found, and its seconds."""
+"""A job's logits, and its seconds."""
 Heartbeat = Callable[[], None]
-"""Called between jobs: whoever watches knows that nothing hangs."""
+"""Called between jobs, so that the watchdog knows that nothing hangs."""
 
 TOLERANCE: Final = 1e-4  # of logits, relative to the largest (or to 1, if that is smaller): float32 in another order
 HALF_TOLERANCE: Final = 2e-2  # the same for float16
@@ -31,12 +31,14 @@ INT8_TOLERANCE: Final = 1.0  # the same for 8 bits: only nonsense is refused; `b
 
 
 class EngineRejected(Exception):
-    """A backend that is not there, or whose logits are not those of the tickets."""
+    """A backend that is missing, or whose logits are not those of the tickets."""
 
 
 class EngineDied(BaseException):
-    """A process of the engine has died, or hung and was ended. Not an Exception: what it was at is not tried again, and
-    the thread that waited for it ends as if it had died itself."""
+    """The engine, or a process of it, has died or hung. The thread that waited for it ends, and the watchdog acts.
+
+    A BaseException, so that no `except Exception` takes it for a failed image and runs the ticket again.
+    """
 
 
 class Backend(NamedTuple):
@@ -49,39 +51,33 @@ class Backend(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A library's tickets, warm. Frozen: a new library gets a new engine.
-
-    threads: how many calls of `forward` may run at once.  costs: multiply-adds of one image by ticket.
-    difference: the largest difference of a probe's logit from torch's in float32, relative as TOLERANCE is.
-    apart: several jobs at once in a process of its own; None where tickets run in the calling thread.
-    pids: of the processes that are there for that, the host's first.
-    """
+    """A library's tickets, warm. Frozen: a new library gets a new engine."""
 
     name: str
     device: str
-    threads: int
+    threads: int  # calls of `forward` that may run at once
     forward: Forward
-    costs: tuple[int, ...]
-    difference: float
+    macs: tuple[int, ...]  # multiply-adds of one image, by ticket
+    difference: float  # the largest of a probe's logits from torch's in float32, relative as TOLERANCE is
     note: str
     warm_up_s: float
-    apart: Callable[[Rows, Jobs, Heartbeat], list[JobResult]] | None = None
-    pids: Callable[[], list[int]] = list
+    run_remote: Callable[[Images, Jobs, Heartbeat], list[JobResult]] | None = None  # None: in the calling thread
+    pids: Callable[[], list[int]] = list  # of the engine's own processes, the fork server's first
 
-    def run(self, rows: Rows, jobs: Jobs, alive: Heartbeat) -> list[JobResult]:
+    def run(self, images: Images, jobs: Jobs, heartbeat: Heartbeat) -> list[JobResult]:
         """Every job's logits. Raises whatever the backend does."""
-        if self.apart is not None:
-            return self.apart(rows, jobs, alive)
-        found = []
-        for member, places in jobs:
-            begun = time.perf_counter()
-            logits = self.forward(member, rows[list(places)])
-            found.append((logits, time.perf_counter() - begun))
-            alive()
-        return found
+        if self.run_remote is not None:
+            return self.run_remote(images, jobs, heartbeat)
+        results = []
+        for member, indices in jobs:
+            started_at = time.perf_counter()
+            logits = self.forward(member, images[list(indices)])
+            results.append((logits, time.perf_counter() - started_at))
+            heartbeat()
+        return results
 
 
-class Folded(NamedTuple):
+class FoldedTicket(NamedTuple):
     """A ticket as it is run: what `model_store.ensemble.calibrated` computes is network(images) / temperature."""
 
     name: str
@@ -89,17 +85,17 @@ class Folded(NamedTuple):
     temperature: float
 
 
-def folded(ticket: Ticket) -> Folded:
-    return Folded(ticket.name, fold(ticket.network()), ticket.temperature)
+def fold_ticket(ticket: Ticket) -> FoldedTicket:
+    return FoldedTicket(ticket.name, fold(ticket.network()), ticket.temperature)
 
 
-def reference(ticket: Folded, rows: Rows) -> Logits:
+def reference_logits(ticket: FoldedTicket, images: Images) -> Logits:
     """What the ticket means: torch, float32, on the CPU."""
     with torch.inference_mode():
-        logits: Logits = (ticket.network(torch.from_numpy(rows).float() / 255) / ticket.temperature).numpy()
+        logits: Logits = (ticket.network(torch.from_numpy(images).float() / 255) / ticket.temperature).numpy()
     return logits
 
 
-def max_relative_error(found: Logits, expected: Logits) -> float:
+def max_relative_error(logits: Logits, expected: Logits) -> float:
     """The largest, relative to the largest expected, or to 1 if that is smaller."""
-    return float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+    return float(np.abs(logits - expected).max() / max(1.0, float(np.abs(expected).max())))

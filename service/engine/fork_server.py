@@ -1,6 +1,7 @@
-"""`python -m service.engine.fork_server SOCKET SETTINGS`: opens and compiles a library, and forks worker processes.
+"""`python -m service.engine.fork_server SOCKET ARGUMENTS`: opens and compiles a library, and forks worker processes.
 
-Started by `service/engine/process_pool.py`, which says why. It ends, and every fork with it, when SOCKET is closed.
+Started by `service/engine/process_pool.py`, which says why. It ends, and every worker with it, when SOCKET is closed.
+It is not multiprocessing's fork server: that one unpickles what it is sent.
 """
 
 import contextlib
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from service.engine.base import Engine
 
 
-def main(descriptor: int, words: dict[str, Any]) -> int:
+def main(descriptor: int, arguments: dict[str, Any]) -> int:
     control = Connection(os.dup(descriptor))
     with ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,)) as pool:
-        engine, said = pool.submit(opened, words).result()
+        engine, description = pool.submit(open_engine_from, arguments).result()
     with contextlib.suppress(BrokenPipeError):  # the service has ended meanwhile
-        control.send_bytes(json.dumps(said).encode())
+        control.send_bytes(json.dumps(description).encode())
     if engine is None:
         return 1
     from service.engine import worker_process
@@ -32,9 +33,11 @@ def main(descriptor: int, words: dict[str, Any]) -> int:
     return 0
 
 
-def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
-    """The engine, and what the service is told: what it is, or why there is none. The imports alone take seconds, so
-    they are here, at this thread's priority."""
+def open_engine_from(arguments: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
+    """The engine and its description, or None and why there is none.
+
+    The imports alone take seconds, so they are here, at this thread's priority.
+    """
     from model_store.errors import StoreError
     from model_store.library import open_library
     from service.engine.base import EngineRejected
@@ -43,10 +46,10 @@ def opened(words: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
     from service.observability.logs import configure_logging
     from service.settings import Settings
 
-    settings = Settings(**words["settings"])
+    settings = Settings(**arguments["settings"])
     configure_logging(settings.log_level)
     try:
-        library = open_library(Path(words["library"]))
+        library = open_library(Path(arguments["library"]))
         engine = open_engine(library, settings)
     except (StoreError, EngineRejected) as error:
         return None, {"refused": str(error)}

@@ -1,6 +1,8 @@
-"""A ticket's graph in 8 bits: the input and the weights of every convolution rounded to 256 levels; OpenVINO does the
-rest. Ranges are what calibration images reach, from the smallest value to the largest: tickets lose several points of
-accuracy where outliers are cut off, as NNCF does by default."""
+"""A ticket's graph in 8 bits: the input and the weights of every convolution are rounded to 256 levels.
+
+OpenVINO does the rest. Ranges go from the smallest to the largest value that calibration images reach. Tickets lose
+several points of accuracy where outliers are cut off, as NNCF does by default.
+"""
 
 from typing import Any, Final
 
@@ -9,7 +11,7 @@ import openvino
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from service.engine.base import Rows
+from service.engine.base import Images
 
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
 
@@ -18,15 +20,15 @@ BATCH: Final = 32  # calibration images of one forward pass
 SMALLEST: Final = 1e-9  # of a range: that of a channel whose weights are all masked
 
 
-def quantize(core: Any, model: Any, images: Rows, options: dict[str, Any]) -> Any:
+def quantize(core: Any, model: Any, images: Images, options: dict[str, Any]) -> Any:
     """Changes the model and returns it. model: uint8 [1, 3, 32, 32] -> logits.  images: uint8 [N, 3, 32, 32]."""
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
     sources = [node.input(0).get_source_output() for node in convolutions]
-    places = {name_of(source): source for source in sources}  # a block's first convolution and its shortcut share one
-    lows, highs = activation_ranges(core, model, list(places.values()), images, options)
+    inputs = {name_of(source): source for source in sources}  # a block's first convolution and its shortcut share one
+    lows, highs = activation_ranges(core, model, list(inputs.values()), images, options)
     rounded = {
-        name: fake_quantize(place, *with_zero(low, high), LEVELS)
-        for (name, place), low, high in zip(places.items(), lows.tolist(), highs.tolist(), strict=True)
+        name: fake_quantize(source, *with_zero(low, high), LEVELS)
+        for (name, source), low, high in zip(inputs.items(), lows.tolist(), highs.tolist(), strict=True)
     }
     for node, source in zip(convolutions, sources, strict=True):
         node.input(0).replace_source_output(rounded[name_of(source)])
@@ -42,19 +44,19 @@ def name_of(output: Node) -> tuple[str, int]:
 
 
 def activation_ranges(
-    core: Any, model: Any, places: list[Node], images: Rows, options: dict[str, Any]
+    core: Any, model: Any, inputs: list[Node], images: Images, options: dict[str, Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The smallest and the largest value at each place, over all images."""
+    """The smallest and the largest value of each node, over all images."""
     axes = np.array([0, 1, 2, 3])
-    ends = [reduce(place, axes) for reduce in (ops.reduce_min, ops.reduce_max) for place in places]
-    probe = openvino.Model(ends, model.get_parameters()).clone()
+    extremes = [reduce(node, axes) for reduce in (ops.reduce_min, ops.reduce_max) for node in inputs]
+    probe = openvino.Model(extremes, model.get_parameters()).clone()
     probe.reshape([-1, 3, 32, 32])
     request = core.compile_model(probe, "CPU", options).create_infer_request()
-    found = []
+    ranges = []
     for start in range(0, len(images), BATCH):
         request.infer([np.ascontiguousarray(images[start : start + BATCH])])
-        found.append([float(tensor.data) for tensor in request.output_tensors])
-    values = np.array(found).reshape(len(found), 2, len(places))
+        ranges.append([float(tensor.data) for tensor in request.output_tensors])
+    values = np.array(ranges).reshape(len(ranges), 2, len(inputs))
     return values[:, 0].min(axis=0), values[:, 1].max(axis=0)
 
 

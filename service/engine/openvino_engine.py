@@ -1,10 +1,11 @@
 """The OpenVINO backend, for CPUs: each ticket compiled for one core, for one image and for two.
 
-A fixed batch, because a graph with a dynamic one pays about a millisecond whenever the batch changes, and an input that
-stays in place saves most of a call's overhead. Two images at once, because that is where most of the gain is: on AVX2
-cores a compact ticket costs a tenth to a fifth less per image in pairs, and a twentieth less again in fours (on AVX-512
-cores the batch hardly matters), while every further batch is another copy of all weights, in memory and in the cache:
-with forty tickets of two or three rows a window, fours were no faster than pairs.
+The batch is fixed. A graph with a dynamic batch pays about a millisecond whenever the batch changes, and an input that
+stays in place saves most of a call's overhead.
+
+Two images at most, because most of the gain is there. On AVX2 cores a compact ticket costs a tenth to a fifth less per
+image in pairs, and a twentieth less again in fours. On AVX-512 cores the batch hardly matters. Every further batch is
+another copy of all weights, in memory and in the cache: with two or three images a ticket, fours were no faster.
 """
 
 import threading
@@ -21,7 +22,7 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from model_store.structures import BasicBlock, Norm, WideBlock
-from service.engine.base import INT8_TOLERANCE, TOLERANCE, Backend, EngineRejected, Folded, Logits, Rows
+from service.engine.base import INT8_TOLERANCE, TOLERANCE, Backend, EngineRejected, FoldedTicket, Images, Logits
 from service.engine.int8 import quantize
 
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
@@ -36,15 +37,20 @@ ONE_CORE: Final[dict[str, Any]] = {
 }
 
 
-def build(tickets: Sequence[Folded], *, cache: Path | None, threads: int, calibration: Rows | None = None) -> Backend:
-    """cache: a folder of compiled models, read and added to. OpenVINO tells them apart by weights, options and version;
-    what comes out of it is checked like everything else.  calibration: images to choose the ranges of 8 bits by; None
-    for float32."""
+def build(
+    tickets: Sequence[FoldedTicket], *, cache: Path | None, threads: int, calibration: Images | None = None
+) -> Backend:
+    """Compiles every ticket.
+
+    cache: a folder of compiled models, read and added to. OpenVINO tells them apart by weights, options and version.
+        A model from there is checked like any other.
+    calibration: images to choose the ranges of 8 bits by; None for float32.
+    """
     core = openvino.Core()
     with ThreadPoolExecutor(threads, "compile") as pool:
         models = list(pool.map(lambda ticket: Compiled(core, ticket, cache, calibration), tickets))
     bits, tolerance = ("float32", TOLERANCE) if calibration is None else ("int8", INT8_TOLERANCE)
-    return Backend(lambda member, rows: models[member].forward(rows), tolerance, f"{bits}, OpenVINO {version()}")
+    return Backend(lambda member, images: models[member].forward(images), tolerance, f"{bits}, OpenVINO {version()}")
 
 
 def version() -> str:
@@ -52,9 +58,9 @@ def version() -> str:
 
 
 class Compiled:
-    """One ticket, compiled for each of BATCHES. Its lock is contended only when two windows want the same ticket."""
+    """One ticket, compiled for each of BATCHES. Its lock is contended only when two batches run the same ticket."""
 
-    def __init__(self, core: Any, ticket: Folded, cache: Path | None, calibration: Rows | None) -> None:
+    def __init__(self, core: Any, ticket: FoldedTicket, cache: Path | None, calibration: Images | None) -> None:
         options = ONE_CORE if cache is None else ONE_CORE | {"CACHE_DIR": str(cache)}
         model = graph(ticket)
         try:
@@ -62,24 +68,24 @@ class Compiled:
                 model = quantize(core, model, calibration, ONE_CORE)
             name_nodes(model)
             self.batches = {size: Batch(core, model, size, options) for size in BATCHES}
-        except RuntimeError as error:  # OpenVINO's own text says where in its sources it gave up
+        except RuntimeError as error:  # the first line of OpenVINO's text says where in its sources it failed
             raise EngineRejected(f"OpenVINO cannot compile {ticket.name}: {str(error).splitlines()[0]}") from error
         self.classes = self.batches[1].output.shape[1]
         self.lock = threading.Lock()
 
-    def forward(self, rows: Rows) -> Logits:
-        logits = np.empty((len(rows), self.classes), np.float32)
+    def forward(self, images: Images) -> Logits:
+        logits = np.empty((len(images), self.classes), np.float32)
         with self.lock:
-            for start, size in pieces(len(rows)):
-                logits[start : start + size] = self.batches[size].forward(rows[start : start + size])
+            for start, size in split(len(images)):
+                logits[start : start + size] = self.batches[size].forward(images[start : start + size])
         return logits
 
 
-def pieces(rows: int) -> Iterator[tuple[int, int]]:
-    """`rows` cut into BATCHES, the largest first: (where it starts, its size)."""
+def split(count: int) -> Iterator[tuple[int, int]]:
+    """So many images cut into BATCHES, the largest first: (index of the first, size)."""
     start = 0
     for size in sorted(BATCHES, reverse=True):
-        while rows - start >= size:
+        while count - start >= size:
             yield start, size
             start += size
 
@@ -94,9 +100,9 @@ class Batch:
         self.request.set_input_tensor(openvino.Tensor(self.input, shared_memory=True))
         self.output = self.request.get_output_tensor().data
 
-    def forward(self, rows: Rows) -> Logits:
+    def forward(self, images: Images) -> Logits:
         """What is returned is overwritten by the next call."""
-        self.input[:] = rows
+        self.input[:] = images
         self.request.infer()
         output: Logits = self.output
         return output
@@ -106,7 +112,7 @@ class Batch:
 # through torch.jit: two or three seconds a ticket against 20 ms.
 
 
-def graph(ticket: Folded) -> Any:
+def graph(ticket: FoldedTicket) -> Any:
     """uint8 [1, 3, 32, 32] -> calibrated logits float32 [1, classes]."""
     network = ticket.network
     pixels = ops.parameter([1, 3, 32, 32], np.uint8)
@@ -119,10 +125,12 @@ def graph(ticket: Folded) -> Any:
 
 
 def name_nodes(model: Any) -> None:
-    """OpenVINO's own names count all nodes of the process, and it finds compiled models on disk by names, too: without
-    names that come again, none would ever be found."""
-    for place, node in enumerate(model.get_ordered_ops()):
-        node.set_friendly_name(str(place))
+    """Gives every node a name that is the same in every process.
+
+    OpenVINO's own names count all nodes of the process, and it finds compiled models on disk by their names, too.
+    """
+    for number, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(str(number))
     model.input().get_tensor().set_names({"pixels"})
     model.output().get_tensor().set_names({"logits"})
 

@@ -1,10 +1,9 @@
 """Tickets in processes of their own: the service's side of it.
 
 Threads that run tickets would share one interpreter with the event loop, and a crash inside a native library would end
-the service. So a host (`service/engine/fork_server.py`) opens and compiles the library once, and forks a process for
-each core, which share its memory.
-A process answers one part of a window at a time; one that dies or hangs is replaced by another fork,
-within milliseconds. What ends the service or forgets the engine closes their sockets, and so ends them all.
+the service. So a fork server (`service/engine/fork_server.py`) opens and compiles the library once, and forks a worker
+process for each core. They share its memory. A worker runs one shard of a batch at a time. One that dies or hangs is
+replaced by another fork within milliseconds. Closing their sockets, as the end of the service does, ends them all.
 """
 
 import contextlib
@@ -24,44 +23,47 @@ from pathlib import Path
 from typing import Final
 
 from model_store.library import Library
-from service.engine.base import Engine, EngineDied, EngineRejected, Heartbeat, JobResult, Jobs, Logits, Rows
-from service.engine.ipc import FAILED, HEARTBEAT, READY, WORD, decode_result, encode_request
+from service.engine.base import Engine, EngineDied, EngineRejected, Heartbeat, Images, JobResult, Jobs, Logits
+from service.engine.ipc import ERROR, HEARTBEAT, READY, WORD, decode_result, encode_request
 from service.settings import PREFIX, Settings
 
-TOLD: Final = ("engine", "device", "threads", "state_dir", "int8_images", "log_level")
-"""The settings that a host needs."""
+FORWARDED_SETTINGS: Final = ("engine", "device", "threads", "state_dir", "int8_images", "log_level")
+"""The settings that the fork server needs."""
 
 
 def open_in_processes(library: Library, settings: Settings) -> Engine:
-    """The library's tickets, compiled by a host, which proved that they are this library's. Raises EngineRejected."""
+    """The library's tickets, compiled by a fork server, which proved that they are this library's.
+
+    Raises EngineRejected.
+    """
     control, popen = start_fork_server(library, settings)
     try:
-        found = json.loads(control.recv_bytes())
+        description = json.loads(control.recv_bytes())
     except (EOFError, OSError):
         control.close()
         raise EngineRejected(f"the engine's process ended with code {popen.wait()} while it opened") from None
-    if "refused" in found or found["digest"] != library.digest:
+    if "refused" in description or description["digest"] != library.digest:
         control.close()
         popen.wait()
-        raise EngineRejected(found.get("refused", f"{library.path}: changed while it was being opened"))
-    del found["digest"]
-    found["costs"] = tuple(found["costs"])
-    pool = Pool(control, popen, len(library.classes), settings.engine_timeout_s)
+        raise EngineRejected(description.get("refused", f"{library.path}: changed while it was being opened"))
+    del description["digest"]
+    description["macs"] = tuple(description["macs"])
+    pool = ProcessPool(control, popen, len(library.classes), settings.engine_timeout_s)
     try:
-        pool.fill(found["threads"])
+        pool.fill(description["threads"])
     except EngineDied as error:
-        raise EngineRejected(f"engine {found['name']}: {error}") from None
-    return Engine(forward=pool.forward, apart=pool.run, pids=pool.pids, **found)
+        raise EngineRejected(f"engine {description['name']}: {error}") from None
+    return Engine(forward=pool.forward, run_remote=pool.run, pids=pool.pids, **description)
 
 
 def start_fork_server(library: Library, settings: Settings) -> "tuple[Connection, subprocess.Popen[bytes]]":
     ours, theirs = socket.socketpair()
-    told = {name: value for name in TOLD if (value := getattr(settings, name)) is not None}
-    words = json.dumps({"library": str(library.path), "settings": told}, default=str)
+    forwarded = {name: value for name in FORWARDED_SETTINGS if (value := getattr(settings, name)) is not None}
+    arguments = json.dumps({"library": str(library.path), "settings": forwarded}, default=str)
     packages = str(Path(__file__).parents[2])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     environment["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), words]
+    command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), arguments]
     with theirs:
         popen = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
             command,
@@ -69,31 +71,34 @@ def start_fork_server(library: Library, settings: Settings) -> "tuple[Connection
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is for the service, which lets work end first
+            start_new_session=True,  # a terminal's Ctrl-C is for the service, which drains first
         )
     return Connection(ours.detach()), popen
 
 
 @dataclass(frozen=True)
-class Process:
-    """One fork. It has proved itself: its logits are the host's."""
+class WorkerProcess:
+    """One fork. It has proved itself: its logits are the fork server's."""
 
     pid: int
     connection: Connection
 
 
-class Pool:
-    """Processes that are free. A thread takes one for each part of a window, and a new one where there is none, so that
-    there are never more than threads. timeout_s: how long one may be silent."""
+class ProcessPool:
+    """Worker processes that are free.
+
+    A thread takes one for each shard, and forks one where none is free. So there are never more workers than threads.
+    timeout_s: how long a worker may be silent.
+    """
 
     def __init__(self, control: Connection, popen: "subprocess.Popen[bytes]", classes: int, timeout_s: float) -> None:
         self.control = control
-        self.host = popen.pid
-        self.forks: set[int] = set()
+        self.fork_server = popen.pid
+        self.workers: set[int] = set()
         self.classes = classes
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
-        self.free: queue.SimpleQueue[Process] = queue.SimpleQueue()
+        self.free: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         weakref.finalize(self, close, control, popen).atexit = False  # the system closes sockets then
 
     def fill(self, processes: int) -> None:
@@ -101,9 +106,9 @@ class Pool:
             self.free.put(process)
 
     def pids(self) -> list[int]:
-        return [self.host, *list(self.forks)]
+        return [self.fork_server, *list(self.workers)]
 
-    def spawn(self) -> Process:
+    def spawn(self) -> WorkerProcess:
         """Raises EngineDied."""
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(self.timeout_s))
@@ -116,24 +121,24 @@ class Pool:
                 (pid,) = WORD.unpack(self.control.recv_bytes())
             except (EOFError, OSError):
                 ours.close()
-                raise EngineDied("the process that starts the others has ended, or hangs") from None
-        process = Process(pid, Connection(ours.detach()))
-        self.forks.add(pid)
+                raise EngineDied("the fork server has ended, or hangs") from None
+        process = WorkerProcess(pid, Connection(ours.detach()))
+        self.workers.add(pid)
         if self.receive(process) != WORD.pack(READY):
             self.discard(process)
-            raise EngineDied("a new process said something else than that its logits are right")
+            raise EngineDied("a new worker process sent something else than that its logits are right")
         return process
 
-    def discard(self, process: Process, *, hangs: bool = False) -> None:
-        """hangs: it holds its end of the connection, so its number is still its own."""
-        self.forks.discard(process.pid)
+    def discard(self, process: WorkerProcess, *, hangs: bool = False) -> None:
+        """hangs: it still holds its end of the connection, so its pid is still its own and may be killed."""
+        self.workers.discard(process.pid)
         if hangs:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
         process.connection.close()
 
-    def receive(self, process: Process) -> bytes:
-        """What it says next. Raises EngineDied, and ends it, if it has died or is silent for too long."""
+    def receive(self, process: WorkerProcess) -> bytes:
+        """Its next message. Raises EngineDied, and discards it, if it has died or is silent for too long."""
         try:
             return process.connection.recv_bytes()
         except BlockingIOError:  # the socket's own limit
@@ -143,19 +148,19 @@ class Pool:
             self.discard(process)
             raise EngineDied("a process of the engine died") from None
 
-    def run(self, rows: Rows, jobs: Jobs, alive: Heartbeat) -> list[JobResult]:
-        """Raises RuntimeError with the name of what a process raised, EngineDied."""
-        process = self.acquire_and_send(encode_request(rows, jobs))
+    def run(self, images: Images, jobs: Jobs, heartbeat: Heartbeat) -> list[JobResult]:
+        """Raises RuntimeError with the type of what a worker raised, EngineDied."""
+        process = self.acquire_and_send(encode_request(images, jobs))
         while (message := self.receive(process))[: WORD.size] == WORD.pack(HEARTBEAT):
-            alive()
+            heartbeat()
         self.free.put(process)
-        answer = message[WORD.size :]
-        if message[: WORD.size] == WORD.pack(FAILED):
-            raise RuntimeError(answer.decode())
-        return decode_result(answer, jobs, self.classes)
+        payload = message[WORD.size :]
+        if message[: WORD.size] == WORD.pack(ERROR):
+            raise RuntimeError(payload.decode())
+        return decode_result(payload, jobs, self.classes)
 
-    def acquire_and_send(self, message: bytes) -> Process:
-        """A process that has the message. One that died while it was free has cost nobody anything: the next one."""
+    def acquire_and_send(self, message: bytes) -> WorkerProcess:
+        """A worker that has the message. If a free one has died, the next one is taken: nothing is lost."""
         while True:
             try:
                 process = self.free.get_nowait()
@@ -168,17 +173,17 @@ class Pool:
             else:
                 return process
 
-    def forward(self, member: int, rows: Rows) -> Logits:
-        return self.run(rows, [(member, list(range(len(rows))))], lambda: None)[0][0]
+    def forward(self, member: int, images: Images) -> Logits:
+        return self.run(images, [(member, list(range(len(images))))], lambda: None)[0][0]
 
 
 def timeval(seconds: float) -> bytes:
-    """A timeval."""
+    """A C `struct timeval`."""
     whole = int(seconds)
     return struct.pack("ll", whole, max(1, round(1e6 * (seconds - whole))))
 
 
 def close(control: Connection, popen: "subprocess.Popen[bytes]") -> None:
-    """The host ends when its socket is closed; somebody has to wait for it, lest it stay a zombie."""
+    """Ends the fork server by closing its socket, and reaps it in a thread, so that no zombie stays."""
     control.close()
     threading.Thread(target=popen.wait, name="reap", daemon=True).start()

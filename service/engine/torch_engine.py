@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from model_store.structures import Network
-from service.engine.base import HALF_TOLERANCE, TOLERANCE, Backend, Folded, Logits, Rows, max_relative_error, reference
+from service.engine.base import (
+    HALF_TOLERANCE,
+    TOLERANCE,
+    Backend,
+    FoldedTicket,
+    Images,
+    Logits,
+    max_relative_error,
+    reference_logits,
+)
 
-LARGEST_BATCH: Final = 512  # rows of one forward pass; beyond it activations cost memory and gain nothing
+MAX_BATCH: Final = 512  # images of one forward pass; beyond it activations cost memory and gain nothing
 
 
-def build(tickets: Sequence[Folded], *, device: torch.device) -> Backend:
+def build(tickets: Sequence[FoldedTicket], *, device: torch.device) -> Backend:
     """float16 on CUDA where the logits stay close enough for every ticket, else float32."""
     if device.type == "cuda":
         half = on_device(tickets, device, torch.float16)
@@ -35,10 +44,10 @@ class Networks:
         self.networks, self.temperatures, self.device, self.dtype = networks, temperatures, device, dtype
 
     @torch.inference_mode()
-    def forward(self, member: int, rows: Rows) -> Logits:
-        pixels = torch.from_numpy(rows).to(self.device)
-        parts = [self.run(member, part) for part in torch.split(pixels, LARGEST_BATCH)]
-        logits: Logits = torch.cat(parts).float().cpu().numpy()
+    def forward(self, member: int, images: Images) -> Logits:
+        pixels = torch.from_numpy(images).to(self.device)
+        chunks = [self.run(member, chunk) for chunk in torch.split(pixels, MAX_BATCH)]
+        logits: Logits = torch.cat(chunks).float().cpu().numpy()
         return logits
 
     def run(self, member: int, pixels: Tensor) -> Tensor:
@@ -47,7 +56,7 @@ class Networks:
         return logits.float() / self.temperatures[member]
 
 
-def on_device(tickets: Sequence[Folded], device: torch.device, dtype: torch.dtype) -> Networks:
+def on_device(tickets: Sequence[FoldedTicket], device: torch.device, dtype: torch.dtype) -> Networks:
     networks = [
         deepcopy(ticket.network).to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         for ticket in tickets
@@ -55,6 +64,6 @@ def on_device(tickets: Sequence[Folded], device: torch.device, dtype: torch.dtyp
     return Networks(networks, [ticket.temperature for ticket in tickets], device, dtype)
 
 
-def half_difference(half: Networks, index: int, ticket: Folded) -> float:
-    rows = torch.arange(2 * 3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).view(2, 3, 32, 32).numpy()
-    return max_relative_error(half.forward(index, rows), reference(ticket, rows))
+def half_difference(half: Networks, index: int, ticket: FoldedTicket) -> float:
+    images = torch.arange(2 * 3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).view(2, 3, 32, 32).numpy()
+    return max_relative_error(half.forward(index, images), reference_logits(ticket, images))

@@ -1,4 +1,4 @@
-"""A window: rows that are answered together, each with a theta of its own, grouped by the tickets they drew."""
+"""A batch: images that are answered together, each with a theta of its own, grouped by the tickets they drew."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.policy import Policy, Theta, draw_theta
-from service.engine.base import Engine, Heartbeat, Logits, Rows
+from service.engine.base import Engine, Heartbeat, Images, Logits
 from service.errors import ServiceError
 from service.observability.metrics import Metrics
 
@@ -21,14 +21,12 @@ log = logging.getLogger(__name__)
 Probabilities = NDArray[np.float32]
 """[N, classes]"""
 
-SYSTEM_RNG: Final = (
-    secrets.SystemRandom()
-)  # the operating system's entropy: no state that could be learnt, or copied by fork
+SYSTEM_RNG: Final = secrets.SystemRandom()  # the operating system's entropy: no state to learn, or to copy by a fork
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What rows are answered with: a library's tickets on an engine, and the law of theta over them."""
+    """What images are answered with: a library's tickets on an engine, and the sampling policy over them."""
 
     engine: Engine
     policy: Policy
@@ -37,182 +35,184 @@ class ServedModel:
 
 @dataclass(eq=False)
 class PendingRequest:
-    """The rows of one call of submit. Its answer is filled in by windows; only the event loop's thread touches that.
+    """The images of one call of submit. Batches fill in its answer, on the event loop's thread alone."""
 
-    live: somebody still waits for it. Engine threads read it to skip rows.  taken: when the window of its first row
-    was begun, known once that row is answered.
-    """
-
-    rows: Rows
+    images: Images
     client: str
     answer: asyncio.Future[Probabilities]
-    admitted: float
-    taken: float | None = None
-    next: int = 0
-    live: bool = True
-    found: Probabilities | None = None
+    admitted_at: float
+    started_at: float | None = None  # of its first image's batch; known once that image is answered
+    next_index: int = 0  # of its first image that no batch has taken
+    active: bool = True  # whether a client still waits for it; engine threads read it to skip images
+    probabilities: Probabilities | None = None
     answered: int = 0
 
     @property
     def size(self) -> int:
-        return len(self.rows)
+        return len(self.images)
 
-    def fill(self, index: int, row: Probabilities) -> None:
-        if self.found is None:
-            self.found = np.empty((self.size, len(row)), np.float32)
-        self.found[index] = row
+    def fill(self, index: int, probabilities: Probabilities) -> None:
+        if self.probabilities is None:
+            self.probabilities = np.empty((self.size, len(probabilities)), np.float32)
+        self.probabilities[index] = probabilities
         self.answered += 1
         if self.answered == self.size and not self.answer.done():
-            self.answer.set_result(self.found)
+            self.answer.set_result(self.probabilities)
 
     def fail(self, error: ServiceError) -> None:
-        self.live = False
+        self.active = False
         if not self.answer.done():
             self.answer.set_exception(error)
 
 
+Slot = tuple[PendingRequest, int]
+"""One image of a batch: its request, and its index there."""
+
+
 @dataclass(eq=False)
 class MemberTask:
-    """One drawn ticket and the rows of a window that drew it. times: how often each drew it (1 without replacement)."""
+    """One drawn ticket, and the images of a batch that drew it."""
 
-    window: "Batch"
+    batch: "Batch"
     member: int
-    places: list[int] = field(default_factory=list)
-    times: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)  # of the images in the batch
+    counts: list[int] = field(default_factory=list)  # how often each drew the ticket: 1 without replacement
     logits: Logits | None = None
     seconds: float = 0.0
 
 
 @dataclass(eq=False)
 class Batch:
-    """Rows that are answered together, each with its own theta."""
+    """Images that are answered together, each with its own theta."""
 
     model: ServedModel
-    places: list[tuple[PendingRequest, int]]
-    rows: Rows
+    slots: list[Slot]
+    images: Images
     thetas: list[Theta]
-    begun: float
+    started_at: float
     tasks: list[MemberTask] = field(default_factory=list)
-    unfinished: int = 0  # parts that are not done
-    failed: set[int] = field(default_factory=set)
+    unfinished: int = 0  # shards that are not done
+    failed: set[int] = field(default_factory=set)  # indices of images
 
-    def live(self, place: int) -> bool:
-        return self.places[place][0].live
+    def active(self, index: int) -> bool:
+        return self.slots[index][0].active
 
 
 @dataclass(eq=False)
 class Shard:
-    """Some of a window's tasks, which one thread runs."""
+    """Some of a batch's tasks, which one thread runs."""
 
-    window: Batch
+    batch: Batch
     tasks: list[MemberTask] = field(default_factory=list)
-    cost: int = 0
+    macs: int = 0
 
     def add(self, task: MemberTask) -> None:
         self.tasks.append(task)
-        self.cost += cost_of(task)
+        self.macs += macs_of(task)
 
 
-def form_batch(model: ServedModel, places: list[tuple[PendingRequest, int]]) -> Batch:
-    """Draws a theta for every row and groups the rows by ticket; the costliest task comes first."""
-    begun = time.perf_counter()
-    thetas = [draw_theta(model.policy, SYSTEM_RNG) for _ in places]
-    rows = np.stack([request.rows[index] for request, index in places])
-    window = Batch(model, places, rows, thetas, begun)
+def form_batch(model: ServedModel, slots: list[Slot]) -> Batch:
+    """Draws a theta for every image and groups the images by ticket; the costliest task comes first."""
+    started_at = time.perf_counter()
+    thetas = [draw_theta(model.policy, SYSTEM_RNG) for _ in slots]
+    images = np.stack([request.images[index] for request, index in slots])
+    batch = Batch(model, slots, images, thetas, started_at)
     tasks: dict[int, MemberTask] = {}
-    for place, theta in enumerate(thetas):
-        for member, times in Counter(theta.members).items():
-            task = tasks.setdefault(member, MemberTask(window, member))
-            task.places.append(place)
-            task.times.append(times)
-    window.tasks = sorted(tasks.values(), key=cost_of, reverse=True)
-    return window
+    for index, theta in enumerate(thetas):
+        for member, count in Counter(theta.members).items():
+            task = tasks.setdefault(member, MemberTask(batch, member))
+            task.indices.append(index)
+            task.counts.append(count)
+    batch.tasks = sorted(tasks.values(), key=macs_of, reverse=True)
+    return batch
 
 
-def cost_of(task: MemberTask) -> int:
-    return task.window.model.engine.costs[task.member] * len(task.places)
+def macs_of(task: MemberTask) -> int:
+    """Multiply-adds."""
+    return task.batch.model.engine.macs[task.member] * len(task.indices)
 
 
-def partition(window: Batch, threads: int) -> list[Shard]:
-    """The window's tasks in as many parts as there are threads to run them, or as tasks: the costliest first, each to
-    the part that is cheapest yet."""
-    parts = [Shard(window) for _ in range(min(threads, len(window.tasks)))]
-    for task in window.tasks:
-        min(parts, key=lambda part: part.cost).add(task)
-    window.unfinished = len(parts)
-    return parts
+def partition(batch: Batch, threads: int) -> list[Shard]:
+    """The tasks in as many shards as there are threads, or tasks, by the rule "longest processing time first"."""
+    shards = [Shard(batch) for _ in range(min(threads, len(batch.tasks)))]
+    for task in batch.tasks:
+        min(shards, key=lambda shard: shard.macs).add(task)
+    batch.unfinished = len(shards)
+    return shards
 
 
-def run(part: Shard, metrics: Metrics, alive: Heartbeat = lambda: None) -> None:
+def run_shard(shard: Shard, metrics: Metrics, heartbeat: Heartbeat = lambda: None) -> None:
     """One forward pass of each of its tickets. If that fails, each ticket again by itself."""
-    tasks = [task for task in part.tasks if drop_cancelled(task)]
+    tasks = [task for task in shard.tasks if drop_cancelled(task)]
     if not tasks:
         return
-    jobs = [(task.member, task.places) for task in tasks]
+    jobs = [(task.member, task.indices) for task in tasks]
     try:
-        ran = part.window.model.engine.run(part.window.rows, jobs, alive)
-        for task, (logits, seconds) in zip(tasks, ran, strict=True):
-            task.logits, task.seconds = finite(logits), seconds
-    except Exception:  # noqa: BLE001 -- whatever a backend raises concerns these rows only
+        results = shard.batch.model.engine.run(shard.batch.images, jobs, heartbeat)
+        for task, (logits, seconds) in zip(tasks, results, strict=True):
+            task.logits, task.seconds = check_finite(logits), seconds
+    except Exception:  # noqa: BLE001 -- whatever a backend raises concerns these images only
         for task in tasks:
             run_again(task, metrics)
-            alive()
+            heartbeat()
 
 
 def run_again(task: MemberTask, metrics: Metrics) -> None:
-    """One ticket. If it fails, each row alone, so that a bad row fails only itself."""
-    begun = time.perf_counter()
+    """One ticket. If it fails, each image alone, so that a bad image fails only itself."""
+    started_at = time.perf_counter()
     try:
-        task.logits = forward(task, task.places)
+        task.logits = forward(task, task.indices)
     except Exception as error:  # noqa: BLE001 -- as above
-        log.warning("ticket failed on %d rows (%s), each is run again alone", len(task.places), type(error).__name__)
-        metrics.inc("engine_retries_total", len(task.places))
-        task.logits = np.concatenate([run_single(task, place) for place in task.places])
-    task.seconds = time.perf_counter() - begun
+        log.warning("ticket failed on %d images (%s), each is run again alone", len(task.indices), type(error).__name__)
+        metrics.inc("engine_retries_total", len(task.indices))
+        task.logits = np.concatenate([run_single(task, index) for index in task.indices])
+    task.seconds = time.perf_counter() - started_at
 
 
 def drop_cancelled(task: MemberTask) -> bool:
-    """Rows whose request was cancelled or came too late are taken out: they are not computed."""
-    pairs = [pair for pair in zip(task.places, task.times, strict=True) if task.window.live(pair[0])]
-    task.places, task.times = [place for place, _ in pairs], [times for _, times in pairs]
+    """Removes images whose request was cancelled or came too late. False: none is left, so nothing is computed."""
+    pairs = [pair for pair in zip(task.indices, task.counts, strict=True) if task.batch.active(pair[0])]
+    task.indices, task.counts = [index for index, _ in pairs], [count for _, count in pairs]
     return bool(pairs)
 
 
-def forward(task: MemberTask, places: list[int]) -> Logits:
-    return finite(task.window.model.engine.forward(task.member, task.window.rows[places]))
+def forward(task: MemberTask, indices: list[int]) -> Logits:
+    return check_finite(task.batch.model.engine.forward(task.member, task.batch.images[indices]))
 
 
-def finite(logits: Logits) -> Logits:
+def check_finite(logits: Logits) -> Logits:
     if not np.isfinite(logits).all():
         raise ArithmeticError("a logit is not finite")
     return logits
 
 
-def run_single(task: MemberTask, place: int) -> Logits:
+def run_single(task: MemberTask, index: int) -> Logits:
     try:
-        return forward(task, [place])
+        return forward(task, [index])
     except Exception:  # noqa: BLE001 -- as above
-        task.window.failed.add(place)
-        return np.zeros((1, task.window.model.classes), np.float32)
+        task.batch.failed.add(index)
+        return np.zeros((1, task.batch.model.classes), np.float32)
 
 
-def combine_members(window: Batch) -> Probabilities:
-    """Eq. 1 for every row, then the softmax of its members' mean. In the order of the tickets, so that the answer does
-    not depend on which thread was faster. Rows of requests that have ended are zero."""
+def combine_members(batch: Batch) -> Probabilities:
+    """Eq. 1 for every image, then the softmax of its members' mean. Images of requests that have ended are zero.
+
+    In the order of the tickets, so that the answer does not depend on which thread was faster.
+    """
     done = sorted(
-        ((task, task.logits) for task in window.tasks if task.logits is not None), key=lambda pair: pair[0].member
+        ((task, task.logits) for task in batch.tasks if task.logits is not None), key=lambda pair: pair[0].member
     )
-    sums = np.zeros((len(window.places), window.model.classes), np.float32)
+    sums = np.zeros((len(batch.slots), batch.model.classes), np.float32)
     if done:
-        places = [place for task, _ in done for place in task.places]
-        times = np.array([times for task, _ in done for times in task.times], np.float32)
-        np.add.at(sums, places, np.concatenate([logits for _, logits in done]) * times[:, None])
-    sizes = np.array([len(theta.members) for theta in window.thetas], np.float32)
+        indices = [index for task, _ in done for index in task.indices]
+        counts = np.array([count for task, _ in done for count in task.counts], np.float32)
+        np.add.at(sums, indices, np.concatenate([logits for _, logits in done]) * counts[:, None])
+    sizes = np.array([len(theta.members) for theta in batch.thetas], np.float32)
     return softmax(sums / sizes[:, None])
 
 
 def softmax(logits: Probabilities) -> Probabilities:
-    """By row. As `model_store.ensemble.probabilities` has it; torch would take a third of a millisecond to begin."""
+    """By image, as `model_store.ensemble.probabilities`. torch would take a third of a millisecond to begin."""
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    found: Probabilities = powers / powers.sum(axis=1, keepdims=True)
-    return found
+    probabilities: Probabilities = powers / powers.sum(axis=1, keepdims=True)
+    return probabilities

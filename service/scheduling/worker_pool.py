@@ -1,7 +1,7 @@
-"""The engine's threads. Idle ones take the next window; a watchdog on the event loop replaces those that die or hang.
+"""The engine's threads. Idle ones take the next batch; a watchdog on the event loop replaces those that die or hang.
 
-One set of threads serves every library there is: while a library is being swapped, windows of the old one and of the
-new one follow each other.
+One set of threads serves every library: while a library is being swapped, batches of the old one and of the new one
+follow each other.
 """
 
 import asyncio
@@ -24,46 +24,48 @@ from service.scheduling.batch import (
     Probabilities,
     ServedModel,
     Shard,
+    Slot,
     combine_members,
     form_batch,
     partition,
-    run,
+    run_shard,
 )
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-BEAT_S: Final = 0.25  # an idle thread shows life this often, and the watchdog looks as often
+HEARTBEAT_S: Final = 0.25  # an idle thread shows life this often, and the watchdog looks as often
 
 
 class BatchSource(Protocol):
-    """Where windows come from and where their answers go. `deliver` is called on the event loop's thread."""
+    """Where batches come from and where their answers go. `deliver` is called on the event loop's thread."""
 
     @property
     def model(self) -> ServedModel: ...
     @property
     def queue(self) -> FairQueue[PendingRequest]: ...
-    def deliver(self, window: Batch, found: Probabilities) -> None: ...
+    def deliver(self, batch: Batch, probabilities: Probabilities) -> None: ...
 
 
 @dataclass(eq=False)
 class Worker:
-    """One engine thread, as the watchdog sees it. beat: when it last showed life (time.monotonic)."""
+    """One engine thread, as the watchdog sees it."""
 
-    beat: float
-    part: Shard | None = None
-    forming: list[tuple[PendingRequest, int]] | None = None
+    last_seen: float  # when it last showed life (time.monotonic)
+    shard: Shard | None = None
+    forming: list[Slot] | None = None
     dead: bool = False
     retired: bool = False
 
-    def alive(self) -> None:
-        self.beat = time.monotonic()
+    def heartbeat(self) -> None:
+        self.last_seen = time.monotonic()
 
 
 class WorkerPool:
-    """niceness: of threads that run tickets themselves; those that wait for processes stand back for nobody.
-    probe: one forward pass; a replaced thread has to survive it before it is given work.
+    """The threads, the shards that wait for them, and the watchdog.
 
+    niceness: of inference threads; 0 where they only wait for worker processes.
+    probe: one forward pass; a replaced thread has to survive it before it gets work.
     on_broken: called on the event loop when the engine died more often than settings.engine_restarts.
     """
 
@@ -81,14 +83,14 @@ class WorkerPool:
         self.settings = settings
         self.metrics = metrics
         self.on_broken = on_broken
-        self.on_beat: Callable[[], None] = lambda: None
+        self.on_heartbeat: Callable[[], None] = lambda: None
         self.probe: Callable[[], object] = lambda: None
         self.condition = threading.Condition()
-        self.feeds: deque[BatchSource] = deque()
-        self.parts: deque[Shard] = deque()
-        self.windows: dict[Batch, BatchSource] = {}
-        self.running = 0  # rows of windows with parts left
-        self.crew: list[Worker] = []
+        self.sources: deque[BatchSource] = deque()
+        self.shards: deque[Shard] = deque()
+        self.batches: dict[Batch, BatchSource] = {}
+        self.running = 0  # images of batches with shards left
+        self.workers: list[Worker] = []
         self.restarts = 0
         self.broken = False
         self.closing = False
@@ -102,54 +104,54 @@ class WorkerPool:
         self.watch()
 
     def start_worker(self, *, probe: bool = False) -> None:
-        worker = Worker(beat=time.monotonic())
-        self.crew.append(worker)
+        worker = Worker(last_seen=time.monotonic())
+        self.workers.append(worker)
         threading.Thread(target=self.work, args=(worker, probe), name="engine", daemon=True).start()
 
     def stop(self) -> None:
-        """Threads end after the part they are at. What is still queued is never answered: drain before."""
+        """Threads end after their present shard. What is still queued is never answered: drain before."""
         with self.condition:
             self.closing = True
             self.condition.notify_all()
         self.timer.cancel()
 
-    def push(self, feed: BatchSource, request: PendingRequest) -> None:
+    def push(self, source: BatchSource, request: PendingRequest) -> None:
         with self.condition:
-            feed.queue.push(request)
-            if feed not in self.feeds:
-                self.feeds.append(feed)
+            source.queue.push(request)
+            if source not in self.sources:
+                self.sources.append(source)
             self.condition.notify()
 
-    def drop(self, feed: BatchSource, request: PendingRequest) -> None:
+    def drop(self, source: BatchSource, request: PendingRequest) -> None:
         with self.condition:
-            feed.queue.drop(request)
+            source.queue.drop(request)
 
     @property
     def heartbeat_age_s(self) -> float:
         """Since the thread that was silent for longest showed life."""
         now = time.monotonic()
-        return max((now - worker.beat for worker in self.crew), default=float("inf"))
+        return max((now - worker.last_seen for worker in self.workers), default=float("inf"))
 
     @property
     def healthy(self) -> bool:
         fresh = self.heartbeat_age_s < self.settings.engine_timeout_s
-        return fresh and not self.broken and not any(worker.dead for worker in self.crew)
+        return fresh and not self.broken and not any(worker.dead for worker in self.workers)
 
     def watch(self) -> None:
-        self.timer = self.loop.call_later(BEAT_S, self.watch)
+        self.timer = self.loop.call_later(HEARTBEAT_S, self.watch)
         self.metrics.set("engine_heartbeat_age_seconds", self.heartbeat_age_s)
         self.check()
-        self.on_beat()
+        self.on_heartbeat()
 
     def check(self) -> None:
         """Replaces threads that have died, or have shown no life for longer than any honest ticket takes."""
-        for worker in list(self.crew):
-            silent = time.monotonic() - worker.beat > self.settings.engine_timeout_s
+        for worker in list(self.workers):
+            silent = time.monotonic() - worker.last_seen > self.settings.engine_timeout_s
             if (worker.dead or silent) and not (self.closing or self.broken):
                 self.replace(worker)
 
     def replace(self, worker: Worker) -> None:
-        log.error("engine thread %s; what it was at has failed", "died" if worker.dead else "hangs")
+        log.error("engine thread %s; its images have failed", "died" if worker.dead else "hangs")
         self.abandon(worker)
         self.restarts += 1
         self.metrics.inc("engine_restarts_total")
@@ -159,36 +161,36 @@ class WorkerPool:
             self.start_worker(probe=True)
 
     def abandon(self, worker: Worker) -> None:
-        """Fails the rows the thread was at, at once; if it ever comes back, its results are thrown away."""
+        """Fails the images of the thread's work, at once. If the thread ever returns, its results are discarded."""
         with self.condition:
             worker.retired = True
-            part, worker.part = worker.part, None
+            shard, worker.shard = worker.shard, None
             forming, worker.forming = worker.forming, None
-            self.crew.remove(worker)
+            self.workers.remove(worker)
         for request, _ in forming or []:
             request.fail(EngineFailed())
-        if part is not None:
-            for place in {place for task in part.tasks for place in task.places}:
-                part.window.places[place][0].fail(EngineFailed())
-            self.finish_shard(part)
+        if shard is not None:
+            for index in {index for task in shard.tasks for index in task.indices}:
+                shard.batch.slots[index][0].fail(EngineFailed())
+            self.finish_shard(shard)
 
     def mark_broken(self) -> None:
-        """Nobody waits for an engine that does not come back."""
+        """Fails everything that waits: the engine does not come back."""
         self.broken = True
         with self.condition:
-            waiting = [request for feed in self.feeds for request, _ in feed.queue.take(feed.queue.rows)]
-            waiting += [request for window in self.windows for request, _ in window.places]
-            self.parts.clear()
-            self.windows.clear()
+            waiting = [request for source in self.sources for request, _ in source.queue.take(source.queue.length)]
+            waiting += [request for batch in self.batches for request, _ in batch.slots]
+            self.shards.clear()
+            self.batches.clear()
         for request in waiting:
             request.fail(EngineFailed())
         log.critical("the engine died %d times and is not started again", self.restarts)
         self.on_broken()
 
-    def hand_over(self, window: Batch, found: Probabilities) -> None:
-        feed = self.windows.pop(window, None)
-        if feed is not None:
-            feed.deliver(window, found)
+    def deliver(self, batch: Batch, probabilities: Probabilities) -> None:
+        source = self.batches.pop(batch, None)
+        if source is not None:
+            source.deliver(batch, probabilities)
 
     # In the engine's threads
 
@@ -199,90 +201,94 @@ class WorkerPool:
                 self.probe()
             while self.step(worker):
                 pass
-        except BaseException as error:  # noqa: BLE001 -- whatever ends this thread, the watchdog has to know
+        except BaseException as error:  # noqa: BLE001 -- EngineDied among them: the watchdog replaces this thread
             log.error("engine thread ended by %s", type(error).__name__)  # noqa: TRY400 -- the text may quote a request
             worker.dead = True
             self.call_on_loop(self.check)
 
     def step(self, worker: Worker) -> bool:
-        """Runs the next part, or lays out the next window where there is none. False: this thread is to end.
+        """Runs the next shard, or forms the next batch where there is none. False: this thread is to end.
 
-        Nothing of a library is remembered between steps, so that one that has been replaced can go.
+        Keeps nothing of a library between steps, so that one that was replaced can be freed.
         """
         with self.condition:
-            feed = self.wait_for_work(worker)
+            source = self.wait_for_work(worker)
             if self.closing or worker.retired:
                 return False
-            if feed is None:
-                worker.part = self.parts.popleft()
+            if source is None:
+                worker.shard = self.shards.popleft()
             else:
-                worker.forming = feed.queue.take(self.window_size(feed))
-        if feed is None:
-            self.run_shard(worker, worker.part)
+                worker.forming = source.queue.take(self.batch_size(source))
+        if source is None:
+            self.run_shard(worker, worker.shard)
         else:
-            self.form_batch(worker, feed)
+            self.form_batch(worker, source)
         return True
 
     def wait_for_work(self, worker: Worker) -> BatchSource | None:
-        """A feed to form a window from; None when there is a part, or nothing will come any more."""
+        """A source to form a batch from; None when there is a shard, or nothing will come any more."""
         while not (self.closing or worker.retired):
-            worker.alive()
-            if self.parts:
+            worker.heartbeat()
+            if self.shards:
                 return None
-            others_form = any(other.forming for other in self.crew)  # their parts will be there in a moment
-            feed = None if others_form else self.next_feed()
-            if feed is not None:
-                return feed
-            self.condition.wait(BEAT_S)
+            others_form = any(other.forming for other in self.workers)  # their shards will be there in a moment
+            source = None if others_form else self.next_source()
+            if source is not None:
+                return source
+            self.condition.wait(HEARTBEAT_S)
         return None
 
-    def window_size(self, feed: BatchSource) -> int:
-        """Half of the rows that are here, up to the setting. If one window took them all, clients that ask again as
-        soon as they have their answers would all ask at once, and the engine would wait while they are read."""
-        return min(self.settings.window_rows, (feed.queue.rows + self.running + 1) // 2)
+    def batch_size(self, source: BatchSource) -> int:
+        """Half of the images that are queued or running, up to the setting.
 
-    def next_feed(self) -> BatchSource | None:
-        """Feeds take turns; those without rows are forgotten until they are pushed to."""
-        while self.feeds:
-            feed = self.feeds.popleft()
-            if feed.queue.rows:
-                self.feeds.append(feed)
-                return feed
+        If one batch took all of them, clients in a closed loop would all send again at the same moment, and the engine
+        would be idle while their requests are read.
+        """
+        return min(self.settings.window_rows, (source.queue.length + self.running + 1) // 2)
+
+    def next_source(self) -> BatchSource | None:
+        """Sources take turns; those without images are forgotten until they are pushed to."""
+        while self.sources:
+            source = self.sources.popleft()
+            if source.queue.length:
+                self.sources.append(source)
+                return source
         return None
 
-    def form_batch(self, worker: Worker, feed: BatchSource) -> None:
-        window = form_batch(feed.model, worker.forming or [])
+    def form_batch(self, worker: Worker, source: BatchSource) -> None:
+        batch = form_batch(source.model, worker.forming or [])
         with self.condition:
             if worker.retired:
                 return
             worker.forming = None
-            self.windows[window] = feed
-            self.running += len(window.places)
-            self.parts.extend(partition(window, self.threads))
+            self.batches[batch] = source
+            self.running += len(batch.slots)
+            self.shards.extend(partition(batch, self.threads))
             self.condition.notify_all()
 
-    def run_shard(self, worker: Worker, part: Shard | None) -> None:
-        if part is None:  # the watchdog has taken it away meanwhile
+    def run_shard(self, worker: Worker, shard: Shard | None) -> None:
+        if shard is None:  # the watchdog has abandoned this thread meanwhile
             return
-        run(part, self.metrics, worker.alive)
+        run_shard(shard, self.metrics, worker.heartbeat)
         with self.condition:
             if worker.retired:
                 return
-            worker.part = None
-        self.finish_shard(part)
+            worker.shard = None
+        self.finish_shard(shard)
 
-    def finish_shard(self, part: Shard) -> None:
-        """Whoever ends the last part of a window adds up."""
+    def finish_shard(self, shard: Shard) -> None:
+        """The thread that ends the last shard of a batch sums."""
+        batch = shard.batch
         with self.condition:
-            part.window.unfinished -= 1
-            last = part.window.unfinished == 0
+            batch.unfinished -= 1
+            last = batch.unfinished == 0
             if last:
-                self.running -= len(part.window.places)
+                self.running -= len(batch.slots)
         if last:
-            found = combine_members(part.window)
-            self.call_on_loop(lambda: self.hand_over(part.window, found))
+            probabilities = combine_members(batch)
+            self.call_on_loop(lambda: self.deliver(batch, probabilities))
 
-    def call_on_loop(self, news: Callable[[], None]) -> None:
-        """To the event loop; after the end there is nobody left to be told."""
+    def call_on_loop(self, callback: Callable[[], None]) -> None:
+        """Does nothing after the event loop has been closed."""
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(news)
+            self.loop.call_soon_threadsafe(callback)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.beside import AUDIT
 from benchmarks.chaos import slope_per_hour
 from benchmarks.load import quantile_ms
-from benchmarks.report import MARKS, best_peers, put_into, ratios, table
+from benchmarks.report import MARKS, best_peers, markdown_tables, ratios, replace_section
 from benchmarks.requests import files, tensors
 from service.benchmarks.timing_leakage import entropy, mutual_information, named_right
 
@@ -26,7 +26,7 @@ def server(kind: str, images: float, p99_ms: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def found() -> dict[str, Any]:
+def figures() -> dict[str, Any]:
     ours = server("", 300.0, 50.0) | {"equal": [{"p99_ms": 20.0}, {"p99_ms": 30.0}]}
     peers = {
         "a": server("plain", 100.0, 500.0),
@@ -38,17 +38,17 @@ def found() -> dict[str, Any]:
 
 
 def test_the_best_peer_of_a_kind_is_the_one_that_answers_most_and_its_load_80_percent_of_that(
-    found: dict[str, Any],
+    figures: dict[str, Any],
 ) -> None:
-    best = best_peers(found["servers"])
+    best = best_peers(figures["servers"])
     assert {kind: (peer["name"], peer["rate"]) for kind, peer in best.items()} == {
         "plain": ("a", 80.0),
         "grouped": ("b grouped", 120.0),
     }
 
 
-def test_ratios_worked_by_hand(found: dict[str, Any]) -> None:
-    result = ratios(found)
+def test_ratios_worked_by_hand(figures: dict[str, Any]) -> None:
+    result = ratios(figures)
     assert result["raw_over_plain_loop"] == 7.5
     assert result["without_http_over_raw"] == 0.969  # 310 / 320
     assert result["http_over_raw_at_32"] == 0.938  # 300 / 320
@@ -58,16 +58,20 @@ def test_ratios_worked_by_hand(found: dict[str, Any]) -> None:
     assert result["over_best_peer"]["grouped"]["images_per_s"] == 2.0
 
 
-def test_the_table_is_rebuilt_between_its_marks_and_again_the_same(found: dict[str, Any], tmp_path: Path) -> None:
+def test_the_table_is_rebuilt_between_its_marks_and_again_the_same(figures: dict[str, Any], tmp_path: Path) -> None:
     machine = {"cpu": "a processor", "cores": 2, "python": "3.11", "torch": "2", "openvino": "2026.4-1"}
-    told = {"machine": machine, "versions": {"wrk": "4"}, "library": {"digest": "ab" * 32, "tickets": 40}}
-    whole = found | told | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "seconds": 20.0, "ratios": ratios(found)}
+    conditions = {"machine": machine, "versions": {"wrk": "4"}, "library": {"digest": "ab" * 32, "tickets": 40}}
+    whole = (
+        figures
+        | conditions
+        | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "seconds": 20.0, "ratios": ratios(figures)}
+    )
     (tmp_path / "compare.json").write_text(json.dumps(whole))
     page = tmp_path / "README.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
-    put_into(page, table(tmp_path))
+    replace_section(page, markdown_tables(tmp_path))
     once = page.read_text("utf-8")
-    put_into(page, table(tmp_path))
+    replace_section(page, markdown_tables(tmp_path))
     assert page.read_text("utf-8") == once
     assert once.startswith("before\n")
     assert once.endswith("\nafter\n")
@@ -80,7 +84,7 @@ def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("nothing here")
     with pytest.raises(SystemExit, match="expected <!-- benchmarks"):
-        put_into(page, "text")
+        replace_section(page, "text")
     assert page.read_text("utf-8") == "nothing here"
 
 
@@ -102,18 +106,18 @@ def test_a_time_that_is_the_size_tells_all_of_it_and_a_time_by_chance_nothing() 
     chance = random.Random(0)
     sizes = [chance.choice((1, 2, 3, 4)) for _ in range(4000)]
     assert entropy((1, 1, 1, 1)) == pytest.approx(2)
-    told, _ = mutual_information([size + chance.random() / 2 for size in sizes], sizes)
-    assert told == pytest.approx(2, abs=0.2)  # a bin may straddle two sizes
-    told, by_chance = mutual_information([chance.random() for _ in sizes], sizes)
-    assert told < 0.01
+    mutual_bits, _ = mutual_information([size + chance.random() / 2 for size in sizes], sizes)
+    assert mutual_bits == pytest.approx(2, abs=0.2)  # a bin may straddle two sizes
+    mutual_bits, by_chance = mutual_information([chance.random() for _ in sizes], sizes)
+    assert mutual_bits < 0.01
     assert by_chance == pytest.approx(15 * 3 / (2 * 4000 * 0.6931), rel=0.3)  # Miller and Madow's bias, in bits
 
 
 def test_a_time_that_tells_one_of_two_bits_tells_one_bit() -> None:
     chance = random.Random(1)
     sizes = [chance.choice((1, 2, 3, 4)) for _ in range(4000)]
-    told, _ = mutual_information([(size > 2) + chance.random() / 2 for size in sizes], sizes)
-    assert told == pytest.approx(1, abs=0.1)
+    mutual_bits, _ = mutual_information([(size > 2) + chance.random() / 2 for size in sizes], sizes)
+    assert mutual_bits == pytest.approx(1, abs=0.1)
 
 
 def test_sizes_are_named_as_often_as_their_times_differ() -> None:
@@ -134,12 +138,12 @@ def test_serving_beside_an_audit_is_told_with_what_it_was_without(tmp_path: Path
         }
 
     machine = {"cpu": "a processor", "cores": 2, "python": "3.11", "torch": "2", "openvino": "2026.4-1"}
-    told = {"machine": machine, "versions": {"wrk": "4"}, "library": {"digest": "ab" * 32, "tickets": 40}}
-    whole = told | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "rate": 250.0, "share_done": 0.04}
+    conditions = {"machine": machine, "versions": {"wrk": "4"}, "library": {"digest": "ab" * 32, "tickets": 40}}
+    whole = conditions | {"commit": "c" * 40, "when": "2026-01-31T00:00:00", "rate": 250.0, "share_done": 0.04}
     whole |= {"audit": AUDIT, "alone": [loads(1), loads(2)], "beside": loads(4)}
     (tmp_path / "audited.json").write_text(json.dumps(whole))
-    said = table(tmp_path)
-    assert "32 clients get 125 (500 before, 250 after) images/s, p99 400 (100 before, 200 after) ms" in said
-    assert "one client p50 20 (5 before, 10 after) and p99 36 (9 before, 18 after) ms" in said
-    assert "250 images/s, p50 28 (7 before, 14 after)" in said
-    assert "4 % of it done" in said
+    text = markdown_tables(tmp_path)
+    assert "32 clients get 125 (500 before, 250 after) images/s, p99 400 (100 before, 200 after) ms" in text
+    assert "one client p50 20 (5 before, 10 after) and p99 36 (9 before, 18 after) ms" in text
+    assert "250 images/s, p50 28 (7 before, 14 after)" in text
+    assert "4 % of it done" in text

@@ -27,7 +27,7 @@ from service import app as apps
 from service.__main__ import main
 from service.benchmarks.library_check import figures, lines
 from service.cpu import NICE_LOADING
-from service.engine.base import EngineRejected, Folded, folded
+from service.engine.base import EngineRejected, FoldedTicket, fold_ticket
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.logs import JsonLines
@@ -263,13 +263,13 @@ def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
 ) -> None:
     found: list[int] = []
 
-    def looks(ticket: Ticket) -> Folded:
+    def looks(ticket: Ticket) -> FoldedTicket:
         found.append(os.getpriority(os.PRIO_PROCESS, 0))
-        return folded(ticket)
+        return fold_ticket(ticket)
 
     async def ask(planes: Planes) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr("service.engine.factory.folded", looks)
+            patched.setattr("service.engine.factory.fold_ticket", looks)
             await planes.holder.reload()
         assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_LOADING)}
         assert (await planes.classify()).status_code == 200

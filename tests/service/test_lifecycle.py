@@ -92,11 +92,11 @@ def test_it_starts_and_answers_the_line_it_prints_and_swaps_and_ends_without_los
     folder = tmp_path / "library"
     first = tiny_library(folder)
     with serving(folder, tmp_path / "state", "--drain-delay-s", "1.5") as process:
-        printed = next(line for line in process.said if line.startswith("try"))
+        printed = next(line for line in process.output if line.startswith("try"))
         curl = shlex.split(printed.removeprefix("try"))
         answer = json.loads(subprocess.run([*curl, "--silent"], capture_output=True, check=True).stdout)
         assert answer["library"] == first.digest
-        assert process.said[-1].startswith("Ready: every image gets one of ")
+        assert process.output[-1].startswith("Ready: every image gets one of ")
 
         clients = callers(process.public, 6)
         holds(lambda: all(len(client.answers) > 5 for client in clients))
@@ -191,8 +191,8 @@ def connection_with(place: Any, data: bytes) -> socket.socket:
 
 def until_closed(connection: socket.socket) -> bytes:
     """What the server said before it closed the connection."""
-    said = b""
+    output = b""
     with connection:
         while data := connection.recv(4096):
-            said += data
-    return said
+            output += data
+    return output

@@ -6,7 +6,7 @@ from typing import Any
 from model_store.library import Library
 from service import library_manager
 from service.__main__ import main
-from service.engine.base import Engine, Logits, Rows
+from service.engine.base import Engine, Images, Logits
 from service.engine.factory import open_for_serving
 from service.settings import Settings
 
@@ -14,10 +14,10 @@ from service.settings import Settings
 def mortal(library: Library, settings: Settings) -> Engine:
     made = open_for_serving(library, settings)
 
-    def forward(member: int, rows: Rows) -> Logits:
-        if (rows.min(axis=(1, 2, 3)) == 255).any():
+    def forward(member: int, images: Images) -> Logits:
+        if (images.min(axis=(1, 2, 3)) == 255).any():
             raise SystemExit
-        return made.forward(member, rows)
+        return made.forward(member, images)
 
     fields: dict[str, Any] = {name: getattr(made, name) for name in made.__dataclass_fields__}
     return Engine(**fields | {"forward": forward})

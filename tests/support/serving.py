@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from model_store.library import Library, write_library
 from model_store.policy import Policy
 from model_store.structures import StructureName
-from service.engine.base import Engine, Forward, Rows
+from service.engine.base import Engine, Forward, Images
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import AdmissionController, Scheduler
 from service.scheduling.worker_pool import WorkerPool
@@ -51,13 +51,13 @@ def tiny_library(
 # A scheduler over an engine that is one function
 
 
-def some_rows(count: int, seed: int = 0) -> Rows:
+def some_rows(count: int, seed: int = 0) -> Images:
     return np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), np.uint8)
 
 
-def marks_its_members(member: int, rows: Rows) -> NDArray[np.float32]:
+def marks_its_members(member: int, images: Images) -> NDArray[np.float32]:
     """Logits that are 1 for class `member` and 0 else: an answer then tells which tickets it came from."""
-    logits = np.zeros((len(rows), len(CLASSES)), np.float32)
+    logits = np.zeros((len(images), len(CLASSES)), np.float32)
     logits[:, member] = 1
     return logits
 
@@ -77,7 +77,7 @@ class Stand:
 
     scheduler: Scheduler
     workers: WorkerPool
-    gate: AdmissionController
+    admission: AdmissionController
     metrics: Metrics
     settings: Settings
     broken: list[bool] = field(default_factory=list)
@@ -85,17 +85,19 @@ class Stand:
     def check(self, size: int, client: str, left_s: float) -> None:
         self.scheduler.check(size, client, left_s)
 
-    async def submit(self, rows: Rows, client: str = "someone", deadline: float | None = None) -> NDArray[np.float32]:
-        return await self.scheduler.submit(rows, client=client, deadline=deadline)
+    async def submit(
+        self, images: Images, client: str = "someone", deadline: float | None = None
+    ) -> NDArray[np.float32]:
+        return await self.scheduler.submit(images, client=client, deadline=deadline)
 
-    def task(self, rows: Rows, client: str = "someone", within_s: float | None = None) -> asyncio.Task[Any]:
+    def task(self, images: Images, client: str = "someone", within_s: float | None = None) -> asyncio.Task[Any]:
         deadline = None if within_s is None else asyncio.get_running_loop().time() + within_s
-        return asyncio.ensure_future(self.submit(rows, client, deadline))
+        return asyncio.ensure_future(self.submit(images, client, deadline))
 
     def sibling(self, forward: Forward, policy: Policy) -> Scheduler:
         """Another library on the same workers."""
         library, other = stand_in_library(policy), engine(forward, tickets=policy.tickets)
-        return Scheduler(library, other, self.workers, self.gate, self.settings, self.metrics)
+        return Scheduler(library, other, self.workers, self.admission, self.settings, self.metrics)
 
 
 def with_scheduler(
@@ -104,22 +106,22 @@ def with_scheduler(
     forward: Forward = marks_its_members,
     policy: Policy | None = None,
     threads: int = 2,
-    **knobs: Any,
+    **overrides: Any,
 ) -> Answer:
     """Runs a coroutine of the test with a scheduler; default law: four tickets in two groups."""
 
     async def run() -> Answer:
-        settings, metrics, law = Settings(**knobs), Metrics(), policy or Policy.over(["a", "a", "b", "b"])
+        settings, metrics, law = Settings(**overrides), Metrics(), policy or Policy.over(["a", "a", "b", "b"])
         broken: list[bool] = []
-        workers, gate = (
+        workers, admission = (
             WorkerPool(threads, settings, metrics, lambda: broken.append(True)),
             AdmissionController(settings, metrics),
         )
         made = engine(forward, threads=threads, tickets=law.tickets)
         workers.start()
         try:
-            scheduler = Scheduler(stand_in_library(law), made, workers, gate, settings, metrics)
-            return await test(Stand(scheduler, workers, gate, metrics, settings, broken))
+            scheduler = Scheduler(stand_in_library(law), made, workers, admission, settings, metrics)
+            return await test(Stand(scheduler, workers, admission, metrics, settings, broken))
         finally:
             workers.stop()
 
@@ -143,18 +145,18 @@ def holds(condition: Callable[[], bool], limit_s: float = 60) -> None:
 @contextmanager
 def over_and_over(act: Callable[[], None], pause_s: float = 0.0) -> Iterator[None]:
     """Does it in a thread, again and again with a pause before each time, until left."""
-    over = threading.Event()
+    stopped = threading.Event()
 
-    def go_on() -> None:
-        while not over.wait(pause_s):
+    def repeat() -> None:
+        while not stopped.wait(pause_s):
             act()
 
-    thread = threading.Thread(target=go_on)
+    thread = threading.Thread(target=repeat)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         thread.join()
 
 
@@ -166,7 +168,7 @@ class Process:
     """`python -m service serve`, ready."""
 
     process: subprocess.Popen[str]
-    said: list[str]
+    output: list[str]
     public: str
     admin: str
 
@@ -220,13 +222,13 @@ def serving(library: Path, state: Path, *flags: str, program: Sequence[str] = ("
 
 
 def announced(process: subprocess.Popen[str]) -> Process:
-    said: list[str] = []
+    output: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
-        said.append(line.rstrip("\n"))
+        output.append(line.rstrip("\n"))
         if line.startswith("Ready"):
             break
     else:
-        raise AssertionError(f"the service did not start: {said}, exit code {process.wait()}")
-    urls = {line.split()[0]: line.split()[1] for line in said if line.split()[0] in ("public", "admin")}
-    return Process(process, said, urls["public"], urls["admin"])
+        raise AssertionError(f"the service did not start: {output}, exit code {process.wait()}")
+    urls = {line.split()[0]: line.split()[1] for line in output if line.split()[0] in ("public", "admin")}
+    return Process(process, output, urls["public"], urls["admin"])

@@ -18,7 +18,7 @@ from model_store.structures import multiply_adds
 from service.cpu import affinity, usable_cores
 from service.engine import base, int8, torch_engine
 from service.engine import factory as engines
-from service.engine.base import EngineRejected, Rows
+from service.engine.base import EngineRejected, Images
 from service.engine.factory import open_engine
 from service.settings import Settings
 from tests.support.serving import some_rows, tiny_library
@@ -43,42 +43,42 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return tiny_library(tmp_path_factory.mktemp("tiny"))
 
 
-def expected(library: Library, member: int, rows: Rows) -> Any:
+def expected(library: Library, member: int, images: Images) -> Any:
     with torch.inference_mode():
-        return calibrated(library.tickets[member])(torch.from_numpy(rows).float() / 255).numpy()
+        return calibrated(library.tickets[member])(torch.from_numpy(images).float() / 255).numpy()
 
 
 def test_logits_are_the_tickets_own_divided_by_their_temperature(engine: base.Engine, small_library: Library) -> None:
-    rows = some_rows(3)
+    images = some_rows(3)
     for member in range(len(small_library.tickets)):
-        found = engine.forward(member, rows)
-        assert found.dtype == np.float32
-        assert found.shape == (3, 10)
-        np.testing.assert_allclose(found, expected(small_library, member, rows), atol=2e-5)
+        logits = engine.forward(member, images)
+        assert logits.dtype == np.float32
+        assert logits.shape == (3, 10)
+        np.testing.assert_allclose(logits, expected(small_library, member, images), atol=2e-5)
 
 
 def test_a_row_s_logits_do_not_depend_on_the_rows_beside_it(engine: base.Engine) -> None:
-    rows = some_rows(5, seed=1)
-    together = engine.forward(0, rows)
-    alone = np.concatenate([engine.forward(0, rows[[index]]) for index in range(5)])
+    images = some_rows(5, seed=1)
+    together = engine.forward(0, images)
+    alone = np.concatenate([engine.forward(0, images[[index]]) for index in range(5)])
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(1, [(0, 1)]), (2, [(0, 2)]), (5, [(0, 2), (2, 2), (4, 1)]), (0, [])])
-def test_rows_are_run_in_pairs_and_what_is_left_alone(rows: int, expected: list[tuple[int, int]]) -> None:
-    assert list(openvino.pieces(rows)) == expected
+@pytest.mark.parametrize(("images", "expected"), [(1, [(0, 1)]), (2, [(0, 2)]), (5, [(0, 2), (2, 2), (4, 1)]), (0, [])])
+def test_rows_are_run_in_pairs_and_what_is_left_alone(images: int, expected: list[tuple[int, int]]) -> None:
+    assert list(openvino.split(images)) == expected
 
 
 def test_the_warm_up_compares_every_batch_that_is_compiled() -> None:
-    assert {size for _, size in openvino.pieces(engines.PROBES)} == set(openvino.BATCHES)
+    assert {size for _, size in openvino.split(engines.PROBES)} == set(openvino.BATCHES)
 
 
 def test_one_ticket_may_be_run_by_several_threads_at_once(engine: base.Engine) -> None:
     batches = [some_rows(2, seed) for seed in range(12)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda rows: engine.forward(1, rows), batches))
-    for rows, logits in zip(batches, found, strict=True):
-        np.testing.assert_allclose(logits, engine.forward(1, rows), atol=1e-6)
+        results = list(pool.map(lambda images: engine.forward(1, images), batches))
+    for images, logits in zip(batches, results, strict=True):
+        np.testing.assert_allclose(logits, engine.forward(1, images), atol=1e-6)
 
 
 def test_the_answer_is_the_caller_s_to_keep(engine: base.Engine) -> None:
@@ -93,7 +93,7 @@ def test_the_engine_says_what_it_is_and_how_near_to_torch(engine: base.Engine, s
     assert engine.device == "cpu"
     assert engine.threads == 2
     assert engine.difference <= base.TOLERANCE
-    assert engine.costs == tuple(multiply_adds(ticket.structure) for ticket in small_library.tickets)
+    assert engine.macs == tuple(multiply_adds(ticket.structure) for ticket in small_library.tickets)
 
 
 def test_compiled_models_are_kept_on_disk(engine: base.Engine, state: Path) -> None:
@@ -133,23 +133,23 @@ def test_without_room_for_compiled_models_there_is_an_engine_all_the_same(tiny: 
 
 
 def test_auto_takes_openvino_on_a_cpu_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engines.chosen_backend("auto", torch.device("cpu")) == "openvino"
-    assert engines.chosen_backend("auto", torch.device("cuda")) == "torch"
+    assert engines.resolve_backend("auto", torch.device("cpu")) == "openvino"
+    assert engines.resolve_backend("auto", torch.device("cuda")) == "torch"
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert engines.chosen_backend("auto", torch.device("cpu")) == "torch"
+    assert engines.resolve_backend("auto", torch.device("cpu")) == "torch"
     with pytest.raises(EngineRejected, match="not installed"):
-        engines.chosen_backend("openvino", torch.device("cpu"))
+        engines.resolve_backend("openvino", torch.device("cpu"))
 
 
 def test_openvino_on_a_gpu_is_refused() -> None:
     with pytest.raises(EngineRejected, match="runs on the CPU, not on cuda"):
-        engines.chosen_backend("openvino", torch.device("cuda"))
+        engines.resolve_backend("openvino", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(EngineRejected, match=f"device {device}: torch cannot use"):
-        engines.chosen_device(device)
+        engines.resolve_device(device)
 
 
 def wrong_once(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path | None]:
@@ -162,7 +162,7 @@ def wrong_once(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path | None]
         backend: base.Backend = build(tickets, cache=cache, **other)
         if len(caches) > times:
             return backend
-        return backend._replace(forward=lambda member, rows: backend.forward(member, rows) + np.float32(0.01))
+        return backend._replace(forward=lambda member, images: backend.forward(member, images) + np.float32(0.01))
 
     monkeypatch.setattr(openvino, "build", spoiled)
     return caches
@@ -170,8 +170,8 @@ def wrong_once(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path | None]
 
 def test_a_damaged_cache_is_passed_by(monkeypatch: pytest.MonkeyPatch, tiny: Library, tmp_path: Path) -> None:
     caches = wrong_once(monkeypatch, times=1)
-    found = open_engine(tiny, Settings(engine="openvino", state_dir=tmp_path))
-    assert found.name == "openvino"
+    logits = open_engine(tiny, Settings(engine="openvino", state_dir=tmp_path))
+    assert logits.name == "openvino"
     assert caches == [tmp_path / "engine" / tiny.digest, None]
 
 
@@ -185,15 +185,15 @@ def test_auto_falls_back_to_torch_when_logits_differ(
 
 
 def test_logits_that_are_not_numbers_are_refused(tiny: Library) -> None:
-    tickets = tuple(base.folded(ticket) for ticket in tiny.tickets)
-    backend = base.Backend(lambda _, rows: np.full((len(rows), 10), np.nan, np.float32), 1e-4, "")
+    tickets = tuple(base.fold_ticket(ticket) for ticket in tiny.tickets)
+    backend = base.Backend(lambda _, images: np.full((len(images), 10), np.nan, np.float32), 1e-4, "")
     with pytest.raises(EngineRejected, match="nan"):
-        engines.verified("broken", backend, tickets, 1)
+        engines.verify("broken", backend, tickets, 1)
 
 
 def test_half_precision_is_near_enough_and_its_difference_is_measured(small_library: Library) -> None:
     """On the CPU, in the place of a GPU: the same code, the same rounding."""
-    tickets = [base.folded(ticket) for ticket in small_library.tickets]
+    tickets = [base.fold_ticket(ticket) for ticket in small_library.tickets]
     half = torch_engine.on_device(tickets, torch.device("cpu"), torch.float16)
     worst = max(torch_engine.half_difference(half, index, ticket) for index, ticket in enumerate(tickets))
     assert 0 < worst < base.HALF_TOLERANCE
@@ -203,7 +203,7 @@ def test_half_precision_is_near_enough_and_its_difference_is_measured(small_libr
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled images as a file, to calibrate on."""
     path = tmp_path_factory.mktemp("pictures") / "pictures.npz"
     labels = np.arange(40) % len(CLASSES)
@@ -211,22 +211,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_eight_bits_are_near_float_and_really_eight(small_library: Library, state: Path, pictures: Path) -> None:
+def test_eight_bits_are_near_float_and_really_eight(small_library: Library, state: Path, labelled_file: Path) -> None:
     exact = open_engine(small_library, Settings(engine="openvino", state_dir=state, threads=2))
-    rounded = open_engine(small_library, Settings(int8_images=pictures, state_dir=state, threads=2))
+    rounded = open_engine(small_library, Settings(int8_images=labelled_file, state_dir=state, threads=2))
     assert rounded.note.startswith("int8")
     assert rounded.name == "openvino"
     assert exact.difference < base.TOLERANCE < rounded.difference < base.INT8_TOLERANCE
-    rows = some_rows(5)
+    images = some_rows(5)
     for member in range(len(small_library.tickets)):
-        found, expected = rounded.forward(member, rows), exact.forward(member, rows)
-        assert 0 < base.max_relative_error(found, expected) < base.INT8_TOLERANCE
+        logits, expected = rounded.forward(member, images), exact.forward(member, images)
+        assert 0 < base.max_relative_error(logits, expected) < base.INT8_TOLERANCE
 
 
 def test_every_convolution_s_input_and_weights_are_rounded(small_library: Library) -> None:
     core = openvino.openvino.Core()
     for ticket in small_library.tickets:
-        graph = openvino.graph(base.folded(ticket))
+        graph = openvino.graph(base.fold_ticket(ticket))
         model = openvino.quantize(core, graph, some_rows(40), openvino.ONE_CORE)
         for node in (node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"):
             sources = [node.input(place).get_source_output().get_node().get_type_name() for place in (0, 1)]
@@ -243,9 +243,9 @@ def test_a_range_holds_zero_as_one_of_its_levels(first: float, second: float) ->
     assert level == pytest.approx(round(level), abs=1e-6)
 
 
-def test_eight_bits_want_openvino_and_images(tiny: Library, state: Path, pictures: Path) -> None:
+def test_eight_bits_want_openvino_and_images(tiny: Library, state: Path, labelled_file: Path) -> None:
     with pytest.raises(EngineRejected, match="8 bits are for OpenVINO on a CPU; the engine is torch"):
-        open_engine(tiny, Settings(engine="torch", int8_images=pictures, state_dir=state))
+        open_engine(tiny, Settings(engine="torch", int8_images=labelled_file, state_dir=state))
     with pytest.raises(EngineRejected, match=r"TOMBOLA_INT8_IMAGES: nothing\.npz: no such file"):
         open_engine(tiny, Settings(int8_images=Path("nothing.npz"), state_dir=state))
 

@@ -22,8 +22,8 @@ from service.cpu import NICE_INFERENCE, cpu_s, process_tree, resident_bytes
 from service.engine.base import Engine, EngineDied, EngineRejected
 from service.engine.factory import open_engine, open_for_serving, uses_processes
 from service.engine.ipc import (
-    FAILED,
-    FOUND,
+    ERROR,
+    RESULT,
     WORD,
     decode_request,
     decode_result,
@@ -33,7 +33,15 @@ from service.engine.ipc import (
 )
 from service.observability.metrics import Metrics
 from service.sample import ship
-from service.scheduling.batch import PendingRequest, ServedModel, Shard, combine_members, form_batch, partition, run
+from service.scheduling.batch import (
+    PendingRequest,
+    ServedModel,
+    Shard,
+    combine_members,
+    form_batch,
+    partition,
+    run_shard,
+)
 from service.settings import Settings
 from tests.support.serving import holds, over_and_over, serving, some_rows, tiny_library
 
@@ -51,8 +59,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return tiny_library(tmp_path_factory.mktemp("tiny") / "library")
 
 
-def settings(state: Path, **knobs: Any) -> Settings:
-    return Settings(state_dir=state, threads=2, **knobs)
+def settings(state: Path, **overrides: Any) -> Settings:
+    return Settings(state_dir=state, threads=2, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,7 @@ def engine(tiny: Library, state: Path) -> Iterator[Engine]:
         os.kill(host, signal.SIGKILL)
 
 
-def forks(engine: Engine) -> list[int]:
+def workers(engine: Engine) -> list[int]:
     return process_tree(engine.pids()[0])[1:]
 
 
@@ -87,26 +95,28 @@ def alive(pid: int) -> bool:
 
 
 @given(
-    rows=st.integers(1, 5),
+    images=st.integers(1, 5),
     jobs=st.lists(st.tuples(st.integers(0, 39), st.lists(st.integers(0, 4), min_size=1, max_size=6)), min_size=1),
 )
-def test_a_question_is_understood_and_an_answer_read(rows: int, jobs: list[tuple[int, list[int]]]) -> None:
-    asked = some_rows(rows)
-    heard, tasks = decode_request(encode_request(asked, jobs))
-    assert np.array_equal(heard, asked)
-    assert [(member, list(places)) for member, places in tasks] == jobs
-    ran = [
-        (np.full((len(places), 10), member, np.float32), 0.25 * place) for place, (member, places) in enumerate(jobs)
+def test_a_question_is_understood_and_an_answer_read(images: int, jobs: list[tuple[int, list[int]]]) -> None:
+    sent = some_rows(images)
+    received, tasks = decode_request(encode_request(sent, jobs))
+    assert np.array_equal(received, sent)
+    assert [(member, list(indices)) for member, indices in tasks] == jobs
+    results = [
+        (np.full((len(indices), 10), member, np.float32), 0.25 * place) for place, (member, indices) in enumerate(jobs)
     ]
-    message = encode_result(ran)
-    assert message[: WORD.size] == WORD.pack(FOUND)
-    for (logits, seconds), (expected, passed) in zip(decode_result(message[WORD.size :], jobs, 10), ran, strict=True):
+    message = encode_result(results)
+    assert message[: WORD.size] == WORD.pack(RESULT)
+    for (logits, seconds), (expected, expected_s) in zip(
+        decode_result(message[WORD.size :], jobs, 10), results, strict=True
+    ):
         assert np.array_equal(logits, expected)
-        assert seconds == passed
+        assert seconds == expected_s
 
 
 def test_of_an_exception_only_its_type_is_said() -> None:
-    assert encode_error(ValueError("secret")) == WORD.pack(FAILED) + b"ValueError"
+    assert encode_error(ValueError("secret")) == WORD.pack(ERROR) + b"ValueError"
 
 
 # The engine
@@ -120,28 +130,28 @@ def test_openvino_runs_apart_and_everything_else_here(state: Path) -> None:
 
 
 def test_logits_are_those_of_this_process(shared: Engine, tiny: Library, state: Path) -> None:
-    here = open_engine(tiny, settings(state))
-    rows = some_rows(5)
+    local = open_engine(tiny, settings(state))
+    images = some_rows(5)
     jobs = [(member, [member, 4]) for member in range(4)]
-    assert (shared.name, shared.costs, shared.threads) == (here.name, here.costs, here.threads)
-    for (logits, seconds), (member, places) in zip(shared.run(rows, jobs, lambda: None), jobs, strict=True):
-        np.testing.assert_allclose(logits, here.forward(member, rows[places]), atol=1e-6)
-        np.testing.assert_allclose(logits, shared.forward(member, rows[places]), atol=1e-6)
+    assert (shared.name, shared.macs, shared.threads) == (local.name, local.macs, local.threads)
+    for (logits, seconds), (member, indices) in zip(shared.run(images, jobs, lambda: None), jobs, strict=True):
+        np.testing.assert_allclose(logits, local.forward(member, images[indices]), atol=1e-6)
+        np.testing.assert_allclose(logits, shared.forward(member, images[indices]), atol=1e-6)
         assert seconds > 0
-    assert here.pids() == []
-    assert len(forks(shared)) == 2
+    assert local.pids() == []
+    assert len(workers(shared)) == 2
 
 
 def test_a_ticket_that_raises_is_said_and_the_process_lives_on(shared: Engine) -> None:
-    before = forks(shared)
+    before = workers(shared)
     with pytest.raises(RuntimeError, match="IndexError"):
         shared.run(some_rows(1), [(99, [0])], lambda: None)
     assert shared.forward(0, some_rows(1)).shape == (1, 10)
-    assert forks(shared) == before
+    assert workers(shared) == before
 
 
 def test_a_process_stands_back_for_the_event_loop(shared: Engine) -> None:
-    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in forks(shared)} == {min(19, os.nice(0) + NICE_INFERENCE)}
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in workers(shared)} == {min(19, os.nice(0) + NICE_INFERENCE)}
 
 
 def test_no_secret_is_handed_on(tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,20 +167,20 @@ def test_the_processes_share_one_copy_of_the_tickets(shared: Engine) -> None:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
-    for pid in forks(shared):
+    for pid in workers(shared):
         assert 1024 * own_kb(pid) < resident_bytes(pid) / 3
 
 
 def test_a_process_that_is_killed_while_it_waits_costs_nobody_anything(engine: Engine) -> None:
-    for pid in forks(engine):
+    for pid in workers(engine):
         os.kill(pid, signal.SIGKILL)
         holds(lambda gone=pid: not alive(gone))  # type: ignore[misc]
     assert engine.forward(0, some_rows(2)).shape == (2, 10)
-    assert len(forks(engine)) == 1
+    assert len(workers(engine)) == 1
 
 
 def test_a_process_that_hangs_is_ended_and_another_takes_its_place(engine: Engine) -> None:
-    stopped = forks(engine)
+    stopped = workers(engine)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     for _ in stopped:
@@ -237,16 +247,16 @@ def test_a_host_that_cannot_start_is_an_engine_refused_and_auto_takes_another(
 # The law, and the service
 
 
-def test_a_window_in_parts_gives_the_sums_of_one_part(shared: Engine, tiny: Library, state: Path) -> None:
+def test_a_batch_in_shards_gives_the_sums_of_one_shard(shared: Engine, tiny: Library, state: Path) -> None:
     loop = asyncio.new_event_loop()
     request = PendingRequest(some_rows(9), "someone", loop.create_future(), 0.0)
-    places = [(request, index) for index in range(9)]
-    window = form_batch(ServedModel(shared, tiny.policy, 10), places)
-    for part in partition(window, 3):
-        run(part, Metrics())
-    first = combine_members(window)
-    run(Shard(window, window.tasks), Metrics())
-    np.testing.assert_allclose(combine_members(window), first, atol=1e-6)
+    indices = [(request, index) for index in range(9)]
+    batch = form_batch(ServedModel(shared, tiny.policy, 10), indices)
+    for shard in partition(batch, 3):
+        run_shard(shard, Metrics())
+    first = combine_members(batch)
+    run_shard(Shard(batch, batch.tasks), Metrics())
+    np.testing.assert_allclose(combine_members(batch), first, atol=1e-6)
     loop.close()
 
 

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from service.engine.base import Rows
+from service.engine.base import Images
 from service.errors import EngineFailed
 from service.observability.tracing import PATIENCE_S, TracingMiddleware, provider
 from service.settings import SettingsRejected
@@ -108,8 +108,8 @@ def test_traces_of_small_and_large_ensembles_are_alike_but_for_ids_and_times() -
     sizes: set[int] = set()
 
     async def ask(stand: Stand) -> Any:
-        stand.scheduler.tally.add = lambda window: sizes.update(  # type: ignore[method-assign]
-            len(theta.members) for theta in window.thetas
+        stand.scheduler.draw_statistics.add = lambda batch: sizes.update(  # type: ignore[method-assign]
+            len(theta.members) for theta in batch.thetas
         )
         return await ask_all(StandIn(stand), [(png(), {})] * 80)  # type: ignore[arg-type]
 
@@ -129,7 +129,7 @@ def test_a_quantum_hides_in_a_trace_what_it_hides_from_the_client() -> None:
 
 
 def test_a_failing_ticket_shows_as_the_failure_the_client_saw() -> None:
-    def fails(member: int, rows: Rows) -> Any:
+    def fails(member: int, rows: Images) -> Any:
         raise ArithmeticError(f"ticket {member}")
 
     async def ask(stand: Stand) -> Any:

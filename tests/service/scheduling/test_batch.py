@@ -23,8 +23,8 @@ def test_two_processes_forked_from_one_draw_apart() -> None:
         os._exit(0)
     os.close(writing)
     ours = repr(draws())
-    with os.fdopen(reading) as told:
-        theirs = told.read()
+    with os.fdopen(reading) as pipe:
+        theirs = pipe.read()
     assert os.waitpid(child, 0)[1] == 0
     assert theirs.startswith("[Theta(")
     assert theirs != ours

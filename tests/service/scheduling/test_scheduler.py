@@ -21,12 +21,20 @@ from model_store.ensemble import calibrated, ensemble_logits, probabilities
 from model_store.library import Library
 from model_store.policy import Policy, inclusion_probabilities
 from service.cpu import NICE_INFERENCE
-from service.engine.base import Engine, Rows
+from service.engine.base import Engine, Images
 from service.engine.factory import open_engine
 from service.errors import DeadlineExceeded, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import PUBLISH_EVERY, Metrics
 from service.scheduling.admission import FairQueue, RateLimiter, ThroughputEstimate
-from service.scheduling.batch import Batch, PendingRequest, ServedModel, combine_members, form_batch, partition, run
+from service.scheduling.batch import (
+    Batch,
+    PendingRequest,
+    ServedModel,
+    combine_members,
+    form_batch,
+    partition,
+    run_shard,
+)
 from service.scheduling.scheduler import DrawStatistics
 from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
@@ -49,9 +57,9 @@ def requests_of(*sizes: int, loop: asyncio.AbstractEventLoop) -> list[PendingReq
     ]
 
 
-def run_whole(window: Batch, threads: int = 2) -> None:
-    for part in partition(window, threads):
-        run(part, Metrics())
+def run_all_shards(batch: Batch, threads: int = 2) -> None:
+    for shard in partition(batch, threads):
+        run_shard(shard, Metrics())
 
 
 @settings(deadline=None, max_examples=8)
@@ -61,77 +69,77 @@ def test_a_batched_answer_equals_the_solo_answer_for_the_same_theta(
 ) -> None:
     loop = asyncio.new_event_loop()
     requests = requests_of(*sizes, loop=loop)
-    window = form_batch(model, [(request, index) for request in requests for index in range(request.size)])
-    run_whole(window)
-    found = combine_members(window)
-    for place, (request, index) in enumerate(window.places):
-        members = [calibrated(small_library.tickets[member]) for member in window.thetas[place].members]
+    batch = form_batch(model, [(request, index) for request in requests for index in range(request.size)])
+    run_all_shards(batch)
+    answers = combine_members(batch)
+    for position, (request, index) in enumerate(batch.slots):
+        members = [calibrated(small_library.tickets[member]) for member in batch.thetas[position].members]
         draw = torch.ones(1, len(members))
         with torch.inference_mode():
-            image = torch.from_numpy(request.rows[[index]]).float() / 255
+            image = torch.from_numpy(request.images[[index]]).float() / 255
             alone = probabilities(ensemble_logits(members, image, draw), draw.sum(dim=1))[0, 0].numpy()
-        np.testing.assert_allclose(found[place], alone, atol=1e-5)
+        np.testing.assert_allclose(answers[position], alone, atol=1e-5)
     loop.close()
 
 
-def test_a_window_runs_each_drawn_ticket_once_and_the_costliest_first() -> None:
+def test_a_batch_runs_each_drawn_ticket_once_and_the_costliest_first() -> None:
     calls: list[tuple[int, int]] = []
 
-    def forward(member: int, rows: Rows) -> Any:
-        calls.append((member, len(rows)))
-        return marks_its_members(member, rows)
+    def forward(member: int, images: Images) -> Any:
+        calls.append((member, len(images)))
+        return marks_its_members(member, images)
 
     made = Engine("stand-in", "cpu", 1, forward, (1, 50, 2, 3), 0.0, "", 0.0)
     loop = asyncio.new_event_loop()
     (request,) = requests_of(20, loop=loop)
-    window = form_batch(ServedModel(made, Policy.all(4), 10), [(request, index) for index in range(20)])
-    run_whole(window)
+    batch = form_batch(ServedModel(made, Policy.all(4), 10), [(request, index) for index in range(20)])
+    run_all_shards(batch)
     assert calls == [(1, 20), (3, 20), (2, 20), (0, 20)]
     loop.close()
 
 
 def test_repeats_of_a_ticket_count_twice_but_run_once() -> None:
-    law = Policy(((0, 1),), 2, sizes=(0.0, 0.0, 1.0), replacement=True)
+    policy = Policy(((0, 1),), 2, sizes=(0.0, 0.0, 1.0), replacement=True)
     loop = asyncio.new_event_loop()
     (request,) = requests_of(40, loop=loop)
-    window = form_batch(ServedModel(engine(tickets=2), law, 10), [(request, index) for index in range(40)])
-    run_whole(window)
-    found = combine_members(window)
-    for row, theta in zip(found, window.thetas, strict=True):
+    batch = form_batch(ServedModel(engine(tickets=2), policy, 10), [(request, index) for index in range(40)])
+    run_all_shards(batch)
+    answers = combine_members(batch)
+    for row, theta in zip(answers, batch.thetas, strict=True):
         mean = np.zeros(10)
         for member in theta.members:
             mean[member] += 1 / 3
         np.testing.assert_allclose(row, np.exp(mean) / np.exp(mean).sum(), atol=1e-6)
-    assert sum(len(task.places) for task in window.tasks) < 120
+    assert sum(len(task.indices) for task in batch.tasks) < 120
     loop.close()
 
 
 def test_every_row_has_a_theta_of_its_own_and_every_ticket_its_share() -> None:
     """4,000 rows of equal images. Each share is within 4.9 standard deviations: false alarms under one in a million."""
-    law = Policy.over(["a"] * 3 + ["b"] * 3)
-    rows = np.zeros((400, 3, 32, 32), np.uint8)
+    policy = Policy.over(["a"] * 3 + ["b"] * 3)
+    images = np.zeros((400, 3, 32, 32), np.uint8)
 
     async def ask(stand: Stand) -> Counter[int]:
         counts: Counter[int] = Counter()
         for _ in range(10):
-            for row in await stand.submit(rows):
+            for row in await stand.submit(images):
                 counts.update(np.flatnonzero(row > row.min() * 1.01).tolist())
         return counts
 
-    counts = with_scheduler(ask, policy=law)
-    for member, share in enumerate(inclusion_probabilities(law)):
+    counts = with_scheduler(ask, policy=policy)
+    for member, share in enumerate(inclusion_probabilities(policy)):
         assert abs(counts[member] - 4000 * share) < 4.9 * np.sqrt(4000 * share * (1 - share))
 
 
 @pytest.mark.parametrize(
     ("queued", "running", "expected"), [(1, 0, 1), (3, 0, 2), (32, 0, 16), (16, 16, 16), (1, 16, 9), (512, 0, 32)]
 )
-def test_a_window_takes_half_of_the_rows_that_are_here(queued: int, running: int, expected: int) -> None:
+def test_a_batch_takes_half_of_the_images_queued_or_running(queued: int, running: int, expected: int) -> None:
     """So that the engine runs one half while the answers to the other are read and asked again."""
     workers = WorkerPool(2, Settings(window_rows=32), Metrics(), lambda: None)
     workers.running = running
-    feed: Any = SimpleNamespace(queue=SimpleNamespace(rows=queued))
-    assert workers.window_size(feed) == expected
+    source: Any = SimpleNamespace(queue=SimpleNamespace(length=queued))
+    assert workers.batch_size(source) == expected
 
 
 def test_no_row_counts_as_running_once_it_is_answered() -> None:
@@ -142,17 +150,17 @@ def test_no_row_counts_as_running_once_it_is_answered() -> None:
     with_scheduler(ask)
 
 
-def test_answers_keep_the_order_of_the_rows_whatever_windows_they_ran_in() -> None:
-    def class_of_the_first_pixel(_: int, rows: Rows) -> Any:
-        return np.eye(10, dtype=np.float32)[rows[:, 0, 0, 0] % 10]
+def test_answers_keep_the_order_of_the_rows_whatever_batches_they_ran_in() -> None:
+    def class_of_the_first_pixel(_: int, images: Images) -> Any:
+        return np.eye(10, dtype=np.float32)[images[:, 0, 0, 0] % 10]
 
-    rows = some_rows(50)
+    images = some_rows(50)
 
     async def ask(stand: Stand) -> Any:
-        return await stand.submit(rows)
+        return await stand.submit(images)
 
-    found = with_scheduler(ask, forward=class_of_the_first_pixel, window_rows=8)
-    assert found.argmax(axis=1).tolist() == (rows[:, 0, 0, 0] % 10).tolist()
+    answers = with_scheduler(ask, forward=class_of_the_first_pixel, window_rows=8)
+    assert answers.argmax(axis=1).tolist() == (images[:, 0, 0, 0] % 10).tolist()
 
 
 # Fairness
@@ -160,7 +168,7 @@ def test_answers_keep_the_order_of_the_rows_whatever_windows_they_ran_in() -> No
 
 class Waiter:
     def __init__(self, client: str, size: int) -> None:
-        self.client, self.size, self.next = client, size, 0
+        self.client, self.size, self.next_index = client, size, 0
 
 
 def test_rows_of_many_requests_take_turns_by_client_then_by_request() -> None:
@@ -171,7 +179,7 @@ def test_rows_of_many_requests_take_turns_by_client_then_by_request() -> None:
     names = {large: "large", other: "other", single: "single"}
     order = [f"{names[waiter]}{index}" for waiter, index in queue.take(99)]
     assert order == ["large0", "single0", "other0", "large1", "other1", "large2", "large3"]
-    assert queue.rows == 0
+    assert queue.length == 0
 
 
 def test_a_single_image_passes_a_request_of_512() -> None:
@@ -199,15 +207,15 @@ def test_every_row_is_handed_out_once_or_dropped(pushed: list[tuple[str, int]], 
             queue.drop(waiters[number % len(waiters)])
             dropped.add(waiters[number % len(waiters)])
         else:
-            before = queue.rows
+            before = queue.length
             some = queue.take(number)
             assert len(some) == min(number, before)
             assert not {waiter for waiter, _ in some} & dropped
             taken += some
-    taken += queue.take(queue.rows)
-    assert queue.rows == 0
+    taken += queue.take(queue.length)
+    assert queue.length == 0
     assert not queue.clients
-    assert not queue.rows_of
+    assert not queue.length_by_client
     assert len(set(taken)) == len(taken)
     for waiter in waiters:
         if waiter not in dropped:
@@ -217,57 +225,57 @@ def test_every_row_is_handed_out_once_or_dropped(pushed: list[tuple[str, int]], 
 def test_what_is_ahead_of_a_newcomer_follows_the_turns() -> None:
     queue: FairQueue[Waiter] = FairQueue()
     queue.push(Waiter("busy", 100))
-    assert queue.ahead("busy", 1) == 101
-    assert queue.ahead("newcomer", 1) == 2  # one turn of the other's, then its own
-    assert queue.ahead("newcomer", 60) == 120
-    assert queue.ahead("newcomer", 500) == 600  # no more than there is
+    assert queue.images_until_last("busy", 1) == 101
+    assert queue.images_until_last("newcomer", 1) == 2  # one turn of the other's, then its own
+    assert queue.images_until_last("newcomer", 60) == 120
+    assert queue.images_until_last("newcomer", 500) == 600  # no more than there is
 
 
 # Admission
 
 
-def held(gate: threading.Event, entered: threading.Event | None = None) -> Any:
+def blocked_by(release: threading.Event, entered: threading.Event | None = None) -> Any:
     """A forward that waits for the gate."""
 
-    def forward(member: int, rows: Rows) -> Any:
+    def forward(member: int, images: Images) -> Any:
         if entered is not None:
             entered.set()
-        assert gate.wait(30)
-        return marks_its_members(member, rows)
+        assert release.wait(30)
+        return marks_its_members(member, images)
 
     return forward
 
 
 def test_beyond_the_bound_rows_are_refused_with_a_time_to_come_back() -> None:
-    gate = threading.Event()
+    release = threading.Event()
 
     async def overload(stand: Stand) -> None:
         first = stand.task(some_rows(6))
-        await until(lambda: stand.gate.rows == 6)
+        await until(lambda: stand.admission.in_flight == 6)
         with pytest.raises(Overloaded) as refused:
             await stand.submit(some_rows(3))
         assert refused.value.status == 503
         assert refused.value.retry_after is not None
         assert refused.value.retry_after >= 1
         second = stand.task(some_rows(2))  # two still fit
-        gate.set()
+        release.set()
         assert (await first).shape == (6, 10)
         assert (await second).shape == (2, 10)
-        assert stand.gate.rows == 0
+        assert stand.admission.in_flight == 0
         assert stand.metrics.value("shed_total", reason="queue") == 1
 
-    with_scheduler(overload, forward=held(gate), queue_rows=8, max_images=8)
+    with_scheduler(overload, forward=blocked_by(release), queue_rows=8, max_images=8)
 
 
 def test_a_deadline_is_answered_while_the_engine_is_busy_and_the_rest_is_not_computed() -> None:
-    gate, entered = threading.Event(), threading.Event()
-    rows_run: list[int] = []
+    release, entered = threading.Event(), threading.Event()
+    images_run: list[int] = []
 
-    def forward(member: int, rows: Rows) -> Any:
+    def forward(member: int, images: Images) -> Any:
         entered.set()
-        assert gate.wait(30)
-        rows_run.append(len(rows))
-        return marks_its_members(member, rows)
+        assert release.wait(30)
+        images_run.append(len(images))
+        return marks_its_members(member, images)
 
     async def late(stand: Stand) -> None:
         blocker = stand.task(some_rows(1))
@@ -275,11 +283,11 @@ def test_a_deadline_is_answered_while_the_engine_is_busy_and_the_rest_is_not_com
         with pytest.raises(DeadlineExceeded) as passed:
             await stand.task(some_rows(5), within_s=0.05)
         assert passed.value.status == 504
-        assert stand.gate.rows == 1
-        assert stand.scheduler.queue.rows == 0
-        gate.set()
+        assert stand.admission.in_flight == 1
+        assert stand.scheduler.queue.length == 0
+        release.set()
         await blocker
-        assert sum(rows_run) <= 4  # the blocker's members
+        assert sum(images_run) <= 4  # the blocker's members
 
     with_scheduler(late, forward=forward, threads=1)
 
@@ -288,65 +296,65 @@ def test_a_deadline_that_has_passed_already_costs_nothing() -> None:
     async def late(stand: Stand) -> None:
         with pytest.raises(DeadlineExceeded):
             await stand.task(some_rows(1), within_s=-1.0)
-        assert stand.gate.rows == 0
+        assert stand.admission.in_flight == 0
 
     with_scheduler(late)
 
 
 def test_what_cannot_be_ready_in_time_is_refused_at_once() -> None:
-    gate = threading.Event()
+    release = threading.Event()
 
     async def hopeless(stand: Stand) -> None:
         blocker = stand.task(some_rows(10))
-        await until(lambda: stand.gate.rows == 10)
-        stand.gate.pace.row_s = 1.0
+        await until(lambda: stand.admission.in_flight == 10)
+        stand.admission.throughput.seconds_per_image = 1.0
         for within_s in (5.0, 20.0):  # 11 s by the estimate: two fifths of the time have to do
             with pytest.raises(Overloaded) as refused:
                 await stand.task(some_rows(1), within_s=within_s)
             assert refused.value.retry_after == 10
         sure = stand.task(some_rows(1), within_s=60.0)
-        await until(lambda: stand.gate.rows == 11)
-        gate.set()
+        await until(lambda: stand.admission.in_flight == 11)
+        release.set()
         await asyncio.gather(blocker, sure)
 
-    with_scheduler(hopeless, forward=held(gate))
+    with_scheduler(hopeless, forward=blocked_by(release))
 
 
 def test_rows_of_a_cancelled_request_are_dropped_before_they_run() -> None:
-    gate, entered = threading.Event(), threading.Event()
+    release, entered = threading.Event(), threading.Event()
 
     async def cancel(stand: Stand) -> None:
         blocker = stand.task(some_rows(1))
         await until(entered.is_set)
         gone = stand.task(some_rows(20))
-        await until(lambda: stand.scheduler.queue.rows == 20)
+        await until(lambda: stand.scheduler.queue.length == 20)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
-        assert stand.scheduler.queue.rows == 0
-        assert stand.gate.rows == 1
-        gate.set()
+        assert stand.scheduler.queue.length == 0
+        assert stand.admission.in_flight == 1
+        release.set()
         await blocker
         assert stand.metrics.value("inference_images_total") == 1
 
-    with_scheduler(cancel, forward=held(gate, entered), threads=1)
+    with_scheduler(cancel, forward=blocked_by(release, entered), threads=1)
 
 
-def test_rows_of_a_window_are_skipped_once_nobody_waits_for_them() -> None:
+def test_images_of_a_batch_are_skipped_once_nobody_waits_for_them() -> None:
     loop = asyncio.new_event_loop()
     gone, waiting = requests_of(2, 3, loop=loop)
     seen: list[int] = []
 
-    def forward(member: int, rows: Rows) -> Any:
-        seen.append(len(rows))
-        return marks_its_members(member, rows)
+    def forward(member: int, images: Images) -> Any:
+        seen.append(len(images))
+        return marks_its_members(member, images)
 
-    places = [(gone, 0), (waiting, 0), (gone, 1), (waiting, 1), (waiting, 2)]
-    window = form_batch(ServedModel(engine(forward), Policy.all(4), 10), places)
-    gone.live = False
-    run_whole(window)
+    slots = [(gone, 0), (waiting, 0), (gone, 1), (waiting, 1), (waiting, 2)]
+    batch = form_batch(ServedModel(engine(forward), Policy.all(4), 10), slots)
+    gone.active = False
+    run_all_shards(batch)
     assert seen == [3] * 4
-    assert np.allclose(combine_members(window)[[1, 3, 4]].sum(axis=1), 1)
+    assert np.allclose(combine_members(batch)[[1, 3, 4]].sum(axis=1), 1)
     loop.close()
 
 
@@ -364,44 +372,44 @@ def test_a_client_s_rate_is_limited_and_the_others_are_not() -> None:
 
 
 def test_a_token_bucket_fills_at_its_rate_up_to_its_burst() -> None:
-    buckets = RateLimiter(rate=2.0, burst=10)
-    assert buckets.wait_s("a", 10, now=0.0) == 0
-    buckets.take("a", 10, now=0.0)
-    assert buckets.wait_s("a", 4, now=0.0) == 2.0
-    assert buckets.wait_s("a", 4, now=2.0) == 0
-    buckets.take("a", 4, now=2.0)
-    assert buckets.wait_s("a", 10, now=1000.0) == 0
-    buckets.take("a", 10, now=1000.0)
-    assert buckets.wait_s("a", 1, now=1000.0) == 0.5
+    limiter = RateLimiter(rate=2.0, burst=10)
+    assert limiter.wait_s("a", 10, now=0.0) == 0
+    limiter.take("a", 10, now=0.0)
+    assert limiter.wait_s("a", 4, now=0.0) == 2.0
+    assert limiter.wait_s("a", 4, now=2.0) == 0
+    limiter.take("a", 4, now=2.0)
+    assert limiter.wait_s("a", 10, now=1000.0) == 0
+    limiter.take("a", 10, now=1000.0)
+    assert limiter.wait_s("a", 1, now=1000.0) == 0.5
 
 
 def test_a_request_larger_than_the_burst_needs_a_full_bucket_and_leaves_a_debt() -> None:
-    buckets = RateLimiter(rate=1.0, burst=4)
-    assert buckets.wait_s("a", 10, now=0.0) == 0
-    buckets.take("a", 10, now=0.0)
-    assert buckets.wait_s("a", 1, now=0.0) == 7
+    limiter = RateLimiter(rate=1.0, burst=4)
+    assert limiter.wait_s("a", 10, now=0.0) == 0
+    limiter.take("a", 10, now=0.0)
+    assert limiter.wait_s("a", 1, now=0.0) == 7
 
 
 def test_buckets_are_bounded_whoever_comes() -> None:
-    buckets = RateLimiter(rate=1.0, burst=4)
+    limiter = RateLimiter(rate=1.0, burst=4)
     for number in range(10_050):
-        buckets.take(str(number), 1, now=0.0)
-    assert len(buckets.levels) == 10_000
+        limiter.take(str(number), 1, now=0.0)
+    assert len(limiter.levels) == 10_000
 
 
-def test_the_pace_counts_time_that_windows_share_once() -> None:
-    pace = ThroughputEstimate()
-    pace.record(10, begun=0.0, done=1.0)
-    assert pace.row_s == pytest.approx(0.1)
-    pace.record(10, begun=0.5, done=2.0)  # began while the first was running
-    assert pace.row_s == pytest.approx(0.1)
-    assert pace.wait_s(50) == pytest.approx(5.0)
-    assert pace.retry_after_s(50) == 5
-    assert pace.retry_after_s(0) == 1
+def test_the_estimate_counts_time_that_batches_share_once() -> None:
+    estimate = ThroughputEstimate()
+    estimate.record(10, started_at=0.0, ended_at=1.0)
+    assert estimate.seconds_per_image == pytest.approx(0.1)
+    estimate.record(10, started_at=0.5, ended_at=2.0)  # began while the first was running
+    assert estimate.seconds_per_image == pytest.approx(0.1)
+    assert estimate.wait_s(50) == pytest.approx(5.0)
+    assert estimate.retry_after_s(50) == 5
+    assert estimate.retry_after_s(0) == 1
 
 
 def test_the_event_loop_is_free_while_the_engine_works() -> None:
-    gate, entered = threading.Event(), threading.Event()
+    release, entered = threading.Event(), threading.Event()
 
     async def other_work(stand: Stand) -> None:
         answer = stand.task(some_rows(1))
@@ -409,23 +417,23 @@ def test_the_event_loop_is_free_while_the_engine_works() -> None:
         for _ in range(100):
             await asyncio.sleep(0)
         assert not answer.done()
-        gate.set()
+        release.set()
         await answer
 
-    with_scheduler(other_work, forward=held(gate, entered))
+    with_scheduler(other_work, forward=blocked_by(release, entered))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
 def test_engine_threads_stand_back_for_the_event_loop() -> None:
-    found: list[int] = []
+    answers: list[int] = []
 
-    def looks(member: int, rows: Rows) -> NDArray[np.float32]:
-        found.append(os.getpriority(os.PRIO_PROCESS, 0))
-        return marks_its_members(member, rows)
+    def looks(member: int, images: Images) -> NDArray[np.float32]:
+        answers.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return marks_its_members(member, images)
 
     async def looked(stand: Stand) -> None:
         await stand.submit(some_rows(1))
-        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_INFERENCE)}
+        assert set(answers) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_INFERENCE)}
 
     with_scheduler(looked, forward=looks)
 
@@ -442,12 +450,12 @@ def test_after_the_end_nothing_is_admitted() -> None:
 # Failures
 
 
-def poisoned(member: int, rows: Rows) -> Any:
+def poisoned(member: int, images: Images) -> Any:
     """Fails on any batch with a row whose first pixel is 255; gives no number for one whose first pixel is 254."""
-    if (rows[:, 0, 0, 0] == 255).any():
+    if (images[:, 0, 0, 0] == 255).any():
         raise RuntimeError("a bad row")
-    logits = marks_its_members(member, rows)
-    logits[rows[:, 0, 0, 0] == 254] = np.nan
+    logits = marks_its_members(member, images)
+    logits[images[:, 0, 0, 0] == 254] = np.nan
     return logits
 
 
@@ -457,10 +465,10 @@ def test_a_bad_row_fails_itself_and_not_its_neighbours(pixel: int) -> None:
 
     async def mixed(stand: Stand) -> None:
         tasks = [stand.task(good), stand.task(bad), stand.task(good)]
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(found[1], EngineFailed)
-        assert found[1].status == 500
-        for answer in (found[0], found[2]):
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(answers[1], EngineFailed)
+        assert answers[1].status == 500
+        for answer in (answers[0], answers[2]):
             assert not isinstance(answer, BaseException)
             assert np.isfinite(answer).all()
             assert np.allclose(answer.sum(axis=1), 1)
@@ -476,11 +484,11 @@ class Mortal:
     def __init__(self, deaths: int) -> None:
         self.deaths = deaths
 
-    def __call__(self, member: int, rows: Rows) -> Any:
+    def __call__(self, member: int, images: Images) -> Any:
         if self.deaths > 0:
             self.deaths -= 1
             raise SystemExit
-        return marks_its_members(member, rows)
+        return marks_its_members(member, images)
 
 
 def test_a_dead_engine_thread_fails_what_it_was_at_and_is_replaced() -> None:
@@ -490,18 +498,18 @@ def test_a_dead_engine_thread_fails_what_it_was_at_and_is_replaced() -> None:
         assert (await stand.submit(some_rows(3))).shape == (3, 10)
         assert stand.metrics.value("engine_restarts_total") == 1
         assert stand.workers.healthy
-        assert len(stand.workers.crew) == 2
+        assert len(stand.workers.workers) == 2
 
     with_scheduler(die, forward=Mortal(1))
 
 
 def test_an_engine_that_keeps_dying_is_given_up_and_fails_everything_at_once() -> None:
     async def die(stand: Stand) -> None:
-        found = await asyncio.gather(*(stand.task(some_rows(4)) for _ in range(20)), return_exceptions=True)
-        assert all(isinstance(error, EngineFailed) for error in found)
+        answers = await asyncio.gather(*(stand.task(some_rows(4)) for _ in range(20)), return_exceptions=True)
+        assert all(isinstance(error, EngineFailed) for error in answers)
         await until(lambda: stand.broken == [True])
         assert not stand.workers.healthy
-        assert stand.gate.rows == 0
+        assert stand.admission.in_flight == 0
         with pytest.raises(NotReady):
             await stand.submit(some_rows(1))
 
@@ -521,21 +529,21 @@ def test_a_new_thread_has_to_pass_the_probe_first() -> None:
 
 
 def test_a_hanging_forward_is_given_up_and_its_late_result_thrown_away() -> None:
-    gate = threading.Event()
+    release = threading.Event()
     calls = 0
 
-    def hangs_once(member: int, rows: Rows) -> Any:
+    def hangs_once(member: int, images: Images) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
-            assert gate.wait(30)
-        return marks_its_members(member, rows)
+            assert release.wait(30)
+        return marks_its_members(member, images)
 
     async def hang(stand: Stand) -> None:
         with pytest.raises(EngineFailed):
             await stand.submit(some_rows(1))
         assert (await stand.submit(some_rows(2))).shape == (2, 10)
-        gate.set()
+        release.set()
         assert (await stand.submit(some_rows(2))).shape == (2, 10)
         assert stand.metrics.value("engine_restarts_total") == 1
 
@@ -561,15 +569,15 @@ def test_two_libraries_share_the_workers_and_a_forgotten_one_is_freed() -> None:
     with_scheduler(swap)
 
 
-def test_draws_are_told_a_lot_at_a_time() -> None:
+def test_draws_are_published_many_at_a_time() -> None:
     metrics, loop = Metrics(), asyncio.new_event_loop()
-    tally = DrawStatistics(stand_in_library(Policy.all(4)), metrics)
+    draw_statistics = DrawStatistics(stand_in_library(Policy.all(4)), metrics)
     (request,) = requests_of(PUBLISH_EVERY - 1, loop=loop)
-    places = [(request, index) for index in range(PUBLISH_EVERY - 1)]
-    tally.add(window_of(places))
+    slots = [(request, index) for index in range(PUBLISH_EVERY - 1)]
+    draw_statistics.add(batch_of(slots))
     assert metrics.value("ensemble_size_count") == 0
     assert metrics.value("draws_total", structure="resnet18", density="0.5") == 0
-    tally.add(window_of(places[:1]))
+    draw_statistics.add(batch_of(slots[:1]))
     assert metrics.value("ensemble_size_count") == PUBLISH_EVERY
     assert metrics.value("draws_total", structure="resnet18", density="0.5") == 4 * PUBLISH_EVERY
     loop.close()
@@ -577,17 +585,17 @@ def test_draws_are_told_a_lot_at_a_time() -> None:
 
 def counts_around_a_lone_image(members: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Every count of the metrics, told by a scrape after one image that so many tickets answered."""
-    told: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    counts: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
 
     async def ask(stand: Stand) -> None:
         await stand.submit(some_rows(1))
         for family in stand.metrics.registry.collect():
             for sample in family.samples:
                 if sample.name.endswith(("_count", "_total")) and sample.name.startswith("tombola_"):
-                    told[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+                    counts[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
 
     with_scheduler(ask, policy=Policy.fixed(tuple(range(members)), 4))
-    return told
+    return counts
 
 
 def test_a_scrape_after_one_image_does_not_tell_how_many_tickets_answered_it() -> None:
@@ -596,8 +604,8 @@ def test_a_scrape_after_one_image_does_not_tell_how_many_tickets_answered_it() -
     assert alone == together
 
 
-def window_of(places: list[tuple[PendingRequest, int]]) -> Batch:
-    return form_batch(ServedModel(engine(), Policy.all(4), 10), places)
+def batch_of(slots: list[tuple[PendingRequest, int]]) -> Batch:
+    return form_batch(ServedModel(engine(), Policy.all(4), 10), slots)
 
 
 @pytest.mark.parametrize(("quantum_ms", "pauses"), [(0.0, False), (20.0, True)])

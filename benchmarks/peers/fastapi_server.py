@@ -16,8 +16,8 @@ from benchmarks.peers.defence import Defence, decode
 
 
 @asynccontextmanager
-async def lifespan(here: FastAPI) -> AsyncIterator[None]:
-    here.state.defence = Defence()
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.state.defence = Defence()
     anyio.to_thread.current_default_thread_limiter().total_tokens = 1  # more threads than cores only cost
     yield
 
@@ -38,7 +38,7 @@ def classify(image: Annotated[bytes, Body(media_type="application/octet-stream")
 
 if __name__ == "__main__":
     uvicorn.run(
-        "benchmarks.peers.plain:app",
+        "benchmarks.peers.fastapi_server:app",
         host="127.0.0.1",
         port=int(sys.argv[1]),
         workers=int(sys.argv[2]),
