@@ -25,7 +25,7 @@ examples:
   python -m service audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
   python -m service audit --url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
   python -m service audit --compare old/report.json new/report.json
-  python -m service audit --tables service/audit/results/report.json --out service/audit/results --into README.md
+  python -m service audit --tables service/audit/results/report.json --out service/audit/results --into docs/RESULTS.md
 """
 
 

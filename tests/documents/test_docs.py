@@ -1,6 +1,7 @@
 """The documents say what is there: code that runs, commands and flags that exist, files that are listed."""
 
 import argparse
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ from model_store.library import open_library
 from model_store.structures import STRUCTURES, StructureName
 from service.__main__ import parser as service_parser
 from service.reference import page
+from tools.document_tree import PACKAGES, with_tree
 from training.__main__ import parser as training_parser
 from training.export import END, PRINTED, mark, table
 from training.jobs import GPU_SPEED, cost
@@ -18,6 +20,9 @@ from training.recipes import DENSITIES, PRESETS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
+PROSE = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 PAGES = [page for page in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(page.parts)]
 PARSERS = {"training": training_parser, "service": service_parser}
 
@@ -58,29 +63,50 @@ def test_every_make_target_of_the_readme_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_the_tree_lists_every_module_and_nothing_else() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
-    for package in ("model_store", "training", "service"):
-        part = re.split(r"\n(?=\S)", tree[tree.index(f"{package}/") :])[0]
-        listed = set(re.findall(r"^  (\S+)", part, re.MULTILINE))
-        there = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py", "__main__.py"}
-        folders = {f"{path.name}/" for path in (ROOT / package).iterdir() if path.is_dir() and path.name[0] not in "._"}
-        assert listed >= there | folders
-        assert all((ROOT / package / name).exists() for name in listed)
+def test_the_tree_is_that_of_the_modules() -> None:
+    """Rebuilt by `python -m tools.document_tree`."""
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert with_tree(page) == page
+
+
+def test_every_module_says_in_a_docstring_what_it_is() -> None:
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path.read_bytes()]
+    silent = [str(path) for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not silent
+
+
+def test_the_files_that_the_architecture_names_exist() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## The tree")[0]
+    names = re.findall(r"`((?:model_store|training|service|tombola|deploy|docs)/[\w./-]+)`", page)
+    assert len(names) > 30
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1400
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_documents_are_short(page: Path) -> None:
+    """But for tables, code, and sections that a command writes."""
+    text = re.sub(r"^<!-- .*?^<!-- end[^\n]*", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
 
 
 @pytest.mark.parametrize("library", [None, Path("model_store/library-scratch")])
-def test_the_readme_s_tables_of_claims_are_the_libraries_own(library: Path | None) -> None:
-    shown = README.split(mark(library))[1].split(END)[0].strip()
+def test_the_tables_of_claims_are_the_libraries_own(library: Path | None) -> None:
+    shown = RESULTS.split(mark(library))[1].split(END)[0].strip()
     assert shown == table(open_library(library and ROOT / library)).strip()
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_the_readme_s_cost_of_the_paper_s_preset_is_the_counted_one(name: StructureName) -> None:
+def test_the_cost_of_the_paper_s_preset_is_the_counted_one(name: StructureName) -> None:
     recipes = [PRESETS["paper"].recipe(name, density, 49_000) for density in DENSITIES]
     flops = sum(cost(recipe) for recipe in recipes)
     width = PRESETS["paper"].widths[name]
-    assert f"| {PRINTED[name]} | {width} | {flops / 1e15:,.0f} | {flops / GPU_SPEED / 3600:.0f} |" in README
+    assert f"| {PRINTED[name]} | {width} | {flops / 1e15:,.0f} | {flops / GPU_SPEED / 3600:.0f} |" in TRAINING
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:
