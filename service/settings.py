@@ -14,13 +14,15 @@ from typing import Any, Final, Literal, Self, cast
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from model_store.errors import TombolaError
+
 PREFIX: Final = "TOMBOLA_"
 TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random characters are beyond guessing
 # Kubernetes sets these for a Service called "tombola"; they are not meant for us.
 SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
 
 
-class SettingsRejected(Exception):
+class SettingsRejected(TombolaError):
     """A setting that cannot be used: one line that names it, says what was found and what was expected."""
 
 
