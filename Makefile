@@ -8,7 +8,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 serve: .venv/serve.stamp
-	$(BIN)/tombola serve
+	$(BIN)/python -m service serve
 
 test: .venv/test.stamp
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from model_store import manifest as manifests
 from model_store.errors import LibraryRejected, PolicyRejected, StoreError, TicketRejected
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.manifest import Claim, DefaultPolicy, Entry, Manifest, Provenance
 from model_store.policy import Policy
 from model_store.ticket import (
@@ -68,6 +69,11 @@ class Library:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.manifest.classes
+
+    @property
+    def input(self) -> InputSpec:
+        """What its networks take as a picture."""
+        return CIFAR10_INPUT
 
     @property
     def entries(self) -> tuple[Entry, ...]:

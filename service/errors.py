@@ -50,6 +50,7 @@ class ErrorMessage(StrEnum):
     # images
     IMAGE_EMPTY = "An image is empty."
     IMAGE_FORMAT = "An image is of an unsupported format; expected PNG, JPEG or WebP."
+    IMAGE_SAMPLES = "An image has samples or colours that are not read here; expected 8 or 16 bits, not HDR."
     IMAGE_DAMAGED = "An image is damaged or cut short."
     IMAGE_TOO_LARGE = "An image has more than {limit} pixels, which is this server's limit."
     IMAGE_SLOW = "Decoding took longer than {limit} s."
@@ -67,7 +68,7 @@ class ErrorMessage(StrEnum):
     V2_DATATYPE = "Wrong datatype: image is BYTES, pixels are UINT8 or FP32."
     V2_HALF_JSON = "FP16 and BF16 cannot travel here; pixels are UINT8 or FP32."
     V2_SHAPE_IMAGE = "Wrong shape: image is [N] with N of at least 1."
-    V2_SHAPE_PIXELS = "Wrong shape: pixels are [N, 3, 32, 32] with N of at least 1."
+    V2_SHAPE_PIXELS = "Wrong shape: pixels are [N, 3, {height}, {width}] with N of at least 1."
     V2_DATA = "data must be a JSON array, nested as shape says or flat, with exactly the shape's number of elements."
     V2_DATA_TWICE = "An input has either data or binary_data_size, not both and not neither."
     V2_DATA_UINT8 = "UINT8 pixels are whole numbers from 0 to 255."
@@ -110,9 +111,17 @@ class ServiceError(Exception):
     outcome: ClassVar[str] = "invalid"  # of the metric inference_requests_total
     close_connection: ClassVar[bool] = False  # the body was left unread, so the connection cannot be used again
 
-    def __init__(self, text: ErrorMessage | None = None, *, limit: float = 0, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        text: ErrorMessage | None = None,
+        *,
+        limit: float = 0,
+        height: int = 0,
+        width: int = 0,
+        retry_after: int | None = None,
+    ) -> None:
         number = str(int(limit)) if limit == int(limit) else str(limit)
-        self.message: Final = (text or self.text).format(limit=number)
+        self.message: Final = (text or self.text).format(limit=number, height=height, width=width)
         self.retry_after: Final = self.pause_s if retry_after is None else retry_after
         super().__init__(self.message)
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, Self, cast
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model_store.errors import TombolaError
+from model_store.images import MAX_PIXELS
 
 PREFIX: Final = "TOMBOLA_"
 TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random characters are beyond guessing
@@ -22,7 +22,7 @@ TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random cha
 SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
 
 
-class SettingsRejected(TombolaError):
+class SettingsRejected(Exception):
     """A setting that cannot be used: one line that names it, says what was found and what was expected."""
 
 
@@ -116,9 +116,10 @@ class Settings(BaseSettings):
     max_pixels: int = setting(
         4_000_000,
         "pixels",
-        "Largest image, from its header, before it is decoded",
+        "Largest image, from its header, once decoded: a large JPEG is decoded at a fraction of its size",
         "Above: a decompression bomb",
         ge=1024,
+        le=MAX_PIXELS,
     )
     max_images: int = setting(512, "images", "Images in one request", "They share one deadline", ge=1, le=65536)
     max_requests: int = setting(

@@ -5,7 +5,6 @@ Three layouts are read: torchvision's CIFAR-10 (`cifar-10-batches-py`), an image
 """
 
 import hashlib
-import io
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,18 +14,20 @@ from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from torch import Tensor
 
+from model_store import images
+from model_store.errors import ImageRejected
+from model_store.input_spec import CIFAR10_INPUT
 from training.errors import DataRejected
 
-SIZE: Final = 32
+SIZE: Final = CIFAR10_INPUT.width
 SELECTION_PER_CLASS: Final = 100
 SUFFIXES: Final = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LAYOUTS: Final = (
     "expected cifar-10-batches-py (torchvision), or train/<class>/* and test/<class>/* as a folder or a zip of one; "
-    "`tombola fetch` downloads CIFAR-10"
+    "`python -m training fetch` downloads CIFAR-10"
 )
 
 
@@ -122,7 +123,7 @@ def read_torchvision(root: Path) -> Split:
         try:
             data = CIFAR10(str(root), train=train)
         except RuntimeError as error:
-            raise DataRejected(f"{root}: {error}; `tombola fetch {root}` downloads it again") from None
+            raise DataRejected(f"{root}: {error}; `python -m training fetch {root}` downloads it again") from None
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         kind = "train" if train else "test"
         names = tuple(f"{kind}/{data.classes[label]}/{i:05d}" for i, label in enumerate(data.targets))
@@ -179,13 +180,10 @@ def decode_all(
 def decode(where: str, data: bytes) -> Tensor:
     """One encoded image -> uint8 [3, 32, 32]; another size is resized (bilinear, antialiased)."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        image = images.decode(data, CIFAR10_INPUT, max_pixels=images.MAX_PIXELS, formats=images.DATA_FORMATS)
+    except ImageRejected as error:
         raise DataRejected(f"{where}: not a readable image ({error})") from None
-    if rgb.size != (SIZE, SIZE):
-        rgb = rgb.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1)
+    return torch.from_numpy(image.pixels)
 
 
 def folder_key(root: Path) -> str:

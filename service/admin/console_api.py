@@ -99,7 +99,7 @@ class ConsoleApi:
     async def answers(self, request: Request, serving: LoadedLibrary) -> Probabilities:
         """[DRAWS, classes]"""
         body = await received(request, self.settings.max_body_bytes)
-        rows = np.repeat(await self.decoder.rows([body]), DRAWS, axis=0)
+        rows = np.repeat(await self.decoder.rows([body], serving.library.input), DRAWS, axis=0)
         answer = serving.scheduler.submit(rows, client=CLIENT, deadline=None)
         return await cancel_on_disconnect(request.receive, answer)
 

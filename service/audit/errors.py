@@ -2,10 +2,8 @@
 
 from typing import ClassVar
 
-from model_store.errors import TombolaError
 
-
-class AuditError(TombolaError):
+class AuditError(Exception):
     """An audit that cannot run. status: what the admin plane answers with."""
 
     status: ClassVar[int] = 400

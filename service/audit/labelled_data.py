@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from model_store.input_spec import CIFAR10_INPUT
 from service.audit.errors import DataRejected
 from service.errors import ServiceError
-from service.web.decoder import SIZE, decode
+from service.web.decoder import decode
+
+SIZE: Final = CIFAR10_INPUT.width
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
 MAX_FILES: Final = 200_000
@@ -162,7 +165,7 @@ def round_robin(by_class: Mapping[int, Sequence[str]], images: int) -> list[tupl
 
 def decoded(where: str, name: str, data: bytes) -> Tensor:
     try:
-        return torch.from_numpy(decode(data, MAX_PIXELS))
+        return torch.from_numpy(decode(data, CIFAR10_INPUT, MAX_PIXELS))
     except ServiceError as error:
         raise DataRejected(f"{where}: {name[-100:]}: {error.message}") from None
 

@@ -1,4 +1,4 @@
-"""tombola bench capacity: what an image costs a server, and how many replicas a load takes.
+"""python -m service bench capacity: what an image costs a server, and how many replicas a load takes.
 
 A server is started as it would be in production and asked over HTTP; its cost is the processor time that it itself
 counts (process_cpu_seconds_total and tombola_engine_cpu_seconds_total), so that neither the client nor other work on
@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from model_store.input_spec import CIFAR10_INPUT
 from service.settings import Settings, SettingsRejected
-from service.web.decoder import SIZE
 
 ROWS: Final = 512  # images under way at the most: full windows, and half of what a server admits
 CLIENTS: Final = 32  # connections at the most
@@ -57,9 +57,9 @@ class RunningServer:
 
 @contextmanager
 def server(flags: Sequence[str]) -> Iterator[RunningServer]:
-    """`tombola serve` on free ports. Raises SettingsRejected if it does not come up."""
+    """`python -m service serve` on free ports. Raises SettingsRejected if it does not come up."""
     with tempfile.TemporaryDirectory() as state:
-        command = [sys.executable, "-m", "tombola", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
+        command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
         # A machine that does other work as well may be slow: that must not end requests.
         command += ["--state-dir", state, "--log-level", "error", "--deadline-s", "600", *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
@@ -81,7 +81,7 @@ def announced(process: "subprocess.Popen[str]") -> RunningServer:
 
 def noise() -> bytes:
     """PNG, 32x32, that does not compress: what costs most to decode of what clients usually send."""
-    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (CIFAR10_INPUT.height, CIFAR10_INPUT.width, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -176,7 +176,7 @@ def table(found: Json) -> str:
         f"{found['memory_mb']:,} MB and exports {found['series']:,} series."
     )
     lines = [
-        "<!-- tombola bench capacity -->",
+        "<!-- python -m service bench capacity -->",
         said,
         "",
         f"| images/s | cores busy | replicas of {CORES} cores | memory, GB | series | samples/s |",

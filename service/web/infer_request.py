@@ -15,14 +15,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from model_store.images import Pixels
+from model_store.input_spec import InputSpec
 from service.errors import BadRequest, ContentTooLarge, ErrorMessage
 from service.web.body import parse_json, whole_number
-from service.web.decoder import SIZE, Pixels, sniff
+from service.web.decoder import sniff
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 MAX_ID: Final = 256
 MAX_PARAMETERS: Final = 64
-PIXELS: Final = (3, SIZE, SIZE)
 ITEM_BYTES: Final = {"UINT8": 1, "FP32": 4}
 INPUT_KEYS: Final = frozenset(("name", "shape", "datatype", "parameters", "data"))
 Json = dict[str, Any]
@@ -39,7 +40,7 @@ class RequestedOutput:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """images: encoded files, or uint8 [N, 3, 32, 32].  timeout_s: None for the server's."""
+    """images: encoded files, or uint8 [N, 3, H, W].  timeout_s: None for the server's."""
 
     images: Sequence[bytes] | Pixels
     outputs: tuple[RequestedOutput, ...]
@@ -54,6 +55,7 @@ class ModelSpec:
     outputs: tuple[str, ...]
     classes: int
     max_images: int
+    input: InputSpec
 
 
 def read_inference(body: bytes, headers: Mapping[bytes, bytes], model: ModelSpec) -> InferRequest:
@@ -75,7 +77,7 @@ def from_json(header: Json, tail: memoryview, model: ModelSpec) -> InferRequest:
     parameters = parameters_of(header)
     binary = flag(parameters, "binary_data_output", default=False)
     return InferRequest(
-        images=read_input(header.get("inputs"), tail, model.max_images),
+        images=read_input(header.get("inputs"), tail, model),
         outputs=read_outputs(header.get("outputs"), binary, model),
         id=read_id(header),
         timeout_s=read_timeout(parameters),
@@ -129,7 +131,7 @@ def is_whole(value: Any) -> bool:
 # Inputs
 
 
-def read_input(inputs: Any, tail: memoryview, max_images: int) -> Sequence[bytes] | Pixels:
+def read_input(inputs: Any, tail: memoryview, model: ModelSpec) -> Sequence[bytes] | Pixels:
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise BadRequest(ErrorMessage.V2_INPUTS)
     tensor: Json = inputs[0]
@@ -146,19 +148,19 @@ def read_input(inputs: Any, tail: memoryview, max_images: int) -> Sequence[bytes
         raise BadRequest(ErrorMessage.V2_BINARY_SIZE)
     source = tensor["data"] if size is None else tail
     if tensor.get("name") == "image":
-        return read_images(tensor, source, max_images)
+        return read_images(tensor, source, model.max_images)
     if tensor.get("name") == "pixels":
-        return read_pixels(tensor, source, max_images)
+        return read_pixels(tensor, source, model)
     raise BadRequest(ErrorMessage.V2_INPUTS)
 
 
-def rows_of(tensor: Json, rest: Sequence[tuple[int, ...]], wrong: ErrorMessage, max_images: int) -> int:
+def rows_of(tensor: Json, rest: Sequence[tuple[int, ...]], wrong: BadRequest, max_images: int) -> int:
     """N of a shape [N, *rest], for one of the given rests; 1 <= N <= max_images."""
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not 1 <= len(shape) <= 4 or not all(is_whole(size) for size in shape):
-        raise BadRequest(wrong)
+        raise wrong
     if shape[0] < 1 or tuple(shape[1:]) not in rest:
-        raise BadRequest(wrong)
+        raise wrong
     if shape[0] > max_images:
         raise ContentTooLarge(ErrorMessage.IMAGES_TOO_MANY, limit=max_images)
     return int(shape[0])
@@ -168,7 +170,7 @@ def read_images(tensor: Json, source: Any, max_images: int) -> list[bytes]:
     if tensor.get("datatype") != "BYTES":
         raise BadRequest(ErrorMessage.V2_DATATYPE)
     count = rows_of(
-        tensor, [(), (1,)], ErrorMessage.V2_SHAPE_IMAGE, max_images
+        tensor, [(), (1,)], BadRequest(ErrorMessage.V2_SHAPE_IMAGE), max_images
     )  # [N, 1]: clients that add a batch dimension
     if isinstance(source, memoryview):
         return [as_file(element) for element in split_elements(source, count)]
@@ -209,20 +211,22 @@ def from_base64(text: str | bytes) -> bytes:
         raise BadRequest(ErrorMessage.BASE64) from None
 
 
-def read_pixels(tensor: Json, source: Any, max_images: int) -> Pixels:
+def read_pixels(tensor: Json, source: Any, model: ModelSpec) -> Pixels:
     datatype = tensor.get("datatype")
     if datatype in ("FP16", "BF16"):
         raise BadRequest(ErrorMessage.V2_HALF_JSON)
     if datatype not in ("UINT8", "FP32"):
         raise BadRequest(ErrorMessage.V2_DATATYPE)
-    count = rows_of(tensor, [PIXELS], ErrorMessage.V2_SHAPE_PIXELS, max_images)
+    shape = model.input.shape
+    wrong = BadRequest(ErrorMessage.V2_SHAPE_PIXELS, height=shape[1], width=shape[2])
+    count = rows_of(tensor, [shape], wrong, model.max_images)
     if isinstance(source, memoryview):
-        if len(source) != count * 3 * SIZE * SIZE * ITEM_BYTES[datatype]:
+        if len(source) != count * model.input.numel * ITEM_BYTES[datatype]:
             raise BadRequest(ErrorMessage.V2_BINARY_SIZE)
         flat = np.frombuffer(source, np.uint8 if datatype == "UINT8" else "<f4")
     else:
         flat = from_numbers(flatten(source, tensor["shape"]), datatype)
-    return (flat if datatype == "UINT8" else quantise(flat)).reshape(count, *PIXELS)
+    return (flat if datatype == "UINT8" else quantise(flat)).reshape(count, *shape)
 
 
 def from_numbers(values: list[Any], datatype: str) -> np.ndarray[Any, Any]:

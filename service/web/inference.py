@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from model_store.images import Pixels
 from model_store.library import Library
 from service.errors import BadRequest, ClientDisconnected, ContentTooLarge, ErrorMessage, NotReady, ServiceError
 from service.observability.metrics import Metrics
@@ -21,7 +22,7 @@ from service.observability.tracing import stage
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
 from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, unique_headers
-from service.web.decoder import Decoder, Pixels
+from service.web.decoder import Decoder
 
 Detail = Literal["rounded", "label", "full"]
 ARRIVAL_TIME: Final = (
@@ -167,7 +168,7 @@ class DataPlane:
     async def classify(
         self, visit: InferenceContext, images: Sequence[bytes] | Pixels, timeout_s: float | None = None
     ) -> Probabilities:
-        """Encoded files, or uint8 [N, 3, 32, 32] -> [N, classes]. A client that hangs up meanwhile: ClientGone."""
+        """Encoded files, or uint8 [N, 3, H, W] -> [N, classes]. A client that hangs up meanwhile: ClientGone."""
         if len(images) > self.settings.max_images:
             raise ContentTooLarge(ErrorMessage.IMAGES_TOO_MANY, limit=self.settings.max_images)
         deadline = visit.deadline if timeout_s is None else min(visit.deadline, visit.arrived + timeout_s)
@@ -178,7 +179,11 @@ class DataPlane:
 
     async def submit(self, visit: InferenceContext, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
         with stage("decode"):
-            rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images)
+            rows = (
+                images
+                if isinstance(images, np.ndarray)
+                else await self.decoder.rows(images, visit.serving.library.input)
+            )
         return await visit.serving.scheduler.submit(rows, client=visit.client, deadline=deadline)
 
     def encode(self, make: Callable[[], Response]) -> Response:

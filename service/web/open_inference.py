@@ -20,7 +20,6 @@ from starlette.responses import Response
 
 from service.errors import ErrorMessage, NotFound, NotImplementedByServer, NotReady, UnsupportedMediaType
 from service.web.body import media_type
-from service.web.decoder import SIZE
 from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference
 from service.web.inference import (
     ENCODER,
@@ -136,7 +135,7 @@ class OpenInferenceApi:
         require_model(request)
         inputs = [
             {"name": "image", "datatype": "BYTES", "shape": [-1]},
-            {"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, SIZE, SIZE]},
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, *self.front.serving().library.input.shape]},
         ]
         outputs = [
             {"name": name, "datatype": DATATYPES[name], "shape": [-1, *self.rest(name)]} for name in self.outputs
@@ -158,9 +157,10 @@ class OpenInferenceApi:
         """In Triton's terms, where a model that batches leaves the number of images out of `dims`."""
         require_model(request)
         scalar = {"dims": [1], "reshape": {"shape": []}}
+        shape = self.front.serving().library.input.shape
         inputs = [
             {"name": "image", "data_type": "TYPE_STRING", **scalar, "optional": True},
-            {"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, SIZE, SIZE], "optional": True},
+            {"name": "pixels", "data_type": "TYPE_UINT8", "dims": [*shape], "optional": True},
         ]
         types = {"FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "BYTES": "TYPE_STRING"}
         outputs = []
@@ -202,7 +202,7 @@ class OpenInferenceApi:
         kind = media_type(visit.headers)
         if kind not in TYPES and not kind.startswith(b"image/"):
             raise UnsupportedMediaType(ErrorMessage.V2_TYPE)
-        model = ModelSpec(self.outputs, len(library.classes), self.front.settings.max_images)
+        model = ModelSpec(self.outputs, len(library.classes), self.front.settings.max_images, library.input)
         asked = read_inference(visit.body, visit.headers, model)
         found = await self.front.classify(visit, asked.images, asked.timeout_s)
         self.statistics.images += len(found)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from service.__main__ import main
 from service.settings import (
     Settings,
     SettingsRejected,
@@ -18,7 +19,6 @@ from service.settings import (
     read_settings,
     setting_docs,
 )
-from tombola.cli import main
 
 
 @pytest.fixture(autouse=True)

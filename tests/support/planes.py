@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,8 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.types import ASGIApp
 
+from model_store.images import Pixels
+from model_store.input_spec import CIFAR10_INPUT
 from service import errors
 from service.admin import library_api
 from service.app import create_server, loop_factory
@@ -24,7 +27,6 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web import classify
 from service.web.auth import AdminAuthMiddleware, ApiKeyStore
-from service.web.decoder import Pixels
 from service.web.inference import DataPlane, LibraryManagerProtocol, Probabilities
 from tests.support.tickets import CLASSES
 
@@ -90,7 +92,7 @@ class StandIn:
     scheduler: Oracle = field(default_factory=Oracle)
     ready: bool = True
     loaded: bool = True
-    library: Any = field(default_factory=lambda: SimpleNamespace(classes=CLASSES, digest=DIGEST))
+    library: Any = field(default_factory=lambda: SimpleNamespace(classes=CLASSES, digest=DIGEST, input=CIFAR10_INPUT))
     on_reload: Callable[[], None] = lambda: None
 
     @property
@@ -149,12 +151,10 @@ def one_of_the_catalogue(said: str) -> bool:
 
 
 def matches(text: str, said: str) -> bool:
-    """Whether `said` is this text of the catalogue with nothing but a number filled in."""
-    before, _, after = text.replace("{{", "{").replace("}}", "}").partition("{limit}")
-    middle = said.removeprefix(before).removesuffix(after)
-    return (
-        said.startswith(before) and said.endswith(after) and all(part.isdigit() for part in middle.split(".") if part)
-    )
+    """Whether `said` is this text of the catalogue with nothing but numbers filled in."""
+    escaped = re.escape(text.replace("{{", "{").replace("}}", "}"))
+    pattern = re.sub(r"\\{(limit|height|width)\\}", r"[0-9]+(\.[0-9]+)?", escaped)
+    return re.fullmatch(pattern, said) is not None
 
 
 @contextmanager

@@ -24,22 +24,24 @@ from typing import Final
 import atheris  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-with atheris.instrument_imports(include=["service", "PIL", "json"]):
+with atheris.instrument_imports(include=["service", "model_store", "PIL", "json"]):
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401 -- loaded late otherwise
 
+    from model_store.images import orientation
+    from model_store.input_spec import CIFAR10_INPUT
     from service.errors import ServiceError
     from service.web.body import inflate, parse_json
     from service.web.classify import parse_json_images
-    from service.web.decoder import decode, orientation
+    from service.web.decoder import decode
     from service.web.infer_request import HEADER_LENGTH, ModelSpec, read_inference
 from tests.support.planes import encoded, one_of_the_catalogue, picture, png
 
-MODEL: Final = ModelSpec(("probabilities", "index", "label"), classes=10, max_images=64)
+MODEL: Final = ModelSpec(("probabilities", "index", "label"), classes=10, max_images=64, input=CIFAR10_INPUT)
 MAX_PIXELS: Final = 250_000
 
 
 def image(data: bytes) -> None:
-    found = decode(data, MAX_PIXELS)
+    found = decode(data, CIFAR10_INPUT, MAX_PIXELS)
     assert found.shape == (3, 32, 32), found.shape
 
 

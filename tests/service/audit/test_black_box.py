@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from model_store.attacks import ThreatModel
+from model_store.images import Pixels
 from service.audit.attacks import black_box
 from service.audit.attacks.black_box import HttpOracle, QueryAttackConfig
 from service.audit.errors import AuditRejected, OracleFailed
 from service.errors import EngineFailed, Overloaded
-from service.web.decoder import Pixels
 from service.web.inference import Probabilities
 from tests.support.planes import Oracle, StandIn, behind_a_port, probabilities, public_app
 from tests.support.tickets import CLASSES

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from model_store.input_spec import CIFAR10_INPUT
 from service.errors import DeadlineExceeded, Draining, EngineFailed, ErrorMessage, Overloaded, RateLimited, ServiceError
 from service.observability.metrics import Metrics
 from service.web.inference import ARRIVAL_TIME
@@ -81,7 +82,8 @@ class TestAnswers:
         class Swapping(StandIn):
             @property
             def current(self) -> StandIn:
-                return StandIn(library=type("Library", (), {"classes": CLASSES, "digest": next(digests)})())
+                fields = {"classes": CLASSES, "digest": next(digests), "input": CIFAR10_INPUT}
+                return StandIn(library=type("Library", (), fields)())
 
         digests = iter(["first", "second"])
         found = ask(public_app(Swapping()), "POST", PATH, content=png()).json()

@@ -17,11 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from model_store.images import Pixels, orientation
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from service.errors import BadRequest, ContentTooLarge, ErrorMessage, ServiceError, UnsupportedMediaType
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web import decoder as decoder_module
-from service.web.decoder import Decoder, Pixels, decode, orientation
+from service.web.decoder import Decoder
+from service.web.decoder import decode as decode_for
 from tests.support.planes import encoded, picture, png
 from training.data import decode as training_decode
 
@@ -29,6 +32,10 @@ MAX_PIXELS: Final = 4_000_000
 KINDS: Final = ("PNG", "JPEG", "WEBP")
 NOISE: Final = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))
 PILLOW_WARNS: Final = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+
+def decode(data: bytes, max_pixels: int) -> Pixels:
+    return decode_for(data, CIFAR10_INPUT, max_pixels)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -235,8 +242,8 @@ class TestDecoder:
     ) -> None:
         threads = []
 
-        def spied(data: bytes, max_pixels: int) -> Pixels:
-            found = decode(data, max_pixels)
+        def spied(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = True) -> Pixels:
+            found = decode_for(data, spec, max_pixels, scaled=scaled)
             threads.append(threading.current_thread().name)
             return found
 
@@ -244,17 +251,17 @@ class TestDecoder:
         here = threading.current_thread().name
         unpacking = encoded(picture(), icc_profile=bytes(1000))
         for data in (png(), png(size=(64, 65)), encoded(NOISE), unpacking):
-            asyncio.run(decoder.rows([data]))
+            asyncio.run(decoder.rows([data], CIFAR10_INPUT))
         assert len(encoded(NOISE)) > decoder_module.SMALL_BYTES > len(unpacking)
         assert [name == here for name in threads] == [True, False, False, False]
 
     def test_many_images_in_order(self, decoder: Decoder) -> None:
-        found = asyncio.run(decoder.rows([png(red) for red in range(20)]))
+        found = asyncio.run(decoder.rows([png(red) for red in range(20)], CIFAR10_INPUT))
         assert found[:, 0, 0, 0].tolist() == list(range(20))
 
     def test_one_bad_image_among_many_refuses_them_all(self, decoder: Decoder) -> None:
         with pytest.raises(BadRequest):
-            asyncio.run(decoder.rows([png(), png()[:50], png()]))
+            asyncio.run(decoder.rows([png(), png()[:50], png()], CIFAR10_INPUT))
 
     def test_after_the_time_the_client_is_told_and_the_rest_is_not_decoded(
         self, monkeypatch: pytest.MonkeyPatch
@@ -262,14 +269,14 @@ class TestDecoder:
         decoder = Decoder(Settings(decode_timeout_s=0.05), Metrics())
         go, done = threading.Event(), []
 
-        def slow(data: bytes, max_pixels: int) -> Pixels:
+        def slow(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = True) -> Pixels:
             go.wait(30)
             done.append(data)
             return decode(data, max_pixels)
 
         monkeypatch.setattr(decoder_module, "decode", slow)
         with pytest.raises(BadRequest, match="longer than"):
-            asyncio.run(decoder.rows([png()] * 5))
+            asyncio.run(decoder.rows([png()] * 5, CIFAR10_INPUT))
         go.set()
         decoder.pool.shutdown(wait=True)
         assert len(done) == 1
@@ -277,14 +284,14 @@ class TestDecoder:
     def test_the_event_loop_goes_on_meanwhile(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
         go = threading.Event()
 
-        def held(data: bytes, max_pixels: int) -> Pixels:
+        def held(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = True) -> Pixels:
             assert go.wait(30)
             return decode(data, max_pixels)
 
         monkeypatch.setattr(decoder_module, "decode", held)
 
         async def both() -> Any:
-            large = asyncio.ensure_future(decoder.rows([encoded(NOISE)]))
+            large = asyncio.ensure_future(decoder.rows([encoded(NOISE)], CIFAR10_INPUT))
             await asyncio.sleep(0)
             go.set()  # only reached if decoding does not hold the loop
             return await large

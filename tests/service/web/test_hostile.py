@@ -27,6 +27,7 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
+from model_store.images import Pixels
 from model_store.library import Library
 from service.app import create_admin_app, create_public_app
 from service.errors import ErrorMessage
@@ -34,7 +35,6 @@ from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
-from service.web.decoder import Pixels
 from service.web.inference import Probabilities
 from tests.support.planes import (
     TOKEN,

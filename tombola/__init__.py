@@ -1,1 +1,0 @@
-"""Tombola: image classification by a fresh random ensemble of adversarially robust lottery tickets."""

@@ -1,1 +1,0 @@
-"""The options of each command. Whatever is heavy is imported when the command runs."""
