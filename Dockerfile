@@ -47,6 +47,7 @@ COPY pyproject.toml README.md ./
 COPY model_store/*.py model_store/*.md model_store/
 COPY training training
 COPY service service
+COPY tombola tombola
 RUN python -m venv /build \
     && /build/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --target /opt/code .
 
@@ -77,5 +78,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('TOMBOLA_PORT', '8000') + '/health/ready', timeout=2)"]
 # No shell in between: the server is process 1 and gets the signals.
-ENTRYPOINT ["python", "-m", "service"]
+ENTRYPOINT ["python", "-m", "tombola"]
 CMD ["serve"]

@@ -8,7 +8,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 serve: .venv/serve.stamp
-	$(BIN)/python -m service serve
+	$(BIN)/tombola serve
 
 test: .venv/test.stamp
 	$(BIN)/ruff format --check .

@@ -131,7 +131,7 @@ def mean_of_runs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any
 def raw(given: argparse.Namespace, state: Path) -> dict[str, Any]:
     """In a process of its own, as the servers are."""
     out = state / "raw.json"
-    command = [sys.executable, "-m", "service", "bench", "raw", "--images", "1024", "--json", str(out)]
+    command = [sys.executable, "-m", "tombola", "bench", "raw", "--images", "1024", "--json", str(out)]
     command += ["--state-dir", str(state)]
     command += [] if given.library is None else ["--library", str(given.library)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)

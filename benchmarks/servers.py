@@ -45,7 +45,7 @@ class Server:
 def ours(library: Path | None, state: Path) -> Server:
     flags = ("--port", "{port}", "--admin-port", "{admin}", "--state-dir", str(state), "--drain-delay-s", "0")
     chosen = () if library is None else ("--library", str(library))
-    command = (sys.executable, "-m", "service", "serve", *flags, *chosen)
+    command = (sys.executable, "-m", "tombola", "serve", *flags, *chosen)
     forms = (("png", lambda: requests.files("/v1/classify")), ("tensor", requests.tensors))
     return Server("tombola", command, "/health/ready", forms)
 

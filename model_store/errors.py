@@ -1,7 +1,15 @@
 """What model_store raises. Every message says where, what was found, what was expected and, if it helps, what to do."""
 
+from typing import ClassVar
 
-class StoreError(Exception):
+
+class TombolaError(Exception):
+    """What all of Tombola's own errors are. exit_code: what the command line ends with."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class StoreError(TombolaError):
     """A stored model, or a request to draw from one, that cannot be used."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Self, cast
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from model_store.errors import TombolaError
 from model_store.images import MAX_PIXELS
 
 PREFIX: Final = "TOMBOLA_"
@@ -22,7 +23,7 @@ TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random cha
 SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
 
 
-class SettingsRejected(Exception):
+class SettingsRejected(TombolaError):
     """A setting that cannot be used: one line that names it, says what was found and what was expected."""
 
 

@@ -48,7 +48,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_search_s_tickets_answer_pictures_over_http(library: Path, tmp_path: Path) -> None:
     asked = digits().test.balanced(200)
-    command = [sys.executable, "-m", "service", "serve", "--library", str(library), "--port", "0", "--admin-port", "0"]
+    command = [sys.executable, "-m", "tombola", "serve", "--library", str(library), "--port", "0", "--admin-port", "0"]
     with subprocess.Popen(
         [*command, "--state-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as server:

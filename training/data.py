@@ -27,7 +27,7 @@ SELECTION_PER_CLASS: Final = 100
 SUFFIXES: Final = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LAYOUTS: Final = (
     "expected cifar-10-batches-py (torchvision), or train/<class>/* and test/<class>/* as a folder or a zip of one; "
-    "`python -m training fetch` downloads CIFAR-10"
+    "`tombola fetch` downloads CIFAR-10"
 )
 
 
@@ -123,7 +123,7 @@ def read_torchvision(root: Path) -> Split:
         try:
             data = CIFAR10(str(root), train=train)
         except RuntimeError as error:
-            raise DataRejected(f"{root}: {error}; `python -m training fetch {root}` downloads it again") from None
+            raise DataRejected(f"{root}: {error}; `tombola fetch {root}` downloads it again") from None
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         kind = "train" if train else "test"
         names = tuple(f"{kind}/{data.classes[label]}/{i:05d}" for i, label in enumerate(data.targets))

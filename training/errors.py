@@ -1,8 +1,12 @@
-"""What training raises; `python -m training` prints each as one line and exits with 1."""
+"""What training raises. Every message says what was found, what was expected and what to do."""
+
+from typing import ClassVar
+
+from model_store.errors import TombolaError
 
 
-class TrainingError(Exception):
-    """Something the person at the keyboard can mend; the message says what was found, what was expected, what to do."""
+class TrainingError(TombolaError):
+    """Training that cannot begin or go on."""
 
 
 class DataRejected(TrainingError):
@@ -15,3 +19,9 @@ class CheckpointRejected(TrainingError):
 
 class SearchFailed(TrainingError):
     """A search that cannot go on: the loss is not finite, or the disk is full."""
+
+
+class JobsUnfinished(TrainingError):
+    """Some jobs failed, or run elsewhere: the others are done, and the same command goes on."""
+
+    exit_code: ClassVar[int] = 1

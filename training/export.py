@@ -104,7 +104,7 @@ END: Final = "<!-- end -->"
 
 def mark(library: Path | None) -> str:
     """The line of a page under which the library's table stands: the command that makes it. None: the embedded one."""
-    return f"<!-- table: python -m training table{'' if library is None else f' {library}'} -->"
+    return f"<!-- table: tombola table{'' if library is None else f' {library}'} -->"
 
 
 def write_into(page: Path, text: str, begin: str) -> None:

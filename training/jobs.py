@@ -303,7 +303,7 @@ def start_worker(
     job: Job, data: Path, device: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """A process of its own, so that a crash of any kind is one ticket's and memory is given back."""
-    command = [sys.executable, "-m", "training", "work", str(job.folder), "--data", str(data), "--device", device]
+    command = [sys.executable, "-m", "tombola", "work", str(job.folder), "--data", str(data), "--device", device]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
     output = (job.folder / "output.txt").open("ab")
     with output:

@@ -1,4 +1,4 @@
-"""python -m service audit: the audit of a library from the command line, or of a running service."""
+"""tombola audit: the audit of a library from the command line, or of a running service."""
 
 import argparse
 import json
@@ -20,23 +20,17 @@ AGAIN_S: Final = 0.5  # until a running service is asked again, when it has ende
 INVALID: Final = 4  # exit code: a hard check failed
 EPILOG: Final = """\
 examples:
-  python -m service audit --profile smoke
-  python -m service audit my/library --data cifar10.zip --profile standard --out audit
-  python -m service audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
-  python -m service audit --url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
-  python -m service audit --compare old/report.json new/report.json
-  python -m service audit --tables service/audit/results/report.json --out service/audit/results --into docs/RESULTS.md
+  tombola audit --profile smoke
+  tombola audit my/library --data cifar10.zip --profile standard --out audit
+  tombola audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
+  tombola audit --url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
+  tombola audit --compare old/report.json new/report.json
+  tombola audit --tables service/audit/results/report.json --out service/audit/results --into docs/RESULTS.md
 """
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "audit",
-        help="attack a library and check the attacks",
-        description=run.__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = run.__doc__, EPILOG
     parser.add_argument(
         "library", nargs="?", type=Path, help="folder of the library (TOMBOLA_LIBRARY, or the embedded one)"
     )
@@ -68,15 +62,11 @@ def add_parser(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Attacks a library as its critics would, checks the attacks, and writes report.json and report.html."""
-    try:
-        if given.compare:
-            return run_compare(*given.compare)
-        if given.tables:
-            return run_tables(given.tables, given.out, given.into)
-        report = remote(given) if given.url else local(given)
-    except AuditError as error:
-        print(f"tombola: {error}", file=sys.stderr)
-        return 2
+    if given.compare:
+        return run_compare(*given.compare)
+    if given.tables:
+        return run_tables(given.tables, given.out, given.into)
+    report = remote(given) if given.url else local(given)
     return conclude(report, given.fail_under)
 
 

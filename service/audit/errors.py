@@ -2,8 +2,10 @@
 
 from typing import ClassVar
 
+from model_store.errors import TombolaError
 
-class AuditError(Exception):
+
+class AuditError(TombolaError):
     """An audit that cannot run. status: what the admin plane answers with."""
 
     status: ClassVar[int] = 400

@@ -1,0 +1,5 @@
+"""Measurements of the service: the engine alone, what answers reveal, what 8 bits change, and what an image costs."""
+
+from typing import Final
+
+SETTINGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")  # those that benchmarks take

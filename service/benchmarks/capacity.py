@@ -1,4 +1,4 @@
-"""python -m service bench capacity: what an image costs a server, and how many replicas a load takes.
+"""tombola bench capacity: what an image costs a server, and how many replicas a load takes.
 
 A server is started as it would be in production and asked over HTTP; its cost is the processor time that it itself
 counts (process_cpu_seconds_total and tombola_engine_cpu_seconds_total), so that neither the client nor other work on
@@ -57,9 +57,9 @@ class RunningServer:
 
 @contextmanager
 def server(flags: Sequence[str]) -> Iterator[RunningServer]:
-    """`python -m service serve` on free ports. Raises SettingsRejected if it does not come up."""
+    """`tombola serve` on free ports. Raises SettingsRejected if it does not come up."""
     with tempfile.TemporaryDirectory() as state:
-        command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
+        command = [sys.executable, "-m", "tombola", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
         # A machine that does other work as well may be slow: that must not end requests.
         command += ["--state-dir", state, "--log-level", "error", "--deadline-s", "600", *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
@@ -176,7 +176,7 @@ def table(found: Json) -> str:
         f"{found['memory_mb']:,} MB and exports {found['series']:,} series."
     )
     lines = [
-        "<!-- python -m service bench capacity -->",
+        "<!-- tombola bench capacity -->",
         said,
         "",
         f"| images/s | cores busy | replicas of {CORES} cores | memory, GB | series | samples/s |",

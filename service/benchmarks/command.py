@@ -1,8 +1,4 @@
-"""python -m service bench raw | latency | precision | int8 | capacity: what the engine does by itself, what an answer's
-time and its digits say of its theta, what 8 bits change, and what an image costs a whole server.
-
-The comparison over HTTP with other servers is `make bench`.
-"""
+"""Runs `tombola bench`: the engine alone, what an answer's time and digits reveal, 8 bits, and a server's cost."""
 
 import argparse
 import asyncio
@@ -16,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import openvino
@@ -27,65 +23,40 @@ from model_store.policy import Theta, draw_theta
 from model_store.structures import Network
 from service.audit.errors import DataRejected
 from service.audit.labelled_data import read_data
-from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
+from service.benchmarks import SETTINGS, capacity, output_leakage, quantization, timing_leakage
 from service.benchmarks.timing_leakage import scheduling
 from service.engine.base import Engine, EngineRejected, Images
 from service.engine.factory import engine_threads, open_engine, open_for_serving
 from service.scheduling.scheduler import Scheduler
-from service.settings import Settings, SettingsRejected, add_flags, read_settings
+from service.settings import Settings, SettingsRejected, read_settings
 
 CONCURRENT_CLIENTS: Final = 32
-FLAGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")
 
 
-def add_parser(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="measure the engine, or what latency reveals", description=__doc__)
-    kinds = bench.add_subparsers(required=True, metavar="WHAT")
-    raw = kinds.add_parser("raw", help="the engine on recorded draws, against the plain loop")
-    raw.add_argument("--images", type=int, default=512, help="images, each with a recorded draw (512)")
-    raw.add_argument("--seed", type=int, default=0, help="of the images and the draws (0)")
-    raw.set_defaults(measure=raw_engine, opened=open_for_serving)
-    latency = kinds.add_parser("latency", help="mutual information between an answer's time and its ensemble's size")
-    latency.add_argument("--images", type=int, default=1500, help="single images, one after the other (1500)")
-    latency.add_argument(
-        "--quantum-ms", type=float, nargs="+", default=[10.0, 25.0], help="the quanta to compare with none (10 25)"
-    )
-    latency.set_defaults(measure=latency_information, opened=open_for_serving, table=timing_leakage.table)
-    whole = kinds.add_parser("capacity", help="processor time of an image in a whole server, and replicas for a load")
-    whole.add_argument("--images", type=int, default=2000, help="images of each kind of request (2000)")
-    whole.set_defaults(measure=server_capacity, opened=open_engine, table=capacity.table)
-    digits = kinds.add_parser("precision", help="how well one answer tells the ensemble that gave it")
-    digits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
-    digits.add_argument("--images", type=int, default=40, help="of them (40)")
-    digits.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    digits.set_defaults(measure=answer_precision, opened=open_engine, table=output_leakage.table)
-    bits = kinds.add_parser("int8", help="what 8 bits cost in accuracy and buy in time")
-    bits.add_argument("--data", type=Path, required=True, help="zip, npz or folder of labelled images")
-    bits.add_argument("--images", type=int, default=500, help="of them; 256 more are to calibrate on (500)")
-    bits.set_defaults(measure=eight_bits, opened=open_engine, table=quantization.table)
-    for kind in (latency, whole, digits, bits):
-        kind.add_argument("--into", type=Path, help="page in which the table of these figures is written anew")
-    for kind in (raw, latency, whole, digits, bits):
-        kind.add_argument("--json", type=Path, help="where to write the figures too")
-        add_flags(kind, FLAGS)
-        kind.set_defaults(run=run)
+class Benchmark(NamedTuple):
+    """measure: what is measured, with the arguments.  start: how its engine is opened.  table: for a page."""
+
+    measure: Callable[[argparse.Namespace, Settings, Library, Engine], tuple[dict[str, Any], str]]
+    start: Callable[[Library, Settings], Engine]
+    table: Callable[[dict[str, Any]], str] | None = None
 
 
-def run(given: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Raises SettingsRejected for a device, an engine or data that cannot be used."""
-    settings = read_settings({name: value for name, value in vars(given).items() if name in FLAGS})
+    benchmark = BENCHMARKS[arguments.benchmark]
+    settings = read_settings({name: value for name, value in vars(arguments).items() if name in SETTINGS})
     library = open_library(settings.library)
     try:
-        engine = given.opened(library, settings)
-        figures, line = given.measure(given, settings, library, engine)
+        engine = benchmark.start(library, settings)
+        results, line = benchmark.measure(arguments, settings, library, engine)
     except (EngineRejected, DataRejected) as error:
         raise SettingsRejected(str(error)) from None
-    whole = {"library": library.digest, "machine": machine(), "engine": described(engine), **figures}
+    whole = {"library": library.digest, "machine": machine(), "engine": described(engine), **results}
     print(json.dumps(whole, indent=2))
-    if getattr(given, "into", None) is not None:
-        replace_section(given.into, given.table(whole))
-    if given.json is not None:
-        given.json.write_text(json.dumps(whole, indent=2) + "\n")
+    if benchmark.table is not None and arguments.into is not None:
+        replace_section(arguments.into, benchmark.table(whole))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(whole, indent=2) + "\n")
     print(line)
     return 0
 
@@ -250,7 +221,7 @@ def server_capacity(
     _library: Library,
     _engine: Engine,
 ) -> tuple[dict[str, Any], str]:
-    figures = capacity.measure(settings, FLAGS, given.images)
+    figures = capacity.measure(settings, SETTINGS, given.images)
     one, many = figures["one"]["cpu_ms"], figures["many"]["cpu_ms"]
     return figures, f"an image costs {one:.2f} ms of processor time alone, {many:.2f} ms among {figures['batch']}"
 
@@ -264,3 +235,12 @@ def latency_information(
     figures = timing_leakage.leak(library, engine, settings, given.images, sorted({0.0, *given.quantum_ms}))
     said = ", ".join(f"{row['quantum_ms']:g} ms: {row['bits']:.2f}" for row in figures["quanta"])
     return figures, f"bits of n that latency tells, by quantum: {said}"
+
+
+BENCHMARKS: Final[dict[str, Benchmark]] = {
+    "raw": Benchmark(raw_engine, open_for_serving),
+    "latency": Benchmark(latency_information, open_for_serving, timing_leakage.table),
+    "capacity": Benchmark(server_capacity, open_engine, capacity.table),
+    "precision": Benchmark(answer_precision, open_engine, output_leakage.table),
+    "int8": Benchmark(eight_bits, open_engine, quantization.table),
+}

@@ -1,4 +1,4 @@
-"""python -m service check: is a library whole, do its tickets run as they should, what time and memory they take."""
+"""tombola check: is a library whole, do its tickets run as they should, what time and memory they take."""
 
 import random
 import resource

@@ -1,4 +1,4 @@
-"""python -m service bench precision: how well one answer tells the ensemble that gave it, by how much an answer says.
+"""tombola bench precision: how well one answer tells the ensemble that gave it, by how much an answer says.
 
 The attacker of this measurement has the library, so knows what every ensemble would answer to the image, and sees one
 answer of the Open Inference Protocol: all classes' probabilities, rounded, and the label. It names the likeliest of
@@ -70,7 +70,7 @@ def table(found: dict[str, Any]) -> str:
     """Markdown: one row for each detail."""
     prior = found["by_prior"]
     lines = [
-        "<!-- python -m service bench precision -->",
+        "<!-- tombola bench precision -->",
         "| the answer shows | names θ | names n |",
         "| --- | ---: | ---: |",
         f"| nothing | {100 * prior['theta']:.1f} % | {100 * prior['n']:.1f} % |",

@@ -1,4 +1,4 @@
-"""python -m service bench int8: what 8 bits cost in accuracy and buy in time, ticket by ticket and together.
+"""tombola bench int8: what 8 bits cost in accuracy and buy in time, ticket by ticket and together.
 
 The attack is PGD-20 on the float32 ticket; both precisions answer the same images, so that differences are paired.
 """
@@ -113,7 +113,7 @@ def table(found: dict[str, Any]) -> str:
         f"{found['library'][:12]}, {found['machine']['cpu']}, load {found['machine']['load_before']} before."
     )
     lines = [
-        "<!-- python -m service bench int8 -->",
+        "<!-- tombola bench int8 -->",
         "| | float32, % | int8, % | difference, points [95 %] |",
         "| --- | ---: | ---: | ---: |",
         row_of("mean of all tickets, clean", whole),

@@ -1,4 +1,4 @@
-"""python -m service bench latency: what the time to an answer tells of its ensemble's size, by quantum.
+"""tombola bench latency: what the time to an answer tells of its ensemble's size, by quantum.
 
 The server is idle and asked one image after the other, inside its process: the attacker's best case, with no network
 and no other client in the way.
@@ -134,7 +134,7 @@ def entropy(counts: Iterable[int]) -> float:
 def table(found: dict[str, Any]) -> str:
     """Markdown: one row for each quantum."""
     lines = [
-        "<!-- python -m service bench latency -->",
+        "<!-- tombola bench latency -->",
         "| answers on multiples of | bits of n | names n | median | 99 % within |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]

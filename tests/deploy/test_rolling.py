@@ -14,10 +14,10 @@ from typing import Self
 
 import pytest
 
-from service.sample import ship
 from tests.deploy.test_files import DEPLOY
 from tests.deploy.test_prometheus import free_port
 from tests.support.serving import Process, fetch, holds, serving, tiny_library
+from tombola.sample_image import draw_sample
 
 CLIENTS = 3
 PAUSE_S = 0.02  # of a client between two requests: the replicas that start need the cores more
@@ -60,7 +60,7 @@ class Load:
         with closing(http.client.HTTPConnection(self.address, timeout=60)) as connection:
             while not self.over.wait(PAUSE_S):
                 try:
-                    connection.request("POST", "/v1/classify", ship())
+                    connection.request("POST", "/v1/classify", draw_sample())
                     response = connection.getresponse()
                     response.read()
                     self.statuses.append(response.status)

@@ -4,27 +4,27 @@ import argparse
 import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from model_store.library import open_library
 from model_store.structures import STRUCTURES, StructureName
-from service.__main__ import parser as service_parser
-from service.reference import page
+from tombola.cli import Parser, parser
 from tools.document_tree import PACKAGES, with_tree
-from training.__main__ import parser as training_parser
+from tools.reference import page
 from training.export import END, PRINTED, mark, table
 from training.jobs import GPU_SPEED, cost
 from training.recipes import DENSITIES, PRESETS
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = re.compile(r"(?:^|[ /])tombola (?=[a-z-])")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
 PROSE = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 PAGES = [page for page in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(page.parts)]
-PARSERS = {"training": training_parser, "service": service_parser}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -39,7 +39,7 @@ def commands() -> list[str]:
         for block in blocks(page.read_text(encoding="utf-8"), "sh")
         for line in block.replace("\\\n", " ").split("\n")
     ]
-    return [line for line in lines if re.search(r"python -m (training|service)\b", line)]
+    return [line for line in lines if re.search(PROGRAM, line)]
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"))
@@ -50,10 +50,9 @@ def test_the_readme_s_python_runs(code: str) -> None:
 @pytest.mark.parametrize("line", commands())
 def test_every_command_in_a_page_is_one_that_its_program_takes(line: str) -> None:
     words = shlex.split(line, comments=True)
-    start = words.index("-m")
-    parser = PARSERS[words[start + 1]]()
+    start = next(index for index, word in enumerate(words) if word.split("/")[-1] == "tombola")
     try:
-        parser.parse_args(words[start + 2 :])
+        parser().parse_args(words[start + 1 :])
     except SystemExit as ended:
         pytest.fail(f"{line}: refused with exit code {ended.code}")
 
@@ -109,20 +108,22 @@ def test_the_cost_of_the_paper_s_preset_is_the_counted_one(name: StructureName) 
     assert f"| {PRINTED[name]} | {width} | {flops / 1e15:,.0f} | {flops / GPU_SPEED / 3600:.0f} |" in TRAINING
 
 
-def flags(parser: argparse.ArgumentParser) -> set[str]:
-    subs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    found = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    return found.union(*(flags(child) for sub in subs for child in sub.choices.values()))
+def every_parser(parser: Parser) -> Iterator[Parser]:
+    """The parser and those of its commands, and of theirs, with all their options."""
+    yield parser.load()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from every_parser(child)
 
 
-def test_every_option_explains_itself() -> None:
-    for make in PARSERS.values():
-        for sub in (action for action in make()._actions if isinstance(action, argparse._SubParsersAction)):
-            for name, child in sub.choices.items():
-                silent = [a.option_strings for a in child._actions if a.option_strings and not a.help]
-                assert not silent, f"{name}: {silent}"
+def test_every_command_and_every_option_explains_itself() -> None:
+    for each in every_parser(parser()):
+        assert each.description, each.prog
+        silent = [a.dest for a in each._actions if not a.help and not isinstance(a, argparse._SubParsersAction)]
+        assert not silent, f"{each.prog}: {silent}"
 
 
 def test_the_reference_is_what_the_code_says() -> None:
-    """Every setting, flag, metric and route; rebuilt by `python -m service reference > service/REFERENCE.md`."""
-    assert (ROOT / "service" / "REFERENCE.md").read_text(encoding="utf-8").strip() == page().strip()
+    """Every setting, flag, metric and route; rebuilt by `python -m tools.reference > docs/REFERENCE.md`."""
+    assert (ROOT / "docs" / "REFERENCE.md").read_text(encoding="utf-8").strip() == page().strip()

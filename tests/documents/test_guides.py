@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from model_store.policy import expected_size
-from service.__main__ import main
 from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
 from service.benchmarks.command import replace_section
 from service.observability.metrics import PREFIX, TABLE
 from service.settings import SettingsRejected, setting_docs
 from tests.support.serving import some_rows, tiny_library
+from tombola.cli import main
 
 ROOT: Final = Path(__file__).parents[2]
 GUIDES: Final = [
@@ -140,7 +140,7 @@ def test_what_eight_bits_change_is_measured_on_images_that_chose_no_range(
 
 def test_a_server_s_cost_is_measured_on_a_real_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library, page, figures = tiny_library(tmp_path / "library"), tmp_path / "page.md", tmp_path / "figures.json"
-    page.write_text("before\n<!-- python -m service bench capacity -->\nold\n<!-- end -->\nafter\n")
+    page.write_text("before\n<!-- tombola bench capacity -->\nold\n<!-- end -->\nafter\n")
     words = ["bench", "capacity", "--library", str(library.path), "--engine", "torch", "--threads", "1"]
     words += ["--state-dir", str(tmp_path / "state"), "--images", "64", "--json", str(figures), "--into", str(page)]
     assert main(words) == 0

@@ -24,7 +24,6 @@ from model_store.errors import LibraryRejected, StoreError
 from model_store.library import Library
 from model_store.ticket import Ticket
 from service import app as apps
-from service.__main__ import main
 from service.benchmarks.library_check import figures, lines
 from service.cpu import NICE_LOADING
 from service.engine.base import EngineRejected, FoldedTicket, fold_ticket
@@ -32,10 +31,11 @@ from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
-from service.sample import ship
 from service.settings import Settings, SettingsRejected
 from service.web.auth import ApiKeyStore
 from tests.support.serving import TOKEN, tiny_library, until
+from tombola.cli import main
+from tombola.sample_image import draw_sample
 
 Answer = TypeVar("Answer")
 
@@ -58,7 +58,7 @@ class Planes:
     admin: httpx.AsyncClient
 
     async def classify(self, body: bytes | None = None) -> httpx.Response:
-        return await self.public.post("/v1/classify", content=ship() if body is None else body)
+        return await self.public.post("/v1/classify", content=draw_sample() if body is None else body)
 
 
 def with_planes(
@@ -209,9 +209,9 @@ def test_a_crowd_is_turned_away_while_health_is_answered(tiny: Library, state: P
         hold = asyncio.Event()
 
         async def slow_body() -> Any:
-            yield ship()[:100]
+            yield draw_sample()[:100]
             await hold.wait()
-            yield ship()[100:]
+            yield draw_sample()[100:]
 
         waiting = asyncio.ensure_future(planes.public.post("/v1/classify", content=slow_body()))
         await until(lambda: planes.metrics.value("http_requests_in_flight") == 1)
@@ -303,9 +303,9 @@ def test_a_request_keeps_the_library_it_began_with(state: Path, tmp_path: Path) 
         hold = asyncio.Event()
 
         async def slow_body() -> Any:
-            yield ship()[:100]
+            yield draw_sample()[:100]
             await hold.wait()
-            yield ship()[100:]
+            yield draw_sample()[100:]
 
         begun = asyncio.ensure_future(planes.public.post("/v1/classify", content=slow_body()))
         await until(lambda: planes.metrics.value("http_requests_in_flight") == 1)
@@ -380,7 +380,7 @@ def test_the_sample_is_a_picture_and_the_same_each_time(tmp_path: Path) -> None:
     assert main(["sample", str(tmp_path / "ship.png")]) == 0
     with Image.open(io.BytesIO((tmp_path / "ship.png").read_bytes())) as image:
         assert image.size == (256, 256)
-    assert (tmp_path / "ship.png").read_bytes() == ship()
+    assert (tmp_path / "ship.png").read_bytes() == draw_sample()
 
 
 # One answer, one write

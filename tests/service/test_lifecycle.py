@@ -1,4 +1,4 @@
-"""The real process: from `python -m service serve` to its exit code. Every wait is for a condition."""
+"""The real process: from `tombola serve` to its exit code. Every wait is for a condition."""
 
 import http.client
 import io
@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from service.sample import ship
 from tests.support.serving import ROOT, Process, holds, serving, tiny_library
+from tombola.sample_image import draw_sample
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ class Caller(threading.Thread):
         connection = self.connect()
         while connection is not None and not self.enough:
             try:
-                connection.request("POST", "/v1/classify", ship(), {"content-type": "image/png"})
+                connection.request("POST", "/v1/classify", draw_sample(), {"content-type": "image/png"})
                 response = connection.getresponse()
                 answer = json.loads(response.read())
             except (OSError, http.client.HTTPException) as error:
@@ -109,7 +109,7 @@ def test_it_starts_and_answers_the_line_it_prints_and_swaps_and_ends_without_los
         process.process.send_signal(signal.SIGHUP)
         holds(lambda: process.metric('library_swaps_total{outcome="refused"}') == 1)
         assert process.ready()
-        assert process.classify(ship())[1]["library"] == second.digest
+        assert process.classify(draw_sample())[1]["library"] == second.digest
 
         process.process.send_signal(signal.SIGTERM)
         holds(lambda: not process.ready())
@@ -130,7 +130,7 @@ def test_overload_is_refused_with_a_time_to_come_back_and_then_forgotten(folder:
             found = list(pool.map(lambda _: status_and_pause(process), range(400)))
         assert {status for status, _ in found} == {200, 503}
         assert all((pause is not None and int(pause) >= 1) == (status == 503) for status, pause in found)
-        assert process.classify(ship())[0] == 200
+        assert process.classify(draw_sample())[0] == 200
         assert process.metric("queue_depth") == 0
         assert process.metric('shed_total{reason="queue"}') == sum(status == 503 for status, _ in found)
         assert process.end() == 0
@@ -139,7 +139,7 @@ def test_overload_is_refused_with_a_time_to_come_back_and_then_forgotten(folder:
 def status_and_pause(process: Process) -> tuple[int, str | None]:
     place = urlsplit(process.public)
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
-    connection.request("POST", "/v1/classify", ship(), {"content-type": "image/png"})
+    connection.request("POST", "/v1/classify", draw_sample(), {"content-type": "image/png"})
     response = connection.getresponse()
     response.read()
     connection.close()
@@ -170,16 +170,16 @@ def test_slow_clients_are_let_go_and_a_storm_of_hang_ups_leaves_nothing_behind(f
         head = b"POST /v1/classify HTTP/1.1\r\nHost: tombola\r\nContent-Type: image/png\r\n"
         beginnings = (b"", b"POST /v1", head, head + b"Content-Length: 5000\r\n\r\nslow")
         slow = [connection_with(place, data) for data in beginnings for _ in range(50)]
-        whole = head + f"Content-Length: {len(ship())}\r\n\r\n".encode() + ship()
+        whole = head + f"Content-Length: {len(draw_sample())}\r\n\r\n".encode() + draw_sample()
         for _ in range(200):
             connection_with(place, whole).close()
-        assert process.classify(ship())[0] == 200
+        assert process.classify(draw_sample())[0] == 200
         ends = [until_closed(connection) for connection in slow]
         assert all(b"408" in end for end in ends[150:])
         holds(lambda: process.metric("http_requests_in_flight") == 0)
         assert process.metric("http_bodies_held_bytes") == 0
         assert process.metric("queue_depth") == 0
-        assert process.classify(ship())[0] == 200
+        assert process.classify(draw_sample())[0] == 200
         assert process.end(signal.SIGINT) == 0
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from service.__main__ import main
 from service.settings import (
     Settings,
     SettingsRejected,
@@ -19,6 +18,7 @@ from service.settings import (
     read_settings,
     setting_docs,
 )
+from tombola.cli import main
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 from model_store.library import Library
 from service import library_manager
-from service.__main__ import main
 from service.engine.base import Engine, Images, Logits
 from service.engine.factory import open_for_serving
 from service.settings import Settings
+from tombola.cli import main
 
 
 def mortal(library: Library, settings: Settings) -> Engine:

@@ -165,7 +165,7 @@ def over_and_over(act: Callable[[], None], pause_s: float = 0.0) -> Iterator[Non
 
 @dataclass
 class Process:
-    """`python -m service serve`, ready."""
+    """`tombola serve`, ready."""
 
     process: subprocess.Popen[str]
     output: list[str]
@@ -209,7 +209,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(library: Path, state: Path, *flags: str, program: Sequence[str] = ("-m", "service")) -> Iterator[Process]:
+def serving(library: Path, state: Path, *flags: str, program: Sequence[str] = ("-m", "tombola")) -> Iterator[Process]:
     """The process on free ports, once it says it is ready. Killed if the test leaves it running."""
     command = [sys.executable, *program, "serve", "--library", str(library), "--state-dir", str(state)]
     command += ["--port", "0", "--admin-port", "0", "--engine", "torch", *flags]

@@ -20,8 +20,8 @@ from model_store.library import EMBEDDED, open_library
 from model_store.structures import Structure
 from model_store.ticket import load_ticket
 from tests.support.digits import digits
+from tombola.cli import main
 from training import jobs
-from training.__main__ import main
 from training.data import Images, read_split
 from training.errors import CheckpointRejected, TrainingError
 from training.export import export, table
@@ -122,7 +122,7 @@ def test_a_process_that_dies_before_it_begins_is_a_failed_ticket(data: Path, tmp
     job = job_in(tmp_path)
     (row,) = list(run_local([job], data, workers=1, device="nowhere"))[-1]
     assert row.state == "failed"
-    assert row.error == "its process ended with code 1: error: --device nowhere: torch cannot use such a device here"
+    assert row.error == "its process ended with code 2: tombola: --device nowhere: torch cannot use such a device here"
 
 
 def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
@@ -192,7 +192,7 @@ def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
     assert entry.provenance.seconds == pytest.approx(trained.provenance.seconds / 2, abs=0.1)
     assert len(entry.claims) == 4
     again = export(tmp_path / "again", [finished])
-    assert main(["scratch", str(again.path), *arguments]) == 1
+    assert main(["scratch", str(again.path), *arguments]) == 2
     assert "before epsilon and resolution were whole" in capsys.readouterr().err
 
 
@@ -218,6 +218,7 @@ def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
     [
         (["search", "--data", "/nowhere", "--state", "s"], "/nowhere: no such file or folder"),
         (["search", "--data", "{data}", "--state", "s", "--only", "vgg16"], "no such ticket"),
+        (["plan", "--preset", "huge"], "--preset huge: expected one of compact, paper"),
         (["search", "--data", "{data}", "--state", "s", "--set", "speed=9"], "expected FIELD=VALUE"),
         (["search", "--data", "{data}", "--state", "s", "--set", "density=0.5"], "expected FIELD=VALUE"),
         (["search", "--data", "{data}", "--state", "s", "--set", "steps=many"], "--set steps=many: input should be a"),
@@ -241,9 +242,9 @@ def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
 def test_every_mistake_is_one_line_and_a_failing_exit(
     arguments: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([argument.replace("{data}", str(data)) for argument in arguments]) == 1
+    assert main([argument.replace("{data}", str(data)) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("tombola: ")
     assert error.count("\n") == 1
     assert message in error
 
@@ -256,9 +257,9 @@ def test_the_plan_shows_forty_jobs_and_their_cost(capsys: pytest.CaptureFixture[
 
 def test_help_teaches_the_way_from_data_to_a_library() -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "training", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tombola", "search", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert "python -m training export --state run my-library" in shown
+    assert "tombola export --state run my-library" in shown
 
 
 def test_status_reads_a_log_whose_last_line_was_cut(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from model_store.library import open_library
-from service.sample import ship
 from tests.support.serving import serving
+from tombola.sample_image import draw_sample
 from tools.console.browser import chromium, sign_in
 from tools.console.traffic import traffic
 
@@ -124,7 +124,7 @@ def fill(page: Page) -> None:
     """Something to see in every part of the page."""
     page.locator("#tile-rate").filter(has_not_text="…").wait_for()
     page.locator("#cost").filter(has_text="Estimated").wait_for()
-    page.set_input_files("#file", {"name": "ship.png", "mimeType": "image/png", "buffer": ship()})
+    page.set_input_files("#file", {"name": "ship.png", "mimeType": "image/png", "buffer": draw_sample()})
     answer, refusal = page.locator("#trial-label, #verdict .error"), page.locator("#verdict .error")
     answer.wait_for()
     while refusal.is_visible():  # the server is busy, and says when to come back

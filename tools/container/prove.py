@@ -28,14 +28,23 @@ from benchmarks.servers import set_size_kb
 from model_store.errors import StoreError
 from model_store.library import open_library, write_library
 from service.cpu import process_tree
-from service.sample import ship
 from tests.support.tickets import CLASSES, eight_tickets, items
+from tombola.sample_image import draw_sample
 
 ROOT: Final = Path(__file__).parents[2]
 SUITE: Final = "bookworm"  # its Python is the Dockerfile's
 PACKAGES: Final = "python3,python3-venv,python-is-python3,ca-certificates"
 BASE: Final = "python:3.11-slim"
-SOURCES: Final = ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "model_store", "training", "service")
+SOURCES: Final = (
+    "Dockerfile",
+    ".dockerignore",
+    "pyproject.toml",
+    "README.md",
+    "model_store",
+    "training",
+    "service",
+    "tombola",
+)
 WORK: Final = Path("/var/tmp/tombola-proof")  # noqa: S108 -- several GB, so not in memory
 NETWORK: Final = "tombola-proof"
 OUTSIDE, INSIDE = "10.231.0.1", "10.231.0.2"
@@ -283,7 +292,7 @@ def prove_running(proof: Proof, root: str, library: str) -> None:
 def prove_config(proof: Proof, image: Json) -> None:
     user = image["User"].split(":")
     proof.check("the user is a number and not 0", holds=all(part.isdigit() and part != "0" for part in user))
-    proof.check("the entry point is no shell", holds=image["Entrypoint"] == ["python", "-m", "service"])
+    proof.check("the entry point is no shell", holds=image["Entrypoint"] == ["python", "-m", "tombola"])
     proof.check("SIGTERM stops it", holds=image["StopSignal"] in ("SIGTERM", "15"))
     proof.check("one port is exposed", holds=list(image["ExposedPorts"]) == ["8000/tcp"])
     labels = {name.rsplit(".", 1)[1] for name in image["Labels"] if name.startswith("org.opencontainers.image.")}
@@ -306,7 +315,7 @@ def prove_inside(proof: Proof, process: int, image: Json) -> None:
 
 
 def prove_outside(proof: Proof, library: str) -> None:
-    code, answer = status_of("/v1/classify", ship())
+    code, answer = status_of("/v1/classify", draw_sample())
     proof.check("it classifies", holds=code == 200 and json.loads(answer)["library"] == library)
     proof.check("the admin plane is out of reach", holds=not reachable(8001) and status_of("/metrics")[0] == 404)
     said = run("ip", "-n", NETWORK, "route", "show", "default")
@@ -315,7 +324,7 @@ def prove_outside(proof: Proof, library: str) -> None:
 
 def prove_audit(proof: Proof, process: int, image: Json) -> None:
     """Beside the server, from what the image holds: the smoke profile, and what only longer ones ask with."""
-    audit = ["python", "-m", "service", "audit", "--profile", "smoke", "--out", "/tmp/audit"]  # noqa: S108 -- as above
+    audit = ["python", "-m", "tombola", "audit", "--profile", "smoke", "--out", "/tmp/audit"]  # noqa: S108 -- as above
     proof.check("an audit runs in it, and is valid", holds=within(process, image, *audit) == 0)
     asks = "import httpx, art.attacks.evasion, art.estimators.classification"
     proof.check("the black-box attacks are there", holds=within(process, image, "python", "-c", asks) == 0)

@@ -8,7 +8,7 @@ from model_store.ticket import write_atomically
 from service.audit.errors import AuditError
 
 FIGURES: Final = {"Transfer between tickets": "transfer.svg", "Accuracy against epsilon": "accuracy.svg"}
-MARKS: Final = ("<!-- audit: python -m service audit --tables -->", "<!-- end of audit -->")
+MARKS: Final = ("<!-- audit: tombola audit --tables -->", "<!-- end of audit -->")
 PAPER: Final = {"clean": "87.01", "robust": "67.7", "r2s": "57.6 to 64.7", "tickets": "46.3 to 49.1"}
 Json = dict[str, Any]
 

@@ -19,7 +19,6 @@ from fastapi import FastAPI
 
 from model_store.library import Library, write_library
 from service import errors
-from service.__main__ import main
 from service.admin import audit_jobs as jobs_module
 from service.admin.audit_api import router
 from service.admin.audit_jobs import AuditQueue
@@ -32,6 +31,7 @@ from service.web.auth import AdminAuthMiddleware
 from tests.support.audit_models import tiny
 from tests.support.planes import behind_a_port
 from tests.support.tickets import items, make_ticket
+from tombola.cli import main
 
 Json = dict[str, Any]
 TOKEN = "a-token-for-the-tests-alone"

@@ -19,10 +19,10 @@ from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 from service.admin import console_files
 from service.errors import ErrorMessage, install
 from service.observability.metrics import Metrics
-from service.sample import ship
 from service.web.auth import AdminAuthMiddleware
 from tests.support.planes import TOKEN, ask, refused
 from tests.support.serving import Process, serving, tiny_library
+from tombola.sample_image import draw_sample
 from tools.console.browser import CHROMIUM, chromium, complaints, sign_in
 
 FOLDER: Final = console_files.FOLDER
@@ -325,7 +325,7 @@ def test_axe_finds_no_barrier(page: Page, stand: Stand, scheme: Literal["light",
 
 
 def picture(name: str = "ship.png", content: bytes | None = None) -> FilePayload:
-    return {"name": name, "mimeType": "image/png", "buffer": ship() if content is None else content}
+    return {"name": name, "mimeType": "image/png", "buffer": draw_sample() if content is None else content}
 
 
 REASONS: Final = {
@@ -380,7 +380,7 @@ class TestLive:
     def test_readiness_rates_and_the_law(self, inside: Page, stand: Stand) -> None:
         expect(inside.locator("#state")).to_contain_text("Ready")
         assert stand.process is not None
-        picture = ship()
+        picture = draw_sample()
         for _ in range(5):
             assert stand.process.classify(picture)[0] == 200
         expect(inside.locator("#tile-p50")).to_contain_text("s")
@@ -434,7 +434,7 @@ class TestTryingAnImage:
         expect(verdict.get_by_role("table")).to_be_visible()
 
     def test_an_image_can_be_dropped(self, inside: Page) -> None:
-        inside.locator("#drop").evaluate(DROP, base64.b64encode(ship()).decode())
+        inside.locator("#drop").evaluate(DROP, base64.b64encode(draw_sample()).decode())
         expect(inside.locator("#verdict")).to_contain_text("draws say")
         expect(inside.locator("#tried-name")).to_have_text("dropped.png")
 

@@ -32,7 +32,6 @@ from service.engine.ipc import (
     encode_result,
 )
 from service.observability.metrics import Metrics
-from service.sample import ship
 from service.scheduling.batch import (
     PendingRequest,
     ServedModel,
@@ -44,6 +43,7 @@ from service.scheduling.batch import (
 )
 from service.settings import Settings
 from tests.support.serving import holds, over_and_over, serving, some_rows, tiny_library
+from tombola.sample_image import draw_sample
 
 pytest.importorskip("openvino")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tickets get processes of their own on Linux alone")
@@ -272,7 +272,7 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
         host, *first = process_tree(process.process.pid)[1:]
         assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in first} == {min(19, os.nice(0) + NICE_INFERENCE)}
         answers: list[int] = []
-        with over_and_over(lambda: answers.append(process.classify(ship())[0])):
+        with over_and_over(lambda: answers.append(process.classify(draw_sample())[0])):
             holds(lambda: len(answers) > 10)
             for pid in first:
                 os.kill(pid, signal.SIGKILL)
@@ -292,7 +292,7 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
 def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being_opened(
     tiny: Library, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
+    command = [sys.executable, "-m", "tombola", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
     command += ["--library", str(tiny.path), "--state-dir", str(tmp_path), "--engine", "openvino"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         holds(

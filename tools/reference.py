@@ -14,11 +14,11 @@ from service.settings import Settings, setting_docs
 HEAD = """\
 # Reference
 
-Made from the code by `python -m service reference > service/REFERENCE.md`; a test holds it to that.
+Made from the code by `python -m tools.reference > docs/REFERENCE.md`; a test holds it to that.
 
 ## Settings
 
-Flag of `python -m service serve` before variable before default. `python -m service serve --help` says the same.
+Flag of `tombola serve` before variable before default. `tombola serve --help` says the same.
 """
 
 
@@ -60,3 +60,7 @@ def routes(app: FastAPI) -> Iterator[tuple[str, str, str]]:
         for method, about in methods.items():
             meaning = about.get("description", about.get("summary", ""))
             yield method.upper(), f"`{path}`", meaning.split("\n\n")[0].replace("\n", " ")
+
+
+if __name__ == "__main__":
+    print(page())

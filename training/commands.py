@@ -1,14 +1,13 @@
-"""python -m training: plan, search, scratch, baseline, status, export, table, compare, figures, fetch."""
+"""What the commands that make libraries do, from `plan` to `figures`."""
 
 import argparse
 import json
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Final, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +16,6 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
-from model_store.errors import StoreError, os_error_text
 from model_store.library import Library, open_library
 from model_store.manifest import Entry
 from model_store.structures import STRUCTURES
@@ -25,163 +23,20 @@ from training import export
 from training import jobs as job_store
 from training.data import Split, read_split
 from training.diversity import differences, summary
-from training.errors import TrainingError
+from training.errors import JobsUnfinished, TrainingError
 from training.executors.ray import run_ray
 from training.jobs import Job, Status
-from training.recipes import DENSITIES, PRESETS, SHAPE, TrainConfig, baseline, continued_from, mask_phase
+from training.recipes import DENSITIES, PRESETS, SHAPE, Preset, TrainConfig, baseline, continued_from, mask_phase
 
-COUNTS = ("steps", "batch", "attack_steps", *SHAPE)  # numbers of a recipe that are at least 1; the others may be 0
-EXAMPLES = """\
-a library from nothing, on two cores (hours; interrupt it whenever you like, it goes on where it was):
-  python -m training fetch data
-  python -m training search --data data --state run
-  python -m training status --state run
-  python -m training export --state run my-library
-
-an hour more for two tickets of a library that exists:
-  python -m training search --data data --state more --from my-library --only resnet18-07 resnet34-07 --epochs 2
-  python -m training export --state more --base my-library my-library
-
-the pure scratch tickets (masks alone) that its searches went through, in minutes:
-  python -m training scratch my-library --data data --state scratch
-  python -m training export --state scratch my-scratch-library
-"""
+# Fields of a recipe that are at least 1; the others may be 0.
+COUNTS: Final = ("steps", "batch", "attack_steps", *SHAPE)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        command: Callable[[argparse.Namespace], None] = arguments.command
-        command(arguments)
-    except (TrainingError, StoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {os_error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
-        return 130
-    return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m training",
-        description="Searches adversarially robust lottery tickets and exports them as a library.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(name: str, command: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
-        sub.set_defaults(command=command)
-        return sub
-
-    add_recipe_options(add("plan", show_plan, "Show the jobs of a library and what each should cost."))
-    for name, command, about in (
-        ("search", run_search, "Search tickets, in processes of one thread each; goes on where it was interrupted."),
-        ("baseline", run_baseline, "Train the dense comparison networks with the same adversary, data and cost."),
-    ):
-        sub = add(name, command, about)
-        add_recipe_options(sub)
-        add_run_options(sub)
-        add_start_options(sub)
-    sub = add(
-        "scratch",
-        run_scratch,
-        "Make the pure scratch tickets that a library's own were trained from: the same masks over the frozen weights "
-        "that they were found for. Nothing is searched again.",
-    )
-    sub.add_argument("library", type=Path, help="a library of tickets whose weights were trained")
-    sub.set_defaults(preset="compact")  # whose cores a task asks of a cluster
-    add_only(sub)
-    add_run_options(sub)
-    sub = add("status", show_status, "Show what is done, its accuracy, what remains and how long it should take.")
-    sub.add_argument("--state", type=Path, required=True, help="the folder of the search")
-    sub = add("figures", draw_figures, "Draw the searches' loss and accuracy against time.")
-    sub.add_argument("--state", type=Path, required=True, help="the folder of the search")
-    sub.add_argument("--out", type=Path, default=Path("searches.svg"), help=".svg or .png (default: %(default)s)")
-    sub = add("export", run_export, "Write the finished tickets and their claims as a library (a partial one too).")
-    sub.add_argument("library", type=Path, help="the folder to write; an existing library there is replaced atomically")
-    sub.add_argument("--state", type=Path, action="append", default=[], help="folder of a search; may be repeated")
-    sub.add_argument("--base", type=Path, help="a library whose tickets stay unless a finished job has a better one")
-    sub = add("table", show_table, "Print the paper's Table 1 from a library's claims, in Markdown.")
-    sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
-    sub.add_argument("--into", type=Path, metavar="PAGE", help="put it between the page's table marks instead")
-    sub = add("compare", show_differences, "Measure how different a library's tickets are: mask overlap and transfer.")
-    sub.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
-    sub.add_argument("--data", type=Path, required=True, help="the data set that the library was searched on")
-    sub.add_argument("--images", type=at_least_one, default=250, help="held-out training images (default: %(default)s)")
-    sub.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
-    sub.add_argument("--json", type=Path, help="write the whole matrices here")
-    sub = add("fetch", fetch, "Download CIFAR-10 (170 MB) with torchvision.")
-    sub.add_argument("folder", type=Path, help="where to put it; give the same folder as --data")
-    sub = add("work", work, "Carry one job's folder to its end (what `search` starts for each ticket).")
-    sub.add_argument("folder", type=Path, help="the job's folder inside a --state folder")
-    sub.add_argument("--data", type=Path, required=True, help="the data set, as given to search")
-    sub.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
-    return top
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
-
-
-def add_recipe_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--preset", choices=PRESETS, default="compact", help="widths and schedule (default: %(default)s)")
-    add_only(sub)
-    sub.add_argument("--scratch", action="store_true", help="pure scratch tickets: masks alone, weights never trained")
-    sub.add_argument("--epochs", type=positive, help="passes over the search images (default: the preset's)")
-    sub.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of the recipe, such as noise=0.5, width=24 or precision=bfloat16",
-    )
-
-
-def add_only(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--only", nargs="+", metavar="NAME", help="these tickets alone: a structure, or resnet18-07")
-
-
-def add_run_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--data", type=Path, required=True, help="CIFAR-10 as torchvision keeps it, an image folder, or a zip"
-    )
-    sub.add_argument("--data-name", help="what claims call the data (default: the name of --data)")
-    sub.add_argument("--state", type=Path, required=True, help="where checkpoints and finished tickets go")
-    sub.add_argument("--workers", type=at_least_one, default=2, help="processes at once (default: %(default)s)")
-    sub.add_argument("--device", default="cpu", help="torch device of each process (default: %(default)s)")
-    sub.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, host:port, or local")
-
-
-def add_start_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
-    sub.add_argument(
-        "--rate",
-        type=positive,
-        default=0.4,
-        help="first rates with --from, as a share of the recipe's (default: %(default)s)",
-    )
-
-
-# --- jobs ------------------------------------------------------------------------------------------------------------
+def preset_of(arguments: argparse.Namespace) -> Preset:
+    """Raises TrainingError for a name that is none."""
+    if arguments.preset not in PRESETS:
+        raise TrainingError(f"--preset {arguments.preset}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[arguments.preset]
 
 
 def wanted(name: str, only: Sequence[str] | None) -> bool:
@@ -227,7 +82,7 @@ def read_field(item: str, kind: Any, text: str, *, least: int) -> Any:
 
 
 def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list[TrainConfig]:
-    preset, changes = PRESETS[arguments.preset], changes_of(arguments)
+    preset, changes = preset_of(arguments), changes_of(arguments)
     every = [
         preset.recipe(structure, density, images, classes, **changes)
         for structure in STRUCTURES
@@ -269,7 +124,7 @@ def entries_of(library: Library, given: Path, only: Sequence[str] | None) -> lis
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
-    preset = PRESETS[arguments.preset]
+    preset = preset_of(arguments)
     speed, unit = (job_store.GPU_SPEED, "GPU-hours") if preset.gpus else (job_store.THREAD_SPEED, "thread-hours")
     table = Table("ticket", "structure", "kind", "steps", "PFLOP", unit, title=preset.about)
     table.caption = job_store.SPEEDS
@@ -313,7 +168,7 @@ def run_scratch(arguments: argparse.Namespace) -> None:
 
 def run_baseline(arguments: argparse.Namespace) -> None:
     split = read_split(arguments.data)
-    preset = PRESETS[arguments.preset]
+    preset = preset_of(arguments)
     recipes = [
         baseline(preset, name, len(split.search), len(split.classes), **changes_of(arguments))
         for name in ("resnet18", "wideresnet32")
@@ -335,14 +190,14 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
     for row in left:
         print(f"{row.job.name}: {row.error or f'{row.state}, but not by this command'}", file=sys.stderr)
     if left:
-        raise TrainingError(f"{len(left)} of {len(jobs)} jobs are not done; the same command goes on with them")
-    print(f"{len(jobs)} jobs done in {arguments.state}; `python -m training export --state {arguments.state} LIBRARY`")
+        raise JobsUnfinished(f"{len(left)} of {len(jobs)} jobs are not done; the same command goes on with them")
+    print(f"{len(jobs)} jobs done in {arguments.state}; `tombola export --state {arguments.state} LIBRARY`")
 
 
 def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[list[Status]]:
     if arguments.ray is None:
         return job_store.run_local(jobs, arguments.data, arguments.workers, arguments.device)
-    preset = PRESETS[arguments.preset]
+    preset = preset_of(arguments)
     gpus = 0 if arguments.device == "cpu" else preset.gpus
     return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=gpus)
 
@@ -433,7 +288,3 @@ def fetch(arguments: argparse.Namespace) -> None:
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     job_store.run_job(job_store.read_job(arguments.folder), read_split(arguments.data), device_of(arguments.device))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

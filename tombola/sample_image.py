@@ -1,4 +1,4 @@
-"""A picture to try the server with, drawn here so that none has to be shipped: a ship on the sea."""
+"""A picture to try the server with: a ship on the sea, drawn rather than shipped as a file."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 SIDE = 256
 
 
-def ship() -> bytes:
+def draw_sample() -> bytes:
     """PNG, 256x256. The same bytes each time."""
     image = Image.new("RGB", (SIDE, SIDE), "#b9d3e6")
     draw = ImageDraw.Draw(image)

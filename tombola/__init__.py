@@ -1,0 +1,1 @@
+"""Tombola: image classification by a fresh random ensemble of adversarially robust lottery tickets."""
