@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from model_store.quiet_imports import import_matplotlib
+
+matplotlib = import_matplotlib()
 
 
 def draw(whole: dict[str, Any], path: Path) -> None:
-    mpl.rcParams["svg.hashsalt"] = "tombola"
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    matplotlib.rcParams["svg.hashsalt"] = "tombola"
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
     throughput, latency = figure.subplots(1, 2)
     for name, row in whole["servers"].items():
         for form, measured in row["forms"].items():

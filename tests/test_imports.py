@@ -23,6 +23,7 @@ LADDER: Final = (
     "png",
     "colour",
     "images",
+    "quiet_imports",
     "structures",
     "ticket",
     "manifest",

@@ -18,10 +18,11 @@ from rich.table import Table
 
 from model_store.library import Library, open_library
 from model_store.manifest import Entry
+from model_store.quiet_imports import import_cifar10
 from model_store.structures import STRUCTURES
 from training import export
 from training import jobs as job_store
-from training.data import Split, read_split
+from training.data import CACHE, Split, read_split
 from training.diversity import differences, summary
 from training.errors import JobsUnfinished, TrainingError
 from training.executors.ray import run_ray
@@ -146,7 +147,7 @@ def spent(flops: float, speed: float) -> tuple[str, str]:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    split = read_split(arguments.data)
+    split = read_split(arguments.data, arguments.state / CACHE)
     if arguments.start:
         jobs = jobs_from(arguments, len(split.search))
     else:
@@ -156,7 +157,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def run_scratch(arguments: argparse.Namespace) -> None:
-    library, split = open_library(arguments.library), read_split(arguments.data)
+    library, split = open_library(arguments.library), read_split(arguments.data, arguments.state / CACHE)
     jobs = []
     for entry in entries_of(library, arguments.library, arguments.only):
         trained = TrainConfig.from_dict(entry.provenance.recipe)
@@ -167,7 +168,7 @@ def run_scratch(arguments: argparse.Namespace) -> None:
 
 
 def run_baseline(arguments: argparse.Namespace) -> None:
-    split = read_split(arguments.data)
+    split = read_split(arguments.data, arguments.state / CACHE)
     preset = preset_of(arguments)
     recipes = [
         baseline(preset, name, len(split.search), len(split.classes), **changes_of(arguments))
@@ -272,10 +273,9 @@ def show_differences(arguments: argparse.Namespace) -> None:
 
 
 def fetch(arguments: argparse.Namespace) -> None:
-    from torchvision.datasets import CIFAR10
-
+    cifar10 = import_cifar10()
     try:
-        CIFAR10(str(arguments.folder), download=True)
+        cifar10(str(arguments.folder), download=True)
     except (OSError, RuntimeError) as error:
         raise TrainingError(
             f"CIFAR-10 could not be downloaded ({error}). Without a network, copy cifar-10-python.tar.gz from a "
@@ -287,4 +287,5 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    job_store.run_job(job_store.read_job(arguments.folder), read_split(arguments.data), device_of(arguments.device))
+    split = read_split(arguments.data, arguments.folder.parent / CACHE)
+    job_store.run_job(job_store.read_job(arguments.folder), split, device_of(arguments.device))

@@ -20,11 +20,13 @@ from torch import Tensor
 from model_store import images
 from model_store.errors import ImageRejected
 from model_store.input_spec import CIFAR10_INPUT
+from model_store.quiet_imports import import_cifar10
 from training.errors import DataRejected
 
 SIZE: Final = CIFAR10_INPUT.width
 SELECTION_PER_CLASS: Final = 100
 SUFFIXES: Final = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CACHE: Final = ".images"  # in a --state folder: decoded arrays
 LAYOUTS: Final = (
     "expected cifar-10-batches-py (torchvision), or train/<class>/* and test/<class>/* as a folder or a zip of one; "
     "`tombola fetch` downloads CIFAR-10"
@@ -95,33 +97,32 @@ def split_of(classes: tuple[str, ...], train: Images, test: Images, per_class: i
 
 
 def read_split(path: Path, cache: Path | None = None) -> Split:
-    """Reads any of the three layouts. Raises DataRejected, saying what was found and what was expected."""
+    """Reads any of the three layouts. Raises DataRejected, saying what was found and what was expected.
+
+    cache: the folder that decoded arrays are kept in, unless TRAINING_CACHE names another; None for nowhere.
+    """
     path = Path(path)
     if not path.exists():
         raise DataRejected(f"{path}: no such file or folder; {LAYOUTS}")
     if path.is_dir() and (path / "cifar-10-batches-py").is_dir():
         return read_torchvision(path)
     key = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else folder_key(path)
-    stored = (cache or default_cache()) / f"{key}.npz"
-    if stored.exists():
+    folder = os.environ.get("TRAINING_CACHE") or cache
+    stored = Path(folder) / f"{key}.npz" if folder else None
+    if stored and stored.exists():
         return load_arrays(stored)
     split = read_zip(path) if path.is_file() else read_folder(path)
-    save_arrays(stored, split)
+    if stored:
+        save_arrays(stored, split)
     return split
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("TRAINING_CACHE", Path.home() / ".cache" / "tombola"))
 
 
 def read_torchvision(root: Path) -> Split:
     """The original data set. torchvision checks each file's known MD5 before it reads it, so no unknown pickle runs."""
-    from torchvision.datasets import CIFAR10
-
     parts: list[Images] = []
     for train in (True, False):
         try:
-            data = CIFAR10(str(root), train=train)
+            data = import_cifar10()(str(root), train=train)
         except RuntimeError as error:
             raise DataRejected(f"{root}: {error}; `tombola fetch {root}` downloads it again") from None
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()

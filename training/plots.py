@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 
+from model_store.quiet_imports import import_matplotlib
 from training.errors import TrainingError
 from training.jobs import Job, read_log
 
-mpl.use("Agg")
-from matplotlib import pyplot
-from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SMOOTHED = 15  # log lines, 20 steps each
 
@@ -22,7 +21,8 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
     logs = {job.name: rows for job in jobs if (rows := read_log(job.folder))}
     if not logs:
         raise TrainingError("no search has logged a step yet; there is nothing to draw")
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure = import_matplotlib().figure.Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
     for name, rows in logs.items():
         steps = [row for row in rows if row["kind"] == "step"]
         guards = [row for row in rows if row["kind"] == "guard"]
@@ -36,7 +36,6 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
     axes[2].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 TITLES = (
@@ -46,7 +45,7 @@ TITLES = (
 )
 
 
-def line(axis: Axes, guards: Sequence[dict[str, Any]], field: str, name: str) -> None:
+def line(axis: "Axes", guards: Sequence[dict[str, Any]], field: str, name: str) -> None:
     minutes = [row["seconds"] / 60 for row in guards]
     axis.plot(minutes, [100 * row[field] for row in guards], marker="o", markersize=3, label=name)
 

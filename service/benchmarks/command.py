@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import openvino
 import torch
 
 from model_store.library import Library, open_library
@@ -79,8 +79,16 @@ def machine() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "openvino": str(openvino.__version__),
+        "openvino": openvino_version(),
     }
+
+
+def openvino_version() -> str:
+    """From the package's metadata: importing it takes a second, and it is not everywhere."""
+    try:
+        return version("openvino")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def cpu_model() -> str:

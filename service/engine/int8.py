@@ -7,12 +7,13 @@ several points of accuracy where outliers are cut off, as NNCF does by default.
 from typing import Any, Final
 
 import numpy as np
-import openvino
 from numpy.typing import NDArray
-from openvino import opset13 as ops
 
+from model_store.quiet_imports import import_openvino
 from service.engine.base import Images
 
+openvino = import_openvino()
+ops = openvino.opset13
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
 
 LEVELS: Final = 256

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
-import openvino
 import torch
-from openvino import opset13 as ops
 from torch import Tensor, nn
 
+from model_store.quiet_imports import import_openvino
 from model_store.structures import BasicBlock, Norm, WideBlock
 from service.engine.base import INT8_TOLERANCE, TOLERANCE, Backend, EngineRejected, FoldedTicket, Images, Logits
 from service.engine.int8 import quantize
 
+openvino = import_openvino()
+ops = openvino.opset13
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
 
 BATCHES: Final = (1, 2)

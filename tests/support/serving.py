@@ -175,6 +175,9 @@ class Process:
     def get(self, url: str, **headers: str) -> tuple[int, bytes]:
         return fetch(urllib.request.Request(url, headers=headers))
 
+    def post(self, url: str, body: bytes, **headers: str) -> tuple[int, bytes]:
+        return fetch(urllib.request.Request(url, body, headers))
+
     def ready(self) -> bool:
         return self.get(f"{self.public}/health/ready")[0] == 200
 

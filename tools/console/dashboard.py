@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from model_store.library import open_library
+from model_store.quiet_imports import import_matplotlib
 from tests.deploy.test_prometheus import answer, filled, prometheus
 from tests.support.serving import ROOT, serving
 from tools.console.screenshots import AUDIT, submit, wait_for_audits
 from tools.console.traffic import traffic
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+matplotlib = import_matplotlib()
 DASHBOARD: Final = ROOT / "deploy" / "grafana" / "tombola.json"
 RATE_INTERVAL: Final = "15s"  # the server has been scraped for two minutes
 COLUMNS: Final = 24  # of the dashboard's grid
@@ -85,11 +88,13 @@ def scraped() -> Iterator[tuple[str, Any]]:
                 yield address, server
 
 
-def draw(address: str, period: Period) -> Figure:
-    mpl.rcParams.update({"font.size": 7, "axes.titlesize": 8, "axes.titleweight": "bold", "axes.titlelocation": "left"})
+def draw(address: str, period: Period) -> "Figure":
+    matplotlib.rcParams.update(
+        {"font.size": 7, "axes.titlesize": 8, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    )
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels) + 2
-    figure = Figure(figsize=(COLUMNS * UNIT_IN[0], rows * UNIT_IN[1]))
+    figure: Figure = matplotlib.figure.Figure(figsize=(COLUMNS * UNIT_IN[0], rows * UNIT_IN[1]))
     length = period.end - period.start
     about = f"every query of deploy/grafana/tombola.json over a real Prometheus, {length:.0f} s of load"
     figure.text(0.01, 1 - 0.8 / rows, f"Drawn by matplotlib, not by Grafana: {about}", fontsize=9, style="italic")
@@ -98,7 +103,7 @@ def draw(address: str, period: Period) -> Figure:
     return figure
 
 
-def place(figure: Figure, panel: Json, rows: int, address: str, period: Period) -> None:
+def place(figure: "Figure", panel: Json, rows: int, address: str, period: Period) -> None:
     """One panel where the dashboard has it. A row is a heading."""
     grid = panel["gridPos"]
     left, top = grid["x"] / COLUMNS, 1 - (grid["y"] + 2) / rows
@@ -138,7 +143,7 @@ def now(panel: Json, address: str) -> list[tuple[str, dict[str, str], float]]:
     ]
 
 
-def lines(axes: Axes, panel: Json, address: str, period: Period) -> None:
+def lines(axes: "Axes", panel: Json, address: str, period: Period) -> None:
     count = 0
     for query, pattern in targets(panel):
         for row in series(address, query, period):
@@ -164,18 +169,18 @@ def series(address: str, query: str, period: Period) -> list[Json]:
     return found
 
 
-def silent(axes: Axes) -> None:
+def silent(axes: "Axes") -> None:
     axes.text(0.5, 0.5, "nothing happened", ha="center", va="center", transform=axes.transAxes, color="grey")
 
 
-def stat(axes: Axes, panel: Json, address: str, _: Period) -> None:
+def stat(axes: "Axes", panel: Json, address: str, _: Period) -> None:
     values = [value for _, _, value in now(panel, address)]
     axes.axis("off")
     text = unit(panel)(values[0]) if values else "–"
     axes.text(0.5, 0.45, text, ha="center", va="center", fontsize=20, transform=axes.transAxes)
 
 
-def bars(axes: Axes, panel: Json, address: str, _: Period) -> None:
+def bars(axes: "Axes", panel: Json, address: str, _: Period) -> None:
     found = sorted(((name, value) for name, _, value in now(panel, address)), reverse=True)
     drawn = axes.barh([name for name, _ in found], [value for _, value in found], height=0.6)
     axes.bar_label(drawn, [unit(panel)(value) for _, value in found], padding=2, fontsize=6)
@@ -184,13 +189,13 @@ def bars(axes: Axes, panel: Json, address: str, _: Period) -> None:
     axes.tick_params(axis="y", labelsize=5.5)
 
 
-def rows_of(axes: Axes, panel: Json, address: str, _: Period) -> None:
+def rows_of(axes: "Axes", panel: Json, address: str, _: Period) -> None:
     axes.axis("off")
     text = "\n".join(f"{' '.join(labels.values())[:24]}…  {value:g}" for _, labels, value in now(panel, address))
     axes.text(0, 0.9, text, va="top", family="monospace", transform=axes.transAxes)
 
 
-Drawing = Callable[[Axes, Json, str, Period], None]
+Drawing = Callable[["Axes", Json, str, Period], None]
 KINDS: Final[dict[str, Drawing]] = {"timeseries": lines, "stat": stat, "bargauge": bars, "table": rows_of}
 
 

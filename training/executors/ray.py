@@ -4,14 +4,19 @@ A task that dies with its worker is started again by Ray elsewhere and goes on f
 comes from the recipe's seed, so the library is the one a local run gives.
 """
 
+import os
+import secrets
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from training import jobs as job_store
-from training.data import read_split
+from training.data import CACHE, read_split
 from training.errors import TrainingError
 from training.jobs import POLL_SECONDS, Job, Status
 
@@ -22,7 +27,8 @@ CONNECT_S = 5.0
 def run_job_task(folder: str, data: str, device: str) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
-    job_store.run_job(job_store.read_job(Path(folder)), read_split(Path(data)), torch.device(device))
+    split = read_split(Path(data), Path(folder).parent / CACHE)
+    job_store.run_job(job_store.read_job(Path(folder)), split, torch.device(device))
 
 
 def check_reachable(address: str) -> None:
@@ -44,27 +50,39 @@ def run_ray(
     address: "auto" or host:port of a running cluster, or "local" for one inside this process.  cores, gpus: of a task.
     The state folders and `data` must be the same paths on every node. Raises TrainingError where Ray is not installed.
     """
-    try:
-        import ray
-    except ImportError:
-        raise TrainingError("--ray: Ray is not installed; `pip install 'tombola[ray]'` brings it") from None
-    check_reachable(address)
     for job in jobs:
         job_store.initialize(job)
-    try:
-        ray.init(address=None if address == "local" else address, log_to_driver=False, ignore_reinit_error=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"--ray {address}: no such cluster ({error})") from None
-    task = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)(run_job_task)
-    waiting = [
-        task.remote(str(job.folder.resolve()), str(data.resolve()), device) for job in job_store.unfinished(jobs)
-    ]
-    try:
-        while waiting:
-            _, waiting = ray.wait(waiting, timeout=POLL_SECONDS)  # a failed task is ready too; its folder says why
+    with cluster(address) as ray:
+        task = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)(run_job_task)
+        folders = [job.folder.resolve() for job in job_store.unfinished(jobs)]
+        waiting = [task.remote(str(folder), str(data.resolve()), device) for folder in folders]
+        try:
+            while waiting:
+                _, waiting = ray.wait(waiting, timeout=POLL_SECONDS)  # a failed task is ready; its folder says why
+                yield [job_store.status(job) for job in jobs]
             yield [job_store.status(job) for job in jobs]
-        yield [job_store.status(job) for job in jobs]
-    finally:
-        for reference in waiting:
-            ray.cancel(reference, force=True)
-        ray.shutdown()
+        finally:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[Any]:
+    """Ray, connected to a cluster until the block ends. Raises TrainingError."""
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    with ExitStack() as stack:
+        if address == "local":  # it reports its use to nobody and keeps its files and its secret in one folder
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            own["_temp_dir"] = stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        try:
+            import ray
+        except ImportError:
+            raise TrainingError("--ray: Ray is not installed; `pip install 'tombola[ray]'` brings it") from None
+        check_reachable(address)
+        try:
+            ray.init(address=address, log_to_driver=False, ignore_reinit_error=True, **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise TrainingError(f"--ray {address}: no such cluster ({error})") from None
+        stack.callback(ray.shutdown)
+        yield ray

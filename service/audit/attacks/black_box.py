@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model_store.attacks import ThreatModel
 from model_store.policy import Policy, draw_matrix
+from model_store.quiet_imports import import_hop_skip_jump
 from service.audit.attacks.autoattack import isolated_rng
 from service.audit.errors import AuditRejected, OracleFailed
 from service.audit.evaluation.members import Member, as_floats, forward_no_grad
@@ -346,14 +347,12 @@ def hop_skip_jump(
 
 
 def hop(votes: Votes, classes: int) -> None:
-    from art.attacks.evasion import HopSkipJump  # here: it takes seconds
-    from art.estimators.classification import BlackBoxClassifier
-
     if torch.equal(votes.best, votes.clean):
         return  # misread as it is
+    attack_type, classifier_type = import_hop_skip_jump()
     clean, start = ((image.numpy() / 255).astype(np.float32)[None] for image in (votes.clean, votes.best))
-    classifier = BlackBoxClassifier(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
-    attack = HopSkipJump(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
+    classifier = classifier_type(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
+    attack = attack_type(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
     with suppress(QueryBudgetExceeded):
         attack.generate(clean, np.array([votes.label]), x_adv_init=start)
 

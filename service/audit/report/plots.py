@@ -2,17 +2,21 @@
 
 import base64
 import io
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from model_store.quiet_imports import import_matplotlib
 from service.audit.attack_runner import AuditRun
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+matplotlib = import_matplotlib()
 
 STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "tombola",
@@ -27,12 +31,12 @@ AMPLIFIED: Final = 8  # the perturbation is shown so many times larger, around g
 Json = dict[str, Any]
 
 
-def drawn(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def drawn(width: float, height: float) -> "tuple[Figure, Axes]":
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: "Figure") -> str:
     """Without a date, so that equal figures are equal bytes."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
@@ -42,7 +46,7 @@ def svg(figure: Figure) -> str:
 
 def all_figures(report: Json) -> dict[str, str]:
     """Title -> SVG, of those that the report has data for."""
-    with rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         found = {
             "Accuracy against epsilon": curves(report),
             "Transfer between tickets": heat_map(report),
@@ -53,7 +57,7 @@ def all_figures(report: Json) -> dict[str, str]:
         return {title: svg(figure) for title, figure in found.items() if figure is not None}
 
 
-def curves(report: Json) -> Figure:
+def curves(report: Json) -> "Figure":
     figure, axes = drawn(7, 3.6)
     for name, system in report["systems"].items():
         points = system["curve"]
@@ -69,7 +73,7 @@ def curves(report: Json) -> Figure:
     return figure
 
 
-def heat_map(report: Json) -> Figure | None:
+def heat_map(report: Json) -> "Figure | None":
     if report["transfer"] is None:
         return None
     names, values = report["transfer"]["names"], np.array(report["transfer"]["accuracy"]) * 100
@@ -84,7 +88,7 @@ def heat_map(report: Json) -> Figure | None:
     return figure
 
 
-def traces(report: Json, field: str, label: str) -> Figure | None:
+def traces(report: Json, field: str, label: str) -> "Figure | None":
     headline = report["audit"]["headline"]
     found = [a for a in report["attacks"] if a["trace"] and a["system"] == "tombola" and a["epsilon"] == headline]
     if not found:
@@ -98,7 +102,7 @@ def traces(report: Json, field: str, label: str) -> Figure | None:
     return figure
 
 
-def queries(report: Json) -> Figure | None:
+def queries(report: Json) -> "Figure | None":
     found = [a for a in report["attacks"] if "curve" in a]
     if not found:
         return None

@@ -45,7 +45,7 @@ from service.settings import Settings
 from tests.support.serving import holds, over_and_over, serving, some_rows, tiny_library
 from tombola.sample_image import draw_sample
 
-pytest.importorskip("openvino")
+pytest.importorskip("service.engine.openvino_engine")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tickets get processes of their own on Linux alone")
 
 
