@@ -75,8 +75,9 @@ USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# http.client, since urllib and most tools would ask a proxy that the environment names.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('TOMBOLA_PORT', '8000') + '/health/ready', timeout=2)"]
+    CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('TOMBOLA_PORT', '8000')), timeout=2); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)"]
 # No shell in between: the server is process 1 and gets the signals.
 ENTRYPOINT ["python", "-m", "tombola"]
 CMD ["serve"]

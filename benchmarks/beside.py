@@ -11,6 +11,7 @@ from benchmarks import requests
 from benchmarks.load import closed_loop, open_figures
 from benchmarks.requests import Form
 from benchmarks.servers import Running
+from service.outbound import open_url
 
 SHARE: Final = 0.5  # of the capacity, in the open loop
 AUDIT: Final = {"profile": "smoke", "images": 200}  # on images made here; far longer than it is looked at
@@ -45,7 +46,7 @@ def audit(running: Running, token: str) -> Iterator[Any]:
         body = None if content is None else json.dumps(content).encode()
         headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
         request = urllib.request.Request(f"{running.admin}{path}", body, headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with open_url(request, 60) as answer:
             return json.loads(answer.read())
 
     path = f"/admin/audits/{ask('POST', '/admin/audits', AUDIT)['id']}"

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Final
 from benchmarks import requests
 from benchmarks.requests import Form
 from service.cpu import cpu_s, process_tree, usable_cores
+from service.outbound import open_url
 
 ROOT: Final = Path(__file__).parents[1]
 VENV: Final = ROOT / ".venv" / "bench"  # the peers, over the packages of the project's own environment
@@ -102,7 +102,7 @@ class Running:
 
     def metric(self, name: str) -> float:
         """The sum of our series whose lines begin so."""
-        with urllib.request.urlopen(f"{self.admin}/metrics", timeout=30) as response:
+        with open_url(f"{self.admin}/metrics", 30) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"tombola_{name}"))
 
@@ -138,7 +138,7 @@ def answers(url: str, process: subprocess.Popen[bytes]) -> bool:
     """Waits for a 200; False when the process ends, or after five minutes."""
     late = time.monotonic() + 300
     while time.monotonic() < late and process.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
+        with suppress(OSError), open_url(url, 5) as response:
             if response.status == 200:
                 return True
         time.sleep(0.05)

@@ -64,7 +64,7 @@ def create_public_app(holder: LibraryManager, settings: Settings, metrics: Metri
     )  # around the shortcut, too
     add_common_middleware(app, holder, settings, metrics, "public")
     if settings.tracing:
-        tracing.install(app, open_inference.product_version())
+        tracing.install(app, open_inference.product_version(), settings.tracing_proxy)
     return app
 
 

@@ -214,6 +214,9 @@ class Settings(BaseSettings):
         "Send a trace of each classification request to an OpenTelemetry collector (extra `tracing`)",
         "Off: the service calls nobody. Where to and how many: the standard OTEL_* variables",
     )
+    tracing_proxy: str = setting(
+        "", "URL", "Proxy on the way to that collector", "None: proxies of the environment are never used"
+    )
     commit: str = setting(
         "unknown", "hash", "Commit of the running source, shown in build_info", "The image's build sets it"
     )

@@ -18,6 +18,7 @@ from PIL import Image
 from model_store.ensemble import calibrated
 from model_store.library import open_library
 from model_store.structures import Structure
+from service.outbound import open_url
 from tests.support.digits import digits
 from training.data import Images, as_floats
 from training.export import export
@@ -79,7 +80,7 @@ def address_of(server: subprocess.Popen[str]) -> str:
 def classify(address: str, library: Path, images: Images, start: int) -> list[dict[str, object]]:
     body = json.dumps({"images": [png(pixels) for pixels in images.pixels[start : start + 50]]}).encode()
     request = urllib.request.Request(f"{address}/v1/classify", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with open_url(request, 60) as response:
         answer = json.load(response)
     assert answer["library"] == open_library(library).digest
     predictions: list[dict[str, object]] = answer["predictions"]

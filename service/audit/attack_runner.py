@@ -20,11 +20,12 @@ from service.audit import baselines
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.autoattack import AutoAttackConfig
-from service.audit.attacks.black_box import HttpOracle, LocalOracle, QueryAttackConfig
+from service.audit.attacks.black_box import TIMEOUT_S, HttpOracle, LocalOracle, QueryAttackConfig
 from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.config import Audit, Step, digest_of
 from service.audit.cost import giga_multiply_adds, multiply_adds_of
+from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import Defense, DrawSet, is_countable, scoring_draws
 from service.audit.evaluation.members import (
     AttackTarget,
@@ -39,6 +40,7 @@ from service.audit.evaluation.scoring import CERTAIN, Scores, pointwise_worst, s
 from service.audit.labelled_data import LabelledImages
 from service.audit.plan import plan
 from service.audit.profiles import SHARED
+from service.outbound import ProxyRejected, http_client
 
 CODE: Final = 4  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
@@ -84,6 +86,7 @@ class AuditRun:
         device: str = "cpu",
         url: str | None = None,
         key: str | None = None,
+        proxy: str | None = None,
         emit: Emit = lambda _: None,
         outside: Library | None = None,
         int8_images: Path | None = None,
@@ -99,6 +102,7 @@ class AuditRun:
         self.outside = outside
         self.data = data
         self.url, self.key, self.int8_images = url, key, int8_images
+        self.proxy = proxy
         self.emit = emit
         self.candidates = candidates or candidates_of(library, device, outside, threads=threads)
         self.fingerprint = fingerprint(self.candidates.members)
@@ -266,7 +270,11 @@ class AuditRun:
     def oracle(self, step: Step) -> HttpOracle | LocalOracle:
         system = self.system(step.system)
         if self.url is not None and step.system == baselines.OURS:
-            return HttpOracle(self.url, len(self.library.classes), self.key)
+            try:
+                client = http_client(timeout_s=TIMEOUT_S, proxy=self.proxy)
+            except ProxyRejected as error:
+                raise AuditRejected(str(error)) from None
+            return HttpOracle(self.url, len(self.library.classes), self.key, client=client)
         rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
         return LocalOracle(
             self.candidates.members, system.policy, self.candidates.device, rng, threads=self.candidates.threads

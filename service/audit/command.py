@@ -52,6 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fail-under", type=float, metavar="FRACTION", help="exit code 3 if accuracy is below it")
     parser.add_argument("--url", help="admin URL of a running service: audit there, and wait")
     parser.add_argument("--token-file", type=Path, help="file with the admin token, for --url")
+    parser.add_argument(
+        "--proxy", metavar="URL", help="proxy on the way to --url or --service (none: the environment's is not used)"
+    )
     parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="two report.json: what changed")
     parser.add_argument("--tables", type=Path, metavar="REPORT", help="print its Table 2, write its figures to --out")
     parser.add_argument(
@@ -114,6 +117,7 @@ def local(given: argparse.Namespace) -> Json:
             device=device,
             url=given.service,
             key=given.key,
+            proxy=given.proxy,
             outside=outside,
             emit=shown.tell,
             threads=threads,
@@ -158,13 +162,17 @@ def remote(given: argparse.Namespace) -> Json:
     """Starts an audit on the admin plane and waits for its report."""
     import httpx
 
+    from service.outbound import ProxyRejected, http_client
+
     token = given.token_file.read_text(encoding="utf-8", errors="replace").strip() if given.token_file else ""
     if not token.isascii():
         raise AuditRejected(f"{given.token_file}: not an admin token")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
-        with httpx.Client(base_url=given.url, headers=headers, timeout=60) as client:
+        with http_client(timeout_s=60, proxy=given.proxy, base_url=given.url, headers=headers) as client:
             return waited(client, given)
+    except ProxyRejected as error:
+        raise AuditRejected(str(error)) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise AuditError(f"{given.url}: {type(error).__name__}: {error}; is the admin plane there?") from None
 

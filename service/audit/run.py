@@ -56,6 +56,7 @@ def run_audit(
     device: str = "cpu",
     url: str | None = None,
     key: str | None = None,
+    proxy: str | None = None,
     outside: Library | None = None,
     int8_images: Path | None = None,
     emit: Emit = lambda _: None,
@@ -63,7 +64,8 @@ def run_audit(
 ) -> Json:
     """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was.
 
-    url, key: of a service of the same library, for black-box attacks.  outside: a library to transfer from.
+    url, key: of a service of the same library, for black-box attacks.  proxy: on the way to it.
+    outside: a library to transfer from.
     int8_images: what the service is calibrated on, if it runs in 8 bits.
     """
     torch.set_num_threads(1)  # members run in threads of their own: results do not depend on the number of cores
@@ -77,6 +79,7 @@ def run_audit(
         device=device,
         url=url,
         key=key,
+        proxy=proxy,
         emit=emit,
         threads=threads,
         outside=outside,

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from model_store.input_spec import CIFAR10_INPUT
+from service.outbound import open_url
 from service.settings import Settings, SettingsRejected
 
 ROWS: Final = 512  # images under way at the most: full windows, and half of what a server admits
@@ -48,7 +48,7 @@ class RunningServer:
 
     def metrics(self) -> dict[str, float]:
         """Every series of /metrics."""
-        with urllib.request.urlopen(f"{self.admin}/metrics", timeout=30) as answer:  # noqa: S310 -- our own
+        with open_url(f"{self.admin}/metrics", 30) as answer:
             lines = answer.read().decode().splitlines()
         return {
             name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 UNMATCHED: Final = "unmatched"
 PATIENCE_S: Final = 2.0  # with a collector, a batch's repetitions included; so long it may hold up the process's end
 TIMEOUTS: Final = {"OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"}  # which override that
+PROVIDERS: Final = {  # which name a session of the user's own
+    "OTEL_PYTHON_EXPORTER_OTLP_CREDENTIAL_PROVIDER",
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
+}
 FASTAPI_TELEMETRY_OFF: Final[Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """For FastAPI(telemetry=...); older versions know neither the word nor the telemetry."""
 
@@ -144,12 +149,12 @@ def carrier(scope: Scope) -> dict[str, str]:
     return {"traceparent": found[0].decode("latin-1")} if len(found) == 1 else {}
 
 
-def install(app: FastAPI, version: str) -> None:
+def install(app: FastAPI, version: str, proxy: str = "") -> None:
     """Traces the app's requests to where OTEL_* says. Raises SettingsRejected without the extra `tracing`."""
-    app.add_middleware(TracingMiddleware, tracer=provider(version).get_tracer("tombola", version))
+    app.add_middleware(TracingMiddleware, tracer=provider(version, proxy).get_tracer("tombola", version))
 
 
-def provider(version: str) -> "TracerProvider":
+def provider(version: str, proxy: str = "") -> "TracerProvider":
     """Spans leave in batches from a thread of its own; what no collector takes in time is dropped. Flushed at exit."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -164,5 +169,22 @@ def provider(version: str) -> "TracerProvider":
     ours = Resource({"service.name": "tombola", "service.version": version})
     made = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
     patience_s = None if TIMEOUTS & set(os.environ) else PATIENCE_S
-    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=patience_s)))
+    exporter = OTLPSpanExporter(timeout=patience_s, session=exporter_session(proxy))
+    made.add_span_processor(BatchSpanProcessor(exporter))
     return made
+
+
+def exporter_session(proxy: str) -> Any:
+    """The exporter's session, with the given proxy and none of the environment's; None for a session of the user's.
+
+    It does not read ~/.netrc either, which would replace the credentials of OTEL_EXPORTER_OTLP_HEADERS.
+    """
+    if PROVIDERS & set(os.environ):
+        return None
+    import requests  # a dependency of the exporter
+
+    session = requests.Session()
+    session.trust_env = False
+    if proxy:
+        session.proxies = {"http": proxy, "https": proxy}
+    return session

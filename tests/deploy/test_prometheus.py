@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from service.observability.metrics import Metrics
+from service.outbound import open_url
 from tests.deploy.test_files import PROMETHEUS, alerts, queries, rules
 from tests.support.planes import png
 from tests.support.serving import Process, over_and_over, serving, tiny_library
@@ -89,7 +90,7 @@ def load(server: Process) -> AbstractContextManager[None]:
 
     def ask() -> None:
         server.classify(body, **{"content-type": "application/json"})
-        urllib.request.urlopen(infer, timeout=30).close()
+        open_url(infer, 30).close()
 
     return over_and_over(ask, 0.05)
 
@@ -97,7 +98,7 @@ def load(server: Process) -> AbstractContextManager[None]:
 def answer(address: str, query: str) -> list[Any]:
     url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with open_url(url, 30) as response:
             found: list[Any] = json.load(response)["data"]["result"]
     except urllib.error.HTTPError as error:
         with error:
@@ -137,7 +138,7 @@ def test_every_query_of_dashboard_and_rules_returns_data_from_a_server_under_loa
         targets = [server.admin.removeprefix("http://"), audit]
         with load(server), prometheus(tmp_path / "prometheus", targets) as address:
             missing = wait_for(lambda: [query for query in wanted if not answer(address, query)])
-            with urllib.request.urlopen(f"{address}/api/v1/rules", timeout=30) as response:
+            with open_url(f"{address}/api/v1/rules", 30) as response:
                 groups = json.load(response)["data"]["groups"]
     assert not missing
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}

@@ -25,6 +25,7 @@ from model_store.policy import Policy
 from model_store.structures import StructureName
 from service.engine.base import Engine, Forward, Images
 from service.observability.metrics import Metrics
+from service.outbound import open_url
 from service.scheduling.scheduler import AdmissionController, Scheduler
 from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
@@ -198,7 +199,7 @@ class Process:
 
 def fetch(request: urllib.request.Request) -> tuple[int, bytes]:
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with open_url(request, 60) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:

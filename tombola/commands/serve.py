@@ -2,6 +2,7 @@
 
 import argparse
 from typing import Any
+from urllib.request import getproxies
 
 from service.settings import Settings, add_flags, ensure_state_dir, read_settings
 
@@ -40,7 +41,9 @@ def announce(service: Any, serving: Any) -> None:
     print(f"logits within {engine.difference:.0e} of torch's; warm in {engine.warm_up_s:.1f} s")
     print(f"public   {service.public_url}")
     print(f"admin    {service.admin_url}   token: {token_source(service.settings)}")
-    print(f"try      curl {key}--data-binary @{picture} {service.public_url}/v1/classify")
+    proxied = getproxies().keys() - {"no"}  # curl would ask that proxy for this machine's loopback
+    direct = "--noproxy '*' " if proxied else ""
+    print(f"try      curl {direct}{key}--data-binary @{picture} {service.public_url}/v1/classify")
     print(f"Ready: every image gets one of {states(library.policy):,} ensembles.", flush=True)
 
 

@@ -11,7 +11,6 @@ import json
 import tempfile
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from PIL import Image
 
 from model_store.library import open_library
 from model_store.quiet_imports import import_matplotlib
+from service.outbound import open_url
 from tests.deploy.test_prometheus import answer, filled, prometheus
 from tests.support.serving import ROOT, serving
 from tools.console.screenshots import AUDIT, submit, wait_for_audits
@@ -162,9 +162,7 @@ def lines(axes: "Axes", panel: Json, address: str, period: Period) -> None:
 
 def series(address: str, query: str, period: Period) -> list[Json]:
     asked = {"query": query, "start": period.start, "end": period.end, "step": 1}
-    with urllib.request.urlopen(
-        f"{address}/api/v1/query_range?{urllib.parse.urlencode(asked)}", timeout=60
-    ) as response:
+    with open_url(f"{address}/api/v1/query_range?{urllib.parse.urlencode(asked)}", 60) as response:
         found: list[Json] = json.load(response)["data"]["result"]
     return found
 

@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from model_store.library import open_library
+from service.outbound import open_url
 from tests.support.serving import serving
 from tombola.sample_image import draw_sample
 from tools.console.browser import chromium, sign_in
@@ -93,7 +94,7 @@ def busy_server() -> Iterator[tuple[str, str]]:
 
 def submit(url: str, token: str, content: dict[str, Any]) -> None:
     headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/admin/audits", json.dumps(content).encode(), headers)):
+    with open_url(urllib.request.Request(f"{url}/admin/audits", json.dumps(content).encode(), headers)):
         return
 
 
@@ -102,7 +103,7 @@ def wait_for_audits(url: str, token: str) -> None:
     late = time.monotonic() + AUDIT_S
     request = urllib.request.Request(f"{url}/admin/audits", headers={"authorization": f"Bearer {token}"})
     while time.monotonic() < late:
-        with urllib.request.urlopen(request) as response:
+        with open_url(request) as response:
             if all(job["state"] == "done" for job in json.load(response)["audits"]):
                 return
         time.sleep(1)

@@ -28,6 +28,7 @@ from benchmarks.servers import set_size_kb
 from model_store.errors import StoreError
 from model_store.library import open_library, write_library
 from service.cpu import process_tree
+from service.outbound import open_url
 from tests.support.tickets import CLASSES, eight_tickets, items
 from tombola.sample_image import draw_sample
 
@@ -236,7 +237,7 @@ def wait(condition: Any, what: str, limit_s: float = 180.0) -> None:
 
 def status_of(path: str, body: bytes | None = None) -> tuple[int, bytes]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"http://{INSIDE}:8000{path}", body), timeout=30) as answer:
+        with open_url(urllib.request.Request(f"http://{INSIDE}:8000{path}", body), 30) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:

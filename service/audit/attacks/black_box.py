@@ -27,6 +27,7 @@ from service.audit.attacks.autoattack import isolated_rng
 from service.audit.errors import AuditRejected, OracleFailed
 from service.audit.evaluation.members import Member, as_floats, forward_no_grad
 from service.audit.evaluation.threads import WorkerThreads
+from service.outbound import http_client
 
 SIZE: Final = 32
 REQUEST_IMAGES: Final = 128
@@ -56,12 +57,6 @@ class Oracle(Protocol):
     def __call__(self, pixels: Tensor) -> NDArray[np.float64]: ...
 
 
-def http_client() -> Any:
-    import httpx
-
-    return httpx.Client(timeout=TIMEOUT_S)
-
-
 @dataclass
 class HttpOracle:
     """The public plane of a running service. Where it asks for patience it gets some."""
@@ -70,7 +65,7 @@ class HttpOracle:
     classes: int
     key: str | None = None
     queries: int = 0
-    client: Any = field(default_factory=http_client)
+    client: Any = field(default_factory=lambda: http_client(timeout_s=TIMEOUT_S))
 
     def __enter__(self) -> "HttpOracle":
         return self

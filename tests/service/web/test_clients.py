@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 import numpy as np
 import pytest
 import tritonclient.http as blocking
@@ -19,6 +18,7 @@ from open_inference.openapi.types import InferenceRequest
 from tritonclient.utils import InferenceServerException
 
 from service.errors import ErrorMessage
+from service.outbound import http_client
 from tests.support.planes import behind_a_port, picture, png, public_app
 from tests.support.tickets import CLASSES
 
@@ -183,7 +183,7 @@ class TestOpenInference:
 
     @pytest.fixture
     def client(self, server: str) -> Iterator[OpenInferenceClient]:
-        with httpx.Client() as transport:
+        with http_client(timeout_s=5) as transport:
             yield OpenInferenceClient(base_url=f"http://{server}", httpx_client=transport)
 
     def test_health_metadata_and_inference(self, client: OpenInferenceClient) -> None:

@@ -33,6 +33,7 @@ from service.app import create_admin_app, create_public_app
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
+from service.outbound import http_client
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
 from service.web.inference import Probabilities
@@ -196,13 +197,13 @@ class TestSizes:
         slow = [socket.create_connection((host, int(port)), timeout=10) for _ in range(200)]
         for connection in slow:
             connection.sendall(b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 16000000\r\n\r\nx")
-        with httpx.Client(base_url=f"http://{server}", timeout=30) as client:
+        with http_client(timeout_s=30, base_url=f"http://{server}") as client:
             assert [client.post(CLASSIFY, content=png(110)).status_code for _ in range(10)] == [200] * 10
         for connection in slow:
             connection.close()
 
     def test_a_body_of_thirty_megabytes_is_refused_and_the_client_can_read_why(self, server: str) -> None:
-        with httpx.Client(base_url=f"http://{server}", timeout=30) as client:
+        with http_client(timeout_s=30, base_url=f"http://{server}") as client:
             for _ in range(10):
                 refused(client.post(CLASSIFY, content=bytes(30 * MEGABYTE)), 413, ErrorMessage.BODY_TOO_LARGE)
                 assert client.post(CLASSIFY, content=png()).status_code == 200
@@ -365,7 +366,11 @@ class TestKeepAlive:
             raise RuntimeError("amid the answer")
 
         app.mount("/broken", broken)
-        with behind_a_port(app) as address, httpx.Client() as client, pytest.raises(httpx.RemoteProtocolError):
+        with (
+            behind_a_port(app) as address,
+            http_client(timeout_s=5) as client,
+            pytest.raises(httpx.RemoteProtocolError),
+        ):
             client.get(f"http://{address}/broken/")
 
 

@@ -6,6 +6,7 @@ tests/service/web/test_clients.py runs it when KSERVE_PYTHON is set.
 
 import asyncio
 import base64
+import os
 import sys
 from pathlib import Path
 
@@ -57,4 +58,5 @@ async def check(base: str, data: bytes) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["NO_PROXY"] = "*"  # KServe's client takes its proxies from the environment
     asyncio.run(check(sys.argv[1], Path(sys.argv[2]).read_bytes()))

@@ -1,0 +1,41 @@
+"""Every HTTP client of the project. None of them takes a proxy from the environment.
+
+A variable such as http_proxy is set for a whole machine. It would lead calls of loopback, and the tokens in them, to
+somebody else. Whoever needs a proxy names it.
+"""
+
+import urllib.request
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import httpx
+
+
+class ProxyRejected(ValueError):
+    """A proxy that cannot be used: one line that names it."""
+
+
+DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def http_client(*, timeout_s: float, proxy: str | None = None, **options: Any) -> "httpx.Client":
+    """A client that asks directly, or through the proxy it is given. Raises ProxyRejected.
+
+    Args:
+      timeout_s: of connecting, and of each wait for bytes.
+      proxy: URL of a proxy, http:// or https://.
+      options: httpx.Client's own, such as base_url and headers.
+    """
+    import httpx
+
+    # SSL_CERT_FILE is still read: it names whom to trust, not whom to ask.
+    certificates = httpx.create_ssl_context()
+    try:
+        return httpx.Client(trust_env=False, verify=certificates, proxy=proxy, timeout=timeout_s, **options)
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        raise ProxyRejected(f"proxy {proxy}: {error}") from None
+
+
+def open_url(request: str | urllib.request.Request, timeout_s: float = 60) -> Any:
+    """As urllib's urlopen, without a proxy. Raises URLError, HTTPError."""
+    return DIRECT.open(request, timeout=timeout_s)
