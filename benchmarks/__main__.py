@@ -23,6 +23,7 @@ from benchmarks.load import closed_loop, open_figures
 from benchmarks.report import best_peers, markdown_tables, ratios, replace_section
 from benchmarks.requests import Form
 from benchmarks.servers import ROOT, VENV, Running, Server, ours, peers, prepare_peers, started
+from model_store.files import write_atomically
 from model_store.library import open_library
 from service.benchmarks.command import machine
 
@@ -48,7 +49,7 @@ def main() -> int:
         **figures,
     }
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / f"{given.what}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    write_atomically(given.out / f"{given.what}.json", json.dumps(whole, indent=1) + "\n")
     if given.what == "compare":
         draw(whole, given.out / "compare.svg")
     print(markdown_tables(given.out))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from model_store.files import replacing
 from model_store.quiet_imports import import_matplotlib
 
 matplotlib = import_matplotlib()
@@ -25,4 +26,5 @@ def draw(whole: dict[str, Any], path: Path) -> None:
     latency.set_yscale("log")
     throughput.legend(fontsize=7)
     figure.suptitle(f"{whole['machine']['cpu']}, {whole['machine']['cores']} cores", fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
+    with replacing(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})

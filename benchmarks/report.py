@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from model_store.files import write_atomically
+
 MARKS: Final = ("<!-- benchmarks: python -m benchmarks report -->", "<!-- end of benchmarks -->")
 OURS: Final = "tombola"
 KINDS: Final = {
@@ -203,4 +205,4 @@ def replace_section(page: Path, text: str) -> None:
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(whole):
         raise SystemExit(f"{page}: expected {begin} and {end} in it, found neither")
-    page.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", whole), encoding="utf-8")
+    write_atomically(page, pattern.sub(lambda _: f"{begin}\n{text}\n{end}", whole))

@@ -6,9 +6,6 @@ the file itself, so that a ticket on its own is checked as closely as one inside
 
 import hashlib
 import math
-import os
-import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from model_store.errors import StoreError, TicketRejected
+from model_store.files import write_atomically
 from model_store.structures import Network, Structure, convs, norms
 
 Kind = Literal["scratch", "fine-tuned"]
@@ -397,30 +395,3 @@ def save_ticket(path: Path, ticket: Ticket) -> str:
     data = encode(ticket)
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
-
-
-PART = re.compile(r"^\..+\.[0-9a-f]{16}\.part$")  # what a writer that was killed leaves behind
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """After a crash at any point `path` holds its old content or all of the new one."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder last through a power cut, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

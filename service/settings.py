@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_store.errors import TombolaError
 from model_store.images import MAX_PIXELS
+from model_store.files import write_new
 
 PREFIX: Final = "TOMBOLA_"
 TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random characters are beyond guessing
@@ -362,14 +363,20 @@ def read_secret(path: Path) -> str:
 
 def load_or_create_token(path: Path) -> str:
     """The token in `path`; made there, readable by this user alone, when there is none yet."""
+    token = secrets.token_urlsafe(32)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return validate_token(read_secret(path), str(path))
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        token = secrets.token_urlsafe(32)
-        file.write(token + "\n")
-    return token
+        if not path.exists():
+            write_new(path, f"{token}\n".encode(), 0o600)
+            return token
+    except FileExistsError:  # another process was faster: its token is this one's too
+        pass
+    found = read_secret(path)
+    if len(found) < TOKEN_CHARACTERS:
+        raise SettingsRejected(
+            f"{path}: {len(found)} characters, left by a start that could not finish; expected an admin token of at "
+            f"least {TOKEN_CHARACTERS}. Delete the file: the next start makes a new one"
+        )
+    return validate_token(found, str(path))
 
 
 def require_folders(settings: Settings) -> None:

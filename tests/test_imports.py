@@ -23,6 +23,7 @@ LADDER: Final = (
     "png",
     "colour",
     "images",
+    "files",
     "quiet_imports",
     "structures",
     "ticket",

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
+from model_store.files import write_atomically
 from model_store.library import Library, open_library
 from model_store.manifest import Entry
 from model_store.quiet_imports import import_cifar10
@@ -269,7 +270,7 @@ def show_differences(arguments: argparse.Namespace) -> None:
         found = differences(library, images, device, lambda done: progress.update(task, completed=done))
     print(f"library {library.digest[:12]}\n{summary(found)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"library": library.digest, **asdict(found)}, indent=1))
+        write_atomically(arguments.json, json.dumps({"library": library.digest, **asdict(found)}, indent=1))
 
 
 def fetch(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from model_store import images
 from model_store.errors import ImageRejected
 from model_store.input_spec import CIFAR10_INPUT
+from model_store.files import replacing
 from model_store.quiet_imports import import_cifar10
 from training.errors import DataRejected
 
@@ -210,13 +211,8 @@ def save_arrays(path: Path, split: Split) -> None:
             f"{part}_labels": images.labels.numpy(),
             f"{part}_names": np.array(images.names),
         }
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_arrays(path: Path) -> Split:

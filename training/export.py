@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
+from model_store.files import write_atomically
 from model_store.library import Library, open_library, write_library
 from model_store.manifest import Claim, Entry, Provenance
 from model_store.structures import STRUCTURES
@@ -113,7 +114,7 @@ def write_into(page: Path, text: str, begin: str) -> None:
     _, end, after = rest.partition(END)
     if not found or not end:
         raise TrainingError(f"{page}: no table to replace; expected a line {begin} and after it {END}")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def reported(entry: Entry, metric: str) -> Claim:

@@ -4,18 +4,14 @@ import os
 import subprocess
 from pathlib import Path
 
+from model_store import files
 from training.errors import SearchFailed
 
 
 def write_atomically(path: Path, text: str) -> None:
     """The old text or the new one, whatever happens in between. Raises SearchFailed where nothing can be written."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write_atomically(path, text)
     except OSError as error:
         raise SearchFailed(f"{path}: cannot be written ({error}); free some space, or choose another folder") from None
 

@@ -157,7 +157,7 @@ def run_job(job: Job, split: Split, device: torch.device) -> None:
         try:
             complete(job, split, device)
         except Exception as error:
-            (job.folder / "failed.txt").write_text(f"{type(error).__name__}: {error}", "utf-8")
+            write_atomically(job.folder / "failed.txt", f"{type(error).__name__}: {error}")
             raise
 
 
@@ -296,7 +296,7 @@ def record_crash(job: Job, code: int) -> None:
     else:
         words = (job.folder / "output.txt").read_text("utf-8", "replace").splitlines()
         end = ": ".join([f"code {code}", *words[-1:]])
-    (job.folder / "failed.txt").write_text(f"its process ended with {end}", "utf-8")
+    write_atomically(job.folder / "failed.txt", f"its process ended with {end}")
 
 
 def start_worker(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model_store.files import replacing
 from model_store.quiet_imports import import_matplotlib
 from training.errors import TrainingError
 from training.jobs import Job, read_log
@@ -34,8 +35,12 @@ def draw(jobs: Sequence[Job], path: Path) -> None:
         axis.set(title=title, xlabel="minutes of one process")
         axis.grid(alpha=0.3)
     axes[2].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    kind, known = path.suffix.removeprefix("."), figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise TrainingError(f"{path}: no kind of picture; expected a name that ends in .svg or .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format=kind)
 
 
 TITLES = (

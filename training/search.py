@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model_store.attacks import ThreatModel, pgd
+from model_store.files import replacing
 from model_store.structures import Network, Structure, calibrate, convs
 from model_store.ticket import Ticket
 from training.data import Images, Split, as_floats, batches
@@ -474,14 +475,11 @@ def with_temperature(ticket: Ticket, held: Images) -> Ticket:
 
 def save_checkpoint(path: Path, search: Search) -> None:
     """Atomic: a crash leaves the checkpoint before this one."""
-    temporary = path.with_suffix(".tmp")
+    tensors = {k: v.contiguous() for k, v in search.state_dict().items()}
     try:
-        save_file({k: v.contiguous() for k, v in search.state_dict().items()}, temporary, metadata=search.metadata())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as file:
+            save_file(tensors, file.name, metadata=search.metadata())
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise SearchFailed(
             f"{path}: the checkpoint could not be written ({error}); the last one stands. Free some space."
         ) from None

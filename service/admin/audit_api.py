@@ -1,8 +1,8 @@
 """The admin plane's routes for audits. AdminGate stands before all of them; here are no secrets, only work."""
 
 import asyncio
+import errno
 import json
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -11,11 +11,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from model_store.errors import os_error_text
+from model_store.files import create, naming, part_of
 from service.admin.audit_jobs import PAGE, REPORT, WAITING, AuditQueue
 from service.audit.errors import AuditError, AuditRejected
 from service.web.inference import RawRoute, json_response
 
 MAX_REQUEST_BYTES: Final = 65_536
+FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, or of what this user may have of it
 POLL_S: Final = 0.25
 SAFE: Final = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
@@ -100,9 +103,9 @@ class AuditApi:
     async def received(self, request: Request) -> Path:
         folder = self.jobs.datasets.uploads
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f".{secrets.token_hex(8)}.part"
+        path = part_of(folder / "upload")
         try:
-            with path.open("xb") as file:
+            with naming(folder), create(path) as file:
                 async for chunk in limited(request, self.jobs.settings.audits_max_upload_bytes):
                     await asyncio.to_thread(file.write, chunk)
         except BaseException:
@@ -139,6 +142,10 @@ def map_audit_errors(endpoint: Endpoint) -> Endpoint:
     async def run(request: Request) -> Response:
         try:
             return await endpoint(request)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return json_response({"error": os_error_text(error)}, 507)
         except AuditError as error:
             return json_response({"error": str(error)}, error.status)
 

@@ -17,9 +17,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from model_store.errors import StoreError
+from model_store.errors import StoreError, os_error_text
+from model_store.files import write_atomically
 from model_store.library import Library, open_library
-from model_store.ticket import Ticket, write_atomically
+from model_store.ticket import Ticket
 from service.admin.dataset_store import DatasetStore
 from service.audit import baselines
 from service.audit.config import Audit, read_audit
@@ -101,7 +102,14 @@ class AuditQueue:
                 self.run(job)
             except Exception:
                 log.exception("audit %s: its bookkeeping failed", job["id"])
-                self.save({**job, "state": "failed", "finished": time.time(), "why": "see the server's log"})
+                self.fail(job)
+
+    def fail(self, job: Json) -> None:
+        try:
+            self.save({**job, "state": "failed", "finished": time.time(), "why": "see the server's log"})
+        except OSError as error:  # a full disk: the job stays queued, and is tried again after a while
+            log.warning("audit %s: %s", job["id"], os_error_text(error))
+            self.changed.wait(WAIT_S)
 
     def next(self) -> Json | None:
         queued = [job for job in self.all() if job["state"] == "queued"]
@@ -203,8 +211,13 @@ class AuditQueue:
             if waiting >= self.settings.audits_queue:
                 raise QueueFull(f"{waiting} audits wait already; at most {self.settings.audits_queue} may")
             job = self.described(asked, library, path, cost, dict(fields))
-            (self.folder / job["id"]).mkdir(parents=True)
-            self.save(job)
+            folder = self.folder / job["id"]
+            folder.mkdir(parents=True)
+            try:
+                self.save(job)
+            except OSError:
+                folder.rmdir()
+                raise
         self.changed.set()
         return job
 

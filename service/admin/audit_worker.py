@@ -27,11 +27,14 @@ def main(folder: Path, niceness: int) -> int:
         with events.open("a", encoding="utf-8") as file:
             file.write(line)
 
-    from model_store.errors import StoreError
+    from model_store.errors import StoreError, os_error_text
     from service.audit.errors import AuditError
 
     try:
         work(folder, json.loads((folder / "job.json").read_text(encoding="utf-8")), tell)
+    except OSError as error:  # a full disk, for example
+        tell({"event": "failed", "why": os_error_text(error)})
+        return FAILED
     except (AuditError, StoreError) as error:
         tell({"event": "failed", "why": str(error)})
         return FAILED

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, Final
 
+from model_store.files import rename
 from model_store.library import Library
 from service.audit.errors import AuditRejected, AuditUnknown, DataRejected
 from service.audit.labelled_data import GENERATED, read_data
@@ -58,10 +59,10 @@ class DatasetStore:
         kind = kind_of(upload)
         stem = name.removesuffix(".zip").removesuffix(".npz")
         named = upload.with_name(f".{secrets.token_hex(8)}{kind}")
-        upload.rename(named)
+        rename(upload, named)
         try:
             found = read_data(named, library.classes, CHECKED_IMAGES)
-            named.rename(self.uploads / f"{stem}{kind}")
+            rename(named, self.uploads / f"{stem}{kind}")
         except DataRejected as error:  # in the words of whoever sent it
             raise DataRejected(str(error).replace(named.name, name)) from None
         finally:

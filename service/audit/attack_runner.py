@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_store.files import write_atomically
 from model_store.library import Library
-from model_store.ticket import write_atomically
 from service.audit import baselines
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
 from service.audit.attacks.arc import ArcConfig

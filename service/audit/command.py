@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from model_store.files import write_atomically
 from service.audit.errors import AuditError, AuditRejected
 
 if TYPE_CHECKING:
@@ -212,8 +213,8 @@ def followed(client: Any, name: str, seen: int, shown: ProgressBar) -> int:
 
 def keep(folder: Path, report: Json, page: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    write_atomically(folder / "report.html", page)
 
 
 def answered(response: Any) -> Json:

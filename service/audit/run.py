@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from model_store.ensemble import combine, predictions
+from model_store.files import write_atomically
 from model_store.library import Library
-from model_store.ticket import write_atomically
 from service.audit import baselines
 from service.audit import labelled_data as sets
 from service.audit.attack_runner import AuditRun, Emit, Json

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
+from model_store.files import write_atomically
 from model_store.library import Library, open_library
 from model_store.policy import Theta, draw_theta
 from model_store.structures import Network
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if benchmark.table is not None and arguments.into is not None:
         replace_section(arguments.into, benchmark.table(whole))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(whole, indent=2) + "\n")
+        write_atomically(arguments.json, json.dumps(whole, indent=2) + "\n")
     print(line)
     return 0
 
@@ -68,7 +69,7 @@ def replace_section(page: Path, table: str) -> None:
     before, found, rest = whole.partition(begin)
     if not found or end not in rest:
         raise SettingsRejected(f"{page}: expected {begin} and {end} in it")
-    page.write_text(before + table + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
+    write_atomically(page, before + table + "\n" + end + rest.split(end, 1)[1])
 
 
 def machine() -> dict[str, Any]:

@@ -17,6 +17,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.file is None:
         sys.stdout.buffer.write(draw_sample())
     else:
-        arguments.file.write_bytes(draw_sample())
+        write_atomically(arguments.file, draw_sample())
         print(f"{arguments.file}: a ship, {SIDE}x{SIDE}")
     return 0

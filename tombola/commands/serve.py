@@ -4,7 +4,9 @@ import argparse
 from typing import Any
 from urllib.request import getproxies
 
-from service.settings import Settings, add_flags, ensure_state_dir, read_settings
+from model_store.errors import os_error_text
+from model_store.files import write_atomically
+from service.settings import Settings, add_flags, read_settings
 
 DESCRIPTION = """\
 Serves a library on two planes until SIGTERM or Ctrl-C. SIGHUP reads the library and the API keys again.
@@ -32,8 +34,7 @@ def announce(service: Any, serving: Any) -> None:
     from model_store.policy import states
     from tombola.sample_image import draw_sample
 
-    picture = ensure_state_dir(service.settings).resolve() / "sample.png"
-    picture.write_bytes(draw_sample())
+    picture = service.settings.state_dir.resolve() / "sample.png"
     library, engine = serving.library, serving.engine
     key = "" if service.settings.api_keys_file is None else "-H 'Authorization: Bearer YOUR-KEY' "
     print(f"library  {library.digest[:12]}, {len(library.tickets)} tickets of {len(library.classes)} classes")
@@ -43,7 +44,11 @@ def announce(service: Any, serving: Any) -> None:
     print(f"admin    {service.admin_url}   token: {token_source(service.settings)}")
     proxied = getproxies().keys() - {"no"}  # curl would ask that proxy for this machine's loopback
     direct = "--noproxy '*' " if proxied else ""
-    print(f"try      curl {direct}{key}--data-binary @{picture} {service.public_url}/v1/classify")
+    try:
+        write_atomically(picture, draw_sample())
+        print(f"try      curl {direct}{key}--data-binary @{picture} {service.public_url}/v1/classify")
+    except OSError as error:  # no reason for a server that is ready to end
+        print(f"try      no sample picture: {os_error_text(error)}")
     print(f"Ready: every image gets one of {states(library.policy):,} ensembles.", flush=True)
 
 

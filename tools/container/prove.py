@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from benchmarks.servers import set_size_kb
 from model_store.errors import StoreError
+from model_store.files import write_atomically
 from model_store.library import open_library, write_library
 from service.cpu import process_tree
 from service.outbound import open_url
@@ -399,7 +400,7 @@ def main() -> int:
     prove(proof)
     text = json.dumps({**proof.figures, "checks": proof.checks}, indent=2)
     if given.out is not None:
-        given.out.write_text(text + "\n")
+        write_atomically(given.out, text + "\n")
     print(text)
     return 0 if all(proof.checks.values()) else 1
 

@@ -5,7 +5,7 @@ import json
 import time
 from typing import Final
 
-from model_store.ticket import write_atomically
+from model_store.files import write_atomically
 from service.audit.attack_runner import AuditRun, Json
 from service.audit.checks import attacks, model, report
 from service.audit.checks.base import Check, CheckContext, evaluate_check
