@@ -186,7 +186,7 @@ def test_a_container_s_health_is_what_its_server_says(meant: Origin, proxy: List
 def test_the_line_that_a_server_prints_works_where_a_proxy_is_set(proxy: Listener, tmp_path: Path) -> None:
     tiny_library(tmp_path / "library")
     with serving(tmp_path / "library", tmp_path / "state") as process:
-        printed = next(line for line in process.said if line.startswith("try"))
+        printed = next(line for line in process.output if line.startswith("try"))
         words = shlex.split(printed.removeprefix("try"))
         done = subprocess.run([*words, "--silent"], capture_output=True, text=True, timeout=60, check=False)
         assert "predictions" in done.stdout

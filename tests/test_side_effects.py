@@ -238,7 +238,10 @@ def test_an_inherited_folder_of_prometheus_client_is_left_alone(tmp_path: Path) 
     folder = tmp_path / "of another program"
     folder.mkdir()
     environment = bare(tmp_path, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(folder), prometheus_multiproc_dir=str(folder))
-    program = "from service.observability.metrics import Metrics; m = Metrics(); m.inc('shed_total', reason='rate'); print(m.text())"
+    program = (
+        "from service.observability.metrics import Metrics; metrics = Metrics(); "
+        "metrics.inc('shed_total', reason='rate'); print(metrics.text())"
+    )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 'tombola_shed_total{reason=\\"rate\\"} 1.0' in done.stdout.replace('"', '\\"')

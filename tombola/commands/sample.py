@@ -12,6 +12,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from model_store.files import write_atomically
     from tombola.sample_image import SIDE, draw_sample
 
     if arguments.file is None:
