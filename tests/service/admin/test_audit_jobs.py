@@ -1,6 +1,7 @@
 """Audits over the admin plane: accepted, run in their own process, cancelled, resumed, and refused with a reason."""
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -488,3 +489,21 @@ def test_uploads_are_bounded(library: Library, tmp_path: Path) -> None:
 def test_requests_hold_nothing_that_json_cannot(plane: Plane) -> None:
     audit = plane.submit(seed=5)
     assert json.loads(json.dumps(plane.jobs.get(audit)))["request"]["seed"] == 5
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    refused = plane.ask("POST", "/admin/audits", json=SMOKE)
+    assert refused.status_code == 507
+    assert refused.json()["error"].endswith("job.json: No space left on device")
+    assert list(plane.jobs.folder.iterdir()) == []
+    stream = io.BytesIO()
+    np.savez(stream, images=np.zeros((1, 32, 32, 3), np.uint8), labels=np.zeros(1, np.int64))
+    refused = plane.ask("PUT", "/admin/datasets/digits.npz", content=stream.getvalue())
+    assert refused.status_code == 507, refused.text
+    assert list(plane.jobs.datasets.uploads.iterdir()) == []
+    monkeypatch.undo()
+    plane.submit()
