@@ -15,8 +15,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_store.errors import TombolaError
-from model_store.images import MAX_PIXELS
 from model_store.files import write_new
+from model_store.images import MAX_PIXELS
 
 PREFIX: Final = "TOMBOLA_"
 TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random characters are beyond guessing

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from service.audit.attacks.black_box import HttpOracle
-from service.audit.command import add_parser, remote
+from service.audit.command import add_options, remote
 from service.audit.errors import AuditError, AuditRejected, OracleFailed
 from service.benchmarks.capacity import RunningServer
 from service.observability.tracing import provider
@@ -28,7 +28,7 @@ from service.outbound import http_client, open_url
 from tests.support.serving import ROOT, serving, tiny_library
 from tests.support.side_effects import Listener, listening
 
-PROGRAMS: Final = ("model_store", "service", "training", "tests", "benchmarks", "tools")
+PROGRAMS: Final = ("tombola", "model_store", "service", "training", "tests", "benchmarks", "tools")
 # Calls that read the environment's proxies, as `module.name`.
 TRUSTING: Final = re.compile(
     r"(urllib\.request|request)\.(urlopen|build_opener|urlretrieve)|urlopen|"
@@ -99,8 +99,8 @@ def test_the_proxy_would_have_heard_what_trusts_the_environment(meant: Origin, p
 
 def audit(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    return parser.parse_args(["audit", "--profile", "smoke", *words])
+    add_options(parser)
+    return parser.parse_args(["--profile", "smoke", *words])
 
 
 def test_an_audit_of_a_running_service_asks_it_and_nobody_else(meant: Origin, proxy: Listener, tmp_path: Path) -> None:

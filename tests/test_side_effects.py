@@ -12,7 +12,6 @@ from typing import Final
 import pytest
 
 from model_store.library import Library
-from service.sample import ship
 from tests.support.audit_models import tiny
 from tests.support.serving import ROOT, Process, announced, holds
 from tests.support.side_effects import (
@@ -28,17 +27,18 @@ from tests.support.side_effects import (
     read_trace,
 )
 from tests.training.test_jobs import data
+from tombola.sample_image import draw_sample
 
 __all__ = ["data"]  # the fixture
 QUIET: Final = {"openvino", "matplotlib", "art", "torchvision"}  # packages that quiet_imports.py imports for the others
 PLACE: Final = "model_store/quiet_imports.py"
-PROGRAMS: Final = ("model_store", "service", "training", "tests", "benchmarks", "tools")
+PROGRAMS: Final = ("tombola", "model_store", "service", "training", "tests", "benchmarks", "tools")
 needs_strace = pytest.mark.skipif(not can_trace(), reason=WITHOUT)
 
 # Several commands in one process, so that a slow import is paid for once. Each line of arguments is one command.
 RUN: Final = """
 import json, sys
-from {package}.__main__ import main
+from tombola.cli import main
 for words in json.loads(sys.argv[1]):
     code = main(words)
     assert code in {codes}, (words, code)
@@ -122,14 +122,13 @@ def test_the_service_s_commands_write_and_call_nowhere_else(world: World, tiny_l
     lines = [
         ["check", library, *engine, "--json"],
         ["sample", f"{state}/ship.png"],
-        ["reference"],
         ["bench", "raw", "--library", library, *engine, "--images", "8", "--json", f"{state}/raw.json"],
         ["audit", library, "--profile", "smoke", *few, "--threads", "1", "--out", f"{state}/a"],
         ["audit", "--tables", f"{state}/a/report.json", "--out", f"{state}/tables"],
         ["audit", "--compare", f"{state}/a/report.json", f"{state}/a/report.json"],
     ]
     loaded = "from model_store import quiet_imports as quiet; quiet.import_hop_skip_jump(); quiet.import_cifar10()"
-    program = RUN.format(package="service", codes=(0, 4)) + loaded  # 4: an audit of so few images proves nothing
+    program = RUN.format(codes=(0, 4)) + loaded  # 4: an audit of so few images proves nothing
     world.holds_nothing_else(world.run("-c", program, json.dumps(lines)))
     assert (world.state / "tables" / "accuracy.svg").is_file()
 
@@ -149,7 +148,7 @@ def test_training_s_commands_write_and_call_nowhere_else(world: World, tiny_libr
         ["table", library],
         ["compare", library, "--data", str(data), "--images", "10", "--json", f"{run}/differences.json"],
     ]
-    trace = world.run("-c", RUN.format(package="training", codes=(0,)), json.dumps(lines))
+    trace = world.run("-c", RUN.format(codes=(0,)), json.dumps(lines))
     world.holds_nothing_else(trace)
     assert (world.state / "run" / "differences.json").is_file()
 
@@ -161,13 +160,13 @@ def test_a_server_with_its_engine_and_its_audits_writes_and_calls_nowhere_else(
     """The process itself, the host of the engine, its forks, and the worker of an audit."""
     flags = ["serve", "--library", str(tiny_library.path), "--state-dir", str(world.state), "--threads", "2"]
     flags += ["--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
-    words = command(world.log, "-m", "service", *flags)
+    words = command(world.log, "-m", "tombola", *flags)
     with subprocess.Popen(
         words, env=world.environment, cwd=world.state, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as traced:
         try:
             process = announced(traced)
-            assert process.classify(ship())[0] == 200
+            assert process.classify(draw_sample())[0] == 200
             audit_until_it_attacks(process, (world.state / "admin-token").read_text().strip())
         finally:
             server = int(Path(f"/proc/{traced.pid}/task/{traced.pid}/children").read_text().split()[0])
@@ -221,8 +220,8 @@ def test_packages_that_write_or_call_on_import_are_imported_in_one_place() -> No
 
 def test_a_machine_without_openvino_runs_what_needs_none(tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['openvino'] = None\n"
-    lines = [["sample", f"{tmp_path}/ship.png"], ["reference"]]
-    program = hidden + RUN.format(package="service", codes=(0,)) + "main(['bench', '--help'])"
+    lines = [["sample", f"{tmp_path}/ship.png"]]
+    program = hidden + RUN.format(codes=(0,)) + "main(['bench', '--help'])"
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(lines)],
         env=bare(tmp_path, tmp_path),
@@ -231,7 +230,7 @@ def test_a_machine_without_openvino_runs_what_needs_none(tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "usage: python -m service bench" in done.stdout
+    assert "usage: tombola bench" in done.stdout
 
 
 def test_an_inherited_folder_of_prometheus_client_is_left_alone(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from model_store import images
 from model_store.errors import ImageRejected
-from model_store.input_spec import CIFAR10_INPUT
 from model_store.files import replacing
+from model_store.input_spec import CIFAR10_INPUT
 from model_store.quiet_imports import import_cifar10
 from training.errors import DataRejected
 
