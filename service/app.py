@@ -22,7 +22,6 @@ from typing import Any, Final, cast
 import torch
 import uvicorn
 from fastapi import APIRouter, FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_store.errors import StoreError
 from service import errors
@@ -36,7 +35,8 @@ from service.observability.metrics import Metrics, describe_build
 from service.settings import Settings, SettingsRejected, admin_token, ensure_state_dir, require_folders
 from service.web import classify, open_inference
 from service.web.auth import AdminAuthMiddleware, ApiKeyStore
-from service.web.inference import ARRIVAL_TIME, DataPlane
+from service.web.http_protocol import HttpProtocol
+from service.web.inference import DataPlane
 from service.web.middleware import ConcurrencyLimitMiddleware, RequestMetricsMiddleware
 
 log = logging.getLogger(__name__)
@@ -88,76 +88,6 @@ def add_common_middleware(
         RequestMetricsMiddleware, holder=holder, metrics=metrics, plane=plane, log_all=settings.log_requests
     )
     return app
-
-
-class WriteCoalescingTransport:
-    """A transport whose writes of one turn of the event loop leave as one. uvicorn writes an answer's head and its body
-    apart; each would be a system call that wakes the client while this thread holds the interpreter."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self.transport = transport
-        self.loop = loop
-        self.parts: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self.parts:
-            self.loop.call_soon(self.flush)
-        self.parts.append(data)
-
-    def flush(self) -> None:
-        parts, self.parts = self.parts, []
-        if parts and not self.transport.is_closing():
-            self.transport.write(b"".join(parts))
-
-    def close(self) -> None:
-        self.flush()
-        self.transport.close()
-
-
-class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a limit on the time until a request's headers are there. It runs from the connection, and
-    again from the first byte after an answer: be it of the next request, of a body that was answered before all of it
-    had come, or an empty line, it ends uvicorn's own limit on idle connections for good."""
-
-    header_timeout_s: float = 10.0
-    header_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", WriteCoalescingTransport(transport, self.loop)))
-        self.start_timer()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        answered = getattr(self.cycle, "response_complete", True)  # before the first request uvicorn has None there
-        if answered and self.header_timer is None and self.timeout_keep_alive_task is None:
-            self.start_timer()
-
-    def on_headers_complete(self) -> None:
-        self.cancel_timer()
-        self.scope[ARRIVAL_TIME] = self.loop.time()  # type: ignore[typeddict-unknown-key]
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.cancel_timer()
-        super().connection_lost(exc)
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's words
-        """What is no HTTP is answered in the error form, too."""
-        body = bytes(errors.answer(errors.BadRequest()).body)
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
-
-    def start_timer(self) -> None:
-        self.header_timer = self.loop.call_later(self.header_timeout_s, self.transport.close)
-
-    def cancel_timer(self) -> None:
-        if self.header_timer is not None:
-            self.header_timer.cancel()
-            self.header_timer = None
 
 
 class Server(uvicorn.Server):

@@ -88,6 +88,13 @@ class ErrorMessage(StrEnum):
     TOKEN_IN_URL = "Send credentials in the Authorization header, never in the URL."  # noqa: S105
     FAILURES = "Too many failed attempts to authenticate from this address."
     RATE = "Too many images from this client; slow down."
+    # HTTP
+    CONNECT = "This server is no proxy: CONNECT is not offered."
+    FRAMING = "The body's end is ambiguous; expected one Content-Length or Transfer-Encoding: chunked, and HTTP/1.1."
+    HEAD_TOO_LARGE = "The request line and headers are larger than {limit} bytes, which is this server's limit."
+    HOST = "The Host header is missing or malformed; HTTP/1.1 expects exactly one."
+    TARGET = "The request target must be a path, or a URL with the authority that the Host header names."
+    VERSION = "The protocol must be HTTP/1.0 or HTTP/1.1."
     # the rest
     NOT_FOUND = "No such path."
     METHOD = "This path does not accept that method."
@@ -168,6 +175,11 @@ class BodyTooLarge(ContentTooLarge):
     """Known before, or while, the body is read."""
 
     close_connection = True
+
+
+class RequestHeaderFieldsTooLarge(ServiceError):
+    status = 431
+    text = ErrorMessage.HEAD_TOO_LARGE
 
 
 class UnsupportedMediaType(ServiceError):

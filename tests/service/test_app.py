@@ -33,6 +33,7 @@ from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
 from service.settings import Settings, SettingsRejected
 from service.web.auth import ApiKeyStore
+from service.web.http_protocol import WriteCoalescingTransport
 from tests.support.serving import TOKEN, tiny_library, until
 from tombola.cli import main
 from tombola.sample_image import draw_sample
@@ -407,7 +408,7 @@ class Wire(asyncio.Transport):
 def test_what_is_written_in_one_turn_of_the_loop_leaves_as_one_and_before_the_end() -> None:
     async def write() -> list[bytes]:
         wire = Wire()
-        together = apps.WriteCoalescingTransport(wire, asyncio.get_running_loop())
+        together = WriteCoalescingTransport(wire, asyncio.get_running_loop())
         together.write(b"head ")
         together.write(b"body")
         assert wire.sent == []
