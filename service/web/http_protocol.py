@@ -119,17 +119,23 @@ class HttpProtocol(HttpToolsProtocol):
 
     def parse(self, data: bytes | memoryview) -> None:
         while data:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as pause:
-                data = memoryview(data)[pause.args[0] :]
-                head = head_without_upgrade(self.parser, self.url, self.headers)
-                self.parser = httptools.HttpRequestParser(self)
-                self.parser.feed_data(head)
-            else:
-                break
+            data = self.feed(data)
         if self.raw_bytes > RAW_BYTES:
             raise RequestHeaderFieldsTooLarge(limit=HEAD_BYTES)
+
+    def feed(self, data: bytes | memoryview) -> bytes | memoryview:
+        """Gives the parser these bytes; what it returns is still to be given."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as pause:
+            rest = memoryview(data)[pause.args[0] :]
+        else:
+            return b""
+        # Not inside of the handler: an error of this parser would have the pause as its context instead of its cause.
+        head = head_without_upgrade(self.parser, self.url, self.headers)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(head)
+        return rest
 
     # From the parser. What is raised here comes out of feed_data as the context of a HttpParserCallbackError.
 
@@ -151,11 +157,11 @@ class HttpProtocol(HttpToolsProtocol):
         method = self.parser.get_method()
         if method == b"CONNECT":
             raise BadRequest(ErrorMessage.CONNECT)
-        if self.parser.should_upgrade():
-            return
         version = self.parser.get_http_version()
         if version not in VERSIONS or method in OTHER_PROTOCOLS:
             raise BadRequest(ErrorMessage.VERSION)
+        if self.parser.should_upgrade():  # these headers will be read again
+            return
         found = noted(self.headers)
         check_framing(found, version)
         self.url = origin_form(self.url, method, found.get(b"host", b""))

@@ -210,6 +210,15 @@ class TestAmbiguity:
         assert len({refused_once(converse(segments)).body for segments in cuts}) == 1
 
     @pytest.mark.parametrize("head", AMBIGUOUS.values(), ids=AMBIGUOUS)
+    def test_it_is_refused_in_the_same_words_when_it_asks_for_an_upgrade(self, head: bytes) -> None:
+        line, end, rest = head.partition(b"\r\n")
+        for segments in (
+            [line + end + UPGRADES["java"] + rest + NEXT],
+            byte_by_byte(line + end + UPGRADES["java"] + rest),
+        ):
+            assert refused_once(converse(segments)).body == refused_once(converse([head])).body
+
+    @pytest.mark.parametrize("head", AMBIGUOUS.values(), ids=AMBIGUOUS)
     def test_after_another_request_it_is_refused_after_that_one_s_answer(self, head: bytes) -> None:
         for segments in ([NEXT + head + NEXT], byte_by_byte(NEXT + head + NEXT)):
             refused_once(converse(segments), before=1)
