@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, cast
 
@@ -21,12 +22,12 @@ from service.web.inference import ARRIVAL_TIME
 log = logging.getLogger(__name__)
 
 HEAD_BYTES: Final = 65536  # request line and headers together; nginx passes on at most half of that
-RAW_BYTES: Final = 4 * HEAD_BYTES  # the same while they are not complete, spaces and line ends included
+RAW_BYTES: Final = 16 * HEAD_BYTES  # of segments without any progress; one segment has at most a quarter of that
 LINGER_S: Final = 1.0  # a refused connection is read and thrown away this long, so that the client can read why
 VERSIONS: Final = frozenset(("1.0", "1.1"))
 ONCE: Final = frozenset((b"host", b"content-length", b"transfer-encoding"))  # RFC 9112 3.2, 6.3: at most one each
-NOTED: Final = ONCE | {b"connection", b"expect"}
-OBEYED: Final = NOTED | {b"proxy-connection", b"upgrade"}  # by llhttp in trailers, too, or by others
+OBEYED: Final = ONCE | {b"connection", b"expect", b"proxy-connection", b"upgrade"}  # by llhttp in trailers, too
+USUAL_OPTIONS: Final = frozenset((b"keep-alive", b"close", b"Keep-Alive", b"Close"))
 HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]*)?")
 ABSOLUTE: Final = re.compile(rb"(?i:https?)://([^/?#@]+)([^#]*)")
 # llhttp also speaks RTSP and Icecast. These methods exist only there.
@@ -58,6 +59,9 @@ class WriteCoalescingTransport:
         if parts and not self.transport.is_closing():
             self.transport.write(b"".join(parts))
 
+    def is_closing(self) -> bool:
+        return self.transport.is_closing()
+
     def write_eof(self) -> None:
         self.flush()
         self.transport.write_eof()
@@ -86,7 +90,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.running: RequestResponseCycle | None = None  # the request being answered; self.cycle is the latest one
         self.in_body = False  # of self.cycle, whose headers are complete
         self.keeps_alive = True  # as self.cycle's headers say
-        self.raw_bytes = 0  # since the last message began or the last piece of a body came
+        self.segment_bytes = 0
+        self.raw_bytes = 0  # of the segments since the one in which the message began, or a piece of its body came
         self.ended = False  # nothing more of this connection is read
         self.refusal: bytes | None = None  # to be sent after the answers that are due
 
@@ -100,7 +105,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self.ended:
             return
         self._unset_keepalive_if_required()
-        self.raw_bytes += len(data)
+        self.segment_bytes = len(data)
+        self.raw_bytes += self.segment_bytes
         try:
             self.parse(data)
         except (httptools.HttpParserError, RequestHeaderFieldsTooLarge) as error:
@@ -142,13 +148,13 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self.ended:
             raise BadRequest
-        self.raw_bytes = 0
+        self.raw_bytes = self.segment_bytes
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if not self.in_body:
-            self.headers.append((name, value.rstrip(b" \t")))
+            self.headers.append((name, value.rstrip()))  # llhttp refuses all spaces but OWS
         elif name in OBEYED:
             raise BadRequest(ErrorMessage.FRAMING)
         # RFC 9110 6.5.1: trailers are not merged into the headers
@@ -162,7 +168,9 @@ class HttpProtocol(HttpToolsProtocol):
             raise BadRequest(ErrorMessage.VERSION)
         if self.parser.should_upgrade():  # these headers will be read again
             return
-        found = noted(self.headers)
+        if self.raw_bytes > HEAD_BYTES:
+            check_size(self.headers)
+        found = by_name(self.headers)
         check_framing(found, version)
         self.url = origin_form(self.url, method, found.get(b"host", b""))
         self.expect_100_continue = version == "1.1" and found.get(b"expect", b"").lower() == b"100-continue"
@@ -253,6 +261,7 @@ def hang_up(cycle: RequestResponseCycle) -> None:
     """Tells a request's application that nobody waits for its answer."""
     if not cycle.response_complete:
         cycle.disconnected = True
+        cycle.waiting_for_100_continue = False
         cycle.message_event.set()
 
 
@@ -277,19 +286,23 @@ def head_without_upgrade(parser: httptools.HttpRequestParser, url: bytes, header
     return line + b"".join(fields) + b"\r\n"
 
 
-def noted(headers: Headers) -> dict[bytes, bytes]:
-    """The headers that the protocol itself obeys. Raises BadRequest, RequestHeaderFieldsTooLarge."""
-    found: dict[bytes, bytes] = {}
-    size = 0
+def by_name(headers: Headers) -> dict[bytes, bytes]:
+    """The headers by name, equal ones joined as a list. Raises BadRequest if one that is no list comes twice."""
+    found = dict(headers)
+    if len(found) == len(headers):
+        return found
+    found.clear()
     for name, value in headers:
-        size += len(name) + len(value)
-        if name in NOTED:
-            if name in ONCE and name in found:
-                raise BadRequest(ErrorMessage.HEADER_TWICE)
-            found[name] = found[name] + b"," + value if name in found else value
-    if size > HEAD_BYTES:
-        raise RequestHeaderFieldsTooLarge(limit=HEAD_BYTES)
+        if name in ONCE and name in found:
+            raise BadRequest(ErrorMessage.HEADER_TWICE)
+        found[name] = b"%s,%s" % (found[name], value) if name in found else value
     return found
+
+
+def check_size(headers: Headers) -> None:
+    """Raises RequestHeaderFieldsTooLarge."""
+    if sum(len(name) + len(value) for name, value in headers) > HEAD_BYTES:
+        raise RequestHeaderFieldsTooLarge(limit=HEAD_BYTES)
 
 
 def check_framing(found: Mapping[bytes, bytes], version: str) -> None:
@@ -298,11 +311,16 @@ def check_framing(found: Mapping[bytes, bytes], version: str) -> None:
     if coding is not None and (coding.lower() != b"chunked" or b"content-length" in found or version == "1.0"):
         raise BadRequest(ErrorMessage.FRAMING)
     host = found.get(b"host", b"" if version == "1.0" else None)
-    if host is None or HOST.fullmatch(host) is None:
+    if host is None or not is_host(host):
         raise BadRequest(ErrorMessage.HOST)
-    options = found.get(b"connection")
-    if options is not None and not ONCE.isdisjoint(option.strip() for option in options.lower().split(b",")):
+    options = found.get(b"connection", b"close")
+    if options not in USUAL_OPTIONS and not ONCE.isdisjoint(option.strip() for option in options.lower().split(b",")):
         raise BadRequest(ErrorMessage.FRAMING)
+
+
+@lru_cache(maxsize=256)
+def is_host(value: bytes) -> bool:
+    return HOST.fullmatch(value) is not None
 
 
 def origin_form(target: bytes, method: bytes, host: bytes) -> bytes:

@@ -56,6 +56,8 @@ class Wire(asyncio.Transport):
         self.half_closed = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self.half_closed:
+            raise RuntimeError("Cannot call write() after write_eof()")
         self.sent += bytes(data)
 
     def write_eof(self) -> None:
@@ -118,7 +120,10 @@ def make_protocol(app: ASGIApp, wire: Wire) -> HttpProtocol:
 def converse(segments: Sequence[bytes], app: ASGIApp = echo) -> Wire:
     """Sends the segments one by one to a protocol over `app`, and gives it time after each."""
 
+    failures: list[Any] = []
+
     async def run() -> Wire:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
         wire = Wire()
         protocol = make_protocol(app, wire)
         for segment in segments:
@@ -130,7 +135,9 @@ def converse(segments: Sequence[bytes], app: ASGIApp = echo) -> Wire:
         await settle(protocol)
         return wire
 
-    return asyncio.run(run())
+    found = asyncio.run(run())
+    assert failures == []
+    return found
 
 
 async def settle(protocol: HttpProtocol, turns: int = 4) -> None:

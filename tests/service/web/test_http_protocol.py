@@ -238,6 +238,13 @@ class TestAmbiguity:
         assert [found.status for found in read(wire)] == [200]
         assert wire.ended
 
+    def test_a_broken_body_that_comes_uninvited_is_not_invited_after_its_refusal(self) -> None:
+        """The application asks for the body only after all of the segment has been read."""
+        sent = post(b"expect: 100-continue\r\ntransfer-encoding: chunked\r\n", b"3\r\nabcX")
+        wire = converse([sent])
+        refused_once(wire)
+        assert b"100 Continue" not in wire.sent
+
     def test_a_broken_body_of_a_request_that_waits_for_its_turn_is_refused_in_turn(self) -> None:
         async def run() -> Wire:
             gate, wire = asyncio.Event(), Wire()
@@ -411,7 +418,14 @@ def test_an_exception_of_our_own_in_a_callback_is_a_500_and_logged(
 # uvicorn's private parts: each is used by service/web/http_protocol.py, and pyproject.toml bounds uvicorn for them
 
 CONNECTION: Final = ("cycle", "flow", "headers", "loop", "parser", "pipeline", "scope", "tasks", "transport", "url")
-CYCLE: Final = ("disconnected", "keep_alive", "message_event", "response_complete", "response_started")
+CYCLE: Final = (
+    "disconnected",
+    "keep_alive",
+    "message_event",
+    "response_complete",
+    "response_started",
+    "waiting_for_100_continue",
+)
 
 
 @contextmanager
