@@ -9,6 +9,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -66,7 +67,7 @@ class Split:
     selection: Images
     test: Images
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over classes, pixels and labels of all three parts: what provenance names as the data."""
         state = hashlib.sha256("\n".join(self.classes).encode())

@@ -127,6 +127,7 @@ class Search:
         self.frozen: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
         self.momenta: dict[str, Tensor] = {}
+        self.order: tuple[int, Tensor] | None = None
         self.begin(start)
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -214,16 +215,22 @@ class Search:
 
     def batch_of(self, step: int) -> tuple[Tensor, Tensor]:
         """The step's images, cropped and flipped: floats in [0, 1] at the step's resolution."""
-        count, batch = len(self.split.search), self.recipe.batch
-        per_epoch = max(1, count // batch)
-        order = torch.randperm(count, generator=generator_of(self.recipe.seed, step // per_epoch, 3))
-        picked = order[(step % per_epoch) * batch :][:batch]
+        batch = self.recipe.batch
+        per_epoch = max(1, len(self.split.search) // batch)
+        picked = self.order_of(step // per_epoch)[(step % per_epoch) * batch :][:batch]
         images = as_floats(self.split.search.pixels[picked])
         images = augmented(images, generator_of(self.recipe.seed, step, 4))
         if step < self.recipe.low_resolution_until * self.recipe.steps:
             images = functional.avg_pool2d(images, images.shape[-1] // LOW_RESOLUTION)
         images = images.to(self.device, memory_format=self.layout)
         return images, self.split.search.labels[picked].to(self.device)
+
+    def order_of(self, epoch: int) -> Tensor:
+        """The epoch's order of the images, drawn once an epoch."""
+        if self.order is None or self.order[0] != epoch:
+            generator = generator_of(self.recipe.seed, epoch, 3)
+            self.order = epoch, torch.randperm(len(self.split.search), generator=generator)
+        return self.order[1]
 
     def epsilon(self) -> float:
         recipe = self.recipe

@@ -260,6 +260,17 @@ def test_early_steps_see_small_images() -> None:
     assert run_.batch_of(12)[0].shape[-1] == 32
 
 
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    permutation = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: drawn.append(n) or permutation(n, generator=generator))
+    images, begun = len(digits().search), Search(TINY, digits(), CPU)
+    per_epoch = images // TINY.batch
+    for step in range(per_epoch + 1):
+        begun.batch_of(step)
+    assert drawn == [images, images]
+
+
 def test_crops_and_mirror_images_are_the_image_s_own_pixels() -> None:
     images = torch.arange(2 * 32 * 32, dtype=torch.float32).view(2, 1, 32, 32) + 1
     out = augmented(images, generator_of(5))
