@@ -151,7 +151,10 @@ def run_job(job: Job, split: Split, device: torch.device) -> None:
     """Carries one job from wherever it stands to its measured ticket. Does nothing if another process is at it."""
     initialize(job)
     with locked(job.folder) as mine:
-        if not mine or (job.folder / "done.json").exists():
+        if not mine:
+            return
+        if (job.folder / "done.json").exists():
+            search.delete_checkpoints(job.folder)  # of a process that ended between its last two steps
             return
         (job.folder / "failed.txt").unlink(missing_ok=True)
         try:
@@ -171,6 +174,7 @@ def complete(job: Job, split: Split, device: torch.device) -> None:
     claims = measure(ticket, split, job.data, device, job.folder / "measured.json")
     result = Result(provenance=provenance(job, split), claims=tuple(claims))
     write_atomically(job.folder / "done.json", result.model_dump_json(indent=1))
+    search.delete_checkpoints(job.folder)
 
 
 def provenance(job: Job, split: Split) -> Provenance:

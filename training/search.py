@@ -6,7 +6,6 @@ and the kept weights are trained on. All chance comes from (seed, step), so that
 and goes on from its checkpoint ends in the same bits.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -29,9 +28,11 @@ from model_store.ticket import Ticket
 from training.data import Images, Split, as_floats, batches
 from training.errors import CheckpointRejected, SearchFailed
 from training.recipes import TrainConfig
-from training.sparsity import init_scores, init_weights, score_gradient, top_k
+from training.sparsity import init_scores, init_weights, pack_mask, score_gradient, spread, top_k, unpack_mask
 
 Phase = Literal["mask", "weights"]
+CHECKPOINT, GOOD = "checkpoint.safetensors", "good.safetensors"
+CHECKPOINT_FORMAT: Final = "2"
 CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", "45"))
 CALIBRATION_IMAGES: Final = 5_000
 GUARD_IMAGES: Final = 256
@@ -160,35 +161,49 @@ class Search:
         return self.step >= self.recipe.steps
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold. The frozen weights are there too: a start from a ticket has no seed."""
-        weights = {name: layer.weight.detach() for name, layer in convs(self.network).items()}
-        kinds = {
-            "frozen": self.frozen,
-            "scores": self.scores,
-            "masks": self.masks,
-            "weight": weights,
-            "momentum": self.momenta,
-        }
+        """What seed, start and recipe do not say: 8 bytes a weight in the mask phase, then 8 a kept weight.
+
+        The mask phase has scores and momenta; the masks follow from the scores. The weights phase has the masks as
+        bits, and the weights and momenta that are kept.
+        """
+        if self.phase == "mask":
+            kinds = {"scores": self.scores, "momentum": self.momenta}
+        else:
+            weights = {name: layer.weight.detach()[self.masks[name]] for name, layer in convs(self.network).items()}
+            momenta = {name: value[self.masks[name]] for name, value in self.momenta.items()}
+            masks = {name: pack_mask(mask) for name, mask in self.masks.items()}
+            kinds = {"mask": masks, "weight": weights, "momentum": momenta}
         return {f"{kind}/{name}": value for kind, group in kinds.items() for name, value in group.items()}
 
     def metadata(self) -> dict[str, str]:
         values = {"step": self.step, "seconds": self.seconds, "noise": self.noise, "best_robust": self.best_robust}
-        return {"state": json.dumps(values), "recipe": self.recipe.digest, "data": self.split.digest}
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "state": json.dumps(values),
+            "recipe": self.recipe.digest,
+            "data": self.split.digest,
+        }
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, str]) -> None:
-        groups: dict[str, dict[str, Tensor]] = {"frozen": {}, "scores": {}, "masks": {}, "weight": {}, "momentum": {}}
+    def load_state_dict(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        state = json.loads(metadata["state"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.noise, self.best_robust = float(state["noise"]), float(state["best_robust"])
+        groups: dict[str, dict[str, Tensor]] = {"scores": {}, "mask": {}, "weight": {}, "momentum": {}}
         for key, value in tensors.items():
             kind, name = key.split("/", 1)
             groups[kind][name] = value.to(self.device)
-        self.frozen, self.scores, self.masks, self.momenta = (
-            groups[k] for k in ("frozen", "scores", "masks", "momentum")
-        )
+        self.momenta = groups["momentum"]
+        if self.phase == "mask":
+            self.scores = groups["scores"]
+            self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
+            self.apply_masks(self.frozen)
+            return
         for name, layer in convs(self.network).items():
-            layer.weight.copy_(groups["weight"][name])
-        state = json.loads(numbers["state"])
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        self.noise, self.best_robust = float(state["noise"]), float(state["best_robust"])
+            mask = unpack_mask(groups["mask"][name], layer.weight.shape)
+            self.masks[name] = mask
+            layer.weight.copy_(spread(groups["weight"][name], mask))
+        self.momenta = {name: spread(value, self.masks[name]) for name, value in self.momenta.items()}
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -503,6 +518,11 @@ def load_checkpoint(path: Path, search: Search) -> None:
             f"{path}: unreadable checkpoint ({error}); delete it to start this ticket afresh"
         ) from None
     expected = search.metadata()
+    if numbers.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointRejected(
+            f"{path}: checkpoint of format {numbers.get('format', '1')}; expected {CHECKPOINT_FORMAT}. "
+            "Delete it to start this ticket afresh, or go on with the version that began it."
+        )
     for field, what in (("recipe", "recipe"), ("data", "data set")):
         if numbers.get(field) != expected[field]:
             raise CheckpointRejected(
@@ -513,12 +533,19 @@ def load_checkpoint(path: Path, search: Search) -> None:
     search.load_state_dict(tensors, numbers)
 
 
+def delete_checkpoints(folder: Path) -> None:
+    """What a finished job has no more use for."""
+    for path in (folder / CHECKPOINT, folder / GOOD):
+        path.unlink(missing_ok=True)
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+
+
 def run(
     recipe: TrainConfig, split: Split, folder: Path, report: Report, device: torch.device, start: Ticket | None = None
 ) -> Ticket:
     """Runs a search to its end from wherever its checkpoint in `folder` stands."""
     search = Search(recipe, split, device, start)
-    path = folder / "checkpoint.safetensors"
+    path = folder / CHECKPOINT
     if path.exists():
         load_checkpoint(path, search)
     saved = last = time.monotonic()
@@ -536,7 +563,7 @@ def run(
             and search.epsilon() == recipe.epsilon
         ):
             search = guard_overfitting(search, folder, report)
-            save_checkpoint(folder / "checkpoint.safetensors", search)
+            save_checkpoint(path, search)
             search.seconds += time.monotonic() - last
             saved = last = time.monotonic()
         if now - saved > CHECKPOINT_SECONDS or search.done:
@@ -561,7 +588,7 @@ def progress_of(search: Search, loss: float, right: float, seconds: float) -> St
 
 def guard_overfitting(search: Search, folder: Path, report: Report) -> Search:
     """Catastrophic overfitting (held-out PGD-10 under half of its best): back to the last good state, more noise."""
-    good = folder / "good.safetensors"
+    good = folder / GOOD
     clean, robust = search.check_overfit()
     overfitted = robust < 0.5 * search.best_robust
     report(OverfitCheck(search.step, clean, robust, search.noise, search.seconds, overfitted))
@@ -571,7 +598,5 @@ def guard_overfitting(search: Search, folder: Path, report: Report) -> Search:
         search.noise, search.seconds = noise, seconds
     else:
         search.best_robust = max(robust, search.best_robust)
-        with contextlib.suppress(FileNotFoundError):
-            good.unlink()
         save_checkpoint(good, search)
     return search

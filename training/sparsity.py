@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,24 @@ def top_k(scores: Tensor, density: float) -> Tensor:
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[kept] = True
     return mask.view_as(scores)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Booleans of any shape -> uint8, eight a byte in the order of memory; the last byte is filled with zeros."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+
+
+def unpack_mask(bits: Tensor, shape: torch.Size) -> Tensor:
+    """Undoes pack_mask, on the device of `bits`."""
+    flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape)).astype(np.bool_)
+    return torch.from_numpy(flat).view(shape).to(bits.device)
+
+
+def spread(kept: Tensor, mask: Tensor) -> Tensor:
+    """Undoes `values[mask]`: the kept values in their places, zeros elsewhere."""
+    values = torch.zeros(mask.shape, dtype=kept.dtype, device=kept.device)
+    values[mask] = kept
+    return values
 
 
 class StraightThrough(torch.autograd.Function):

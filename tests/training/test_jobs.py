@@ -108,6 +108,14 @@ def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, finish
     ]
 
 
+def test_a_finished_job_leaves_no_checkpoint(data: Path, finished: Path) -> None:
+    folder = finished / recipe().name
+    assert not list(folder.glob("*.tmp")) + list(folder.glob("checkpoint*")) + list(folder.glob("good*"))
+    (folder / "checkpoint.safetensors").touch()  # as if killed in between
+    run_job(job_in(finished), read_split(data), CPU)
+    assert not (folder / "checkpoint.safetensors").exists()
+
+
 def test_a_failed_ticket_is_reported_and_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
     good = job_in(tmp_path)
     bad = job_in(tmp_path, replace(recipe(steps=8, mask_share=0.0, weight_rate=1e30), density=0.5))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model_store.structures import STRUCTURES, Structure, convs
@@ -72,6 +73,31 @@ def test_a_search_that_goes_on_from_its_checkpoint_ends_in_the_same_bits(
     ticket = run(TINY, digits(), tmp_path, lambda event: seen.append(event.step), CPU)
     assert seen == list(range(stop + 1, 25))
     assert same(ticket, uninterrupted)
+
+
+@pytest.mark.parametrize("stop", [5, 12, 17])
+def test_a_search_with_muon_that_goes_on_ends_in_the_same_bits(stop: int, tmp_path: Path) -> None:
+    recipe = replace(TINY, muon_rate=0.02)
+    begun, whole = Search(recipe, digits(), CPU), tmp_path / "whole"
+    whole.mkdir()
+    for _ in range(stop):
+        begun.train_step()
+    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    assert same(run(recipe, digits(), tmp_path, ignore, CPU), run(recipe, digits(), whole, ignore, CPU))
+
+
+@pytest.mark.parametrize("mask_share", [0.0, 1.0])
+def test_training_that_began_from_a_ticket_goes_on_from_its_checkpoint(
+    mask_share: float, uninterrupted: Ticket, tmp_path: Path
+) -> None:
+    recipe = replace(continued_from(TINY, parent="0" * 64, steps=6, rate=0.1), mask_share=mask_share)
+    begun, whole = Search(recipe, digits(), CPU, uninterrupted), tmp_path / "whole"
+    whole.mkdir()
+    for _ in range(3):
+        begun.train_step()
+    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    first, second = (run(recipe, digits(), folder, ignore, CPU, uninterrupted) for folder in (tmp_path, whole))
+    assert same(first, second)
 
 
 def test_one_seed_one_ticket_and_another_seed_another(uninterrupted: Ticket, tmp_path: Path) -> None:
@@ -348,9 +374,34 @@ def test_a_checkpoint_of_another_recipe_or_data_set_is_refused(tmp_path: Path) -
     save_checkpoint(path, Search(TINY, digits(), CPU))
     with pytest.raises(CheckpointRejected, match="another recipe"):
         load_checkpoint(path, Search(replace(TINY, seed=8), digits(), CPU))
+    with pytest.raises(CheckpointRejected, match="another recipe"):
+        load_checkpoint(path, Search(replace(TINY, precision="bfloat16"), digits(), CPU))
     other = replace(digits(), search=digits().test)
     with pytest.raises(CheckpointRejected, match="another data set"):
         load_checkpoint(path, Search(TINY, other, CPU))
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    begun = Search(TINY, digits(), CPU)
+    old = {key: value for key, value in begun.metadata().items() if key != "format"}
+    save_file(begun.state_dict(), path, metadata=old)
+    with pytest.raises(CheckpointRejected, match="of format 1; expected 2"):
+        load_checkpoint(path, begun)
+
+
+@pytest.mark.parametrize(("steps", "most"), [(1, 8.0), (13, 0.3 * 8 + 1 / 8)])
+def test_a_checkpoint_has_eight_bytes_a_weight_and_then_eight_a_kept_one(
+    steps: int, most: float, tmp_path: Path
+) -> None:
+    path, begun = tmp_path / "checkpoint.safetensors", Search(TINY, digits(), CPU)
+    for _ in range(steps):
+        begun.train_step()
+    save_checkpoint(path, begun)
+    weights = sum(layer.weight.numel() for layer in convs(begun.network).values())
+    with path.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert (path.stat().st_size - header) / weights == pytest.approx(most, rel=0.01)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
