@@ -128,7 +128,7 @@ class Structure:
     __pydantic_config__: ClassVar[Mapping[str, object]] = {
         "extra": "forbid",
         "strict": True,
-    }  # read strictly wherever a Record holds one
+    }  # read strictly wherever a StrictModel holds one
 
     def __post_init__(self) -> None:
         if self.name not in STRUCTURES:
@@ -196,7 +196,7 @@ def multiply_adds(structure: Structure, resolution: int = 32) -> int:
 
 
 @contextmanager
-def measuring(network: nn.Module, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+def hook_norms(network: nn.Module, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Calls observe(name, input) for each Norm that runs inside."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
@@ -225,7 +225,7 @@ def calibrate(network: Network, batches: Iterable[Tensor]) -> None:
         sums[name] = (mean, variance) if before is None else (before[0] + mean, before[1] + variance)
 
     network.train()
-    with measuring(network, observe):
+    with hook_norms(network, observe):
         for images in batches:
             network(images)
             count += 1
@@ -246,15 +246,15 @@ def fold(network: Network) -> Network:
     folded = deepcopy(network).eval().requires_grad_(False)
     for module in folded.modules():
         if isinstance(module, BasicBlock):
-            module.conv1, module.norm1 = merged(module.conv1, module.norm1)
-            module.conv2, module.norm2 = merged(module.conv2, module.norm2)
+            module.conv1, module.norm1 = fuse(module.conv1, module.norm1)
+            module.conv2, module.norm2 = fuse(module.conv2, module.norm2)
         elif isinstance(module, WideBlock):
-            module.conv1, module.norm2 = merged(module.conv1, module.norm2)
+            module.conv1, module.norm2 = fuse(module.conv1, module.norm2)
         elif isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[0], nn.Conv2d):
-            module[0], module[1] = merged(module[0], module[1])
+            module[0], module[1] = fuse(module[0], module[1])
     return folded
 
 
-def merged(convolution: nn.Module, norm: nn.Module) -> tuple[Any, Any]:
+def fuse(convolution: nn.Module, norm: nn.Module) -> tuple[Any, Any]:
     one = fuse_conv_bn_eval(cast("nn.Conv2d", convolution), cast("Norm", norm))
     return one.requires_grad_(False), nn.Identity()

@@ -22,8 +22,9 @@ from service.outbound import open_url
 from tests.support.digits import digits
 from training.data import Images, as_floats
 from training.export import export
-from training.jobs import Job, run_job
+from training.jobs import Job
 from training.recipes import TrainConfig
+from training.run_job import run_job
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-jpeg.zip"

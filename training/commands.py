@@ -22,13 +22,15 @@ from model_store.manifest import Entry
 from model_store.quiet_imports import import_cifar10
 from model_store.structures import STRUCTURES
 from training import export
-from training import jobs as job_store
+from training.cost import GPU_SPEED, SPEEDS, THREAD_SPEED, cost
 from training.data import CACHE, Split, read_split
 from training.diversity import differences, summary
 from training.errors import JobsUnfinished, TrainingError
+from training.executors.local import run_local
 from training.executors.ray import run_ray
-from training.jobs import Job, Status
+from training.jobs import Job, Status, find_jobs, read_job, status
 from training.recipes import DENSITIES, PRESETS, SHAPE, Preset, TrainConfig, baseline, continued_from, mask_phase
+from training.run_job import run_job
 
 # Fields of a recipe that are at least 1; the others may be 0.
 COUNTS: Final = ("steps", "batch", "attack_steps", *SHAPE)
@@ -127,17 +129,17 @@ def entries_of(library: Library, given: Path, only: Sequence[str] | None) -> lis
 
 def show_plan(arguments: argparse.Namespace) -> None:
     preset = preset_of(arguments)
-    speed, unit = (job_store.GPU_SPEED, "GPU-hours") if preset.gpus else (job_store.THREAD_SPEED, "thread-hours")
+    speed, unit = (GPU_SPEED, "GPU-hours") if preset.gpus else (THREAD_SPEED, "thread-hours")
     table = Table("ticket", "structure", "kind", "steps", "PFLOP", unit, title=preset.about)
-    table.caption = job_store.SPEEDS
+    table.caption = SPEEDS
     costs: dict[str, float] = {}
     for recipe in recipes_of(arguments, images=49_000, classes=10):
-        costs[recipe.name] = job_store.cost(recipe)
+        costs[recipe.name] = cost(recipe)
         steps = f"{recipe.steps:,}"
         table.add_row(recipe.name, str(recipe.structure), recipe.kind, steps, *spent(costs[recipe.name], speed))
     table.add_section()
     for name in STRUCTURES:
-        if total := sum(cost for ticket, cost in costs.items() if wanted(ticket, [name])):
+        if total := sum(each for ticket, each in costs.items() if wanted(ticket, [name])):
             table.add_row(f"all {name}", "", "", "", *spent(total, speed))
     table.add_row("all", "", "", "", *spent(sum(costs.values()), speed))
     Console().print(table)
@@ -164,7 +166,7 @@ def run_scratch(arguments: argparse.Namespace) -> None:
         trained = TrainConfig.from_dict(entry.provenance.recipe)
         recipe, spent = mask_phase(trained), trained.mask_share * entry.provenance.seconds
         folder, masks = arguments.state / recipe.name, library.path / entry.file
-        jobs.append(Job(recipe, folder, masks=masks, found_in=round(spent, 1)))
+        jobs.append(Job(recipe, folder, masks=masks, search_seconds=round(spent, 1)))
     run_jobs(jobs, arguments, split)
 
 
@@ -198,10 +200,9 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
 
 def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[list[Status]]:
     if arguments.ray is None:
-        return job_store.run_local(jobs, arguments.data, arguments.workers, arguments.device)
+        return run_local(jobs, arguments.data, arguments.workers, arguments.device)
     preset = preset_of(arguments)
-    gpus = 0 if arguments.device == "cpu" else preset.gpus
-    return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=gpus)
+    return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=preset.gpus)
 
 
 def device_of(name: str, *, here: bool = True) -> torch.device:
@@ -216,7 +217,7 @@ def device_of(name: str, *, here: bool = True) -> torch.device:
 
 
 def show_status(arguments: argparse.Namespace) -> None:
-    Console().print(status_table([job_store.status(job) for job in job_store.find_jobs(arguments.state)]))
+    Console().print(status_table([status(job) for job in find_jobs(arguments.state)]))
 
 
 def status_table(rows: Sequence[Status]) -> Table:
@@ -240,7 +241,7 @@ def status_table(rows: Sequence[Status]) -> Table:
 def draw_figures(arguments: argparse.Namespace) -> None:
     from training.plots import draw
 
-    draw(job_store.find_jobs(arguments.state), arguments.out)
+    draw(find_jobs(arguments.state), arguments.out)
     print(f"figure in {arguments.out}")
 
 
@@ -289,4 +290,4 @@ def fetch(arguments: argparse.Namespace) -> None:
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     split = read_split(arguments.data, arguments.folder.parent / CACHE)
-    job_store.run_job(job_store.read_job(arguments.folder), split, device_of(arguments.device))
+    run_job(read_job(arguments.folder), split, device_of(arguments.device))

@@ -11,8 +11,8 @@ from model_store.library import Library
 from model_store.structures import fold
 from model_store.ticket import Ticket
 from training.data import Images, batches
-from training.evaluation import BATCH, PGD20, SEED, attacked
-from training.search import generator_of
+from training.evaluation import BATCH, PGD20, SEED, attack_images
+from training.seeding import make_generator
 from training.sparsity import overlap
 
 Classifier = Callable[[Tensor], Tensor]
@@ -38,53 +38,53 @@ def differences(library: Library, images: Images, device: torch.device, progress
     networks = [fold(t.network()).to(memory_format=torch.channels_last).to(device) for t in library.tickets]
     rows = []
     for index, source in enumerate(networks):
-        rows.append(tuple(right(networks, images, device, source)))
+        rows.append(tuple(target_accuracies(networks, images, device, source)))
         progress(index + 1)
     return Differences(
         tuple(ticket.name for ticket in library.tickets),
         len(images),
-        tuple(tuple(shared(first, second) for second in library.tickets) for first in library.tickets),
+        tuple(tuple(mask_overlap(first, second) for second in library.tickets) for first in library.tickets),
         tuple(rows),
-        tuple(right(networks, images, device, None)),
+        tuple(target_accuracies(networks, images, device, None)),
     )
 
 
-def shared(first: Ticket, second: Ticket) -> float | None:
+def mask_overlap(first: Ticket, second: Ticket) -> float | None:
     if first.structure != second.structure:
         return None
     return overlap(first.masks, second.masks, first.masks)
 
 
-def right(
+def target_accuracies(
     targets: Sequence[Classifier], images: Images, device: torch.device, source: Classifier | None
 ) -> list[float]:
     """Each target's accuracy on the images, after PGD-20 against `source` if there is one."""
     counts = [0] * len(targets)
     for index, (pixels, labels) in enumerate(batches(images, BATCH)):
-        given, wanted = pixels.to(device, memory_format=torch.channels_last), labels.to(device)
+        inputs, expected = pixels.to(device, memory_format=torch.channels_last), labels.to(device)
         if source is not None:
-            given = attacked(source, given, wanted, PGD20, generator_of(SEED, index))
+            inputs = attack_images(source, inputs, expected, PGD20, make_generator(SEED, index))
         with torch.no_grad():
             for j, target in enumerate(targets):
-                counts[j] += int((target(given).argmax(1) == wanted).sum())
+                counts[j] += int((target(inputs).argmax(1) == expected).sum())
     return [count / len(images) for count in counts]
 
 
-def summary(found: Differences) -> str:
+def summary(result: Differences) -> str:
     """Four lines for the lab book."""
-    count = range(len(found.names))
-    pairs = [found.overlaps[i][j] for i in count for j in count if i < j]
-    own = fmean(found.accuracy[i][i] for i in count)
-    average = f"clean {100 * fmean(found.clean):.1f} %, white-box PGD-20 {100 * own:.1f} %"
-    lines = [f"{len(found.names)} tickets, {found.images} images: {average}"]
+    count = range(len(result.names))
+    pairs = [result.overlaps[i][j] for i in count for j in count if i < j]
+    own = fmean(result.accuracy[i][i] for i in count)
+    average = f"clean {100 * fmean(result.clean):.1f} %, white-box PGD-20 {100 * own:.1f} %"
+    lines = [f"{len(result.names)} tickets, {result.images} images: {average}"]
     if same := [value for value in pairs if value is not None]:
         lines.append(f"mask IoU within a structure: mean {fmean(same):.3f}, {min(same):.3f} to {max(same):.3f}")
     for text, chosen in (("same structure", True), ("another structure", False)):
         cells = [
-            found.accuracy[i][j]
+            result.accuracy[i][j]
             for i in count
             for j in count
-            if i != j and (found.overlaps[i][j] is not None) == chosen
+            if i != j and (result.overlaps[i][j] is not None) == chosen
         ]
         if cells:
             lines.append(

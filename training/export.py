@@ -11,7 +11,7 @@ from model_store.manifest import Claim, Entry, Provenance
 from model_store.structures import STRUCTURES
 from model_store.ticket import Ticket
 from training.errors import TrainingError
-from training.jobs import Job, find_jobs, read_made
+from training.jobs import Job, find_jobs, read_output
 
 Made = tuple[Ticket, Provenance, Sequence[Claim]]
 
@@ -33,7 +33,7 @@ def export(path: Path, states: Sequence[Path], base: Path | None = None) -> Libr
     made = {role: made_by(library, role) for role in ("ticket", "baseline")}
     classes = library.classes if library else None
     for job in (job for state in states for job in find_jobs(state) if (job.folder / "done.json").exists()):
-        result = read_made(job.folder)
+        result = read_output(job.folder)
         agree(classes, job)
         classes = job.classes
         offer(made[job.role], result)
@@ -41,7 +41,11 @@ def export(path: Path, states: Sequence[Path], base: Path | None = None) -> Libr
         raise TrainingError(f"{', '.join(map(str, states)) or 'no --state'}: no finished ticket; nothing was written")
     data = next(claim.data.name for _, _, claims in made["ticket"].values() for claim in claims)
     return write_library(
-        path, classes=classes, data=data, tickets=ordered(made["ticket"]), baselines=ordered(made["baseline"])
+        path,
+        classes=classes,
+        data=data,
+        tickets=sort_by_structure(made["ticket"]),
+        baselines=sort_by_structure(made["baseline"]),
     )
 
 
@@ -65,16 +69,16 @@ def made_by(library: Library | None, role: str) -> dict[str, Made]:
 def offer(made: dict[str, Made], result: Made) -> None:
     """Takes the result's place under its name if there is none, or a worse one."""
     before = made.get(result[0].name)
-    if before is None or held_out(result) >= held_out(before):
+    if before is None or selection_score(result) >= selection_score(before):
         made[result[0].name] = result
 
 
-def held_out(result: Made) -> float:
+def selection_score(result: Made) -> float:
     """Mean of clean and PGD accuracy on selection images."""
     return fmean(claim.value for claim in result[2] if claim.data.split == "selection")
 
 
-def ordered(made: dict[str, Made]) -> list[Made]:
+def sort_by_structure(made: dict[str, Made]) -> list[Made]:
     """By structure as the paper lists them, then by density."""
     return sorted(made.values(), key=lambda item: (STRUCTURES.index(item[0].structure.name), item[0].density))
 
@@ -110,34 +114,34 @@ def mark(library: Path | None) -> str:
 
 def write_into(page: Path, text: str, begin: str) -> None:
     """Replaces what stands between a mark and END in a Markdown page. Raises TrainingError if they are not there."""
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    before, mark_text, rest = page.read_text(encoding="utf-8").partition(begin)
     _, end, after = rest.partition(END)
-    if not found or not end:
+    if not mark_text or not end:
         raise TrainingError(f"{page}: no table to replace; expected a line {begin} and after it {END}")
     write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def reported(entry: Entry, metric: str) -> Claim:
+def claim_on_test(entry: Entry, metric: str) -> Claim:
     return next(claim for claim in entry.claims if claim.metric == metric and claim.data.split == "test")
 
 
 def cell(entry: Entry | None) -> str:
     if entry is None:
         return "–"
-    return " / ".join(f"{100 * reported(entry, metric).value:.1f}" for metric in ("clean", "pgd"))
+    return " / ".join(f"{100 * claim_on_test(entry, metric).value:.1f}" for metric in ("clean", "pgd"))
 
 
 def mean_cell(entries: Sequence[Entry]) -> str:
-    values = (fmean(reported(entry, metric).value for entry in entries) for metric in ("clean", "pgd"))
+    values = (fmean(claim_on_test(entry, metric).value for entry in entries) for metric in ("clean", "pgd"))
     return " / ".join(f"**{100 * value:.1f}**" for value in values)
 
 
 def conditions(library: Library) -> str:
     """What the figures above were measured under, from the claims themselves."""
-    clean, attacked = (reported(library.entries[0], metric) for metric in ("clean", "pgd"))
+    clean, attacked = (claim_on_test(library.entries[0], metric) for metric in ("clean", "pgd"))
     attack = attacked.attack
     assert attack is not None  # noqa: S101 (a Claim of metric pgd has one)
-    shown = [reported(entry, metric) for entry in library.entries for metric in ("clean", "pgd")]
+    shown = [claim_on_test(entry, metric) for entry in library.entries for metric in ("clean", "pgd")]
     widest = max((claim.high - claim.low) / 2 for claim in shown)
     return (
         f"{attacked.data.name}, test images: n = {clean.images:,} clean, {attacked.images:,} attacked; {attack.norm} "

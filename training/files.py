@@ -1,28 +1,21 @@
-"""Small things that several commands write, and the commit that wrote them."""
+"""Small text files that several commands write, and what cut-off writers leave."""
 
-import os
-import subprocess
 from pathlib import Path
 
-from model_store import files
+from model_store.files import PART, write_atomically
 from training.errors import SearchFailed
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """The old text or the new one, whatever happens in between. Raises SearchFailed where nothing can be written."""
     try:
-        files.write_atomically(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise SearchFailed(f"{path}: cannot be written ({error}); free some space, or choose another folder") from None
 
 
-def commit() -> str:
-    """The commit of the code that runs; TRAINING_COMMIT where it was copied out of its repository, else "unknown"."""
-    if given := os.environ.get("TRAINING_COMMIT"):
-        return given
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+def remove_partial_files(folder: Path) -> None:
+    """Removes what writers that were killed left in the folder. Only for a folder that nobody else writes to."""
+    for path in folder.iterdir():
+        if PART.match(path.name):
+            path.unlink(missing_ok=True)

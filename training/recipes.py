@@ -11,8 +11,10 @@ from training.errors import TrainingError
 
 Attack = Literal["n-fgsm", "fgsm-rs", "pgd"]
 SHAPE: Final = ("width", "stem_stride")  # of a structure, where a preset's is changed
-Allocation = Literal["uniform", "dense-ends", "erk"]  # how a density is spread over the layers: search.densities_of
+Allocation = Literal["uniform", "dense-ends", "erk"]  # how a density is spread: sparsity.layer_densities
+Precision = Literal["auto", "float32", "bfloat16"]  # auto: see device.resolve_precision
 
+LOW_RESOLUTION: Final = 16  # side of the images of early steps
 DENSITIES: Final = (0.07, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70)  # Table 1 of the paper
 
 
@@ -46,7 +48,7 @@ class TrainConfig:
     low_resolution_until: float = 0.5  # 16x16 images before this share
     allocation: Allocation = "uniform"
     guards: int = 4  # looks at held-out PGD-10 accuracy on the way
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     weights_seed: int | None = None  # frozen weights' own seed; none: `seed`, so that no two tickets share them
     parent: str | None = None  # SHA-256 of the ticket that training goes on from
 
@@ -124,13 +126,13 @@ PRESETS: Final[dict[str, Preset]] = {
         widths={"resnet18": 16, "resnet34": 16, "wideresnet32": 1, "wideresnet38": 1},
         epochs=4,
         base={
-            "batch": 64,
+            "batch": 128,
             "mask_share": 0.5,
             "mask_rate": 0.07,
             "weight_rate": 0.035,
             "muon_rate": 0.014,
             "low_resolution_until": 0.0,
-            "precision": "float32",  # "bfloat16" is faster where the processor has instructions for it, and only there
+            "precision": "auto",
         },
         stem_stride=2,
     ),

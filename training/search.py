@@ -11,33 +11,40 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from model_store.attacks import ThreatModel, pgd
-from model_store.files import replacing
-from model_store.structures import Network, Structure, calibrate, convs
-from model_store.ticket import Ticket
-from training.data import Images, Split, as_floats, batches
-from training.errors import CheckpointRejected, SearchFailed
-from training.recipes import TrainConfig
-from training.sparsity import init_scores, init_weights, pack_mask, score_gradient, spread, top_k, unpack_mask
+from model_store.structures import Structure, calibrate, convs
+from model_store.ticket import Ticket, pack, unpack
+from training.augmentation import augment
+from training.checkpoints import CHECKPOINT, GOOD, load_checkpoint, save_checkpoint
+from training.data import Split, as_floats, batches
+from training.device import resolve_precision
+from training.errors import SearchFailed
+from training.evaluation import accuracy, robust_accuracy, with_temperature
+from training.optimizers import Momentum, muon_direction, relative_step, sgd_step
+from training.recipes import LOW_RESOLUTION, TrainConfig
+from training.seeding import make_generator
+from training.sparsity import (
+    init_scores,
+    init_weights,
+    layer_densities,
+    reproduce_ticket,
+    scatter_values,
+    score_gradient,
+    top_k,
+)
 
 Phase = Literal["mask", "weights"]
-CHECKPOINT, GOOD = "checkpoint.safetensors", "good.safetensors"
-CHECKPOINT_FORMAT: Final = "2"
 CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", "45"))
 CALIBRATION_IMAGES: Final = 5_000
 GUARD_IMAGES: Final = 256
-LOW_RESOLUTION: Final = 16
-LIKELY: Final = 0.65  # of signs alike, see scratch_of: 0.76 and more in the embedded library
+SAME_SIGN_SHARE: Final = 0.65  # of signs alike, see scratch_of: 0.76 and more in the embedded library
 
 
 @dataclass(frozen=True)
@@ -70,77 +77,46 @@ class OverfitCheck:
 Report = Callable[[Step | OverfitCheck], None]
 
 
-def densities_of(network: Network, recipe: TrainConfig) -> dict[str, float]:
-    """Each convolution's density, by the recipe's allocation.
+def memory_format(structure: Structure) -> torch.memory_format:
+    """Channels last, which is faster, but for the narrowest networks.
 
-    uniform: the same for all.  dense-ends: the stem and the classifier stay whole (they hold 1 % of the weights), the
-    others have the density.  erk: Erdos-Renyi-Kernel (Evci et al., "Rigging the Lottery", ICML 2020): in proportion to
-    (inputs + outputs + kernel height + width) / weights, at most 1, so that all layers together have the density.
+    Below 8 channels, oneDNN's gradient of a strided 1x1 convolution's weights writes past its buffer on processors
+    without AVX-512 (oneDNN issue 6035).
     """
-    layers = convs(network)
-    if recipe.allocation == "erk":
-        return erk({name: layer.weight.shape for name, layer in layers.items()}, recipe.density)
-    ends = {"stem.0", "classifier"} if recipe.allocation == "dense-ends" else set()
-    return {name: 1.0 if name in ends else recipe.density for name in layers}
-
-
-def erk(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
-    """shapes: of the weights [out, in, h, w]."""
-    whole: set[str] = set()
-    while True:  # a layer that would be over 1 is whole, and the others share what it leaves
-        rest = {name: sum(shape) for name, shape in shapes.items() if name not in whole}
-        budget = density * sum(map(math.prod, shapes.values())) - sum(math.prod(shapes[name]) for name in whole)
-        scale = budget / sum(rest.values()) if rest else 0.0
-        full = {name for name, size in rest.items() if scale * size >= math.prod(shapes[name])}
-        if not full:
-            return {name: scale * rest[name] / math.prod(shapes[name]) if name in rest else 1.0 for name in shapes}
-        whole |= full
-
-
-def layout_of(structure: Structure) -> torch.memory_format:
-    """Channels last is faster, but not for the narrowest networks: below 8 channels oneDNN's gradient of a strided 1x1
-    convolution's weights writes past its buffer on processors without AVX-512 (oneDNN issue 6035)."""
     shortcuts = [layer for layer in convs(structure.blank()).values() if layer.kernel_size == (1, 1)]
     narrowest = min(layer.in_channels for layer in shortcuts if layer.stride != (1, 1))
     return torch.contiguous_format if narrowest < 8 else torch.channels_last
-
-
-def generator_of(*parts: int) -> torch.Generator:
-    """A generator of its own for each (seed, step, use): nothing to save, nothing shared."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part) % (2**63)
-    return torch.Generator().manual_seed(seed)
 
 
 class Search:
     """One ticket in the making: network, scores, masks and momenta at `step`."""
 
     def __init__(self, recipe: TrainConfig, split: Split, device: torch.device, start: Ticket | None = None) -> None:
-        self.recipe, self.split, self.device = recipe, split, device
-        self.layout = layout_of(recipe.structure)
-        self.network = recipe.structure.blank().to(memory_format=self.layout).to(device)
-        self.densities = densities_of(self.network, recipe)
+        self.recipe, self.split, self.device = resolve_precision(recipe, device.type), split, device
+        self.memory_format = memory_format(recipe.structure)
+        self.network = recipe.structure.blank().to(memory_format=self.memory_format).to(device)
+        self.densities = layer_densities(self.network, recipe)
         self.step = 0
         self.seconds = 0.0
         self.noise = recipe.noise
         self.best_robust = 0.0
         self.frozen: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
-        self.momenta: dict[str, Tensor] = {}
+        self.momentum = Momentum(recipe.momentum)
         self.order: tuple[int, Tensor] | None = None
-        self.begin(start)
+        self.initialize(start)
 
     # --- state ---------------------------------------------------------------------------------------------------
 
-    def begin(self, start: Ticket | None) -> None:
+    def initialize(self, start: Ticket | None) -> None:
+        """Sets frozen weights, scores and masks: from the seed, or so that they reproduce a ticket."""
         seed = self.recipe.seed if self.recipe.weights_seed is None else self.recipe.weights_seed
         for index, (name, layer) in enumerate(convs(self.network).items()):
             shape = layer.weight.shape
-            weights = init_weights(shape, generator_of(seed, index, 1))
-            scores = init_scores(shape, generator_of(self.recipe.seed, index, 2))
+            weights = init_weights(shape, make_generator(seed, index, 1))
+            scores = init_scores(shape, make_generator(self.recipe.seed, index, 2))
             if start is not None:
-                weights, scores = continued(weights, scores, start, name)
+                weights, scores = reproduce_ticket(weights, scores, start, name)
             self.frozen[name] = weights.to(self.device)
             self.scores[name] = scores.to(self.device)
         self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
@@ -167,22 +143,17 @@ class Search:
         bits, and the weights and momenta that are kept.
         """
         if self.phase == "mask":
-            kinds = {"scores": self.scores, "momentum": self.momenta}
+            kinds = {"scores": self.scores, "momentum": self.momentum.buffers}
         else:
             weights = {name: layer.weight.detach()[self.masks[name]] for name, layer in convs(self.network).items()}
-            momenta = {name: value[self.masks[name]] for name, value in self.momenta.items()}
-            masks = {name: pack_mask(mask) for name, mask in self.masks.items()}
+            momenta = {name: value[self.masks[name]] for name, value in self.momentum.buffers.items()}
+            masks = {name: pack(mask.cpu()) for name, mask in self.masks.items()}
             kinds = {"mask": masks, "weight": weights, "momentum": momenta}
         return {f"{kind}/{name}": value for kind, group in kinds.items() for name, value in group.items()}
 
     def metadata(self) -> dict[str, str]:
         values = {"step": self.step, "seconds": self.seconds, "noise": self.noise, "best_robust": self.best_robust}
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "state": json.dumps(values),
-            "recipe": self.recipe.digest,
-            "data": self.split.digest,
-        }
+        return {"state": json.dumps(values), "recipe": self.recipe.digest, "data": self.split.digest}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -193,25 +164,33 @@ class Search:
         for key, value in tensors.items():
             kind, name = key.split("/", 1)
             groups[kind][name] = value.to(self.device)
-        self.momenta = groups["momentum"]
+        self.momentum.buffers = groups["momentum"]
         if self.phase == "mask":
             self.scores = groups["scores"]
             self.masks = {name: top_k(scores, self.densities[name]) for name, scores in self.scores.items()}
             self.apply_masks(self.frozen)
             return
         for name, layer in convs(self.network).items():
-            mask = unpack_mask(groups["mask"][name], layer.weight.shape)
+            mask = unpack(name, groups["mask"][name].cpu(), tuple(layer.weight.shape)).to(self.device)
             self.masks[name] = mask
-            layer.weight.copy_(spread(groups["weight"][name], mask))
-        self.momenta = {name: spread(value, self.masks[name]) for name, value in self.momenta.items()}
+            layer.weight.copy_(scatter_values(groups["weight"][name], mask))
+        self.momentum.buffers = {
+            name: scatter_values(kept, self.masks[name]) for name, kept in groups["momentum"].items()
+        }
+
+    def save(self, path: Path) -> None:
+        save_checkpoint(path, self.state_dict(), self.metadata())
+
+    def load(self, path: Path) -> None:
+        self.load_state_dict(*load_checkpoint(path, self.metadata()))
 
     # --- one step ------------------------------------------------------------------------------------------------
 
     def train_step(self) -> tuple[float, float]:
         """One optimiser step. Returns the loss and accuracy on the (adversarial) batch."""
         if self.phase == "weights" and self.step == self.recipe.mask_steps:
-            self.momenta = {}  # they belong to the scores
-        images, labels = self.batch_of(self.step)
+            self.momentum.clear()  # it belongs to the scores
+        images, labels = self.make_batch(self.step)
         if self.epsilon() > 0:
             images = self.adversarial(images, labels)
         self.network.train().requires_grad_(True)
@@ -228,22 +207,22 @@ class Search:
         self.step += 1
         return loss.item(), float((logits.argmax(1) == labels).float().mean())
 
-    def batch_of(self, step: int) -> tuple[Tensor, Tensor]:
+    def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The step's images, cropped and flipped: floats in [0, 1] at the step's resolution."""
         batch = self.recipe.batch
         per_epoch = max(1, len(self.split.search) // batch)
-        picked = self.order_of(step // per_epoch)[(step % per_epoch) * batch :][:batch]
-        images = as_floats(self.split.search.pixels[picked])
-        images = augmented(images, generator_of(self.recipe.seed, step, 4))
+        indices = self.epoch_order(step // per_epoch)[(step % per_epoch) * batch :][:batch]
+        images = as_floats(self.split.search.pixels[indices])
+        images = augment(images, make_generator(self.recipe.seed, step, 4))
         if step < self.recipe.low_resolution_until * self.recipe.steps:
             images = functional.avg_pool2d(images, images.shape[-1] // LOW_RESOLUTION)
-        images = images.to(self.device, memory_format=self.layout)
-        return images, self.split.search.labels[picked].to(self.device)
+        images = images.to(self.device, memory_format=self.memory_format)
+        return images, self.split.search.labels[indices].to(self.device)
 
-    def order_of(self, epoch: int) -> Tensor:
+    def epoch_order(self, epoch: int) -> Tensor:
         """The epoch's order of the images, drawn once an epoch."""
         if self.order is None or self.order[0] != epoch:
-            generator = generator_of(self.recipe.seed, epoch, 3)
+            generator = make_generator(self.recipe.seed, epoch, 3)
             self.order = epoch, torch.randperm(len(self.split.search), generator=generator)
         return self.order[1]
 
@@ -276,9 +255,9 @@ class Search:
         """N-FGSM (no projection), FGSM with a random start, or PGD-k, on batch statistics, parameters frozen."""
         recipe, epsilon = self.recipe, self.epsilon()
         scale = epsilon / recipe.epsilon
-        noise = torch.rand(images.shape, generator=generator_of(recipe.seed, self.step, 5)).to(images)
-        spread = self.noise if recipe.attack == "n-fgsm" else 1.0
-        moved = images + (2 * noise - 1) * spread * epsilon
+        noise = torch.rand(images.shape, generator=make_generator(recipe.seed, self.step, 5)).to(images)
+        start = self.noise if recipe.attack == "n-fgsm" else 1.0
+        moved = images + (2 * noise - 1) * start * epsilon
         self.network.train().requires_grad_(False)
         for _ in range(recipe.attack_steps):
             moved = moved.clamp(0, 1).requires_grad_(True)
@@ -309,36 +288,26 @@ class Search:
         value = weight
         if self.phase == "mask":
             gradient, value = score_gradient(gradient, self.frozen[name], self.scores[name]), self.scores[name]
-        gradient = gradient.add(value, alpha=self.recipe.weight_decay)
-        value.sub_(self.with_momentum(name, gradient), alpha=self.rate())
+        sgd_step(value, gradient, self.momentum, name, rate=self.rate(), decay=self.recipe.weight_decay)
 
     def muon_step(self, name: str, weight: Tensor, gradient: Tensor) -> None:
-        """Muon (Jordan et al., 2024) for a layer whose norm does not matter, as a norm layer follows it.
+        """Muon for a layer whose norm does not matter, as a norm layer follows it. Steps are shares of that norm.
 
-        The momentum of the weights' gradient is orthogonalised; the step is a share of the value's norm. For scores
-        it is carried through the mask's straight-through gradient after that: signs of weights and scores would
-        scatter what the orthogonalisation is to find.
+        - For scores, the direction is carried through the mask's straight-through gradient after it is orthogonalised:
+          signs of weights and scores would scatter what the orthogonalisation is to find.
+        - Weights keep the norm that they had.
         """
-        momentum = self.with_momentum(name, gradient)
-        ahead = gradient.add(momentum, alpha=self.recipe.momentum)  # Nesterov's
-        step = orthogonal(ahead.flatten(1)).view_as(weight)
-        value = weight
+        direction = muon_direction(gradient, self.momentum, name)
+        share = self.recipe.muon_rate * self.schedule()
         if self.phase == "mask":
-            value = self.scores[name]
-            step = score_gradient(step, self.frozen[name], value)
+            direction = score_gradient(direction, self.frozen[name], self.scores[name])
+            relative_step(self.scores[name], direction, share)
         else:
-            step = step * self.masks[name]
-        norm = value.norm()
-        value.sub_(step, alpha=float(self.recipe.muon_rate * self.schedule() * norm / (step.norm() + 1e-12)))
-        if self.phase == "weights":
-            value.mul_(norm / value.norm())
+            norm = weight.norm()
+            relative_step(weight, direction * self.masks[name], share)
+            weight.mul_(norm / weight.norm())
 
-    def with_momentum(self, name: str, gradient: Tensor) -> Tensor:
-        before = self.momenta.get(name)
-        self.momenta[name] = gradient if before is None else before.mul_(self.recipe.momentum).add_(gradient)
-        return self.momenta[name]
-
-    # --- looking and leaving ---------------------------------------------------------------------------------------
+    # --- measuring and leaving ---------------------------------------------------------------------------------------
 
     def calibrate(self, count: int = CALIBRATION_IMAGES) -> None:
         """Norm statistics of the present mask, on clean search images. Leaves eval mode, parameters frozen."""
@@ -349,9 +318,9 @@ class Search:
     def check_overfit(self) -> tuple[float, float]:
         """Clean and PGD-10 accuracy on held-out training images."""
         self.calibrate(GUARD_IMAGES * 4)
-        held = self.split.selection.balanced(GUARD_IMAGES)
-        return accuracy(self.network, held, self.device), robust_accuracy(
-            self.network, held, self.recipe.epsilon, self.device
+        images = self.split.selection.balanced(GUARD_IMAGES)
+        return accuracy(self.network, images, self.device), robust_accuracy(
+            self.network, images, self.recipe.epsilon, self.device
         )
 
     def ticket(self) -> Ticket:
@@ -377,7 +346,7 @@ class Search:
             temperature=1.0,
             kind=self.recipe.kind,
         )
-        return with_temperature(bare, self.split.selection)
+        return with_temperature(bare, self.split.selection, self.device)
 
 
 def scratch_of(recipe: TrainConfig, trained: Ticket, split: Split, device: torch.device) -> Ticket:
@@ -392,7 +361,7 @@ def scratch_of(recipe: TrainConfig, trained: Ticket, split: Split, device: torch
         for name, mask in trained.masks.items()
     ]
     share = float(torch.cat(alike).float().mean())
-    if share < LIKELY:  # training turns some signs, and leaves most; by chance half are alike
+    if share < SAME_SIGN_SHARE:  # training turns some signs, and leaves most; by chance half are alike
         raise SearchFailed(
             f"{trained.name}: {100 * share:.0f} % of its weights have the sign of those it is said to come from"
         )
@@ -402,144 +371,6 @@ def scratch_of(recipe: TrainConfig, trained: Ticket, split: Split, device: torch
     return search.ticket()
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix [m, n] with orthonormal rows or columns: every singular value near 1.
-
-    Five steps of a Newton-Schulz iteration with Muon's coefficients, which trade exactness for speed: singular values
-    end between 0.7 and 1.2 (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = (matrix.T if tall else matrix) / (matrix.norm() + 1e-12)
-    square = x @ x.T  # every step is a polynomial of it times x: iterated on the small square alone
-    turned = identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
-    for _ in range(5):
-        step = a * identity + b * square + c * square @ square
-        turned = step @ turned
-        square = step @ square @ step
-    x = turned @ x
-    return x.T if tall else x
-
-
-def continued(weights: Tensor, scores: Tensor, start: Ticket, name: str) -> tuple[Tensor, Tensor]:
-    """Frozen weights and scores that reproduce the ticket: its values where kept, its mask as the scores' top-k.
-
-    A ticket does not keep its scores, only their order at the threshold; fresh magnitudes are dealt so that every
-    kept weight outranks every other.
-    """
-    mask = start.masks[name]
-    weights = weights.clone()
-    weights[mask] = start.values[name]
-    magnitudes = scores.abs().flatten().sort(descending=True).values
-    kept = int(mask.sum())
-    dealt = torch.empty_like(scores)
-    dealt[mask], dealt[~mask] = magnitudes[:kept], magnitudes[kept:]
-    return weights, dealt * scores.sign()
-
-
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of the images padded by 4, and mirror images by a fair coin. images: floats [N, 3, H, W]."""
-    count, _, height, width = images.shape
-    padded = functional.pad(images, (4, 4, 4, 4))
-    top, left = (torch.randint(0, 9, (count, 1), generator=generator) for _ in range(2))
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    flipped = torch.randint(0, 2, (count, 1), generator=generator).bool()
-    columns = torch.where(flipped, columns.flip(1), columns)
-    which = torch.arange(count).view(-1, 1, 1)
-    return padded[which, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def accuracy(classifier: Callable[[Tensor], Tensor], images: Images, device: torch.device) -> float:
-    right = sum(
-        int((classifier(part.to(device)).argmax(1) == labels.to(device)).sum()) for part, labels in batches(images, 250)
-    )
-    return right / len(images)
-
-
-def robust_accuracy(
-    classifier: Callable[[Tensor], Tensor],
-    images: Images,
-    epsilon: float,
-    device: torch.device,
-    *,
-    steps: int = 10,
-    step_size: float = 2 / 255,
-    seed: int = 0,
-) -> float:
-    """Accuracy on PGD images (l-infinity, cross-entropy, one random start, best iterate)."""
-    threat, right = ThreatModel("linf", epsilon), 0
-    generator = generator_of(seed, 6)
-    for part, labels in batches(images, 250):
-        part, labels = part.to(device, memory_format=torch.channels_last), labels.to(device)
-        moved = pgd(classifier, part, labels, threat, steps=steps, step_size=step_size, generator=generator)
-        with torch.no_grad():
-            right += int((classifier(moved).argmax(1) == labels).sum())
-    return right / len(images)
-
-
-def with_temperature(ticket: Ticket, held: Images) -> Ticket:
-    """The ticket with the temperature that minimises cross-entropy on held-out images (convex in 1/T)."""
-    with torch.no_grad():
-        logits = torch.cat([ticket.network()(part) for part, _ in batches(held, 250)])
-    low, high = math.log(0.02), math.log(50.0)  # of 1/T
-    for _ in range(60):
-        third = (high - low) / 3
-        losses = [
-            float(functional.cross_entropy(logits * math.exp(at), held.labels)) for at in (low + third, high - third)
-        ]
-        low, high = (low, high - third) if losses[0] < losses[1] else (low + third, high)
-    return replace(ticket, temperature=math.exp(-(low + high) / 2))
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, search: Search) -> None:
-    """Atomic: a crash leaves the checkpoint before this one."""
-    tensors = {k: v.contiguous() for k, v in search.state_dict().items()}
-    try:
-        with replacing(path) as file:
-            save_file(tensors, file.name, metadata=search.metadata())
-    except (OSError, SafetensorError) as error:
-        raise SearchFailed(
-            f"{path}: the checkpoint could not be written ({error}); the last one stands. Free some space."
-        ) from None
-
-
-def load_checkpoint(path: Path, search: Search) -> None:
-    """Raises CheckpointRejected for a damaged file, or one of another recipe or data set."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            numbers = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointRejected(
-            f"{path}: unreadable checkpoint ({error}); delete it to start this ticket afresh"
-        ) from None
-    expected = search.metadata()
-    if numbers.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointRejected(
-            f"{path}: checkpoint of format {numbers.get('format', '1')}; expected {CHECKPOINT_FORMAT}. "
-            "Delete it to start this ticket afresh, or go on with the version that began it."
-        )
-    for field, what in (("recipe", "recipe"), ("data", "data set")):
-        if numbers.get(field) != expected[field]:
-            raise CheckpointRejected(
-                f"{path}: checkpoint of another {what} ({str(numbers.get(field))[:12]}); expected "
-                f"{expected[field][:12]}. "
-                "Go on with the one that began it, or choose another --state folder."
-            )
-    search.load_state_dict(tensors, numbers)
-
-
-def delete_checkpoints(folder: Path) -> None:
-    """What a finished job has no more use for."""
-    for path in (folder / CHECKPOINT, folder / GOOD):
-        path.unlink(missing_ok=True)
-        path.with_suffix(".tmp").unlink(missing_ok=True)
-
-
 def run(
     recipe: TrainConfig, split: Split, folder: Path, report: Report, device: torch.device, start: Ticket | None = None
 ) -> Ticket:
@@ -547,7 +378,7 @@ def run(
     search = Search(recipe, split, device, start)
     path = folder / CHECKPOINT
     if path.exists():
-        load_checkpoint(path, search)
+        search.load(path)
     saved = last = time.monotonic()
     every = max(1, recipe.steps // max(1, recipe.guards))
     while not search.done:
@@ -563,11 +394,11 @@ def run(
             and search.epsilon() == recipe.epsilon
         ):
             search = guard_overfitting(search, folder, report)
-            save_checkpoint(path, search)
+            search.save(path)
             search.seconds += time.monotonic() - last
             saved = last = time.monotonic()
         if now - saved > CHECKPOINT_SECONDS or search.done:
-            save_checkpoint(path, search)
+            search.save(path)
             saved = now
     return search.ticket()
 
@@ -594,9 +425,9 @@ def guard_overfitting(search: Search, folder: Path, report: Report) -> Search:
     report(OverfitCheck(search.step, clean, robust, search.noise, search.seconds, overfitted))
     if overfitted and good.exists():
         noise, seconds = search.noise * 1.5, search.seconds
-        load_checkpoint(good, search)
+        search.load(good)
         search.noise, search.seconds = noise, seconds
     else:
         search.best_robust = max(robust, search.best_robust)
-        save_checkpoint(good, search)
+        search.save(good)
     return search

@@ -1,4 +1,4 @@
-"""Scores -> masks: the top-k of each layer by magnitude, and the gradient that lets the scores be trained.
+"""Densities of layers, scores, and their masks: the top-k of each layer by magnitude.
 
 The mask is a step function of the scores, so its gradient is taken straight through |score| (Ramanujan et al.,
 "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020; Robust Scratch Tickets, NeurIPS 2021): each score,
@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model_store.ticket import kept_count
+from model_store.structures import Network, convs
+from model_store.ticket import Ticket, kept_count
+from training.recipes import TrainConfig
 
 
 def top_k(scores: Tensor, density: float) -> Tensor:
@@ -24,18 +25,7 @@ def top_k(scores: Tensor, density: float) -> Tensor:
     return mask.view_as(scores)
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """Booleans of any shape -> uint8, eight a byte in the order of memory; the last byte is filled with zeros."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
-
-
-def unpack_mask(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Undoes pack_mask, on the device of `bits`."""
-    flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape)).astype(np.bool_)
-    return torch.from_numpy(flat).view(shape).to(bits.device)
-
-
-def spread(kept: Tensor, mask: Tensor) -> Tensor:
+def scatter_values(kept: Tensor, mask: Tensor) -> Tensor:
     """Undoes `values[mask]`: the kept values in their places, zeros elsewhere."""
     values = torch.zeros(mask.shape, dtype=kept.dtype, device=kept.device)
     values[mask] = kept
@@ -81,3 +71,52 @@ def overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: It
     both = sum(int((first[name] & second[name]).sum()) for name in names)
     either = sum(int((first[name] | second[name]).sum()) for name in names)
     return both / either
+
+
+def layer_densities(network: Network, recipe: TrainConfig) -> dict[str, float]:
+    """Each convolution's density, by the recipe's allocation.
+
+    - uniform: the same for all.
+    - dense-ends: the stem and the classifier stay dense (they hold 1 % of the weights), the others have the density.
+    - erk: see erk_densities.
+    """
+    layers = convs(network)
+    if recipe.allocation == "erk":
+        return erk_densities({name: layer.weight.shape for name, layer in layers.items()}, recipe.density)
+    ends = {"stem.0", "classifier"} if recipe.allocation == "dense-ends" else set()
+    return {name: 1.0 if name in ends else recipe.density for name in layers}
+
+
+def erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+    """Erdos-Renyi-Kernel (Evci et al., "Rigging the Lottery", ICML 2020): small layers are denser than large ones.
+
+    Densities are in proportion to (outputs + inputs + kernel height + width) / weights, at most 1, and all layers
+    together have `density`.
+
+    shapes: of the weights [out, in, h, w].
+    """
+    dense: set[str] = set()
+    while True:  # a layer that would be over 1 is dense, and the others share what it leaves
+        rest = {name: sum(shape) for name, shape in shapes.items() if name not in dense}
+        budget = density * sum(map(math.prod, shapes.values())) - sum(math.prod(shapes[name]) for name in dense)
+        scale = budget / sum(rest.values()) if rest else 0.0
+        full = {name for name, size in rest.items() if scale * size >= math.prod(shapes[name])}
+        if not full:
+            return {name: scale * rest[name] / math.prod(shapes[name]) if name in rest else 1.0 for name in shapes}
+        dense |= full
+
+
+def reproduce_ticket(weights: Tensor, scores: Tensor, start: Ticket, name: str) -> tuple[Tensor, Tensor]:
+    """Frozen weights and scores that reproduce the ticket: its values where kept, its mask as the scores' top-k.
+
+    A ticket does not keep its scores, only their order at the threshold; fresh magnitudes are ordered so that
+    every kept weight outranks every other.
+    """
+    mask = start.masks[name]
+    weights = weights.clone()
+    weights[mask] = start.values[name]
+    magnitudes = scores.abs().flatten().sort(descending=True).values
+    kept = int(mask.sum())
+    magnitude = torch.empty_like(scores)
+    magnitude[mask], magnitude[~mask] = magnitudes[:kept], magnitudes[kept:]
+    return weights, magnitude * scores.sign()

@@ -14,8 +14,8 @@ from model_store.structures import STRUCTURES, StructureName
 from tombola.cli import Parser, parser
 from tools.document_tree import PACKAGES, with_tree
 from tools.reference import page
+from training.cost import GPU_SPEED, cost
 from training.export import END, PRINTED, mark, table
-from training.jobs import GPU_SPEED, cost
 from training.recipes import DENSITIES, PRESETS
 
 ROOT = Path(__file__).parents[2]

@@ -1,136 +1,22 @@
-"""The jobs as a user runs them: real processes, killed and continued, and what they leave as a library."""
+"""The jobs as a user runs them, and what they leave as a library."""
 
-import io
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
-from model_store.library import EMBEDDED, open_library
-from model_store.structures import Structure
-from model_store.ticket import load_ticket
-from tests.support.digits import digits
+from model_store.library import EMBEDDED
+from tests.support.jobs import job_in, recipe
+from tests.support.searches import CPU
 from tombola.cli import main
-from training import jobs
-from training.data import Images, read_split
-from training.errors import CheckpointRejected, TrainingError
-from training.export import export, table
-from training.jobs import Job, find_jobs, initialize, read_result, run_job, run_local, status
-from training.recipes import TrainConfig
-
-CPU = torch.device("cpu")
-
-
-def recipe(seed: int = 1, **changes: object) -> TrainConfig:
-    fields: dict[str, object] = {"steps": 30, "batch": 16, "guards": 0, "precision": "float32", **changes}
-    return TrainConfig(structure=Structure("resnet18", 2), density=0.3, seed=seed, **fields)  # type: ignore[arg-type]
-
-
-def write_zip(path: Path, parts: dict[str, Images]) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for part, images in parts.items():
-            for index, label in enumerate(images.labels.tolist()):
-                buffer = io.BytesIO()
-                Image.fromarray(images.pixels[index].permute(1, 2, 0).numpy()).save(buffer, "PNG")
-                archive.writestr(f"digits/{part}/{label}/{index:04d}.png", buffer.getvalue())
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A zip of 1,200 digits to search on and 40 to test on, and a cache of its own."""
-    folder = tmp_path_factory.mktemp("digits")
-    os.environ["TRAINING_CACHE"] = str(folder / "cache")
-    write_zip(folder / "digits.zip", {"train": digits().search.balanced(1150), "test": digits().test.balanced(40)})
-    yield folder / "digits.zip"
-    del os.environ["TRAINING_CACHE"]
-
-
-def job_in(folder: Path, made: TrainConfig | None = None, **more: object) -> Job:
-    made = made or recipe()
-    return Job(made, folder / made.name, data="digits", classes=tuple(map(str, range(10))), **more)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state folder with one finished ticket."""
-    state = tmp_path_factory.mktemp("state")
-    run_job(job_in(state), read_split(data), CPU)
-    return state
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "gave up waiting"
-        time.sleep(0.02)
-
-
-def test_a_finished_job_exports_as_a_library_with_its_claims(finished: Path, tmp_path: Path) -> None:
-    library = export(tmp_path / "library", [finished])
-    again = open_library(tmp_path / "library")
-    assert library.digest == again.digest
-    (entry,) = again.entries
-    assert {(claim.metric, claim.data.split) for claim in entry.claims} == {
-        (metric, split) for metric in ("clean", "pgd") for split in ("test", "selection")
-    }
-    assert entry.provenance.recipe["seed"] == 1
-    assert entry.provenance.seconds > 0
-    assert "resnet18" in str(entry.structure)
-    assert "PGD, ε = 8/255, 20 steps of 2/255, 1 random start" in table(again)
-
-
-def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, finished: Path, tmp_path: Path) -> None:
-    job = job_in(tmp_path)
-    initialize(job)
-    worker = jobs.start_worker(job, data, "cpu", environment={"TRAINING_CHECKPOINT_SECONDS": "0"})
-    until(lambda: (job.folder / "checkpoint.safetensors").exists())
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    assert not (job.folder / "done.json").exists()
-    assert status(job).state in {"interrupted", "waiting"}
-    jobs.record_crash(job, worker.returncode)  # as run_local does, so that the search does not end as if all were done
-    assert status(job).error == "its process ended with signal 9"
-    assert jobs.start_worker(job, data, "cpu").wait() == 0
-    killed, whole = (load_ticket(folder / job.name / "ticket.safetensors") for folder in (tmp_path, finished))
-    assert all(torch.equal(killed.values[name], whole.values[name]) for name in whole.values)
-    assert [claim.value for claim in read_result(job.folder).claims] == [
-        claim.value for claim in read_result(finished / job.name).claims
-    ]
-
-
-def test_a_finished_job_leaves_no_checkpoint(data: Path, finished: Path) -> None:
-    folder = finished / recipe().name
-    assert not list(folder.glob("*.tmp")) + list(folder.glob("checkpoint*")) + list(folder.glob("good*"))
-    (folder / "checkpoint.safetensors").touch()  # as if killed in between
-    run_job(job_in(finished), read_split(data), CPU)
-    assert not (folder / "checkpoint.safetensors").exists()
-
-
-def test_a_failed_ticket_is_reported_and_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
-    good = job_in(tmp_path)
-    bad = job_in(tmp_path, replace(recipe(steps=8, mask_share=0.0, weight_rate=1e30), density=0.5))
-    rows = {row.job.name: row for row in list(run_local([bad, good], data, workers=1, device="cpu"))[-1]}
-    assert rows[good.name].state == "done"
-    assert rows[bad.name].state == "failed"
-    assert "Lower the rate" in (rows[bad.name].error or "")
-
-
-def test_a_process_that_dies_before_it_begins_is_a_failed_ticket(data: Path, tmp_path: Path) -> None:
-    """What a search reported as done, once."""
-    job = job_in(tmp_path)
-    (row,) = list(run_local([job], data, workers=1, device="nowhere"))[-1]
-    assert row.state == "failed"
-    assert row.error == "its process ended with code 2: tombola: --device nowhere: torch cannot use such a device here"
+from training import device
+from training.data import read_split
+from training.errors import CheckpointRejected
+from training.export import export
+from training.jobs import find_jobs, initialize, lock_folder, read_job, read_result, status
+from training.run_job import run_job
 
 
 def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
@@ -138,31 +24,33 @@ def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
 ) -> None:
     folder = tmp_path / "resnet18-07"
     folder.mkdir()
-    with jobs.locked(folder):
+    with lock_folder(folder):
         words = ["--data", str(data), "--state", str(tmp_path), "--only", "resnet18-07", "--set", "width=2", "steps=2"]
         assert main(["search", *words]) == 1
     assert "resnet18-07: running, but not by this command" in capsys.readouterr().err
 
 
-def test_two_processes_never_work_on_one_job(data: Path, tmp_path: Path) -> None:
-    job = job_in(tmp_path)
-    initialize(job)
-    with jobs.locked(job.folder) as mine:
-        assert mine
-        run_job(job, read_split(data), CPU)  # leaves at once: the lock is held
-        assert status(job).state == "running"
-    assert not (job.folder / "log.jsonl").exists()
-
-
-def test_a_folder_of_another_recipe_is_refused(finished: Path) -> None:
+def test_a_folder_of_another_recipe_is_refused(done_state: Path) -> None:
     with pytest.raises(CheckpointRejected, match="begun under another recipe"):
-        initialize(job_in(finished, recipe(seed=2)))
+        initialize(job_in(done_state, recipe(seed=2)))
+
+
+def test_an_open_precision_is_settled_when_the_recipe_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = job_in(tmp_path, recipe(precision="auto"))
+    for cpu_has_it in (True, False):  # begun on one machine, taken up on another
+        monkeypatch.setattr(device, "has_bfloat16", lambda answer=cpu_has_it: answer)
+        assert initialize(job).recipe.precision == "bfloat16"
+        assert read_job(job.folder).recipe.precision == "bfloat16"
+    with pytest.raises(CheckpointRejected, match="begun under another recipe"):
+        initialize(job_in(tmp_path, recipe(precision="float32")))
 
 
 def test_training_goes_on_from_a_library_and_the_better_ticket_stays(
-    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, done_state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = export(tmp_path / "base", [finished])
+    base = export(tmp_path / "base", [done_state])
     arguments = [
         "--data",
         str(data),
@@ -187,7 +75,7 @@ def test_training_goes_on_from_a_library_and_the_better_ticket_stays(
 
 
 def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
-    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, done_state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_job(job_in(tmp_path / "run", recipe(mask_share=0.5)), read_split(data), CPU)
     base = export(tmp_path / "base", [tmp_path / "run"])
@@ -199,26 +87,9 @@ def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
     assert entry.provenance.recipe["steps"] == 15
     assert entry.provenance.seconds == pytest.approx(trained.provenance.seconds / 2, abs=0.1)
     assert len(entry.claims) == 4
-    again = export(tmp_path / "again", [finished])
+    again = export(tmp_path / "again", [done_state])
     assert main(["scratch", str(again.path), *arguments]) == 2
     assert "before epsilon and resolution were whole" in capsys.readouterr().err
-
-
-def test_baselines_are_exported_beside_the_tickets_and_never_drawn(data: Path, finished: Path, tmp_path: Path) -> None:
-    dense = TrainConfig(Structure("resnet18", 2), 1.0, 3, 10, batch=16, guards=0, mask_share=0.0, precision="float32")
-    run_job(job_in(tmp_path / "dense", dense, role="baseline"), read_split(data), CPU)
-    library = export(tmp_path / "library", [finished, tmp_path / "dense"])
-    assert (len(library.tickets), len(library.baselines)) == (1, 1)
-    assert "\n| dense, never drawn | " in table(library)
-    assert "dense" not in table(export(tmp_path / "alone", [finished]))
-    assert library.policy.tickets == 1
-
-
-def test_nothing_finished_writes_nothing(tmp_path: Path) -> None:
-    initialize(job_in(tmp_path))
-    with pytest.raises(TrainingError, match="no finished ticket; nothing was written"):
-        export(tmp_path / "library", [tmp_path])
-    assert not (tmp_path / "library").exists()
 
 
 @pytest.mark.parametrize(

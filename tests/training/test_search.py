@@ -1,58 +1,18 @@
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model_store.structures import STRUCTURES, Structure, convs
 from model_store.ticket import Ticket, kept_count
 from tests.support.digits import digits
-from training import search
-from training.errors import CheckpointRejected, SearchFailed, TrainingError
-from training.recipes import PRESETS, Allocation, Attack, TrainConfig, continued_from, mask_phase
-from training.search import (
-    OverfitCheck,
-    Search,
-    Step,
-    augmented,
-    generator_of,
-    layout_of,
-    load_checkpoint,
-    orthogonal,
-    run,
-    save_checkpoint,
-    scratch_of,
-)
-
-CPU = torch.device("cpu")
-TINY = TrainConfig(
-    structure=Structure("resnet18", 4),
-    density=0.3,
-    seed=7,
-    steps=24,
-    batch=32,
-    guards=0,
-    precision="float32",
-    mask_share=0.5,
-)
-
-
-def ignore(_event: Step | OverfitCheck) -> None:
-    pass
-
-
-def tensors_of(ticket: Ticket) -> dict[str, Tensor]:
-    parts = {"mask": ticket.masks, "value": ticket.values, "statistic": ticket.statistics}
-    return {f"{kind}/{name}": value for kind, group in parts.items() for name, value in group.items()}
-
-
-def same(first: Ticket, second: Ticket) -> bool:
-    one, other = tensors_of(first), tensors_of(second)
-    return first.temperature == second.temperature and all(torch.equal(one[name], other[name]) for name in one)
+from tests.support.searches import CPU, TINY, ignore, same, same_masks
+from training.errors import SearchFailed
+from training.recipes import PRESETS, Allocation, Attack, continued_from, mask_phase
+from training.search import OverfitCheck, Search, Step, memory_format, run, scratch_of
+from training.seeding import make_generator
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +28,23 @@ def test_a_search_that_goes_on_from_its_checkpoint_ends_in_the_same_bits(
     begun = Search(TINY, digits(), CPU)
     for _ in range(stop):
         begun.train_step()
-    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    begun.save(tmp_path / "checkpoint.safetensors")
     seen: list[int] = []
     ticket = run(TINY, digits(), tmp_path, lambda event: seen.append(event.step), CPU)
     assert seen == list(range(stop + 1, 25))
     assert same(ticket, uninterrupted)
 
 
-@pytest.mark.parametrize("stop", [5, 12, 17])
-def test_a_search_with_muon_that_goes_on_ends_in_the_same_bits(stop: int, tmp_path: Path) -> None:
-    recipe = replace(TINY, muon_rate=0.02)
-    begun, whole = Search(recipe, digits(), CPU), tmp_path / "whole"
-    whole.mkdir()
-    for _ in range(stop):
-        begun.train_step()
-    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
-    assert same(run(recipe, digits(), tmp_path, ignore, CPU), run(recipe, digits(), whole, ignore, CPU))
-
-
-@pytest.mark.parametrize("mask_share", [0.0, 1.0])
+@pytest.mark.parametrize("mask_share", [0.0, 0.5])
 def test_training_that_began_from_a_ticket_goes_on_from_its_checkpoint(
     mask_share: float, uninterrupted: Ticket, tmp_path: Path
 ) -> None:
-    recipe = replace(continued_from(TINY, parent="0" * 64, steps=6, rate=0.1), mask_share=mask_share)
+    recipe = replace(continued_from(TINY, parent="0" * 64, steps=8, rate=0.1), mask_share=mask_share)
     begun, whole = Search(recipe, digits(), CPU, uninterrupted), tmp_path / "whole"
     whole.mkdir()
     for _ in range(3):
         begun.train_step()
-    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    begun.save(tmp_path / "checkpoint.safetensors")
     first, second = (run(recipe, digits(), folder, ignore, CPU, uninterrupted) for folder in (tmp_path, whole))
     assert same(first, second)
 
@@ -124,18 +73,6 @@ def test_the_ticket_keeps_exactly_its_share_of_every_layer(name: str, tmp_path: 
         assert int(mask.sum()) == kept_count(mask.numel(), 0.07)
 
 
-@pytest.mark.parametrize("density", [0.01, 0.07, 0.15, 0.7, 1.0])
-def test_erk_gives_small_layers_more_and_the_whole_its_density(density: float) -> None:
-    shapes = {name: layer.weight.shape for name, layer in convs(Structure("resnet18", 16).blank()).items()}
-    densities = search.erk(shapes, density)
-    kept = sum(shapes[name].numel() * share for name, share in densities.items())
-    assert kept == pytest.approx(density * sum(shape.numel() for shape in shapes.values()))
-    assert max(densities.values()) <= 1
-    assert min(densities.values()) > 0
-    by_size = sorted(densities, key=lambda name: sum(shapes[name]) / shapes[name].numel())
-    assert [densities[name] for name in by_size] == sorted(densities.values())
-
-
 @pytest.mark.parametrize("allocation", ["dense-ends", "erk"])
 def test_a_ticket_of_either_allocation_is_whole_and_goes_on(allocation: Allocation, tmp_path: Path) -> None:
     (tmp_path / "on").mkdir()
@@ -145,10 +82,6 @@ def test_a_ticket_of_either_allocation_is_whole_and_goes_on(allocation: Allocati
     assert not ticket.masks["stages.6.conv2"].all()
     onward = continued_from(recipe, parent="0" * 64, steps=2, rate=0.5)
     assert same_masks(run(onward, digits(), tmp_path / "on", ignore, CPU, ticket), ticket)
-
-
-def same_masks(first: Ticket, second: Ticket) -> bool:
-    return all(torch.equal(first.masks[name], second.masks[name]) for name in first.masks)
 
 
 def test_a_scratch_ticket_s_weights_are_what_they_were_drawn_as(tmp_path: Path) -> None:
@@ -184,28 +117,19 @@ def test_the_inner_attack_raises_the_loss_and_knows_its_bounds(attack: Attack, s
         trained.train_step()
     trained.recipe = replace(recipe, steps=40, step_size=recipe.epsilon)
     trained.step = 0
-    images, labels = trained.batch_of(0)
+    images, labels = trained.make_batch(0)
     moved = trained.adversarial(images, labels)
     furthest = float((moved - images).abs().max())
     assert 0 <= float(moved.min()) <= float(moved.max()) <= 1
     # N-FGSM does not project: noise of one epsilon and a step of one epsilon may add up to two
     assert furthest <= recipe.epsilon * (2 if attack == "n-fgsm" else 1) + 1e-6
-    noise = images + (moved - images).abs().max() * torch.randn(images.shape, generator=generator_of(3)).sign()
+    noise = images + (moved - images).abs().max() * torch.randn(images.shape, generator=make_generator(3)).sign()
     with torch.no_grad():
         losses = [
             float(torch.nn.functional.cross_entropy(trained.network(x), labels))
             for x in (images, noise.clamp(0, 1), moved)
         ]
     assert losses[2] > max(losses[:2])
-
-
-def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values() -> None:
-    for shape in ((16, 27), (64, 16), (32, 32)):
-        matrix = torch.randn(shape, generator=generator_of(9))
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        levelled = left.T @ orthogonal(matrix) @ right.T
-        assert torch.allclose(levelled, torch.diag(levelled.diag()), atol=1e-4)
-        assert 0.5 < float(levelled.diag().min()) <= float(levelled.diag().max()) < 1.3
 
 
 MUON = replace(TINY, muon_rate=0.02)
@@ -233,7 +157,7 @@ def test_muon_moves_each_layer_by_its_share_and_keeps_the_kept_weights_norm() ->
     ("name", "width", "last"), [("resnet18", 4, False), ("resnet18", 8, True), ("wideresnet32", 1, True)]
 )
 def test_only_networks_that_are_wide_enough_are_laid_out_channels_last(name: str, width: int, last: bool) -> None:
-    layout = layout_of(Structure(name, width))  # type: ignore[arg-type]
+    layout = memory_format(Structure(name, width))  # type: ignore[arg-type]
     assert layout == (torch.channels_last if last else torch.contiguous_format)
 
 
@@ -245,13 +169,14 @@ def test_muon_learns_in_both_phases(tmp_path: Path) -> None:
     assert sum(losses[55:]) < 0.95 * sum(losses[25:30])
 
 
-def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [5, 12, 13])
+def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(stop: int, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = run(MUON, digits(), tmp_path / "whole", ignore, CPU)
     begun = Search(MUON, digits(), CPU)
-    for _ in range(13):
+    for _ in range(stop):
         begun.train_step()
-    save_checkpoint(tmp_path / "checkpoint.safetensors", begun)
+    begun.save(tmp_path / "checkpoint.safetensors")
     assert same(run(MUON, digits(), tmp_path, ignore, CPU), whole)
 
 
@@ -282,29 +207,24 @@ def test_rates_fall_to_zero_in_each_phase_or_by_tenths() -> None:
 
 def test_early_steps_see_small_images() -> None:
     run_ = Search(TINY, digits(), CPU)
-    assert run_.batch_of(11)[0].shape[-1] == 16
-    assert run_.batch_of(12)[0].shape[-1] == 32
+    assert run_.make_batch(11)[0].shape[-1] == 16
+    assert run_.make_batch(12)[0].shape[-1] == 32
 
 
 def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     permutation = torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda n, generator: drawn.append(n) or permutation(n, generator=generator))
+
+    def record(count: int, generator: torch.Generator) -> Tensor:
+        drawn.append(count)
+        return permutation(count, generator=generator)
+
+    monkeypatch.setattr(torch, "randperm", record)
     images, begun = len(digits().search), Search(TINY, digits(), CPU)
     per_epoch = images // TINY.batch
     for step in range(per_epoch + 1):
-        begun.batch_of(step)
+        begun.make_batch(step)
     assert drawn == [images, images]
-
-
-def test_crops_and_mirror_images_are_the_image_s_own_pixels() -> None:
-    images = torch.arange(2 * 32 * 32, dtype=torch.float32).view(2, 1, 32, 32) + 1
-    out = augmented(images, generator_of(5))
-    assert out.shape == images.shape
-    for before, after in zip(images, out, strict=True):
-        shown = after[after > 0]
-        assert set(shown.tolist()) <= set(before.flatten().tolist())
-        assert len(set(shown.tolist())) == shown.numel()  # no pixel twice
 
 
 def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -344,88 +264,15 @@ def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> N
 def test_the_scratch_ticket_behind_a_trained_one_is_the_one_that_a_search_by_its_recipe_finds(
     uninterrupted: Ticket, tmp_path: Path
 ) -> None:
-    found = scratch_of(mask_phase(TINY), uninterrupted, digits(), CPU)
-    assert found.kind == "scratch"
-    assert same_masks(found, uninterrupted)
-    assert same(found, run(mask_phase(TINY), digits(), tmp_path, ignore, CPU))
+    scratch = scratch_of(mask_phase(TINY), uninterrupted, digits(), CPU)
+    assert scratch.kind == "scratch"
+    assert same_masks(scratch, uninterrupted)
+    assert same(scratch, run(mask_phase(TINY), digits(), tmp_path, ignore, CPU))
 
 
 def test_masks_over_other_weights_are_not_taken_for_a_scratch_ticket(uninterrupted: Ticket) -> None:
     with pytest.raises(SearchFailed, match="have the sign of those"):
         scratch_of(mask_phase(replace(TINY, seed=8)), uninterrupted, digits(), CPU)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"mask_share": 1.0}, "never trained"),
-        ({"mask_share": 0.0}, "never trained"),
-        ({"parent": "0" * 64}, "went on from another ticket"),
-        ({"mask_share": 0.3, "low_resolution_until": 0.0}, "before epsilon and resolution were whole"),
-    ],
-)
-def test_a_recipe_without_a_whole_mask_phase_has_no_scratch_ticket(changes: dict[str, object], reason: str) -> None:
-    with pytest.raises(TrainingError, match=reason):
-        mask_phase(replace(TINY, **changes))  # type: ignore[arg-type]
-
-
-def test_a_checkpoint_of_another_recipe_or_data_set_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, Search(TINY, digits(), CPU))
-    with pytest.raises(CheckpointRejected, match="another recipe"):
-        load_checkpoint(path, Search(replace(TINY, seed=8), digits(), CPU))
-    with pytest.raises(CheckpointRejected, match="another recipe"):
-        load_checkpoint(path, Search(replace(TINY, precision="bfloat16"), digits(), CPU))
-    other = replace(digits(), search=digits().test)
-    with pytest.raises(CheckpointRejected, match="another data set"):
-        load_checkpoint(path, Search(TINY, other, CPU))
-
-
-def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    begun = Search(TINY, digits(), CPU)
-    old = {key: value for key, value in begun.metadata().items() if key != "format"}
-    save_file(begun.state_dict(), path, metadata=old)
-    with pytest.raises(CheckpointRejected, match="of format 1; expected 2"):
-        load_checkpoint(path, begun)
-
-
-@pytest.mark.parametrize(("steps", "most"), [(1, 8.0), (13, 0.3 * 8 + 1 / 8)])
-def test_a_checkpoint_has_eight_bytes_a_weight_and_then_eight_a_kept_one(
-    steps: int, most: float, tmp_path: Path
-) -> None:
-    path, begun = tmp_path / "checkpoint.safetensors", Search(TINY, digits(), CPU)
-    for _ in range(steps):
-        begun.train_step()
-    save_checkpoint(path, begun)
-    weights = sum(layer.weight.numel() for layer in convs(begun.network).values())
-    with path.open("rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little")
-    assert (path.stat().st_size - header) / weights == pytest.approx(most, rel=0.01)
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, Search(TINY, digits(), CPU))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointRejected, match="unreadable checkpoint"):
-        load_checkpoint(path, Search(TINY, digits(), CPU))
-
-
-def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stands(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, Search(TINY, digits(), CPU))
-    before = path.read_bytes()
-
-    def full(*_args: object, **_more: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(search, "save_file", full)
-    with pytest.raises(SearchFailed, match="No space left on device"):
-        save_checkpoint(path, Search(TINY, digits(), CPU))
-    assert path.read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_ends_the_search_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,17 +290,3 @@ def test_the_paper_s_preset_takes_steps_at_full_width(name: str, monkeypatch: py
     loss, _ = begun.train_step()
     assert begun.step == 1
     assert 0 < loss < 100
-
-
-def test_recipes_survive_json() -> None:
-    for preset in PRESETS.values():
-        recipe = preset.recipe("resnet34", 0.12, 49_000)
-        assert TrainConfig.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
-
-
-def test_no_two_tickets_of_a_preset_share_a_seed() -> None:
-    make: Callable[..., TrainConfig] = PRESETS["compact"].recipe
-    from training.recipes import DENSITIES
-
-    seeds = {make(name, density, 49_000).seed for name in STRUCTURES for density in DENSITIES}
-    assert len(seeds) == 40

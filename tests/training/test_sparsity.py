@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from model_store.structures import Structure, convs
 from model_store.ticket import kept_count
-from training.sparsity import init_scores, init_weights, mask_of, overlap, score_gradient, top_k
+from training.sparsity import erk_densities, init_scores, init_weights, mask_of, overlap, score_gradient, top_k
 
 
 def test_top_k_keeps_the_largest_scores_by_magnitude() -> None:
@@ -92,3 +93,15 @@ def test_overlap_is_one_for_equal_masks_and_the_share_for_others() -> None:
     assert overlap(first, second, ["a"]) == pytest.approx(1 / 3)
     for one, other in itertools.permutations([first, second]):
         assert overlap(one, other, ["a"]) == overlap(other, one, ["a"])
+
+
+@pytest.mark.parametrize("density", [0.01, 0.07, 0.15, 0.7, 1.0])
+def test_erk_gives_small_layers_more_and_the_whole_its_density(density: float) -> None:
+    shapes = {name: layer.weight.shape for name, layer in convs(Structure("resnet18", 16).blank()).items()}
+    densities = erk_densities(shapes, density)
+    kept = sum(shapes[name].numel() * share for name, share in densities.items())
+    assert kept == pytest.approx(density * sum(shape.numel() for shape in shapes.values()))
+    assert max(densities.values()) <= 1
+    assert min(densities.values()) > 0
+    by_size = sorted(densities, key=lambda name: sum(shapes[name]) / shapes[name].numel())
+    assert [densities[name] for name in by_size] == sorted(densities.values())

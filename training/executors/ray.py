@@ -15,20 +15,22 @@ from typing import Any
 
 import torch
 
-from training import jobs as job_store
 from training.data import CACHE, read_split
 from training.errors import TrainingError
-from training.jobs import POLL_SECONDS, Job, Status
+from training.executors import POLL_SECONDS, longest_first
+from training.jobs import Job, Status, initialize, read_job, status
+from training.run_job import run_job
 
 RETRIES = 10
 CONNECT_S = 5.0
+SMALLEST_GPU_SHARE = 0.1  # of narrow networks, whose searches share a GPU
 
 
 def run_job_task(folder: str, data: str, device: str) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
     split = read_split(Path(data), Path(folder).parent / CACHE)
-    job_store.run_job(job_store.read_job(Path(folder)), split, torch.device(device))
+    run_job(read_job(Path(folder)), split, torch.device(device))
 
 
 def check_reachable(address: str) -> None:
@@ -42,25 +44,36 @@ def check_reachable(address: str) -> None:
         raise TrainingError(f"--ray {address}: nobody answers there ({error})") from None
 
 
+def gpu_share(device: str, gpus: float) -> float:
+    """The GPUs to ask Ray for: it hides every GPU from a task that asks for none."""
+    return max(gpus, SMALLEST_GPU_SHARE) if device.startswith("cuda") else 0
+
+
 def run_ray(
     jobs: Sequence[Job], data: Path, address: str, device: str, *, cores: float, gpus: float
 ) -> Iterator[list[Status]]:
     """Runs every unfinished job as a Ray task; yields all statuses every few seconds.
 
-    address: "auto" or host:port of a running cluster, or "local" for one inside this process.  cores, gpus: of a task.
-    The state folders and `data` must be the same paths on every node. Raises TrainingError where Ray is not installed.
+    The state folders and `data` must be the same paths on every node.
+
+    Args:
+        address: "auto" or host:port of a running cluster, or "local" for one inside this process.
+        cores: of a task.
+        gpus: of a task, where `device` is one.
+
+    Raises:
+        TrainingError: Ray is not installed, or there is no such cluster.
     """
-    for job in jobs:
-        job_store.initialize(job)
+    jobs = [initialize(job, device) for job in jobs]
     with cluster(address) as ray:
-        task = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)(run_job_task)
-        folders = [job.folder.resolve() for job in job_store.unfinished(jobs)]
+        task = ray.remote(num_cpus=cores, num_gpus=gpu_share(device, gpus), max_retries=RETRIES)(run_job_task)
+        folders = [job.folder.resolve() for job in longest_first(jobs)]
         waiting = [task.remote(str(folder), str(data.resolve()), device) for folder in folders]
         try:
             while waiting:
                 _, waiting = ray.wait(waiting, timeout=POLL_SECONDS)  # a failed task is ready; its folder says why
-                yield [job_store.status(job) for job in jobs]
-            yield [job_store.status(job) for job in jobs]
+                yield [status(job) for job in jobs]
+            yield [status(job) for job in jobs]
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)

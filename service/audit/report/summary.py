@@ -1,19 +1,17 @@
 """An audit's figures as one JSON object: everything but timings is fixed by library, images, seeds and code."""
 
-import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from model_store import policy as sampling
+from model_store.code_version import code_commit
 from service.audit import baselines
 from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.config import NOT_COVERED, digest_of, threat_model
@@ -124,25 +122,13 @@ def data_of(run: AuditRun) -> Json:
 
 
 def versions() -> Json:
-    found = {"python": platform.python_version(), "commit": commit()}
+    found = {"python": platform.python_version(), "commit": code_commit()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def commit() -> str:
-    """The commit of the code that runs; TOMBOLA_COMMIT where it was copied out of its repository, else "unknown"."""
-    if given := os.environ.get("TOMBOLA_COMMIT"):
-        return given
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- a fixed command
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 # Parts

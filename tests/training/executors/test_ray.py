@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from model_store.ticket import Ticket, load_ticket
-from tests.training.test_jobs import CPU, data, job_in, recipe
+from tests.support.jobs import job_in, recipe
+from tests.support.searches import CPU
 from training.data import read_split
 from training.errors import TrainingError
-from training.executors.ray import run_ray
-from training.jobs import run_job
+from training.executors.ray import gpu_share, run_ray
+from training.run_job import run_job
 
 ray = pytest.importorskip("ray")
-__all__ = ["data"]  # the fixture
 
 # Ray itself leaves sockets and files to the garbage collector.
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("TRAINING_CHECKPOINT_SECONDS", "0")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
 
 
 def equal(first: Ticket, second: Ticket) -> bool:
@@ -72,3 +72,24 @@ def test_no_cluster_at_the_address_is_a_clear_error(data: Path, tmp_path: Path) 
         list(run_ray([job_in(tmp_path)], data, "not an address", "cpu", cores=1, gpus=0))
     with pytest.raises(TrainingError, match="nobody answers there"):  # at once: Ray itself tries for minutes
         list(run_ray([job_in(tmp_path)], data, "127.0.0.1:1", "cpu", cores=1, gpus=0))
+
+
+@pytest.mark.parametrize(("device", "gpus", "expected"), [("cuda", 0, 0.1), ("cuda:0", 1, 1), ("cpu", 1, 0)])
+def test_a_task_on_a_gpu_asks_for_a_share_of_one(device: str, gpus: float, expected: float) -> None:
+    assert gpu_share(device, gpus) == expected
+
+
+def test_the_share_is_what_the_cluster_is_asked_for(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options: dict[str, object] = {}
+
+    def remote(**given: object) -> None:
+        options.update(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "remote", remote)
+    with pytest.raises(InterruptedError):
+        list(run_ray([job_in(tmp_path)], data, "local", "cuda", cores=1, gpus=0))
+    assert (options["num_cpus"], options["num_gpus"]) == (1, 0.1)

@@ -1,0 +1,17 @@
+"""The commit of the code that runs, for provenance."""
+
+import os
+import subprocess
+from pathlib import Path
+
+
+def code_commit() -> str:
+    """The commit; TOMBOLA_COMMIT where the code was copied out of its repository, else "unknown"."""
+    if commit := os.environ.get("TOMBOLA_COMMIT"):
+        return commit
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- a fixed command
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() if git.returncode == 0 else "unknown"

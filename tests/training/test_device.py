@@ -1,0 +1,71 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.searches import TINY
+from training import device
+from training.device import has_bfloat16, resolve_precision, use_reproducible_arithmetic
+
+matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+OPEN = replace(TINY, precision="auto")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["flags\t\t: fpu avx512f avx512_bf16", "flags\t\t: fpu avx512f avx512_bf16"], True),
+        (["flags\t\t: fpu amx_bf16 amx_tile"], True),
+        (["Features\t: fp asimd bf16 i8mm"], True),
+        (["flags\t\t: fpu avx2 avx512f"], False),
+        (["Features\t: fp asimd bf16", "Features\t: fp asimd"], False),  # cores of two kinds
+        (["vmx flags\t: avx512_bf16", "model name\t: bf16"], False),
+        ([], False),
+    ],
+)
+def test_bfloat16_is_there_if_every_core_has_it(lines: list[str], expected: bool, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("\n".join(["processor\t: 0", *lines, "bogomips\t: 5600"]))
+    assert has_bfloat16(cpuinfo) is expected
+
+
+def test_a_system_that_does_not_say_has_no_bfloat16(tmp_path: Path) -> None:
+    assert not has_bfloat16(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "cpu_has_it", "expected"),
+    [
+        ("cpu", True, "bfloat16"),
+        ("cpu", False, "float32"),
+        ("cuda:1", False, "bfloat16"),
+        ("mps", True, "float32"),
+    ],
+)
+def test_an_open_precision_becomes_what_the_device_is_fast_in(
+    name: str, cpu_has_it: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "has_bfloat16", lambda: cpu_has_it)
+    assert resolve_precision(OPEN, name).precision == expected
+    assert resolve_precision(TINY, name) is TINY
+
+
+@pytest.fixture
+def fast_gpus() -> Iterator[None]:
+    """The flags at their fast values; afterwards as they were. (monkeypatch cannot restore matmul's.)"""
+    flags = ((matmul, "allow_tf32", True), (cudnn, "allow_tf32", True), (cudnn, "deterministic", False))
+    before = [getattr(owner, name) for owner, name, _ in flags]
+    for owner, name, value in flags:
+        setattr(owner, name, value)
+    yield
+    for (owner, name, _), value in zip(flags, before, strict=True):
+        setattr(owner, name, value)
+
+
+@pytest.mark.usefixtures("fast_gpus")
+def test_gpus_calculate_in_ieee_float32_and_in_the_same_bits() -> None:
+    use_reproducible_arithmetic()
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
+    assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
