@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model_store.errors import StructureUnknown
 
@@ -243,8 +243,13 @@ def fold(network: Network) -> Network:
     The logits equal the network's own to 1e-5. A WideResNet's norm behind an addition has no convolution to go into
     and stays; so does the pixel normalisation, which zero padding keeps out of the stem's weights.
     """
-    folded = deepcopy(network).eval().requires_grad_(False)
-    for module in folded.modules():
+    return fold_in_place(deepcopy(network))
+
+
+def fold_in_place(network: Network) -> Network:
+    """As `fold`, for a network that nobody else uses: it is changed, and returned. Copying costs half of the time."""
+    network.eval().requires_grad_(False)
+    for module in network.modules():
         if isinstance(module, BasicBlock):
             module.conv1, module.norm1 = fuse(module.conv1, module.norm1)
             module.conv2, module.norm2 = fuse(module.conv2, module.norm2)
@@ -252,9 +257,13 @@ def fold(network: Network) -> Network:
             module.conv1, module.norm2 = fuse(module.conv1, module.norm2)
         elif isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[0], nn.Conv2d):
             module[0], module[1] = fuse(module[0], module[1])
-    return folded
+    return network
 
 
 def fuse(convolution: nn.Module, norm: nn.Module) -> tuple[Any, Any]:
-    one = fuse_conv_bn_eval(cast("nn.Conv2d", convolution), cast("Norm", norm))
-    return one.requires_grad_(False), nn.Identity()
+    """The convolution with the norm folded into its weight and bias, and what takes the norm's place."""
+    conv, batch_norm = cast("nn.Conv2d", convolution), cast("Norm", norm)
+    mean, variance = batch_norm.get_buffer("running_mean"), batch_norm.get_buffer("running_var")
+    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, batch_norm.eps, None, None)
+    conv.weight, conv.bias = weight.requires_grad_(False), bias.requires_grad_(False)
+    return conv, nn.Identity()

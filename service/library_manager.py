@@ -14,10 +14,11 @@ from typing import Final, TypeVar
 import numpy as np
 
 from model_store.errors import LibraryRejected
-from model_store.library import Library, open_library
+from model_store.library import EMBEDDED, Library, open_library
 from service.cpu import NICE_INFERENCE, NICE_LOADING, cpu_s, lower_priority, resident_bytes
 from service.engine.base import Engine, EngineRejected
-from service.engine.factory import engine_threads, open_for_serving, uses_processes
+from service.engine.factory import open_for_serving, start_ahead
+from service.engine.process_pool import ForkServer
 from service.errors import NotReady
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import AdmissionController, Scheduler
@@ -51,17 +52,16 @@ class LibraryManager:
         self.current: LoadedLibrary | None = None
         self.draining = False
         self.admission = AdmissionController(settings, metrics)
-        niceness = 0 if uses_processes(settings) else NICE_INFERENCE
-        self.workers = WorkerPool(engine_threads(settings), settings, metrics, on_broken, niceness=niceness)
+        self.workers = WorkerPool(settings, metrics, on_broken)
         self.workers.on_heartbeat = self.on_heartbeat
+        self.on_step: Callable[[str], None] = lambda step: log.info("start: %s", step)
         self.opening = asyncio.Lock()
         self.retired_engines: list[weakref.ref[Engine]] = []  # of libraries that were replaced
         self.collected_at = 0.0
         self.cpu_s: dict[int, float] = {}  # of the engine's processes, at the last heartbeat
 
     async def start(self) -> LoadedLibrary:
-        """Starts the engine's threads and loads the library. Raises StoreError."""
-        self.workers.start()
+        """Loads the library and starts the engine's threads. Raises StoreError."""
         return await self.load()
 
     async def reload(self) -> LoadedLibrary:
@@ -80,6 +80,8 @@ class LibraryManager:
     async def load(self) -> LoadedLibrary:
         async with self.opening:
             library, engine = await self.open_library_and_engine()
+            if not self.workers.started:
+                self.workers.start(engine.threads, niceness=niceness(engine))
             scheduler = Scheduler(library, engine, self.workers, self.admission, self.settings, self.metrics)
             if self.current is not None:
                 self.retired_engines.append(weakref.ref(self.current.engine))
@@ -90,21 +92,33 @@ class LibraryManager:
             return self.current
 
     async def open_library_and_engine(self) -> tuple[Library, Engine]:
-        """Runs in a low-priority thread.
+        """Verifies the library in a low-priority thread, while a fork server compiles it where one is used.
 
         The fork server is started from a normal-priority thread, because children inherit priority permanently.
         """
+        settings, path = self.settings, self.settings.library or EMBEDDED
         loop = asyncio.get_running_loop()
         pool = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,))
+        fork_server: ForkServer | None = None
         try:
-            library = await loop.run_in_executor(pool, open_library, self.settings.library)
-            if uses_processes(self.settings):
-                return library, await run_in_daemon_thread(lambda: open_for_serving(library, self.settings))
-            return library, await loop.run_in_executor(pool, open_for_serving, library, self.settings)
+            fork_server = await asyncio.to_thread(start_ahead, path, settings, self.on_step)
+            self.on_step(f"verifying {path}")
+            library = await loop.run_in_executor(pool, open_library, path)
+            ahead, fork_server = fork_server, None  # the engine owns it from here on
+            if ahead is not None:
+                return library, await run_in_daemon_thread(lambda: self.open_engine(library, ahead))
+            return library, await loop.run_in_executor(pool, self.open_engine, library, None)
         except EngineRejected as error:
-            raise LibraryRejected(f"{library.path}: {error}") from error
+            raise LibraryRejected(f"{path}: {error}") from error
         finally:
+            if fork_server is not None:
+                fork_server.close()
             pool.shutdown(wait=False)
+
+    def open_engine(self, library: Library, fork_server: ForkServer | None) -> Engine:
+        engine = open_for_serving(library, self.settings, fork_server, self.on_step)
+        self.on_step(f"warm: {len(library.tickets)} tickets on {engine.device}")
+        return engine
 
     def describe(self, library: Library) -> None:
         self.metrics.set("library_tickets", len(library.tickets), state="serving")
@@ -161,6 +175,11 @@ class LibraryManager:
     def drain(self) -> None:
         self.draining = True
         self.update_metrics()
+
+
+def niceness(engine: Engine) -> int:
+    """Of inference threads. 0 where a thread only waits for a worker process, or launches what a GPU runs."""
+    return NICE_INFERENCE if engine.run_remote is None and engine.device == "cpu" else 0
 
 
 async def run_in_daemon_thread(work: Callable[[], Result]) -> Result:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.library import Library
-from service.cpu import NICE_INFERENCE
 from service.engine.base import Engine
+from service.library_manager import niceness
 from service.observability.metrics import Metrics
 from service.scheduling.batch import Batch
 from service.scheduling.scheduler import AdmissionController, Scheduler
@@ -79,10 +79,8 @@ async def latencies(library: Library, engine: Engine, settings: Settings, images
 async def scheduling(kind: type[Kind], library: Library, engine: Engine, settings: Settings) -> AsyncIterator[Kind]:
     """A scheduler with threads of its own, as a server would have them."""
     metrics = Metrics()
-    workers = WorkerPool(
-        engine.threads, settings, metrics, lambda: None, niceness=NICE_INFERENCE if engine.run_remote is None else 0
-    )
-    workers.start()
+    workers = WorkerPool(settings, metrics, lambda: None)
+    workers.start(engine.threads, niceness=niceness(engine))
     try:
         yield kind(library, engine, workers, AdmissionController(settings, metrics), settings, metrics)
     finally:

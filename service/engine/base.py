@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_store.structures import Network, fold
+from model_store.structures import Network, fold_in_place
 from model_store.ticket import Ticket
 
 Images = NDArray[np.uint8]
@@ -86,7 +86,7 @@ class FoldedTicket(NamedTuple):
 
 
 def fold_ticket(ticket: Ticket) -> FoldedTicket:
-    return FoldedTicket(ticket.name, fold(ticket.network()), ticket.temperature)
+    return FoldedTicket(ticket.name, fold_in_place(ticket.network()), ticket.temperature)
 
 
 def reference_logits(ticket: FoldedTicket, images: Images) -> Logits:

@@ -3,17 +3,21 @@
 import importlib.util
 import logging
 import os
+import random
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
 from model_store.library import Library
+from model_store.policy import Policy, draw_theta
 from model_store.structures import multiply_adds
 from model_store.ticket import Ticket
 from service.cpu import usable_cores
@@ -29,14 +33,25 @@ from service.engine.base import (
 )
 from service.settings import Settings, ensure_state_dir
 
+if TYPE_CHECKING:
+    from service.engine.process_pool import ForkServer
+
 log = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES: Final = 256
 MAX_CACHED: Final = 2  # libraries whose compiled models stay on disk: the one served, and the one before
+MEASURE_S: Final = 1.0  # for each candidate of `auto`
+CUDA_BATCH_SIZE: Final = 256
 PROBES: Final = 3  # random images on which every ticket is compared with torch in float32: a pair and one alone
 
 
-def open_engine(library: Library, settings: Settings, calibration: Images | None = None) -> Engine:
+Step = Callable[[str], None]
+"""Called with each step of a start, in words for a person."""
+
+
+def open_engine(
+    library: Library, settings: Settings, calibration: Images | None = None, *, on_step: Step = lambda _: None
+) -> Engine:
     """Compiles and warms up every ticket and compares it with torch in float32. Raises EngineRejected.
 
     calibration: images to run in 8 bits by; None for what the settings say.
@@ -52,25 +67,118 @@ def open_engine(library: Library, settings: Settings, calibration: Images | None
     *first, last = fallbacks(name, settings, eight_bits=calibration is not None)
     for attempt, cached in first:
         try:
-            return build_engine(attempt, library, tickets, settings, device, cached, calibration)
+            return build_engine(attempt, library, tickets, settings, device, cached, calibration, on_step)
         except EngineRejected as error:
             log.warning("engine refused, another is tried: %s", error)
-    return build_engine(last[0], library, tickets, settings, device, last[1], calibration)
+    return build_engine(last[0], library, tickets, settings, device, last[1], calibration, on_step)
 
 
-def open_for_serving(library: Library, settings: Settings) -> Engine:
-    """As open_engine, but in processes of its own where that is possible. Raises EngineRejected."""
+def open_for_serving(
+    library: Library,
+    settings: Settings,
+    fork_server: "ForkServer | None" = None,
+    on_step: Step = lambda _: None,
+) -> Engine:
+    """As open_engine, but in processes of its own where that is possible. Raises EngineRejected.
+
+    fork_server: what `start_ahead` gave for this library.
+    """
+    if chooses_by_speed(settings):
+        candidates = [settings.model_copy(update=dict(choice)) for choice in CHOICES]
+        return open_fastest(
+            library, candidates, lambda choice: open_for_serving(library, choice, on_step=on_step), on_step
+        )
     if not uses_processes(settings):
-        return open_engine(library, settings)
+        return open_engine(library, settings, on_step=on_step)
     from service.engine.process_pool import open_in_processes
 
     try:
-        return open_in_processes(library, settings.model_copy(update={"engine": "openvino"}))
+        return open_in_processes(library, settings, fork_server or start_ahead(library.path, settings, on_step))
     except EngineRejected as error:
         if settings.engine != "auto" or settings.int8_images is not None:
             raise
         log.warning("engine refused, another is tried: %s", error)
-    return open_engine(library, settings.model_copy(update={"engine": "torch"}))
+    return open_engine(library, settings.model_copy(update={"engine": "torch"}), on_step=on_step)
+
+
+def start_ahead(path: Path | None, settings: Settings, on_step: Step = lambda _: None) -> "ForkServer | None":
+    """Starts to open the library for `open_for_serving`, in a process of its own, beside what the caller does.
+
+    None where no such process is used.
+    """
+    if chooses_by_speed(settings) or not uses_processes(settings):
+        return None
+    from service.engine.process_pool import start_fork_server
+
+    return start_fork_server(path, settings.model_copy(update={"engine": "openvino"}), on_step)
+
+
+CHOICES: Final = (
+    (("device", "cuda"), ("engine", "torch")),
+    (("device", "cpu"), ("engine", "openvino")),
+)
+"""What `auto` measures against each other."""
+
+
+def chooses_by_speed(settings: Settings) -> bool:
+    """Whether device and engine are left to `auto`, and both a GPU and OpenVINO are there."""
+    if (settings.device, settings.engine, settings.int8_images) != ("auto", "auto", None):
+        return False
+    return torch.cuda.is_available() and importlib.util.find_spec("openvino") is not None
+
+
+def open_fastest(
+    library: Library, candidates: Sequence[Settings], open_candidate: Callable[[Settings], Engine], on_step: Step
+) -> Engine:
+    """Opens each candidate, measures it, and returns the fastest. Raises EngineRejected if none can be opened."""
+    speeds: list[tuple[float, Engine]] = []
+    for candidate in candidates:
+        try:
+            engine = open_candidate(candidate)
+        except EngineRejected as error:
+            log.warning("engine refused, another is tried: %s", error)
+            continue
+        speeds.append((images_per_s(engine, library.policy, batch_limit(engine.device, candidate)), engine))
+    if not speeds:
+        raise EngineRejected("neither the GPU nor the CPU can run this library")
+    figures = ", ".join(f"{engine.device} {speed:,.0f} images/s" for speed, engine in speeds)
+    fastest = max(speeds, key=lambda pair: pair[0])[1]
+    on_step(f"measured {figures}: using {fastest.device}")
+    return replace(fastest, note=f"{fastest.note}; measured {figures}")
+
+
+def images_per_s(engine: Engine, policy: Policy, batch_size: int, seconds: float = MEASURE_S) -> float:
+    """Images that the engine answers in a second, in batches of random draws, with all its threads."""
+    images = np.zeros((batch_size, 3, 32, 32), np.uint8)
+    ends_at = time.perf_counter() + seconds
+
+    def count(seed: int) -> int:
+        rng, total = random.Random(seed), 0
+        while time.perf_counter() < ends_at:
+            engine.run(images, draw_jobs(policy, rng, batch_size), lambda: None)
+            total += batch_size
+        return total
+
+    started_at = time.perf_counter()
+    with ThreadPoolExecutor(engine.threads, "measure") as pool:
+        total = sum(pool.map(count, range(engine.threads)))
+    return total / (time.perf_counter() - started_at)
+
+
+def draw_jobs(policy: Policy, rng: random.Random, size: int) -> list[tuple[int, list[int]]]:
+    """The jobs of a batch of so many images, each with a draw of its own."""
+    jobs: dict[int, list[int]] = {}
+    for index in range(size):
+        for member in set(draw_theta(policy, rng).members):
+            jobs.setdefault(member, []).append(index)
+    return list(jobs.items())
+
+
+def batch_limit(device: str, settings: Settings) -> int:
+    """The most images of a batch. On CUDA the default is larger: a batch's time hardly depends on its size there."""
+    if device.startswith("cuda") and "window_rows" not in settings.model_fields_set:
+        return CUDA_BATCH_SIZE
+    return settings.window_rows
 
 
 def uses_processes(settings: Settings) -> bool:
@@ -143,10 +251,17 @@ def build_engine(
     device: torch.device,
     cached: bool,
     calibration: Images | None,
+    on_step: Step,
 ) -> Engine:
     started_at, threads = time.perf_counter(), engine_threads(settings)
     cache = cache_dir(library, settings) if cached else None
+    on_step(
+        f"compiling {len(tickets)} tickets for {name}"
+        if name == "openvino"
+        else f"moving {len(tickets)} tickets to {device}"
+    )
     backend = build_backend(name, tickets, cache, device, threads, calibration)
+    on_step("comparing logits with torch's")
     difference = verify(name, backend, tickets, threads, None if calibration is None else calibration[-PROBES:])
     return Engine(
         name=name,

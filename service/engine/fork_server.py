@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 def main(descriptor: int, arguments: dict[str, Any]) -> int:
     control = Connection(os.dup(descriptor))
     with ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,)) as pool:
-        engine, description = pool.submit(open_engine_from, arguments).result()
-    with contextlib.suppress(BrokenPipeError):  # the service has ended meanwhile
-        control.send_bytes(json.dumps(description).encode())
+        engine, description = pool.submit(open_engine_from, arguments, control).result()
+    send(control, description)
     if engine is None:
         return 1
     from service.engine import worker_process
@@ -33,7 +32,12 @@ def main(descriptor: int, arguments: dict[str, Any]) -> int:
     return 0
 
 
-def open_engine_from(arguments: dict[str, Any]) -> "tuple[Engine | None, dict[str, Any]]":
+def send(control: Connection, message: dict[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the service has ended meanwhile
+        control.send_bytes(json.dumps(message).encode())
+
+
+def open_engine_from(arguments: dict[str, Any], control: Connection) -> "tuple[Engine | None, dict[str, Any]]":
     """The engine and its description, or None and why there is none.
 
     The imports alone take seconds, so they are here, at this thread's priority.
@@ -49,8 +53,8 @@ def open_engine_from(arguments: dict[str, Any]) -> "tuple[Engine | None, dict[st
     settings = Settings(**arguments["settings"])
     configure_logging(settings.log_level)
     try:
-        library = open_library(Path(arguments["library"]))
-        engine = open_engine(library, settings)
+        library = open_library(None if arguments["library"] is None else Path(arguments["library"]))
+        engine = open_engine(library, settings, on_step=lambda step: send(control, {"step": step}))
     except (StoreError, EngineRejected) as error:
         return None, {"refused": str(error)}
     return engine, describe_engine(engine, library.digest)

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from model_store.library import Library
 from service.engine.base import Engine, EngineDied, EngineRejected, Heartbeat, Images, JobResult, Jobs, Logits
@@ -31,24 +32,19 @@ FORWARDED_SETTINGS: Final = ("engine", "device", "threads", "state_dir", "int8_i
 """The settings that the fork server needs."""
 
 
-def open_in_processes(library: Library, settings: Settings) -> Engine:
+def open_in_processes(library: Library, settings: Settings, fork_server: "ForkServer | None" = None) -> Engine:
     """The library's tickets, compiled by a fork server, which proved that they are this library's.
 
-    Raises EngineRejected.
+    fork_server: one that was started for this library before; None to start one.  Raises EngineRejected.
     """
-    control, popen = start_fork_server(library, settings)
-    try:
-        description = json.loads(control.recv_bytes())
-    except (EOFError, OSError):
-        control.close()
-        raise EngineRejected(f"the engine's process ended with code {popen.wait()} while it opened") from None
+    server = fork_server or start_fork_server(library.path, settings)
+    description = server.wait()
     if "refused" in description or description["digest"] != library.digest:
-        control.close()
-        popen.wait()
+        server.close()
         raise EngineRejected(description.get("refused", f"{library.path}: changed while it was being opened"))
     del description["digest"]
     description["macs"] = tuple(description["macs"])
-    pool = ProcessPool(control, popen, len(library.classes), settings.engine_timeout_s)
+    pool = ProcessPool(server.control, server.popen, len(library.classes), settings.engine_timeout_s)
     try:
         pool.fill(description["threads"])
     except EngineDied as error:
@@ -56,10 +52,37 @@ def open_in_processes(library: Library, settings: Settings) -> Engine:
     return Engine(forward=pool.forward, run_remote=pool.run, pids=pool.pids, **description)
 
 
-def start_fork_server(library: Library, settings: Settings) -> "tuple[Connection, subprocess.Popen[bytes]]":
+@dataclass(frozen=True)
+class ForkServer:
+    """A fork server that opens a library. on_step: called with each step that it reports, in the thread that waits."""
+
+    control: Connection
+    popen: "subprocess.Popen[bytes]"
+    on_step: Callable[[str], None]
+
+    def wait(self) -> dict[str, Any]:
+        """The description of its engine, or {"refused": why}. Raises EngineRejected if it ended."""
+        try:
+            while "step" in (message := json.loads(self.control.recv_bytes())):
+                self.on_step(message["step"])
+        except (EOFError, OSError):
+            self.control.close()
+            raise EngineRejected(f"the engine's process ended with code {self.popen.wait()} while it opened") from None
+        description: dict[str, Any] = message
+        return description
+
+    def close(self) -> None:
+        """Ends it."""
+        close(self.control, self.popen)
+
+
+def start_fork_server(
+    path: Path | None, settings: Settings, on_step: Callable[[str], None] = lambda _: None
+) -> ForkServer:
+    """Starts a process that opens the library in a folder (None: the embedded one). Does not wait for it."""
     ours, theirs = socket.socketpair()
     forwarded = {name: value for name in FORWARDED_SETTINGS if (value := getattr(settings, name)) is not None}
-    arguments = json.dumps({"library": str(library.path), "settings": forwarded}, default=str)
+    arguments = json.dumps({"library": path, "settings": forwarded}, default=str)
     packages = str(Path(__file__).parents[2])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     environment["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [environment.get("PYTHONPATH")])])
@@ -73,7 +96,7 @@ def start_fork_server(library: Library, settings: Settings) -> "tuple[Connection
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C is for the service, which drains first
         )
-    return Connection(ours.detach()), popen
+    return ForkServer(Connection(ours.detach()), popen, on_step)
 
 
 @dataclass(frozen=True)

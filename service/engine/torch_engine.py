@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from service.engine.base import (
     TOLERANCE,
     Backend,
     FoldedTicket,
+    Forward,
     Images,
     Logits,
     max_relative_error,
@@ -25,10 +27,12 @@ MAX_BATCH: Final = 512  # images of one forward pass; beyond it activations cost
 def build(tickets: Sequence[FoldedTicket], *, device: torch.device) -> Backend:
     """float16 on CUDA where the logits stay close enough for every ticket, else float32."""
     if device.type == "cuda":
+        use_ieee_float32()
         half = on_device(tickets, device, torch.float16)
         worst = max(half_difference(half, index, ticket) for index, ticket in enumerate(tickets))
         if worst <= HALF_TOLERANCE:
-            return Backend(half.forward, HALF_TOLERANCE, f"float16, logits within {worst:.1e} of float32's")
+            forward = rerun_overflow(half.forward, tickets)
+            return Backend(forward, HALF_TOLERANCE, f"float16, logits within {worst:.1e} of float32's")
         return Backend(
             on_device(tickets, device, torch.float32).forward,
             TOLERANCE,
@@ -37,18 +41,42 @@ def build(tickets: Sequence[FoldedTicket], *, device: torch.device) -> Backend:
     return Backend(on_device(tickets, device, torch.float32).forward, TOLERANCE, "float32")
 
 
+def use_ieee_float32() -> None:
+    """Turns TF32 off. torch uses it for convolutions by default, and its 10-bit mantissa would fail TOLERANCE."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def rerun_overflow(forward: Forward, tickets: Sequence[FoldedTicket]) -> Forward:
+    """float16 overflows at 65,504. Images whose logits are not finite are run again in float32, on the CPU."""
+
+    def safe(member: int, images: Images) -> Logits:
+        logits = forward(member, images)
+        overflowed = ~np.isfinite(logits).all(axis=1)
+        if not overflowed.any():
+            return logits
+        exact = logits.copy()
+        exact[overflowed] = reference_logits(tickets[member], images[overflowed])
+        return exact
+
+    return safe
+
+
 class Networks:
     """Every ticket's folded network on one device, in one precision."""
 
     def __init__(self, networks: list[Network], temperatures: list[float], device: torch.device, dtype: torch.dtype):
         self.networks, self.temperatures, self.device, self.dtype = networks, temperatures, device, dtype
 
-    @torch.inference_mode()
     def forward(self, member: int, images: Images) -> Logits:
-        pixels = torch.from_numpy(images).to(self.device)
-        chunks = [self.run(member, chunk) for chunk in torch.split(pixels, MAX_BATCH)]
-        logits: Logits = torch.cat(chunks).float().cpu().numpy()
+        logits: Logits = self.forward_tensor(member, torch.from_numpy(images)).numpy()
         return logits
+
+    @torch.inference_mode()
+    def forward_tensor(self, member: int, pixels: Tensor) -> Tensor:
+        """uint8 pixels on the CPU -> logits on the CPU."""
+        on_device = pixels.to(self.device)
+        return torch.cat([self.run(member, chunk) for chunk in torch.split(on_device, MAX_BATCH)]).cpu()
 
     def run(self, member: int, pixels: Tensor) -> Tensor:
         images = (pixels.float() / 255).to(self.dtype).contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.policy import Policy, Theta, draw_theta
-from service.engine.base import Engine, Heartbeat, Images, Logits
+from service.engine.base import Engine, EngineDied, Heartbeat, Images, Logits
 from service.errors import ServiceError
 from service.observability.metrics import Metrics
 
@@ -155,6 +155,20 @@ def run_shard(shard: Shard, metrics: Metrics, heartbeat: Heartbeat = lambda: Non
         for task in tasks:
             run_again(task, metrics)
             heartbeat()
+        if all(shard.batch.failed.issuperset(task.indices) for task in tasks):
+            check_alive(shard.batch.model.engine)
+
+
+def check_alive(engine: Engine) -> None:
+    """Raises EngineDied if a harmless image fails, too.
+
+    A CUDA error such as an illegal access is sticky: every later call of the process fails as well. Without this check
+    the service would stay ready and fail every image.
+    """
+    try:
+        check_finite(engine.forward(0, np.zeros((1, 3, 32, 32), np.uint8)))
+    except Exception as error:  # noqa: BLE001 -- whatever a backend raises
+        raise EngineDied(f"every image fails ({type(error).__name__})") from None
 
 
 def run_again(task: MemberTask, metrics: Metrics) -> None:

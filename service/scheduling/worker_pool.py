@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from service.cpu import NICE_INFERENCE, lower_priority
+from service.engine.factory import batch_limit
 from service.errors import EngineFailed
 from service.observability.metrics import Metrics
 from service.scheduling.admission import FairQueue
@@ -64,22 +65,18 @@ class Worker:
 class WorkerPool:
     """The threads, the shards that wait for them, and the watchdog.
 
-    niceness: of inference threads; 0 where they only wait for worker processes.
     probe: one forward pass; a replaced thread has to survive it before it gets work.
     on_broken: called on the event loop when the engine died more often than settings.engine_restarts.
     """
 
     def __init__(
         self,
-        threads: int,
         settings: Settings,
         metrics: Metrics,
         on_broken: Callable[[], None],
-        *,
-        niceness: int = NICE_INFERENCE,
     ) -> None:
-        self.threads = threads
-        self.niceness = niceness
+        self.threads = 0
+        self.niceness = NICE_INFERENCE
         self.settings = settings
         self.metrics = metrics
         self.on_broken = on_broken
@@ -94,14 +91,21 @@ class WorkerPool:
         self.restarts = 0
         self.broken = False
         self.closing = False
+        self.timer: asyncio.TimerHandle | None = None
 
     # On the event loop
 
-    def start(self) -> None:
+    def start(self, threads: int, *, niceness: int = NICE_INFERENCE) -> None:
+        """niceness: of the threads; 0 where they only wait for others."""
+        self.threads, self.niceness = threads, niceness
         self.loop = asyncio.get_running_loop()
-        for _ in range(self.threads):
+        for _ in range(threads):
             self.start_worker()
         self.watch()
+
+    @property
+    def started(self) -> bool:
+        return self.timer is not None
 
     def start_worker(self, *, probe: bool = False) -> None:
         worker = Worker(last_seen=time.monotonic())
@@ -113,7 +117,8 @@ class WorkerPool:
         with self.condition:
             self.closing = True
             self.condition.notify_all()
-        self.timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
 
     def push(self, source: BatchSource, request: PendingRequest) -> None:
         with self.condition:
@@ -244,7 +249,9 @@ class WorkerPool:
         If one batch took all of them, clients in a closed loop would all send again at the same moment, and the engine
         would be idle while their requests are read.
         """
-        return min(self.settings.window_rows, (source.queue.length + self.running + 1) // 2)
+        return min(
+            batch_limit(source.model.engine.device, self.settings), (source.queue.length + self.running + 1) // 2
+        )
 
     def next_source(self) -> BatchSource | None:
         """Sources take turns; those without images are forgotten until they are pushed to."""

@@ -11,8 +11,8 @@ from service.settings import Settings
 from tombola.cli import main
 
 
-def mortal(library: Library, settings: Settings) -> Engine:
-    made = open_for_serving(library, settings)
+def mortal(library: Library, settings: Settings, *others: Any) -> Engine:
+    made = open_for_serving(library, settings, *others)
 
     def forward(member: int, images: Images) -> Logits:
         if (images.min(axis=(1, 2, 3)) == 255).any():
@@ -24,5 +24,5 @@ def mortal(library: Library, settings: Settings) -> Engine:
 
 
 if __name__ == "__main__":
-    library_manager.open_for_serving = mortal  # type: ignore[attr-defined]
+    library_manager.open_for_serving = mortal  # type: ignore[attr-defined, assignment]
     sys.exit(main())

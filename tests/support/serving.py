@@ -115,11 +115,11 @@ def with_scheduler(
         settings, metrics, law = Settings(**overrides), Metrics(), policy or Policy.over(["a", "a", "b", "b"])
         broken: list[bool] = []
         workers, admission = (
-            WorkerPool(threads, settings, metrics, lambda: broken.append(True)),
+            WorkerPool(settings, metrics, lambda: broken.append(True)),
             AdmissionController(settings, metrics),
         )
         made = engine(forward, threads=threads, tickets=law.tickets)
-        workers.start()
+        workers.start(threads)
         try:
             scheduler = Scheduler(stand_in_library(law), made, workers, admission, settings, metrics)
             return await test(Stand(scheduler, workers, admission, metrics, settings, broken))

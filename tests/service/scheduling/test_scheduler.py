@@ -22,7 +22,7 @@ from model_store.library import Library
 from model_store.policy import Policy, inclusion_probabilities
 from service.cpu import NICE_INFERENCE
 from service.engine.base import Engine, Images
-from service.engine.factory import open_engine
+from service.engine.factory import batch_limit, open_engine
 from service.errors import DeadlineExceeded, Draining, EngineFailed, NotReady, Overloaded, RateLimited
 from service.observability.metrics import PUBLISH_EVERY, Metrics
 from service.scheduling.admission import FairQueue, RateLimiter, ThroughputEstimate
@@ -136,9 +136,9 @@ def test_every_row_has_a_theta_of_its_own_and_every_ticket_its_share() -> None:
 )
 def test_a_batch_takes_half_of_the_images_queued_or_running(queued: int, running: int, expected: int) -> None:
     """So that the engine runs one half while the answers to the other are read and asked again."""
-    workers = WorkerPool(2, Settings(window_rows=32), Metrics(), lambda: None)
+    workers = WorkerPool(Settings(window_rows=32), Metrics(), lambda: None)
     workers.running = running
-    source: Any = SimpleNamespace(queue=SimpleNamespace(length=queued))
+    source: Any = SimpleNamespace(queue=SimpleNamespace(length=queued), model=SimpleNamespace(engine=engine()))
     assert workers.batch_size(source) == expected
 
 
@@ -624,3 +624,37 @@ def test_answers_leave_on_the_quantum_when_there_is_one(
 
     with_scheduler(ask, quantum_ms=quantum_ms)
     assert waits == (pytest.approx([0.019, 0.001, 0.0, 0.0187]) if pauses else [])
+
+
+def test_an_engine_on_which_every_image_fails_dies_and_is_given_up() -> None:
+    """As after an illegal access on CUDA: every later call raises, and only a new process helps."""
+
+    def broken_for_good(_: int, __: Images) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async def fail(stand: Stand) -> None:
+        for _ in range(3):
+            with pytest.raises(EngineFailed):
+                await stand.submit(some_rows(2))
+        await until(lambda: stand.broken == [True])
+        assert stand.metrics.value("engine_restarts_total") == 3
+        assert not stand.workers.healthy
+
+    with_scheduler(fail, forward=broken_for_good, engine_restarts=2, threads=1)
+
+
+def test_an_image_on_which_every_ticket_fails_does_not_end_the_engine() -> None:
+    async def ask(stand: Stand) -> None:
+        for _ in range(5):
+            with pytest.raises(EngineFailed):
+                await stand.submit(np.full((1, 3, 32, 32), 255, np.uint8))
+        assert stand.metrics.value("engine_restarts_total") == 0
+        assert stand.workers.healthy
+
+    with_scheduler(ask, forward=poisoned)
+
+
+def test_a_batch_on_cuda_is_larger_unless_the_setting_says_otherwise() -> None:
+    assert batch_limit("cpu", Settings()) == 32
+    assert batch_limit("cuda:1", Settings()) == 256
+    assert batch_limit("cuda", Settings(window_rows=48)) == 48
