@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
+import torch
 
 from model_store.errors import LibraryRejected
 from model_store.library import EMBEDDED, Library, open_library
 from service.cpu import NICE_INFERENCE, NICE_LOADING, cpu_s, lower_priority, resident_bytes
 from service.engine.base import Engine, EngineRejected
 from service.engine.factory import open_for_serving, start_ahead
+from service.engine.gpu import gpu_usage
 from service.engine.process_pool import ForkServer
 from service.errors import NotReady
 from service.observability.metrics import Metrics
@@ -161,9 +163,13 @@ class LibraryManager:
         """Called whenever the state may have changed."""
         self.metrics.set("ready", float(self.ready))
         self.metrics.set("draining", float(self.draining))
-        pids = [] if self.current is None else self.current.engine.pids()
-        if pids:
+        if self.current is None:
+            return
+        engine = self.current.engine
+        if pids := engine.pids():
             self.update_process_metrics(pids)
+        if engine.device.startswith("cuda"):
+            self.update_gpu_metrics(engine.device)
 
     def update_process_metrics(self, pids: Sequence[int]) -> None:
         now = {pid: cpu_s(pid) for pid in pids}
@@ -171,6 +177,11 @@ class LibraryManager:
         self.metrics.inc("engine_cpu_seconds_total", new_s)
         self.metrics.set("engine_resident_memory_bytes", resident_bytes(pids[0]))
         self.cpu_s = now
+
+    def update_gpu_metrics(self, device: str) -> None:
+        usage = gpu_usage(torch.device(device))
+        self.metrics.set("gpu_memory_bytes", usage.memory_bytes)
+        self.metrics.set("gpu_utilization_ratio", usage.utilization or 0.0)
 
     def drain(self) -> None:
         self.draining = True

@@ -16,6 +16,23 @@ ALLOWED: Final = {
     "service": {"model_store"},
     "tombola": {"model_store", "training", "service"},
 }
+# The service's folders and single modules, floor by floor: each may import its own floor and those below it.
+FLOORS: Final = (
+    ("settings", "errors", "cpu"),
+    ("observability",),
+    ("engine",),
+    ("scheduling",),
+    ("library_manager",),
+    ("web",),
+    ("audit",),
+    ("admin",),
+    ("benchmarks",),
+    ("app", "lifecycle", "ray_serve"),
+)
+UPWARDS: Final = {  # goes with the reader of labelled images that model_store is to have
+    ("service.engine.factory", "service.audit.errors"),
+    ("service.engine.factory", "service.audit.labelled_data"),
+}
 # model_store's files from the top of the ladder down: each may import only files before it.
 LADDER: Final = (
     "errors",
@@ -109,6 +126,29 @@ def test_model_store_s_ladder_is_the_declared_one() -> None:
     assert set(inside) == {"model_store", *(f"model_store.{name}" for name in LADDER)}
     for place, name in enumerate(LADDER):
         assert inside[f"model_store.{name}"] <= {f"model_store.{above}" for above in LADDER[:place]}, name
+
+
+def test_no_folder_of_the_service_imports_from_one_above_it() -> None:
+    """FLOORS from the ground up; a module may import its own floor and those below."""
+    floors = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    wrong = {
+        (module, other)
+        for module, others in graph("service").items()
+        for other in others
+        if floor_of(other, floors) > floor_of(module, floors)
+    }
+    assert wrong == UPWARDS
+
+
+def test_every_module_of_the_service_has_a_floor() -> None:
+    named = {name for names in FLOORS for name in names}
+    assert {module.split(".")[1] for module in modules("service") if module != "service"} <= named
+
+
+def floor_of(module: str, floors: dict[str, int]) -> int:
+    """Of a module of the service; -1 for the package itself and for the other packages."""
+    parts = module.split(".")
+    return floors[parts[1]] if parts[0] == "service" and len(parts) > 1 else -1
 
 
 @pytest.mark.parametrize("package", PACKAGES)

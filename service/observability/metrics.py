@@ -121,6 +121,12 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
         "gauge",
         "Memory of the process that holds the compiled tickets, which the engine's other processes share; or 0.",
     ),
+    MetricSpec("gpu_memory_bytes", "gauge", "GPU memory that the service has reserved; 0 where tickets run on a CPU."),
+    MetricSpec(
+        "gpu_utilization_ratio",
+        "gauge",
+        "Share of time in which the GPU ran something, as NVML reports it; 0 on a CPU or without nvidia-ml-py.",
+    ),
     MetricSpec("engine_heartbeat_age_seconds", "gauge", "Time since the engine last showed life."),
     MetricSpec(
         "library_tickets", "gauge", "Tickets of the served library, by state.", (("state", ("serving", "baseline")),)

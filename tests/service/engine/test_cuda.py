@@ -1,8 +1,10 @@
 """What CUDA changes for the engine. No GPU is needed: FakeTensorMode raises where two devices meet, as CUDA would."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model_store.library import Library
-from service.engine import factory, torch_engine
+from service.engine import factory, gpu, torch_engine
 from service.engine.base import Engine, EngineRejected, FoldedTicket, Images, Logits, fold_ticket, reference_logits
 from service.library_manager import LibraryManager, niceness
 from service.observability.metrics import Metrics
@@ -161,6 +163,44 @@ def test_a_device_or_an_engine_that_was_named_is_not_measured(monkeypatch: pytes
 def test_threads_that_launch_what_a_gpu_runs_keep_their_priority() -> None:
     assert niceness(stand_in("cuda", 0.0)) == 0
     assert niceness(stand_in("cpu", 0.0)) > 0
+
+
+class FakeNvml:
+    """nvidia-ml-py, as far as it is used."""
+
+    class NVMLError(Exception): ...
+
+    def __init__(self, *, works: bool = True) -> None:
+        self.works = works
+
+    def nvmlInit(self) -> None:  # noqa: N802 -- the library's name
+        if not self.works:
+            raise self.NVMLError
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        return uuid
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:  # noqa: N802
+        assert handle == "GPU-1234"
+        return SimpleNamespace(gpu=37)
+
+
+@pytest.mark.parametrize(("nvml", "expected"), [(FakeNvml(), 0.37), (FakeNvml(works=False), None), (None, None)])
+def test_a_gpu_s_memory_and_utilisation_are_measured(
+    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None, expected: float | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 100 + index)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    assert gpu.gpu_usage(torch.device("cuda:2")) == gpu.GpuUsage(102, expected)
+
+
+def test_a_gpu_s_usage_is_among_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.library_manager.gpu_usage", lambda _: gpu.GpuUsage(1000, 0.5))
+    metrics = Metrics()
+    LibraryManager(Settings(), metrics).update_gpu_metrics("cuda")
+    assert metrics.value("gpu_memory_bytes") == 1000
+    assert metrics.value("gpu_utilization_ratio") == 0.5
 
 
 def test_a_missing_gpu_does_not_fail_the_constructor() -> None:
