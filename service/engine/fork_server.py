@@ -4,7 +4,6 @@ Started by `service/engine/process_pool.py`, which says why. It ends, and every 
 It is not multiprocessing's fork server: that one unpickles what it is sent.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -33,8 +32,10 @@ def main(descriptor: int, arguments: dict[str, Any]) -> int:
 
 
 def send(control: Connection, message: dict[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the service has ended meanwhile
+    try:
         control.send_bytes(json.dumps(message).encode())
+    except BrokenPipeError:  # the service has ended, or wants this library no more
+        os._exit(0)
 
 
 def open_engine_from(arguments: dict[str, Any], control: Connection) -> "tuple[Engine | None, dict[str, Any]]":
