@@ -264,13 +264,14 @@ class WorkerPool:
 
     def form_batch(self, worker: Worker, source: BatchSource) -> None:
         batch = form_batch(source.model, worker.forming or [])
+        shards = partition(batch, self.threads)  # not under the lock, for which the event loop would wait
         with self.condition:
             if worker.retired:
                 return
             worker.forming = None
             self.batches[batch] = source
             self.running += len(batch.slots)
-            self.shards.extend(partition(batch, self.threads))
+            self.shards.extend(shards)
             self.condition.notify_all()
 
     def run_shard(self, worker: Worker, shard: Shard | None) -> None:
