@@ -114,8 +114,10 @@ async def one(
 
 
 async def connection(place: str, idle: list[Idle]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """The one last used. None that has been idle for long: as every client must, this one keeps connections for less
-    time than the server does, which may be closing one at the moment when it is used again."""
+    """The connection last used, or a new one.
+
+    Connections are kept for less time than the server keeps them, which may close one just when it is used again.
+    """
     while idle:
         reader, writer, since = idle.pop()
         if not reader.at_eof() and not writer.is_closing() and time.monotonic() - since < KEEP_S:

@@ -43,8 +43,10 @@ def best_peers(servers: Figures) -> dict[str, Figures]:
 
 
 def ratios(figures: Figures) -> Figures:
-    """The figures to reach: over HTTP against raw, raw against the plain loop, ours against the best peer of each kind,
-    and one idle client against its members' forward times."""
+    """The figures to reach, as ratios.
+
+    HTTP over raw, raw over the plain loop, ours over the best peer of each kind, and idle latency over forward times.
+    """
     servers = figures["servers"]
     result: Figures = {"raw_over_plain_loop": figures["raw"]["ratio"]}
     if OURS not in servers:

@@ -1,9 +1,11 @@
 """What the peers share: decode, draw a theta for each image, run its members, add up.
 
 Written as well as a user would who knows torch: networks folded, one thread for each worker, no gradients. Servers that
-give batches are measured three times (BENCH_KIND): with the loop over images that one writes first ("plain"), with this
-project's own idea taken over, rows of the batch grouped by ticket ("grouped"), and with its compiled tickets as well
-("compiled"), which leaves nothing but the server to differ.
+form batches are measured three times (BENCH_KIND):
+
+- plain: a loop over images, as one writes it first;
+- grouped: the batch's images grouped by ticket, as this project does;
+- compiled: grouped, with this project's compiled tickets, so that only the server differs.
 """
 
 import io

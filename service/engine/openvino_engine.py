@@ -1,7 +1,7 @@
 """The OpenVINO backend, for CPUs: each ticket compiled for one core, for one image and for two.
 
-The batch is fixed. A graph with a dynamic batch pays about a millisecond whenever the batch changes, and an input that
-stays in place saves most of a call's overhead.
+The batch is fixed: a graph with a dynamic batch pays about a millisecond whenever the batch changes. The input stays in
+place, which saves most of a call's overhead.
 
 Two images at most, because most of the gain is there. On AVX2 cores a compact ticket costs a tenth to a fifth less per
 image in pairs, and a twentieth less again in fours. On AVX-512 cores the batch hardly matters. Every further batch is
