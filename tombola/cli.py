@@ -35,7 +35,10 @@ GROUPS: Final[dict[str, tuple[Command, ...]]] = {
         Command("check", "tombola.commands.check:add_options", "verify a library, warm it up and measure it"),
         Command("sample", "tombola.commands.sample:add_options", "write a picture to try the server with"),
     ),
-    "Audit": (Command("audit", "service.audit.command:add_options", "attack a library, and check the attacks"),),
+    "Audit": (
+        Command("audit", "service.audit.command:add_options", "attack a library, and check the attacks"),
+        Command("gate", "service.audit.command:add_gate_options", "hold an audit's report against requirements"),
+    ),
     "Make libraries": (
         Command("plan", "tombola.commands.training:add_plan", "show the jobs of a library and their cost"),
         Command("fetch", "tombola.commands.training:add_fetch", "download CIFAR-10 (170 MB) with torchvision"),

@@ -1,106 +1,148 @@
-"""The admin plane's routes for audits. AdminGate stands before all of them; here are no secrets, only work."""
+"""The admin plane's routes for audits and their data sets, behind the admin token."""
 
 import asyncio
 import errno
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from fastapi import APIRouter
+from pydantic import BaseModel, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from model_store.errors import os_error_text
 from model_store.files import create, naming, part_of
-from service.admin.audit_jobs import PAGE, REPORT, WAITING, AuditQueue
+from service.admin.audit_jobs import AuditQueue
+from service.admin.audit_store import PAGE, PENDING, REPORT, Cost, State, Summary, View
+from service.admin.dataset_store import Dataset, StoredDataset
+from service.audit.config import Audit
 from service.audit.errors import AuditError, AuditRejected
-from service.web.inference import RawRoute, json_response
+from service.audit.events import StateEvent
+from service.audit.report.formats import FORMATS, Format, format_named
+from service.audit.report.model import Report
+from service.web.inference import ERRORS, RawRoute, json_response
 
 MAX_REQUEST_BYTES: Final = 65_536
 FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, or of what this user may have of it
 POLL_S: Final = 0.25
-SAFE: Final = {
+PAGE_HEADERS: Final = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
     "x-content-type-options": "nosniff",
 }
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
+class SubmittedAudit(BaseModel):
+    """The answer to a request for an audit."""
+
+    id: str
+    state: State
+    cost: Cost
+
+
+class CancelledAudit(BaseModel):
+    id: str
+    state: State
+
+
+class AuditList(BaseModel):
+    """The audits, latest first."""
+
+    audits: list[Summary]
+
+
+class DatasetList(BaseModel):
+    datasets: list[Dataset]
+
+
 class AuditApi:
     """One method per route. Files are read and written in threads, never on the event loop."""
 
     def __init__(self, jobs: AuditQueue) -> None:
-        self.jobs = jobs
+        self.jobs, self.store = jobs, jobs.store
 
     async def submit(self, request: Request) -> Response:
-        """Queue an audit; 202 with its id, state and cost."""
-        fields = await read_json(request)
-        job = await asyncio.to_thread(self.jobs.submit, fields)
-        return json_response({name: job[name] for name in ("id", "state", "cost")}, 202)
+        """Queue an audit."""
+        job = await asyncio.to_thread(self.jobs.submit, await read_json(request))
+        return model_response(SubmittedAudit(id=job.id, state=job.state, cost=job.cost), 202)
 
-    async def all(self, _: Request) -> Response:
-        """The audits, latest first."""
-        jobs = await asyncio.to_thread(self.jobs.all)
-        names = ("id", "state", "created", "request", "why")
-        return json_response({"audits": [{name: job[name] for name in names} for job in jobs]})
+    async def list(self, _: Request) -> Response:
+        """List the audits, latest first, with the figures of those that have ended."""
+        jobs = await asyncio.to_thread(self.store.all)
+        return model_response(AuditList(audits=[Summary(**dict(job)) for job in jobs]))
 
     async def get(self, request: Request) -> Response:
-        """One audit: its state, request, progress and figures so far."""
-        return json_response(await asyncio.to_thread(self.jobs.shown, request.path_params["id"]))
+        """Show one audit: its state, request, progress and figures."""
+        return model_response(await asyncio.to_thread(self.store.view, request.path_params["id"]))
 
     async def cancel(self, request: Request) -> Response:
         """Cancel an audit that waits or runs."""
         job = await asyncio.to_thread(self.jobs.cancel, request.path_params["id"])
-        return json_response({"id": job["id"], "state": job["state"]})
+        return model_response(CancelledAudit(id=job.id, state=job.state))
 
     async def report(self, request: Request) -> Response:
-        """The report as one self-contained HTML page."""
-        body = await asyncio.to_thread(self.jobs.file, request.path_params["id"], PAGE)
-        return Response(body, media_type="text/html", headers=SAFE)
+        """Read a report: as a self-contained HTML page, or in the format of the query."""
+        audit, name = request.path_params["id"], request.query_params.get("format", "html")
+        if name == "html":
+            page = await asyncio.to_thread(self.store.report_file, audit, PAGE)
+            return Response(page, media_type="text/html", headers=PAGE_HEADERS)
+        chosen = format_named(name)
+        text = await asyncio.to_thread(self.write, audit, chosen)
+        headers = {
+            "content-disposition": f'attachment; filename="{chosen.filename}"',
+            "x-content-type-options": "nosniff",
+        }
+        return Response(text, media_type=chosen.media_type, headers=headers)
+
+    def write(self, audit: str, chosen: Format) -> str:
+        return chosen.write(Report.model_validate_json(self.store.report_file(audit, REPORT)))
 
     async def report_json(self, request: Request) -> Response:
-        """The report as data."""
-        body = await asyncio.to_thread(self.jobs.file, request.path_params["id"], REPORT)
+        """Read a report as data."""
+        body = await asyncio.to_thread(self.store.report_file, request.path_params["id"], REPORT)
         return Response(body, media_type="application/json")
 
     async def events(self, request: Request) -> Response:
-        """Server-sent events: progress, running figures, time left, and last the state."""
-        name = request.path_params["id"]
-        await asyncio.to_thread(self.jobs.get, name)
-        return StreamingResponse(self.stream(request, name), media_type="text/event-stream")
+        """Follow an audit: server-sent events, from the first one on, and last the state in which it ended."""
+        audit = request.path_params["id"]
+        await asyncio.to_thread(self.store.get, audit)
+        return StreamingResponse(self.stream(request, audit), media_type="text/event-stream")
 
-    async def stream(self, request: Request, name: str) -> AsyncIterator[str]:
+    async def stream(self, request: Request, id: str) -> AsyncIterator[str]:
         """Every event so far, those to come, and last the state in which the audit ended."""
-        told = 0
+        sent = 0
         while True:
-            job = await asyncio.to_thread(self.jobs.get, name)  # before its events: none is missed at the end
-            events = await asyncio.to_thread(self.jobs.events, name)
-            for event in events[told:]:
-                yield server_sent(event["event"], event)
-            told = len(events)
-            if job["state"] not in WAITING:
-                yield server_sent("state", {"state": job["state"], "why": job["why"]})
+            job = await asyncio.to_thread(self.store.get, id)  # before its events: none is missed at the end
+            events = await asyncio.to_thread(self.store.events, id)
+            for event in events[sent:]:
+                yield server_sent_event(event.event, event.model_dump(mode="json", exclude_none=True))
+            sent = len(events)
+            if job.state not in PENDING:
+                end = StateEvent(state=job.state, why=job.why)
+                yield server_sent_event(end.event, end.model_dump(mode="json", include={"state", "why"}))
                 return
             if self.jobs.stopping or await request.is_disconnected():
                 return
             await asyncio.sleep(POLL_S)
 
     async def datasets(self, _: Request) -> Response:
-        """What an audit may be run on."""
-        return json_response({"datasets": await asyncio.to_thread(self.jobs.datasets.listed)})
+        """List the data sets that an audit may name."""
+        return model_response(DatasetList(datasets=await asyncio.to_thread(self.jobs.datasets.list)))
 
     async def upload(self, request: Request) -> Response:
-        """Keep a labelled set to audit with: the body is the file, zip or npz; its name is in the path."""
-        path = await self.received(request)
+        """Store a labelled data set: the body is a zip or npz file, its name is in the path."""
+        path = await self.receive(request)
         try:
             library = self.jobs.library()
-            kept = await asyncio.to_thread(self.jobs.datasets.keep, request.path_params["name"], path, library)
+            stored = await asyncio.to_thread(self.jobs.datasets.add, request.path_params["name"], path, library)
         finally:
             path.unlink(missing_ok=True)
-        return json_response(kept, 201)
+        return model_response(stored, 201)
 
-    async def received(self, request: Request) -> Path:
+    async def receive(self, request: Request) -> Path:
+        """Writes the body to a file. Raises AuditRejected for a body that is too large."""
         folder = self.jobs.datasets.uploads
         folder.mkdir(parents=True, exist_ok=True)
         path = part_of(folder / "upload")
@@ -112,6 +154,10 @@ class AuditApi:
             path.unlink(missing_ok=True)
             raise
         return path
+
+
+def model_response(model: BaseModel, status: int = 200) -> Response:
+    return json_response(model.model_dump(mode="json"), status)
 
 
 async def limited(request: Request, most: int) -> AsyncIterator[bytes]:
@@ -132,7 +178,7 @@ async def read_json(request: Request) -> Any:
         raise AuditRejected('the body is not JSON; expected an object such as {"profile": "standard"}') from None
 
 
-def server_sent(event: str, data: Any) -> str:
+def server_sent_event(event: str, data: Mapping[str, Any]) -> str:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"
 
 
@@ -142,31 +188,84 @@ def map_audit_errors(endpoint: Endpoint) -> Endpoint:
     async def run(request: Request) -> Response:
         try:
             return await endpoint(request)
+        except AuditError as error:
+            return json_response({"error": str(error)}, error.status)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             return json_response({"error": os_error_text(error)}, 507)
-        except AuditError as error:
-            return json_response({"error": str(error)}, error.status)
 
     run.__name__, run.__doc__ = endpoint.__name__, endpoint.__doc__  # what the API's description shows
     return run
 
 
+# For the OpenAPI document
+
+REQUEST: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": TypeAdapter(Audit).json_schema()}},
+    }
+}
+UPLOAD: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+FORMAT_PARAMETER: Final[dict[str, Any]] = {
+    "name": "format",
+    "in": "query",
+    "schema": {"type": "string", "enum": ["html", *FORMATS], "default": "html"},
+}
+
+
+def path_parameter(name: str) -> dict[str, Any]:
+    return {"parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]}
+
+
+def report_body() -> dict[str, Any]:
+    kinds = ("text/html", *(each.media_type for each in FORMATS.values()))
+    return {"description": "The report", "content": {kind: {"schema": {"type": "string"}} for kind in kinds}}
+
+
+def text_body(media_type: str, description: str) -> dict[str, Any]:
+    return {"description": description, "content": {media_type: {"schema": {"type": "string"}}}}
+
+
 def router(jobs: AuditQueue) -> APIRouter:
-    here = AuditApi(jobs)
-    routes = APIRouter(route_class=RawRoute, tags=["Audits"])
-    table: tuple[tuple[str, Endpoint, str], ...] = (
-        ("/admin/audits", here.submit, "POST"),
-        ("/admin/audits", here.all, "GET"),
-        ("/admin/audits/{id}", here.get, "GET"),
-        ("/admin/audits/{id}", here.cancel, "DELETE"),
-        ("/admin/audits/{id}/events", here.events, "GET"),
-        ("/admin/audits/{id}/report", here.report, "GET"),
-        ("/admin/audits/{id}/report.json", here.report_json, "GET"),
-        ("/admin/datasets", here.datasets, "GET"),
-        ("/admin/datasets/{name}", here.upload, "PUT"),
-    )
-    for path, endpoint, method in table:
-        routes.add_api_route(path, map_audit_errors(endpoint), methods=[method])
+    api = AuditApi(jobs)
+    routes = APIRouter(route_class=RawRoute, tags=["Audits"], responses=ERRORS)
+    by_id, by_name = path_parameter("id"), path_parameter("name")
+    accepted = {202: {"model": SubmittedAudit, "description": "Queued"}}
+    stored = {201: {"model": StoredDataset, "description": "Stored"}}
+    page = {200: report_body()}
+    formatted = {"parameters": [*by_id["parameters"], FORMAT_PARAMETER]}
+    stream = {200: text_body("text/event-stream", "Events: cost, step, check, failed, state")}
+
+    def ok(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+        return {200: {"model": model}}
+
+    def add(path: str, endpoint: Endpoint, method: str, responses: Any, extra: dict[str, Any] | None = None) -> None:
+        status = next(iter(responses))
+        routes.add_api_route(
+            path,
+            map_audit_errors(endpoint),
+            methods=[method],
+            status_code=status,
+            responses=responses,
+            openapi_extra=extra,
+        )
+
+    add("/admin/audits", api.submit, "POST", accepted, REQUEST)
+    add("/admin/audits", api.list, "GET", ok(AuditList))
+    add("/admin/audits/{id}", api.get, "GET", ok(View), by_id)
+    add("/admin/audits/{id}", api.cancel, "DELETE", ok(CancelledAudit), by_id)
+    add("/admin/audits/{id}/events", api.events, "GET", stream, by_id)
+    add("/admin/audits/{id}/report", api.report, "GET", page, formatted)
+    add("/admin/audits/{id}/report.json", api.report_json, "GET", ok(Report), by_id)
+    add("/admin/datasets", api.datasets, "GET", ok(DatasetList))
+    add("/admin/datasets/{name}", api.upload, "PUT", stored, {**by_name, **UPLOAD})
     return routes

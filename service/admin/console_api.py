@@ -123,7 +123,7 @@ class ConsoleApi:
         """Raises AuditRejected, AuditUnknown, CostRejected."""
         asked = read_audit(wanted)
         self.jobs.datasets.path(asked.data, asked.profile)
-        return self.jobs.cost(asked, self.holder.library())
+        return self.jobs.cost(asked, self.holder.library()).model_dump(mode="json")
 
 
 async def received(request: Request, limit: int) -> bytes:

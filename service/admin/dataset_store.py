@@ -1,10 +1,12 @@
-"""Labelled sets by name: a configured folder's, and those that were uploaded. Checked before they are kept."""
+"""Labelled data sets by name: those of a configured folder, and uploads, which are checked before they are stored."""
 
 import re
 import secrets
 import zipfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from pydantic import BaseModel, Field
 
 from model_store.files import rename
 from model_store.library import Library
@@ -13,12 +15,27 @@ from service.audit.labelled_data import GENERATED, read_data
 from service.settings import Settings
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-CHECKED_IMAGES: Final = 256  # of an upload, decoded before it is kept; arrays are checked whole
-Json = dict[str, Any]
+CHECKED_IMAGES: Final = 256  # of an upload, decoded before it is stored; arrays are checked whole
+
+
+class Dataset(BaseModel):
+    """One data set that an audit may name."""
+
+    name: str
+    kind: str = Field(description="folder, zip, npz or generated")
+    uploaded: bool
+
+
+class StoredDataset(BaseModel):
+    """An upload, as it was stored."""
+
+    name: str
+    checked: int = Field(description="images that were decoded")
+    classes: int
 
 
 class DatasetStore:
-    """configured: a folder whose entries are data sets, or None.  uploads: where uploaded ones are kept."""
+    """Data sets in two folders: the configured one, whose entries are data sets, and that of uploads."""
 
     def __init__(self, settings: Settings) -> None:
         self.configured = settings.audits_data
@@ -26,18 +43,20 @@ class DatasetStore:
 
     def paths(self) -> dict[str, Path]:
         """Configured sets win over uploads of the same name."""
-        found: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
         for folder in (self.uploads, self.configured):
             if folder is not None and folder.is_dir():
-                found |= {p.name: p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and usable(p)}
-        return found
+                visible = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+                paths |= {path.name: path for path in visible if is_dataset(path)}
+        return paths
 
-    def listed(self) -> list[Json]:
+    def list(self) -> list[Dataset]:
+        """All of them, the generated one last."""
         rows = [
-            {"name": name, "kind": path.suffix.removeprefix(".") or "folder", "uploaded": path.parent == self.uploads}
+            Dataset(name=name, kind=path.suffix.removeprefix(".") or "folder", uploaded=path.parent == self.uploads)
             for name, path in self.paths().items()
         ]
-        return [*rows, {"name": GENERATED, "kind": "generated", "uploaded": False}]
+        return [*rows, Dataset(name=GENERATED, kind="generated", uploaded=False)]
 
     def path(self, name: str | None, profile: str) -> Path | None:
         """None: generated images, which only smoke may use. Raises AuditRejected, AuditUnknown."""
@@ -52,29 +71,29 @@ class DatasetStore:
             f"profile {profile} needs labelled images: set data to one of: {', '.join(known) or 'none yet'}"
         )
 
-    def keep(self, name: str, upload: Path, library: Library) -> Json:
-        """Checks an uploaded file and keeps it under its name. Raises AuditRejected, DataRejected."""
+    def add(self, name: str, upload: Path, library: Library) -> StoredDataset:
+        """Checks an uploaded file and stores it under its name. Raises AuditRejected, DataRejected."""
         if not NAME.fullmatch(name) or name == GENERATED:
             raise AuditRejected("the name of a data set: 1 to 64 of a-z, 0-9, dot, underscore, hyphen, not `generated`")
-        kind = kind_of(upload)
+        suffix = archive_suffix(upload)
         stem = name.removesuffix(".zip").removesuffix(".npz")
-        named = upload.with_name(f".{secrets.token_hex(8)}{kind}")
-        rename(upload, named)
+        part = upload.with_name(f".{secrets.token_hex(8)}{suffix}")
+        rename(upload, part)
         try:
-            found = read_data(named, library.classes, CHECKED_IMAGES)
-            rename(named, self.uploads / f"{stem}{kind}")
-        except DataRejected as error:  # in the words of whoever sent it
-            raise DataRejected(str(error).replace(named.name, name)) from None
+            images = read_data(part, library.classes, CHECKED_IMAGES)
+            rename(part, self.uploads / f"{stem}{suffix}")
+        except DataRejected as error:  # the sender knows the file by its own name
+            raise DataRejected(str(error).replace(part.name, name)) from None
         finally:
-            named.unlink(missing_ok=True)
-        return {"name": f"{stem}{kind}", "checked": len(found), "classes": len(set(found.labels.tolist()))}
+            part.unlink(missing_ok=True)
+        return StoredDataset(name=f"{stem}{suffix}", checked=len(images), classes=len(set(images.labels.tolist())))
 
 
-def usable(path: Path) -> bool:
+def is_dataset(path: Path) -> bool:
     return path.is_dir() or path.suffix in (".zip", ".npz")
 
 
-def kind_of(upload: Path) -> str:
+def archive_suffix(upload: Path) -> str:
     """By content, never by a name: an npz is a zip of arrays."""
     try:
         with zipfile.ZipFile(upload) as archive:

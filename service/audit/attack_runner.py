@@ -37,14 +37,16 @@ from service.audit.evaluation.members import (
 )
 from service.audit.evaluation.pixel_grid import distance, quantize_to_uint8
 from service.audit.evaluation.scoring import CERTAIN, Scores, pointwise_worst, score_exactly, scores
+from service.audit.events import Event, StepEvent
 from service.audit.labelled_data import LabelledImages
 from service.audit.plan import plan
 from service.audit.profiles import SHARED
+from service.audit.target import Target
 from service.outbound import ProxyRejected, http_client
 
 CODE: Final = 4  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
-Emit = Callable[[Json], None]
+Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ class AuditRun:
         self,
         folder: Path,
         audit: Audit,
-        library: Library,
+        library: Library | Target,
         data: LabelledImages,
         *,
         device: str = "cpu",
         url: str | None = None,
         key: str | None = None,
-        proxy: str | None = None,
         emit: Emit = lambda _: None,
+        proxy: str | None = None,
         outside: Library | None = None,
         int8_images: Path | None = None,
         candidates: CandidateSet | None = None,
@@ -104,14 +106,16 @@ class AuditRun:
         self.url, self.key, self.int8_images = url, key, int8_images
         self.proxy = proxy
         self.emit = emit
-        self.candidates = candidates or candidates_of(library, device, outside, threads=threads)
+        self.candidates = candidates or candidates_of_subject(library, device, outside, threads)
         self.fingerprint = fingerprint(self.candidates.members)
-        self.strength = baselines.strengths(library)
+        self.strength = baselines.strengths(library) or [0.0] * self.candidates.tickets
         self.systems = baselines.compared_systems(self.candidates, self.strength)
         singles = [baselines.single(self.candidates, index) for index in range(len(self.candidates.members))]
         self.by_name = {system.name: system for system in (*singles, *self.systems)}
         self.steps = plan(audit, self.candidates, self.systems)
-        self.multiply_adds = multiply_adds_of(library, outside)
+        self.multiply_adds = (
+            library.multiply_adds() if isinstance(library, Target) else multiply_adds_of(library, outside)
+        )
         self.costs = [self.cost(step) for step in self.steps]
         self.exact: dict[tuple[str, int, bool, bool], Scores] = {}
         self.keys: dict[Step, str] = {}
@@ -164,13 +168,20 @@ class AuditRun:
             left = round(rate * (sum(self.costs) - done), 1)
             self.emit(self.progress(outcome, done / sum(self.costs), left))
 
-    def progress(self, outcome: Outcome, share: float, left: float) -> Json:
-        """One finished attack, as the events stream tells it."""
+    def progress(self, outcome: Outcome, share: float, left: float) -> StepEvent:
+        """The event of one finished attack."""
         step = outcome.step
         right = float(self.scores(self.system(step.system), outcome).right.mean())
-        named = {"attack": step.name, "system": step.system, "epsilon": step.epsilon, "images": step.images}
-        event = {"event": "step", "id": step.id, "share": round(share, 4), "seconds_left": left}
-        return event | named | {"accuracy": round(right, 4)}
+        return StepEvent(
+            id=step.id,
+            attack=step.name,
+            system=step.system,
+            epsilon=step.epsilon,
+            images=step.images,
+            accuracy=round(right, 4),
+            share=round(share, 4),
+            seconds_left=left,
+        )
 
     def outcome(self, step: Step) -> tuple[Outcome, bool]:
         path = self.folder / "attacks" / f"{self.key_of(step)}.npz"
@@ -327,6 +338,17 @@ class AuditRun:
                 count = min(images, outcome.step.images)
                 reached.append((pad(own.pick(torch.arange(count)), images), outcome.logits))
         return reached
+
+
+def candidates_of_subject(
+    subject: Library | Target, device: str, outside: Library | None, threads: int
+) -> CandidateSet:
+    """The networks of a library, or of a model that is no library. Raises AuditRejected."""
+    if not isinstance(subject, Target):
+        return candidates_of(subject, device, outside, threads=threads)
+    if outside is not None:
+        raise AuditRejected("a surrogate library goes with a library, not with a model of another kind")
+    return subject.candidates(device, threads)
 
 
 def pad(part: Scores, images: int) -> Scores:

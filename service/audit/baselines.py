@@ -8,6 +8,7 @@ from model_store.library import Library
 from model_store.policy import Policy, expected_size
 from service.audit.evaluation.draws import Defense, widen
 from service.audit.evaluation.members import CandidateSet
+from service.audit.target import Target
 
 OURS: Final = "tombola"
 MEAN: Final = "mean-of-all"
@@ -73,7 +74,7 @@ def equal_cost(candidates: CandidateSet, strength: Sequence[float]) -> Defense:
     return Defense(COST, f"{names}, always: what one draw costs on average", fixed(candidates, chosen))
 
 
-def strengths(library: Library) -> list[float]:
+def strengths(library: Library | Target) -> list[float]:
     """Each ticket's PGD claim on the selection split, else on any split, else 0. Audited images never choose."""
     values = []
     for entry in library.entries:

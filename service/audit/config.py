@@ -1,11 +1,23 @@
-"""What is asked of an audit, what one attack of it is, and the threat model in words."""
+"""The request for an audit, one attack of it, and the threat model in words."""
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic.dataclasses import dataclass
 
 from model_store.attacks import Norm, ThreatModel
 from service.audit.attacks.arc import ArcConfig
@@ -53,43 +65,84 @@ ATTACKS: Final = (
     "square-queries",
     "hopskipjump-queries",
 )
-FIELDS: Final = ("profile", "attacks", "tickets", "epsilons", "norm", "data", "images", "seed", "defender_seed")
-LISTS: Final = {"attacks": 32, "tickets": 1000, "epsilons": 32}  # fields that are lists, and how long they may be
+MAX_ATTACKS: Final = 32
+MAX_TICKETS: Final = 1000
+MAX_EPSILONS: Final = 32
+MAX_SEED: Final = 2**31 - 1
 
 
-@dataclass(frozen=True)
+def expect(words: str) -> WrapValidator:
+    """Refuses what pydantic refuses, in one line that says what was expected."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise AuditRejected(f"{info.field_name} {value!r:.60}; expected {words}") from None
+
+    return WrapValidator(check)
+
+
+def one_of(allowed: Sequence[str]) -> WrapValidator:
+    return expect(f"one of {', '.join(allowed)}")
+
+
+def check_attacks(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in ATTACKS:
+            raise AuditRejected(f"attacks {name!r:.60}; expected one of {', '.join(ATTACKS)}")
+    return names
+
+
+Names = Annotated[tuple[Annotated[str, Strict()], ...], Field(max_length=MAX_TICKETS)]
+Number = Annotated[float, Strict()]
+Seed = Annotated[int, Strict(), Field(ge=0, le=MAX_SEED), expect(f"a whole number from 0 to {MAX_SEED}")]
+
+
+def require_profile(schema: dict[str, Any]) -> None:
+    """In a request the profile has no default."""
+    schema["required"] = ["profile"]
+    del schema["properties"]["profile"]["default"]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", json_schema_extra=require_profile))
 class Audit:
-    """One audit, whole: two of the same code, library and data have the same report, timings apart.
+    """The request for one audit: equal requests of equal code, library and data give equal reports, timings apart."""
 
-    attacks: names of ATTACKS, all of the profile's if empty.  tickets: those to attack one by one, for Table 1 and the
-    transfer matrix, all of the library if empty.  epsilons: in 255ths, ascending; the norm's own if none
-    are given.  images: None for the profile's.  data: a configured data set's name, or None for generated images.
-    seed: of everything the attacker draws.  defender_seed: of the draws that score.
-    """
-
-    profile: ProfileName = "standard"
-    attacks: tuple[str, ...] = ()
-    tickets: tuple[str, ...] = ()
-    epsilons: tuple[float, ...] = ()
-    norm: Norm = "linf"
-    data: str | None = None
-    images: int | None = None
-    seed: int = 0
-    defender_seed: int = 0
+    profile: Annotated[ProfileName, one_of(PROFILES)] = "standard"
+    attacks: Annotated[
+        Names,
+        Field(max_length=MAX_ATTACKS, description=f"only these of the profile's attacks: {', '.join(ATTACKS)}"),
+        expect(f"a list of 1 to {MAX_ATTACKS}"),
+        AfterValidator(check_attacks),
+    ] = ()
+    tickets: Annotated[
+        Names,
+        Field(description="attacked one by one, for the transfer matrix; all if empty"),
+        expect(f"a list of 1 to {MAX_TICKETS}"),
+    ] = ()
+    epsilons: Annotated[
+        tuple[Number, ...],
+        Field(max_length=MAX_EPSILONS, description="in 255ths; the norm's own if empty"),
+        expect(f"numbers, in 255ths, in a list of 1 to {MAX_EPSILONS}"),
+    ] = ()
+    norm: Annotated[Norm, one_of(get_args(Norm))] = "linf"
+    data: Annotated[
+        Annotated[str, Strict()] | None,
+        Field(description="the name of a data set; null for generated images"),
+        expect("the name of a data set"),
+    ] = None
+    images: Annotated[
+        Annotated[int, Strict(), Field(ge=2, le=MAX_IMAGES)] | None,
+        Field(description="how many; null for the profile's number"),
+        expect(f"a whole number from 2 to {MAX_IMAGES}"),
+    ] = None
+    seed: Annotated[Seed, Field(description="of everything that the attacker draws")] = 0
+    defender_seed: Annotated[Seed, Field(description="of the draws that score")] = 0
 
     def __post_init__(self) -> None:
-        one_of("profile", self.profile, PROFILES)
-        one_of("norm", self.norm, get_args(Norm))
-        for name in self.attacks:
-            one_of("attacks", name, ATTACKS)
-        object.__setattr__(self, "epsilons", self.epsilons or EPSILONS[self.norm])
+        object.__setattr__(self, "epsilons", tuple(sorted(set(self.epsilons))) or EPSILONS[self.norm])
         check_epsilons(self.epsilons, LARGEST[self.norm])
-        if self.images is not None:
-            whole("images", self.images, 2, MAX_IMAGES)
-        whole("seed", self.seed, 0, 2**31 - 1)
-        whole("defender_seed", self.defender_seed, 0, 2**31 - 1)
-        if self.data is not None and not isinstance(self.data, str):
-            raise AuditRejected(f"data {self.data!r}; expected the name of a data set")
 
     @property
     def headline(self) -> float:
@@ -101,19 +154,22 @@ class Audit:
         return not self.attacks or attack in self.attacks
 
 
-@dataclass(frozen=True)
-class Step:
-    """One attack on one system at one size. name: of ATTACKS.  stage: of the plan.  warm: starts from the riskiest
-    images that earlier stages found, for whichever system they were made."""
+FIELDS: Final = tuple(field.name for field in dataclasses.fields(Audit))
+LISTS: Final = {"attacks": MAX_ATTACKS, "tickets": MAX_TICKETS, "epsilons": MAX_EPSILONS}
 
-    name: str
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One attack on one system at one size."""
+
+    name: str  # of ATTACKS
     system: str
     norm: Norm
-    epsilon: float
+    epsilon: float  # in 255ths
     images: int
     settings: Settings
-    stage: int = 0
-    warm: bool = False
+    stage: int = 0  # of the plan
+    warm: bool = False  # starts from the riskiest images of earlier stages, for whichever system they were made
 
     @property
     def id(self) -> str:
@@ -131,7 +187,7 @@ class Step:
         return ThreatModel(self.norm, self.epsilon / 255)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "method": type(self.settings).__name__}
+        return {**dataclasses.asdict(self), "method": type(self.settings).__name__}
 
 
 def digest_of(value: Any) -> str:
@@ -140,45 +196,26 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_audit(fields: Any) -> Audit:
-    """From a request's JSON. Raises AuditRejected, saying what was found and what was expected."""
-    if not isinstance(fields, Mapping):
+def read_audit(request: Any) -> Audit:
+    """Reads a request's JSON. Raises AuditRejected, which says what it found and what was expected."""
+    if not isinstance(request, Mapping):
         raise AuditRejected('expected a JSON object such as {"profile": "standard"}')
-    unknown = sorted(set(map(str, fields)) - set(FIELDS))
+    unknown = sorted(set(map(str, request)) - set(FIELDS))
     if unknown:
         raise AuditRejected(f"{unknown[0][:40]!r} is no field of an audit; expected {', '.join(FIELDS)}")
-    if "profile" not in fields:
+    if "profile" not in request:
         raise AuditRejected(f"profile is missing; expected one of {', '.join(PROFILES)}")
-    given = {name: value for name, value in fields.items() if value is not None}
-    for name in LISTS:
-        if name in given:
-            given[name] = listed(name, given[name])
+    given = {name: value for name, value in request.items() if value is not None}
+    for name, most in LISTS.items():
+        if given.get(name) == []:
+            raise AuditRejected(f"{name} []; expected a list of 1 to {most}")
     return Audit(**given)
 
 
-def listed(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= LISTS[name]:
-        raise AuditRejected(f"{name} {value!r:.60}; expected a list of 1 to {LISTS[name]}")
-    if name != "epsilons":
-        return tuple(value)
-    if not all(type(number) in (int, float) for number in value):
-        raise AuditRejected(f"epsilons {value!r:.60}; expected numbers, in 255ths")
-    return tuple(sorted({float(number) for number in value}))
-
-
-def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise AuditRejected(f"{name} {value!r:.60}; expected one of {', '.join(allowed)}")
-
-
-def whole(name: str, value: object, least: int, most: int) -> None:
-    if type(value) is not int or not least <= value <= most:
-        raise AuditRejected(f"{name} {value!r:.60}; expected a whole number from {least} to {most}")
-
-
 def check_epsilons(epsilons: tuple[float, ...], largest: float) -> None:
-    if not epsilons or list(epsilons) != sorted(set(epsilons)) or max(epsilons) <= 0:
-        raise AuditRejected(f"epsilons {list(epsilons)}; expected different numbers in ascending order, one above 0")
+    """Raises AuditRejected. epsilons: in 255ths, ascending."""
+    if max(epsilons) <= 0:
+        raise AuditRejected(f"epsilons {list(epsilons)}; expected at least one above 0")
     for epsilon in epsilons:
         if not (math.isfinite(epsilon) and (epsilon == 0 or 1 <= epsilon <= largest)):
             raise AuditRejected(
@@ -191,12 +228,15 @@ def check_epsilons(epsilons: tuple[float, ...], largest: float) -> None:
 
 def threat_model(audit: Audit) -> dict[str, str]:
     """Every field that a robustness figure needs to mean anything."""
-    norm = {"linf": "l-infinity: no channel of no pixel changes by more than epsilon", "l2": "l2 length"}[audit.norm]
+    norm = {
+        "linf": "l-infinity: every channel of every pixel changes by at most epsilon",
+        "l2": "l2: the length of the whole change is at most epsilon",
+    }[audit.norm]
     return {
         "goal": "untargeted: any label but the image's own",
         "norm": norm,
         "epsilon": f"{audit.headline:g}/255 for the headline; swept: {', '.join(f'{e:g}' for e in audit.epsilons)}",
-        "pixels": "[0, 1], delivered as 8-bit 32x32 RGB, scored on that grid",
+        "pixels": "[0, 1], delivered as 8-bit RGB at the size of the model's input, scored on that grid",
         "knowledge": "weights, temperatures and the law of theta are public; theta is secret and fresh for each image",
         "order": "the attacker chooses the image before theta is drawn",
         "queries": "none for gradient attacks; counted one by one for black-box attacks",
@@ -207,7 +247,7 @@ def threat_model(audit: Audit) -> dict[str, str]:
 NOT_COVERED: Final = (
     "Changes outside the norm ball: rotations, crops, patches, corruptions, other images of the class.",
     "Attackers who see theta, the latency of single requests, or the memory of the server.",
-    "Poisoned training data, stolen or extracted weights, and images larger than 32x32 before they are resized.",
+    "Poisoned training data, stolen or extracted weights, and images before they are resized to the model's input.",
     "Attacks stronger or longer than those run: every figure is an upper bound.",
     "The list of checks is neither necessary nor sufficient (Carlini et al., 2019): passing it proves no robustness.",
 )

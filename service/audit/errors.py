@@ -45,3 +45,9 @@ class OracleFailed(AuditError):
     """The service under attack did not answer as it should."""
 
     status = 502
+
+
+class ModelFailed(AuditError, ValueError):
+    """A model that gave no usable answer while it was attacked. What was measured before is kept."""
+
+    status = 422

@@ -1,9 +1,8 @@
 """One audit from images to report: attacks, checks, figures, files."""
 
-import json
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,25 +12,30 @@ from model_store.files import write_atomically
 from model_store.library import Library
 from service.audit import baselines
 from service.audit import labelled_data as sets
-from service.audit.attack_runner import AuditRun, Emit, Json
+from service.audit.attack_runner import AuditRun, Emit
 from service.audit.checks.run import run_checks
 from service.audit.config import Audit
 from service.audit.cost import check_giga_multiply_adds, estimated_seconds
 from service.audit.errors import DataRejected
 from service.audit.evaluation.draws import scoring_draws
 from service.audit.evaluation.members import candidates_of
+from service.audit.events import CostEvent
 from service.audit.labelled_data import LabelledImages
 from service.audit.plan import images_of
 from service.audit.report import html_report, plots, summary
+from service.audit.report.model import Report
+from service.audit.target import Target
 
 REPORT: Final = "report.json"
 PAGE: Final = "report.html"
 
 
-def load_images(audit: Audit, library: Library, path: Path | None, threads: int = 1) -> LabelledImages:
+def load_images(audit: Audit, library: Library | Target, path: Path | None, threads: int = 1) -> LabelledImages:
     """The images to attack. Without a path, generated ones, for a smoke test alone."""
     if path is not None:
         return sets.read_data(path, library.classes, images_of(audit))
+    if isinstance(library, Target):
+        raise DataRejected("a model of your own needs labelled images: only a library can label generated ones")
     if audit.profile != "smoke":
         raise DataRejected(f"profile {audit.profile} needs labelled images; only smoke can run on generated ones")
     return sets.generated(images_of(audit), audit.seed, lambda pixels: majority(library, pixels, threads))
@@ -50,7 +54,7 @@ def majority(library: Library, pixels: Tensor, threads: int = 1) -> Tensor:
 def run_audit(
     folder: Path,
     audit: Audit,
-    library: Library,
+    library: Library | Target,
     data: LabelledImages,
     *,
     device: str = "cpu",
@@ -61,12 +65,14 @@ def run_audit(
     int8_images: Path | None = None,
     emit: Emit = lambda _: None,
     threads: int = 1,
-) -> Json:
+    floor: float | None = None,
+) -> Report:
     """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was.
 
     url, key: of a service of the same library, for black-box attacks.  proxy: on the way to it.
     outside: a library to transfer from.
-    int8_images: what the service is calibrated on, if it runs in 8 bits.
+    int8_images: what the service is calibrated on, if it runs in 8 bits.  floor: the least lower bound of robust
+    accuracy that is enough, for the page alone.
     """
     torch.set_num_threads(1)  # members run in threads of their own: results do not depend on the number of cores
     began = time.monotonic()
@@ -85,17 +91,17 @@ def run_audit(
         outside=outside,
         int8_images=int8_images,
     )
-    emit({"event": "cost", **cost(run)})
+    emit(cost_event(run))
     run.attack()
     checks = run_checks(run)
-    report = summary.summary(run, checks, time.monotonic() - began)
-    write_atomically(folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
-    text = html_report.page(report, plots.all_figures(report), plots.examples(run))
+    report = summary.summarize(run, checks, time.monotonic() - began)
+    write_atomically(folder / REPORT, report.as_bytes())
+    text = html_report.render(report, plots.all_figures(report), plots.choose_examples(run), floor)
     write_atomically(folder / PAGE, text.encode())
     return report
 
 
-def cost(run: AuditRun) -> dict[str, Any]:
+def cost_event(run: AuditRun) -> CostEvent:
     giga = sum(run.costs) + check_giga_multiply_adds(run.audit, run.multiply_adds)
     seconds = estimated_seconds(giga, run.candidates.threads.count)
-    return {"attacks": len(run.steps), "giga_multiply_adds": round(giga, 1), "seconds": round(seconds)}
+    return CostEvent(attacks=len(run.steps), giga_multiply_adds=round(giga, 1), seconds=round(seconds))

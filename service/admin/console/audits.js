@@ -162,8 +162,8 @@ async function price() {
   let text;
   let refused = false;
   try {
-    const { seconds, attacks, giga_multiply_adds: giga } = await post("/admin/audits/cost", fields());
-    text = `Estimated cost: about ${duration(seconds)} on an idle machine, for ${attacks} attacks (${whole(giga)} ` +
+    const cost = await post("/admin/audits/cost", fields());
+    text = `Estimated cost: about ${estimate(cost)}, for ${cost.attacks} attacks (${whole(cost.giga_multiply_adds)} ` +
       "giga-multiply-adds). Loading and the checks at the end come on top.";
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
@@ -245,7 +245,7 @@ function draw() {
   marked = marked.filter((id) => jobs.some((job) => job.id === id));
   const place = by("audit-list");
   if (jobs.length === 0) place.replaceChildren(h("p", { class: "empty" }, "None yet. A smoke audit is a good first one."));
-  else place.replaceChildren(table("All audits", ["Compare", "Asked for", "What", "State", "Audit"], jobs.map(row), "list stack"));
+  else place.replaceChildren(table("All audits", ["Compare", "Asked for", "What", "Robust", "Measurement", "Library", "Took", "State", "Audit"], jobs.map(row), "list stack"));
   by("compare").disabled = marked.length !== 2;
   if (choices !== null) recall();
 }
@@ -263,6 +263,10 @@ function row(job) {
       box,
       h("time", { datetime: new Date(job.created * 1000).toISOString() }, name),
       about(job.request),
+      robust(job.result),
+      measurement(job.result),
+      h("code", {}, short(job.digest)),
+      job.finished && job.started ? duration(job.finished - job.started) : "–",
       pill(job.state),
       h("button", opening, "Open"),
     ],
@@ -273,6 +277,21 @@ function about({ profile: name, images, data, attacks }) {
   const more = [images ? `${images} images` : null, data && data !== "generated" ? data : null,
     attacks?.length ? `${attacks.length} attacks chosen` : null].filter(Boolean);
   return h("span", {}, h("strong", {}, name), more.length ? [h("br"), h("small", {}, more.join(", "))] : null);
+}
+
+// A smoke audit of generated images measures nothing, and an invalid one neither.
+const measured = (result) => result !== null && result.measurement && result.verdict !== "invalid";
+
+function robust(result) {
+  if (result === null) return "–";
+  if (!measured(result)) return "none";
+  const { value, low, high } = result.robust;
+  return h("span", {}, h("strong", {}, percent(value)), h("br"), h("small", {}, `[${percent(low)}, ${percent(high)}]`));
+}
+
+function measurement(result) {
+  if (result === null) return "–";
+  return measured(result) ? { valid: "valid", warnings: "with warnings" }[result.verdict] : "not a measurement";
 }
 
 const pill = (state) => h("span", { class: `pill ${state}` }, WORDS[state] ?? state);
@@ -357,11 +376,17 @@ function facts(job) {
     ["Epsilons", `${epsilons?.join(", ") ?? "the usual ones"} in 255ths, ${norm ?? "linf"}`],
     ["Seed", `${seed ?? 0}`],
     ["Library", h("code", {}, short(job.digest))],
-    ["Estimate", `${duration(job.cost.seconds)} on an idle machine, ${job.cost.attacks} attacks`],
+    ["Estimate", `${estimate(job.cost)}, ${job.cost.attacks} attacks`],
   ];
   if (job.finished && job.started) found.push(["Took", duration(job.finished - job.started)]);
   if (job.attempts > 1) found.push(["Starts", `${job.attempts}: it was interrupted and went on`]);
   return found;
+}
+
+// On a busy machine an audit gets only what is left of the cores.
+function estimate({ seconds, seconds_now: now, cpu_share: share }) {
+  const alone = `${duration(seconds)} on an idle machine`;
+  return now > 1.2 * seconds ? `${duration(now)} at the ${percent(share, 0)} of the cores that were free, ${alone}` : alone;
 }
 
 async function listen(mine, parts) {
@@ -410,17 +435,11 @@ function ending({ state, why }) {
 
 // The report
 
-// It is black on white, as it prints and is saved. Where the page is dark it is shown the other way round; its pictures are not.
-const DIMMED = `<style>@media (prefers-color-scheme: dark) {
-  html { background: #fff; filter: invert(.88) hue-rotate(180deg); }
-  figure img { filter: hue-rotate(-180deg) invert(1); }
-}</style>`;
-
 async function showReport(job, parts) {
   const path = `/admin/audits/${job.id}/report`;
   const text = await getText(path);
   const view = h("iframe", { src: "/console/report.html", sandbox: "allow-same-origin", title: "Report of the audit", class: "report" });
-  view.addEventListener("load", () => { view.contentDocument.documentElement.innerHTML = text + DIMMED; }, { once: true });
+  view.addEventListener("load", () => { view.contentDocument.documentElement.innerHTML = text; }, { once: true });
   parts.body.replaceChildren(
     h("div", { class: "row" },
       h("button", { type: "button", onclick: () => keep(path, `audit-${job.id}.html`) }, "Save as HTML"),

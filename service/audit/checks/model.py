@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model_store.attacks import cross_entropy, random_start
 from model_store.ensemble import calibrated
+from model_store.library import Library
 from model_store.policy import draw_theta, inclusion_probabilities, size_probabilities, states
 from service.audit.attack_runner import fingerprint, largest_distance
 from service.audit.attacks.autoattack import isolated_rng
@@ -22,6 +23,7 @@ from service.audit.checks.base import Check, CheckContext, CheckResult, points
 from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget, Member, as_floats
 from service.audit.evaluation.scoring import failure
+from service.audit.target import Target
 
 PROBE: Final = PgdConfig("mean-loss", steps=20, step=0.125, momentum=0.75)
 STAGE: Final = Stage(scale=1.0, progress=0.0)
@@ -49,12 +51,14 @@ def deliverable(context: CheckContext) -> CheckResult:
 
 def same_model(context: CheckContext) -> CheckResult:
     """Against the store's own calibrated tickets, and from `standard` on against the engine that serves."""
-    pixels = context.run.data.pixels[:64]
+    library, pixels = context.run.library, context.run.data.pixels[:64]
+    if isinstance(library, Target):
+        return CheckResult(None, "needs a library's stored tickets and the engine that serves them")
     images, worst = as_floats(pixels, context.run.candidates.device), 0.0
-    for member, ticket in zip(context.run.candidates.members, context.run.library.tickets, strict=False):
+    for member, ticket in zip(context.run.candidates.members, library.tickets, strict=False):
         with torch.no_grad():
             worst = max(worst, relative(member(images), calibrated(ticket, context.run.candidates.device)(images)))
-    engine = "not compared" if context.run.audit.profile == "smoke" else against_engine(context, pixels)
+    engine = "not compared" if context.run.audit.profile == "smoke" else against_engine(context, library, pixels)
     shown = f"{engine:.1e}" if isinstance(engine, float) else engine
     text = f"largest relative difference {worst:.1e} over {len(pixels)} images; engine {shown}"
     if context.run.int8_images is not None and isinstance(engine, float) and worst <= 1e-5:
@@ -67,14 +71,14 @@ def relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / second.abs().max().clamp_min(1.0))
 
 
-def against_engine(context: CheckContext, pixels: Tensor) -> float | str:
+def against_engine(context: CheckContext, library: Library, pixels: Tensor) -> float | str:
     from service.engine.base import EngineRejected
     from service.engine.factory import open_engine
     from service.settings import Settings
 
     try:
         engine = open_engine(
-            context.run.library, Settings(state_dir=context.run.folder, threads=1, int8_images=context.run.int8_images)
+            library, Settings(state_dir=context.run.folder, threads=1, int8_images=context.run.int8_images)
         )
     except EngineRejected as error:
         return f"refused: {error!s:.80}"
@@ -201,7 +205,9 @@ def independent_chance(context: CheckContext) -> CheckResult:
 
 def off(count_seen: int, count: int, p: float) -> float:
     spread = math.sqrt(count * p * (1 - p))
-    return abs(count_seen - count * p) / spread if spread > 0 else float(count_seen != round(count * p)) * math.inf
+    if spread == 0:  # always or never drawn
+        return 0.0 if count_seen == round(count * p) else math.inf
+    return abs(count_seen - count * p) / spread
 
 
 CHECKS: Final = (

@@ -10,6 +10,7 @@ from service.audit.attack_runner import AuditRun, Json
 from service.audit.checks import attacks, model, report
 from service.audit.checks.base import Check, CheckContext, evaluate_check
 from service.audit.config import digest_of
+from service.audit.events import CheckEvent
 
 CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS)
 
@@ -27,8 +28,9 @@ def run_checks(run: AuditRun) -> list[Json]:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(row).encode())
         rows.append(row)
-        event = {"event": "check", "id": check.id, "name": check.name, "outcome": row["outcome"], "value": row["value"]}
-        run.emit({**event, "seconds": round(time.monotonic() - began, 2)})
+        seconds = round(time.monotonic() - began, 2)
+        shown = {name: row[name] for name in ("name", "outcome", "value")}
+        run.emit(CheckEvent(id=check.id, **shown, seconds=seconds))
     return rows
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model_store.ensemble import combine, predictions
 from model_store.policy import Policy, Theta, matrix
+from service.audit.errors import ModelFailed
 from service.audit.evaluation.draws import DrawSet, options_of, states_over
 from service.audit.evaluation.threads import WorkerThreads
 
@@ -29,11 +30,11 @@ def wrong(logits: Tensor, labels: Tensor, draws: DrawSet) -> Tensor:
       labels: int64 [N], on any device.
 
     Raises:
-      ValueError: a logit is not finite; its argmax would mean nothing.
+      ModelFailed: a logit is not finite; its argmax would mean nothing.
     """
     logits, labels = logits.to(draws.device), labels.to(draws.device)
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError("a member's logits are not finite: nothing can be scored with them")
+        raise ModelFailed("a member's logits are not finite: nothing can be scored with them")
     chunk = max(1, MAX_CHUNK // max(1, logits[0].numel()))
     parts = [predictions(combine(logits, some)) != labels for some in torch.split(draws.rows, chunk)]
     return torch.cat(parts)

@@ -1,47 +1,46 @@
-"""A committed report as the README shows it: Table 2 in Markdown, Fig. 1 and Fig. 2 as SVG files."""
+"""A committed report as a document shows it: a table in Markdown, two figures as SVG files."""
 
-import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from model_store.files import write_atomically
 from service.audit.errors import AuditError
+from service.audit.report.model import Interval, Report
 
 FIGURES: Final = {"Transfer between tickets": "transfer.svg", "Accuracy against epsilon": "accuracy.svg"}
 MARKS: Final = ("<!-- audit: tombola audit --tables -->", "<!-- end of audit -->")
 PAPER: Final = {"clean": "87.01", "robust": "67.7", "r2s": "57.6 to 64.7", "tickets": "46.3 to 49.1"}
-Json = dict[str, Any]
 
 
-def section(report: Json, figures: str) -> str:
-    """All that the README shows of a report. figures: the folder of its figures, seen from the README."""
+def document_section(report: Report, figures: str) -> str:
+    """All that a document shows of a report. figures: the folder of its figures, seen from the document."""
     pictures = [f"![{title}]({figures}/{name})" for title, name in FIGURES.items()]
-    return "\n\n".join([table(report), conditions(report), beside_the_paper(report), *pictures])
+    return "\n\n".join([systems_table(report), conditions(report), beside_the_paper(report), *pictures])
 
 
-def table(report: Json) -> str:
-    """Table 2: every system, clean and under the worst of the attacks that all faced, with 95 % intervals."""
+def systems_table(report: Report) -> str:
+    """Every system, clean and under the worst of the attacks that all faced, with 95 % intervals."""
     rows = ["| System | Clean, % | Robust, % [95 %] | 10 tries, % | Difference [95 %] | In words |"]
     rows += ["|---|---|---|---|---|---|"]
-    against = {row["against"]: row for row in report["comparisons"]}
-    for name, system in report["systems"].items():
-        clean, robust = points(system["clean"]["expected"]), points(system["shared"]["expected"])
-        tries, other = f"{100 * system['shared']['tries']['k10']['value']:.1f}", against.get(name)
-        difference = points(other["robust"], sign="+") if other else ""
-        rows.append(f"| {name} | {clean} | {robust} | {tries} | {difference} | {other['words'] if other else ''} |")
-    everything = report["systems"]["tombola"]["robust"]
-    tries = f"{100 * everything['tries']['k10']['value']:.1f}"
-    rows.append(f"| **tombola, all attacks** | | **{points(everything['expected'])}** | {tries} | | |")
+    against = {row.against: row for row in report.comparisons}
+    for name, system in report.systems.items():
+        clean, robust = points(system.clean.expected), points(system.shared.expected)
+        tries, other = f"{100 * system.shared.tries['k10'].value:.1f}", against.get(name)
+        difference = points(other.robust, sign="+") if other else ""
+        rows.append(f"| {name} | {clean} | {robust} | {tries} | {difference} | {other.words if other else ''} |")
+    everything = report.ours.robust
+    tries = f"{100 * everything.tries['k10'].value:.1f}"
+    rows.append(f"| **tombola, all attacks** | | **{points(everything.expected)}** | {tries} | | |")
     return "\n".join(rows)
 
 
-def beside_the_paper(report: Json) -> str:
+def beside_the_paper(report: Report) -> str:
     """What the paper says of full-width networks, and why ours is another figure."""
-    ours, transfer = report["systems"]["tombola"], report["transfer"]
-    naive = f"{100 * transfer['naive_random_against_random']:.1f} %" if transfer else "not measured"
-    own = next((row for row in report["attacks"] if row["name"] == "paper-eot" and row["system"] == "tombola"), None)
-    theirs = f"{100 * own['expected']['value']:.1f} %" if own else "not run"
-    clean, robust = (100 * ours[kind]["expected"]["value"] for kind in ("clean", "robust"))
+    transfer = report.transfer
+    naive = f"{100 * transfer.naive_random_against_random:.1f} %" if transfer else "not measured"
+    own = next((row for row in report.attacks if row.name == "paper-eot" and row.system == "tombola"), None)
+    theirs = f"{100 * own.expected.value:.1f} %" if own else "not run"
+    clean, robust = 100 * report.ours.clean.expected.value, 100 * report.ours.robust.expected.value
     return (
         f"The paper reports {PAPER['clean']} % clean and {PAPER['robust']} % robust for its ensemble, {PAPER['r2s']} % "
         f"for R2S, and at most {PAPER['tickets']} % for single tickets. Two things separate those figures from "
@@ -56,7 +55,7 @@ def beside_the_paper(report: Json) -> str:
     )
 
 
-def write_into(page: Path, text: str) -> None:
+def replace_section(page: Path, text: str) -> None:
     """Replaces what stands between the marks of a Markdown page. Raises AuditError if they are not there."""
     try:
         before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
@@ -68,34 +67,34 @@ def write_into(page: Path, text: str) -> None:
     write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
 
 
-def points(found: Json, sign: str = "") -> str:
-    value, low, high = (f"{100 * found[name]:{sign}.1f}" for name in ("value", "low", "high"))
+def points(interval: Interval, sign: str = "") -> str:
+    value, low, high = (f"{100 * each:{sign}.1f}" for each in (interval.value, interval.low, interval.high))
     return f"{value} [{low}, {high}]"
 
 
-def conditions(report: Json) -> str:
+def conditions(report: Report) -> str:
     """What the figures hold for; without it they mean nothing."""
-    audit, library = report["audit"], report["library"]
+    audit, library = report.audit, report.library
     return (
-        f"{audit['norm']}, epsilon {audit['headline']:g}/255, n = {report['data']['images']} images of "
-        f"{report['data']['name']}, profile {audit['profile']}, {len(report['attacks'])} attacks, scored on "
-        f"{report['systems']['tombola']['scored_on']} and the 8-bit grid; an upper bound. Difference: tombola less the "
+        f"{audit.norm}, epsilon {audit.headline:g}/255, n = {report.data.images} images of "
+        f"{report.data.name}, profile {audit.profile}, {len(report.attacks)} attacks, scored on "
+        f"{report.ours.scored_on} and the 8-bit grid; an upper bound. Difference: tombola less the "
         f"system, same images, paired bootstrap, under the attacks that all systems faced, as in the column before; "
-        f"the last row adds the attacks aimed at tombola alone. Library `{library['digest'][:12]}` of "
-        f"{len(library['tickets'])} tickets, report `{report['digest'][:12]}` ({report['verdict']}), commit "
-        f"`{report['versions']['commit'][:12]}`, seeds "
-        f"{audit['seed']} and {audit['defender_seed']}."
+        f"the last row adds the attacks aimed at tombola alone. Library `{library.digest[:12]}` of "
+        f"{len(library.tickets)} tickets, report `{report.digest[:12]}` ({report.verdict}), commit "
+        f"`{report.versions['commit'][:12]}`, seeds "
+        f"{audit.seed} and {audit.defender_seed}."
     )
 
 
-def write_figures(report: Json, folder: Path) -> list[Path]:
-    """The report itself, and Fig. 1 and Fig. 2, those that it has data for."""
+def write_figures(report: Report, folder: Path) -> list[Path]:
+    """The report itself, and those of the two figures that it has data for."""
     from service.audit.report.plots import all_figures
 
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "report.json"]
-    write_atomically(written[0], json.dumps(report, indent=1, allow_nan=False).encode())
-    for title, picture in all_figures(report).items():
+    write_atomically(written[0], report.as_bytes())
+    for title, picture in all_figures(report, themed=False).items():
         if title in FIGURES:
             write_atomically(folder / FIGURES[title], picture.encode())
             written.append(folder / FIGURES[title])

@@ -1,153 +1,188 @@
-"""An audit's figures as one JSON object: everything but timings is fixed by library, images, seeds and code."""
+"""An audit's report from its run. Library, images, seeds and code fix everything in it but the timings."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import Field, JsonValue
 from torch import Tensor
 
 from model_store import policy as sampling
 from model_store.code_version import code_commit
 from service.audit import baselines
+from model_store.ticket import ZERO_DIGEST
+from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.config import NOT_COVERED, digest_of, threat_model
 from service.audit.evaluation.draws import Defense, is_countable
 from service.audit.evaluation.scoring import Scores
 from service.audit.plan import skipped_attacks
 from service.audit.profiles import PROFILES, SHARED
-from service.audit.stats import Interval, bootstrap, clopper_pearson, paired_difference
+from service.audit.report.model import (
+    FORMAT,
+    VERSION,
+    Attack,
+    AuditPart,
+    Check,
+    Comparison,
+    CurvePoint,
+    DataPart,
+    Figures,
+    Interval,
+    LibraryPart,
+    OutsideLibrary,
+    Part,
+    PerImage,
+    ProfilePart,
+    Report,
+    System,
+    Ticket,
+    Timings,
+    Transfer,
+    Universal,
+    UniversalSystem,
+    Verdict,
+    digest_of_report,
+)
+from service.audit.stats import bootstrap, clopper_pearson, paired_difference
 
-FORMAT: Final = "tombola-audit"
-VERSION: Final = 1
 TRIES: Final = (1, 10, 100)
-UNTOUCHED: Final = ("digest", "timings")  # the digest is over everything else
 PACKAGES: Final = ("torch", "numpy", "pyautoattack", "adversarial-robustness-toolbox", "tombola")
-Json = dict[str, Any]
+DIGITS: Final = 6
 
 
-def interval(found: Interval) -> Json:
-    return {name: round(value, 6) for name, value in found._asdict().items()}
+def interval(estimate: stats.Interval) -> Interval:
+    value, low, high = (round(each, DIGITS) for each in estimate)
+    return Interval(value=value, low=low, high=high)
 
 
-def figures(found: Scores) -> Json:
-    """The four definitions of accuracy, and by ensemble size, with 95 % intervals."""
-    right = found.right.numpy()
-    tries = {f"k{k}": interval(bootstrap(right**k)) for k in TRIES}
-    images = len(right)
-    return {
-        "images": images,
-        "expected": interval(bootstrap(right)),
-        "tries": tries,
-        "no_failing_draw": interval(clopper_pearson(images - int(found.any_wrong.sum()), images)),
-        "majority": interval(clopper_pearson(int((found.right > 0.5).sum()), images)),
-        "by_size": {str(n): round(float(p.mean()), 6) for n, p in found.by_size.items()},
-    }
+def mean(values: NDArray[np.float64]) -> Interval:
+    """The mean over images with its bootstrap interval."""
+    return interval(bootstrap(values))
 
 
-def summary(run: AuditRun, checks: Sequence[Json], seconds: float) -> Json:
-    """The whole report. `digest` covers all but itself and the timings."""
-    body: Json = {
+def figures(scores: Scores) -> Figures:
+    """The definitions of accuracy, and accuracy by ensemble size, with 95 % intervals."""
+    right, images = scores.right.numpy(), len(scores.right)
+    return Figures(
+        images=images,
+        expected=mean(right),
+        tries={f"k{k}": mean(right**k) for k in TRIES},
+        no_failing_draw=interval(clopper_pearson(images - int(scores.any_wrong.sum()), images)),
+        majority=interval(clopper_pearson(int((scores.right > 0.5).sum()), images)),
+        by_size={str(n): round(float(p.mean()), DIGITS) for n, p in scores.by_size.items()},
+    )
+
+
+def summarize(run: AuditRun, checks: Sequence[Mapping[str, Any]], seconds: float) -> Report:
+    """The whole report. Its digest covers all but itself and the timings."""
+    rows = [Check(**row) for row in checks]
+    body: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        **verdict(checks, partial=bool(run.audit.attacks)),
-        "audit": {**asdict(run.audit), "images": len(run.data), "headline": run.audit.headline},
-        "profile": {"about": PROFILES[run.audit.profile].about, "left_out": skipped_attacks(run.steps)},
+        **verdict(rows, partial=bool(run.audit.attacks)),
+        "audit": audit_part(run),
+        "profile": ProfilePart(about=PROFILES[run.audit.profile].about, left_out=skipped_attacks(run.steps)),
         "threat_model": threat_model(run.audit),
         "not_covered": list(NOT_COVERED),
-        "library": library_of(run),
-        "data": data_of(run),
+        "library": library_part(run),
+        "data": data_part(run),
         "versions": versions(),
-        "systems": {system.name: system_of(run, system) for system in run.systems},
-        "attacks": [attack_of(run, outcome) for outcome in run.outcomes],
-        "tickets": tickets_of(run),
-        "transfer": transfer_of(run),
+        "systems": {system.name: system_part(run, system) for system in run.systems},
+        "attacks": [attack_part(run, outcome) for outcome in run.outcomes],
+        "tickets": ticket_rows(run),
+        "transfer": transfer_part(run),
         "comparisons": comparisons(run),
-        "universal": universal_of(run),
-        "checks": list(checks),
+        "universal": universal_part(run),
+        "checks": rows,
         "per_image": per_image(run),
     }
-    timings = {"seconds": round(seconds, 2), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    timings |= {"attacks": {o.step.id: round(o.seconds, 3) for o in run.outcomes}}
-    return {**body, "digest": digest_of(body), "timings": timings}
+    timings = Timings(
+        seconds=round(seconds, 2),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        attacks={outcome.step.id: round(outcome.seconds, 3) for outcome in run.outcomes},
+    )
+    return with_digest(Report(**body, digest=ZERO_DIGEST, timings=timings))
 
 
-def digest_holds(report: Json) -> bool:
-    return digest_of({k: v for k, v in report.items() if k not in UNTOUCHED}) == report.get("digest")
+def with_digest(report: Report) -> Report:
+    return report.model_copy(update={"digest": digest_of_report(report.as_json())})
 
 
-def verdict(checks: Sequence[Json], *, partial: bool = False) -> Json:
-    """partial: only some of the profile's attacks were asked for, so that the figures are of those alone."""
-    failed = [c for c in checks if c["outcome"] == "fail"]
-    warned = [c for c in checks if c["outcome"] == "warn"]
+def verdict(checks: Sequence[Check], *, partial: bool = False) -> dict[str, Any]:
+    """partial: only chosen attacks ran, so that the figures are theirs alone."""
+    failed = [check.id for check in checks if check.outcome == "fail"]
+    warned = [check.id for check in checks if check.outcome == "warn"]
     word = "invalid" if failed else "warnings" if warned or partial else "valid"
-    return {"verdict": word, "failed": [c["id"] for c in failed], "warned": [c["id"] for c in warned]}
+    return {"verdict": word, "failed": failed, "warned": warned}
 
 
-def library_of(run: AuditRun) -> Json:
-    policy = run.library.policy
-    return {
-        "digest": run.library.digest,
-        "classes": list(run.library.classes),
-        "tickets": list(run.candidates.names[: run.candidates.tickets]),
-        "baselines": list(run.candidates.names[run.candidates.tickets : run.candidates.own]),
-        "outside": outside_of(run),
-        "states": sampling.states(policy),
-        "effective_states": round(sampling.effective_states(policy), 3),
-        "entropy_bits": round(sampling.entropy_bits(policy), 4),
-        "expected_size": round(sampling.expected_size(policy), 6),
-    }
+def audit_part(run: AuditRun) -> AuditPart:
+    return AuditPart(**{**asdict(run.audit), "images": len(run.data), "headline": run.audit.headline})
 
 
-def outside_of(run: AuditRun) -> Json | None:
-    """The attacker's own library, if there was one."""
-    if run.outside is None:
-        return None
-    return {"digest": run.outside.digest, "members": list(run.candidates.names[run.candidates.own :])}
+def library_part(run: AuditRun) -> LibraryPart:
+    policy, names = run.library.policy, list(run.candidates.names)
+    tickets, own = run.candidates.tickets, run.candidates.own
+    outside = None if run.outside is None else OutsideLibrary(digest=run.outside.digest, members=names[own:])
+    return LibraryPart(
+        digest=run.library.digest,
+        classes=list(run.library.classes),
+        tickets=names[:tickets],
+        baselines=names[tickets:own],
+        outside=outside,
+        states=sampling.states(policy),
+        effective_states=round(sampling.effective_states(policy), 3),
+        entropy_bits=round(sampling.entropy_bits(policy), 4),
+        expected_size=round(sampling.expected_size(policy), DIGITS),
+    )
 
 
-def data_of(run: AuditRun) -> Json:
-    return {
-        "name": run.data.name,
-        "origin": run.data.origin,
-        "held_out": run.data.held_out,
-        "images": len(run.data),
-        "digest": run.data.digest,
-        "ids_digest": digest_of(list(run.data.ids)),
-        "ids": list(run.data.ids),
-    }
+def data_part(run: AuditRun) -> DataPart:
+    return DataPart(
+        name=run.data.name,
+        origin=run.data.origin,
+        held_out=run.data.held_out,
+        images=len(run.data),
+        digest=run.data.digest,
+        ids_digest=digest_of(list(run.data.ids)),
+        ids=list(run.data.ids),
+    )
 
 
-def versions() -> Json:
-    found = {"python": platform.python_version(), "commit": code_commit()}
+def versions() -> dict[str, str]:
+    installed = {"python": platform.python_version(), "commit": code_commit()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 # Parts
 
 
-def system_of(run: AuditRun, system: Defense) -> Json:
+def system_part(run: AuditRun, system: Defense) -> System:
     curve, images = [], covered(run)
     for epsilon in epsilons(run):
-        found = run.robust(system, epsilon, images)
-        curve.append({"epsilon": epsilon, **interval(bootstrap(found.right.numpy())), "images": images})
-    return {
-        "about": system.about,
-        "members": [run.candidates.names[index] for index in system.used],
-        "scored_on": scored_on(run, system),
-        "clean": figures(run.reported(system, len(run.data), clean=True)),
-        "robust": figures(run.reported(system, len(run.data))),
-        "shared": figures(run.reported(system, len(run.data), shared=True)),
-        "curve": curve,
-    }
+        point = mean(run.robust(system, epsilon, images).right.numpy())
+        curve.append(CurvePoint(epsilon=epsilon, value=point.value, low=point.low, high=point.high, images=images))
+    return System(
+        about=system.about,
+        members=[run.candidates.names[index] for index in system.used],
+        scored_on=scored_on(run, system),
+        clean=figures(run.reported(system, len(run.data), clean=True)),
+        robust=figures(run.reported(system, len(run.data))),
+        shared=figures(run.reported(system, len(run.data), shared=True)),
+        curve=curve,
+    )
 
 
 def scored_on(run: AuditRun, system: Defense) -> str:
@@ -171,27 +206,26 @@ def covered(run: AuditRun) -> int:
     return min(counts, default=len(run.data))
 
 
-def attack_of(run: AuditRun, outcome: Outcome) -> Json:
+def attack_part(run: AuditRun, outcome: Outcome) -> Attack:
     step = outcome.step
     own = run.system(step.system)
-    labels = run.data.labels[: step.images]
-    found = run.scores(own, outcome)
-    broken = (found.right < 0.5) & (run.clean(own).right[: step.images] >= 0.5)
-    return {
-        "id": step.id,
+    right = run.scores(own, outcome).right
+    broken = (right < 0.5) & (run.clean(own).right[: step.images] >= 0.5)
+    return Attack(
+        id=step.id,
         **step.as_dict(),
-        "expected": interval(bootstrap(found.right.numpy())),
-        "tombola": round(float(run.scores(run.systems[0], outcome).right.mean()), 6),
-        "broken": int(broken.sum()),
-        "broken_by_no_other": alone(run, outcome, broken),
-        "images_seen": len(labels),
-        "image_steps": outcome.passes,
-        "trace": outcome.trace,
+        expected=mean(right.numpy()),
+        tombola=round(float(run.scores(run.systems[0], outcome).right.mean()), DIGITS),
+        broken=int(broken.sum()),
+        broken_by_no_other=count_broken_by_no_other(run, outcome, broken),
+        images_seen=step.images,
+        image_steps=outcome.passes,
+        trace=outcome.trace,
         **outcome.extra,
-    }
+    )
 
 
-def alone(run: AuditRun, outcome: Outcome, broken: Tensor) -> int:
+def count_broken_by_no_other(run: AuditRun, outcome: Outcome, broken: Tensor) -> int:
     """Images whose majority only this attack, of those on the same system within its epsilon, turns."""
     own = run.system(outcome.step.system)
     left = broken.clone()
@@ -208,24 +242,25 @@ def singles(run: AuditRun, attack: str) -> dict[str, Outcome]:
     return {o.step.system.split(" ", 1)[1]: o for o in run.outcomes if o.step.name == attack}
 
 
-def tickets_of(run: AuditRun) -> list[Json]:
-    """Table 1: each ticket and baseline alone."""
+def ticket_rows(run: AuditRun) -> list[Ticket]:
+    """Each ticket and baseline alone."""
     rows = []
     attacked = {name: singles(run, name) for name in ("fgsm", "pgd-20")}
     for index, name in enumerate(run.candidates.names):
         own = baselines.single(run.candidates, index)
-        row: Json = {"name": name, "structure": run.candidates.structures[index], "role": own.name.split(" ")[0]}
-        row["clean"] = interval(bootstrap(run.clean(own).right.numpy()))
-        for attack, outcomes in attacked.items():
-            if name in outcomes:
-                row[attack] = interval(bootstrap(run.scores(own, outcomes[name]).right.numpy()))
-        rows.append(row)
+        robust = {
+            attack: mean(run.scores(own, outcomes[name]).right.numpy())
+            for attack, outcomes in attacked.items()
+            if name in outcomes
+        }
+        role, structure = own.name.split(" ")[0], run.candidates.structures[index]
+        clean = mean(run.clean(own).right.numpy())
+        rows.append(Ticket(name=name, structure=structure, role=role, clean=clean, **robust))
     return rows
 
 
-def transfer_of(run: AuditRun) -> Json | None:
-    """Fig. 1: row = the member attacked, column = the one that answers; means over blocks of structures. Of the members
-    that the audit attacked one by one."""
+def transfer_part(run: AuditRun) -> Transfer | None:
+    """The matrix over the members that were attacked one by one, and its means over pairs of structures."""
     outcomes = singles(run, "pgd-20") or singles(run, "fgsm")
     chosen = [index for index, name in enumerate(run.candidates.names) if name in outcomes]
     if not any(index < run.candidates.tickets for index in chosen):
@@ -235,13 +270,13 @@ def transfer_of(run: AuditRun) -> Json | None:
     for name in names:
         outcome = outcomes[name]
         right = outcome.logits[chosen].argmax(dim=2) == run.data.labels[: outcome.step.images]
-        rows.append([round(value, 6) for value in right.double().mean(dim=1).tolist()])
+        rows.append([round(value, DIGITS) for value in right.double().mean(dim=1).tolist()])
     attack = next(iter(outcomes.values())).step.name
     structures = [run.candidates.structures[index] for index in chosen if index < run.candidates.tickets]
-    return {"attack": attack, "names": names, "accuracy": rows, **blocks(structures, torch.tensor(rows))}
+    return Transfer(attack=attack, names=names, accuracy=rows, **blocks(structures, torch.tensor(rows)))
 
 
-def blocks(structures: Sequence[str], matrix: Tensor) -> Json:
+def blocks(structures: Sequence[str], matrix: Tensor) -> dict[str, Any]:
     """Means over the tickets, which come first, without the diagonal, where the attacker holds the ticket that answers.
 
     structures: the tickets'.
@@ -266,30 +301,22 @@ def blocks(structures: Sequence[str], matrix: Tensor) -> Json:
     return {"blocks": means, "diagonal": diagonal, "off_diagonal": outside, "naive_random_against_random": naive}
 
 
-def comparisons(run: AuditRun) -> list[Json]:
-    """Ours less each other system, on the same images under the same attacks, paired; words only where the interval
-    allows them."""
+def comparisons(run: AuditRun) -> list[Comparison]:
+    """Ours less each other system: same images, same attacks, paired. Words only where the interval allows them."""
     count = len(run.data)
     ours, *others = run.systems
     own = run.reported(ours, count, shared=True).right.numpy()
     own_clean = run.reported(ours, count, clean=True).right.numpy()
     rows = []
     for other in others:
-        theirs = run.reported(other, count, shared=True).right.numpy()
-        robust = paired_difference(own, theirs)
+        robust = paired_difference(own, run.reported(other, count, shared=True).right.numpy())
         clean = paired_difference(own_clean, run.clean(other).right.numpy())
-        rows.append(
-            {
-                "against": other.name,
-                "robust": interval(robust),
-                "clean": interval(clean),
-                "words": words(robust, randomness=other.name in (baselines.MEAN, baselines.COST)),
-            }
-        )
+        sentence = words(robust, randomness=other.name in (baselines.MEAN, baselines.COST))
+        rows.append(Comparison(against=other.name, robust=interval(robust), clean=interval(clean), words=sentence))
     return rows
 
 
-def words(difference: Interval, *, randomness: bool) -> str:
+def words(difference: stats.Interval, *, randomness: bool) -> str:
     what = "randomisation" if randomness else "the served law"
     if difference.low > 0:
         return f"{what} helps"
@@ -298,61 +325,91 @@ def words(difference: Interval, *, randomness: bool) -> str:
     return "no difference shown: the interval holds 0"
 
 
-def universal_of(run: AuditRun) -> Json | None:
-    """One perturbation for all images: each system on the half of the images that none was made from, under the one
-    made against it (if one was), and under the worst of all that were made."""
-    found = {o.step.system: o for o in run.outcomes if o.step.name == "universal"}
-    if not found:
+def universal_part(run: AuditRun) -> Universal | None:
+    """One perturbation for all images, on the half of the images that none was made from.
+
+    Each system under the one made against it, if there is one, and under the worst of all.
+    """
+    outcomes = {outcome.step.system: outcome for outcome in run.outcomes if outcome.step.name == "universal"}
+    if not outcomes:
         return None
-    images = min(o.step.images for o in found.values())
+    images = min(outcome.step.images for outcome in outcomes.values())
     unseen = torch.arange(max(1, images // 2), images)
     rows = {}
     for system in run.systems:
-        after = {name: run.scores(system, o).pick(unseen).right for name, o in found.items()}
+        after = {name: run.scores(system, outcome).pick(unseen).right for name, outcome in outcomes.items()}
         lowest = min(after.values(), key=lambda right: float(right.mean()))
-        rows[system.name] = {
-            "clean": interval(bootstrap(run.clean(system).pick(unseen).right.numpy())),
-            "own": interval(bootstrap(after[system.name].numpy())) if system.name in after else None,
-            "worst": interval(bootstrap(lowest.numpy())),
-        }
-    return {"made_against": list(found), "images": len(unseen), "systems": rows}
+        rows[system.name] = UniversalSystem(
+            clean=mean(run.clean(system).pick(unseen).right.numpy()),
+            own=mean(after[system.name].numpy()) if system.name in after else None,
+            worst=mean(lowest.numpy()),
+        )
+    return Universal(made_against=list(outcomes), images=len(unseen), systems=rows)
 
 
-def per_image(run: AuditRun) -> Json:
+def per_image(run: AuditRun) -> dict[str, PerImage]:
     """p_i of every system, clean and at the headline: what two reports are compared by."""
 
-    def row(found: Scores) -> list[float]:
-        return [round(p, 6) for p in found.right.tolist()]
+    def row(scores: Scores) -> list[float]:
+        return [round(p, DIGITS) for p in scores.right.tolist()]
 
     count = len(run.data)
     return {
-        system.name: {
-            "clean": row(run.reported(system, count, clean=True)),
-            "robust": row(run.reported(system, count)),
-        }
+        system.name: PerImage(
+            clean=row(run.reported(system, count, clean=True)), robust=row(run.reported(system, count))
+        )
         for system in run.systems
     }
 
 
-def compare(first: Json, second: Json) -> Json:
-    """What changed from one report to another, with paired intervals where the images are the same."""
-    changed = {
-        field: [first[field]["digest"], second[field]["digest"]]
-        for field in ("library", "data")
-        if first[field]["digest"] != second[field]["digest"]
+# Two reports
+
+
+class Change(Part):
+    """A system's change from one report to another. None where the images are not the same."""
+
+    clean: Interval | None
+    robust: Interval | None
+
+
+class Changes(Part):
+    """What changed from one report to another."""
+
+    paired: bool = Field(description="whether both are on the same images")
+    changed: dict[str, tuple[JsonValue, JsonValue]]
+    verdicts: tuple[Verdict, Verdict]
+    systems: dict[str, Change]
+
+
+def compare(first: Report, second: Report) -> Changes:
+    """What changed, with paired intervals where the images are the same."""
+    changed: dict[str, tuple[JsonValue, JsonValue]] = {
+        f"{part}.digest": pair
+        for part, pair in (
+            ("library", (first.library.digest, second.library.digest)),
+            ("data", (first.data.digest, second.data.digest)),
+        )
+        if pair[0] != pair[1]
     }
-    changed |= {
-        f"audit.{name}": [first["audit"][name], second["audit"].get(name)]
-        for name in first["audit"]
-        if first["audit"][name] != second["audit"].get(name)
-    }
-    same = first["data"]["ids_digest"] == second["data"]["ids_digest"]
-    rows = {}
-    for name in first["per_image"]:
-        if name in second["per_image"]:
-            one, other = first["per_image"][name], second["per_image"][name]
-            rows[name] = {
-                kind: interval(paired_difference(other[kind], one[kind])) if same else None
-                for kind in ("clean", "robust")
-            }
-    return {"paired": same, "changed": changed, "verdicts": [first["verdict"], second["verdict"]], "systems": rows}
+    before, after = first.audit.model_dump(mode="json"), second.audit.model_dump(mode="json")
+    changed |= {f"audit.{name}": (before[name], after.get(name)) for name in before if before[name] != after.get(name)}
+    paired = first.data.ids_digest == second.data.ids_digest
+    return Changes(
+        paired=paired,
+        changed=changed,
+        verdicts=(first.verdict, second.verdict),
+        systems={
+            name: change(first.per_image[name], second.per_image[name], paired=paired)
+            for name in first.per_image
+            if name in second.per_image
+        },
+    )
+
+
+def change(before: PerImage, after: PerImage, *, paired: bool) -> Change:
+    if not paired:
+        return Change(clean=None, robust=None)
+    return Change(
+        clean=interval(paired_difference(after.clean, before.clean)),
+        robust=interval(paired_difference(after.robust, before.robust)),
+    )

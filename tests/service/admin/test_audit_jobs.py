@@ -20,12 +20,15 @@ from fastapi import FastAPI
 
 from model_store.library import Library, write_library
 from service import errors
-from service.admin import audit_jobs as jobs_module
+from service.admin import audit_process
 from service.admin.audit_api import router
 from service.admin.audit_jobs import AuditQueue
-from service.admin.audit_worker import work
+from service.admin.audit_process import LEAST_SHARE, SMOOTHING, CpuShare
+from service.admin.audit_store import Job
+from service.admin.audit_worker import run as run_job
 from service.audit.command import INVALID
 from service.audit.errors import AuditConflict
+from service.audit.events import StepEvent
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.auth import AdminAuthMiddleware
@@ -35,6 +38,7 @@ from tests.support.tickets import items, make_ticket
 from tombola.cli import main
 
 Json = dict[str, Any]
+PUBLISHED = Path("service/audit/results/report.json")
 TOKEN = "a-token-for-the-tests-alone"
 SMOKE: Json = {"profile": "smoke", "images": 2, "attacks": ["paper-eot"], "epsilons": [8]}
 PATIENCE_S = 120.0
@@ -58,13 +62,13 @@ class Plane:
         errors.install(self.app)
 
     def ask(self, method: str, path: str, token: str | None = TOKEN, **body: Any) -> httpx.Response:
-        async def asked() -> httpx.Response:
+        async def send() -> httpx.Response:
             headers = {"authorization": f"Bearer {token}"} if token else {}
             transport = httpx.ASGITransport(app=self.app)
             async with httpx.AsyncClient(transport=transport, base_url="http://admin", headers=headers) as client:
                 return await client.request(method, path, **body)
 
-        return asyncio.run(asked())
+        return asyncio.run(send())
 
     def submit(self, **fields: Any) -> str:
         answer = self.ask("POST", "/admin/audits", json={**SMOKE, **fields})
@@ -77,16 +81,15 @@ class Plane:
 
     def finished(self, value: float, *, verdict: str = "valid", digest: str | None = None, **fields: Any) -> None:
         """A finished audit on disk, whose every attack left value."""
-        job = self.jobs.get(self.submit(**fields))
-        point = {"value": value, "epsilon": 8.0}
-        report = {
-            "verdict": verdict,
-            "audit": {"profile": "smoke", "norm": "linf", "attacks": [], **fields},
-            "systems": {"tombola": {"curve": [point]}},
-            "attacks": [{"system": "tombola", "name": "eot-risk", "epsilon": 8.0, "expected": point}],
-        }
-        (self.jobs.folder / job["id"] / "report.json").write_text(json.dumps(report))
-        self.jobs.save({**job, "state": "done", "digest": digest or job["digest"]})
+        job = self.jobs.store.get(self.submit(**fields))
+        point = {"value": value, "low": value, "high": value, "epsilon": 8.0, "images": 128}
+        report = json.loads(PUBLISHED.read_text("utf-8"))
+        report |= {"verdict": verdict, "audit": {**report["audit"], "profile": "smoke", **fields}}
+        report["systems"]["tombola"]["curve"] = [point]
+        report["attacks"] = [{**report["attacks"][-1], "system": "tombola", "name": "eot-risk", "epsilon": 8.0}]
+        report["attacks"][0]["expected"] = point
+        (self.jobs.store.folder / job.id / "report.json").write_text(json.dumps(report))
+        self.jobs.store.save(job.model_copy(update={"state": "done", "digest": digest or job.digest}))
 
     def state(self, audit: str) -> str:
         return str(self.ask("GET", f"/admin/audits/{audit}").json()["state"])
@@ -137,13 +140,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Path], list[Pretend
         made.append(Pretend(started, folder))
         return made[-1]
 
-    monkeypatch.setattr(jobs_module, "spawn", spawn)
+    monkeypatch.setattr(audit_process, "spawn", spawn)
     return started, made
 
 
 def test_an_audit_from_request_to_report(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real process, at another priority; its events, its report in both forms, its figures as gauges."""
-    monkeypatch.setattr(jobs_module, "NICENESS", 1)  # not 19: on a busy machine that may wait for ever
+    monkeypatch.setattr(audit_process, "NICENESS", 1)  # not 19: on a busy machine that may wait for ever
     plane.jobs.start()
     answer = plane.ask("POST", "/admin/audits", json=SMOKE)
     assert answer.status_code == 202
@@ -176,7 +179,7 @@ def test_an_audit_from_request_to_report(plane: Plane, monkeypatch: pytest.Monke
 def test_the_command_asks_a_running_service_shows_how_it_goes_and_keeps_the_report(
     plane: Plane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jobs_module, "NICENESS", 1)
+    monkeypatch.setattr(audit_process, "NICENESS", 1)
     plane.jobs.start()
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     words = ["--profile", "smoke", "--images", "2", "--attacks", "paper-eot", "--epsilons", "8"]
@@ -206,9 +209,56 @@ def test_only_whole_valid_audits_of_the_served_library_say_what_all_attacks_left
     assert plane.figure("eot-risk") == 0.6  # the last that ran it
     assert plane.figure("all", norm="l2") == 0.9
     plane.finished(0.99, verdict="invalid")
-    plane.jobs.published = ""
+    plane.jobs.gauges.invalidate()
     plane.jobs.refresh()
     assert plane.figure("all") is None
+
+
+def test_a_finished_audit_shows_its_figures_in_the_list_and_in_other_formats(plane: Plane) -> None:
+    plane.finished(0.31)
+    (job,) = plane.jobs.store.all()
+    plane.jobs.store.save(job.model_copy(update={"result": plane.jobs.result(job.id)}))
+    (row,) = plane.ask("GET", "/admin/audits").json()["audits"]
+    published = json.loads(PUBLISHED.read_text("utf-8"))["systems"]["tombola"]["robust"]
+    assert row["result"]["verdict"] == "valid"
+    assert row["result"]["measurement"]
+    assert row["result"]["robust"] == published["expected"]
+    assert row["result"]["ten_tries"] == published["tries"]["k10"]
+    assert row["digest"] == job.digest
+    for name, kind, begins in (
+        ("junit", "application/xml", "<?xml"),
+        ("sarif", "application/sarif+json", "{"),
+        ("md", "text/markdown; charset=utf-8", "### Audit"),
+        ("card", "text/markdown; charset=utf-8", "---"),
+        ("json", "application/json", "{"),
+    ):
+        answer = plane.ask("GET", f"/admin/audits/{job.id}/report?format={name}")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
+        assert answer.text.startswith(begins)
+    answer = plane.ask("GET", f"/admin/audits/{job.id}/report?format=pdf")
+    assert answer.status_code == 400
+    assert "expected one of json, junit" in answer.json()["error"]
+
+
+def test_an_estimate_counts_the_cores_that_others_leave(library: Library, tmp_path: Path) -> None:
+    """Ten seconds in which a quarter of two cores was idle: an audit takes four times as long as alone."""
+    stat = tmp_path / "stat"
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat.write_text("cpu  0 0 0 0 0 0 0 0 0 0\n")
+    share = CpuShare(2, stat)
+    share.last = (time.monotonic() - 10, 0.0)
+    stat.write_text(f"cpu  {15 * ticks} {1 * ticks} 0 {3 * ticks} {1 * ticks} 0 0 0 0 0\n")
+    expected = 1 + SMOOTHING * (5 / 20 - 1)  # one reading moves the estimate by so much
+    assert share.update() == pytest.approx(expected, abs=0.01)
+    share.share = 0.0
+    assert share.update() == LEAST_SHARE
+    assert CpuShare(2, tmp_path / "nowhere").update() == 1
+    plane = Plane(library, tmp_path / "state")
+    plane.jobs.estimator.cpu = CpuShare(2, tmp_path / "nowhere")
+    plane.jobs.estimator.cpu.share = 0.25
+    cost = plane.ask("POST", "/admin/audits", json=SMOKE).json()["cost"]
+    assert cost["cpu_share"] == 0.25
+    assert cost["seconds_now"] == pytest.approx(4 * cost["seconds"], abs=2)
 
 
 def test_another_library_has_other_figures(plane: Plane, library: Library, tmp_path: Path) -> None:
@@ -227,7 +277,7 @@ def test_another_library_has_other_figures(plane: Plane, library: Library, tmp_p
 
 def test_a_report_that_cannot_be_read_ends_nothing(plane: Plane) -> None:
     plane.finished(0.31)
-    next(plane.jobs.folder.glob("*/report.json")).write_text("{")
+    next(plane.jobs.store.folder.glob("*/report.json")).write_text("{")
     plane.jobs.start()
     audit = plane.submit()
     assert plane.ask("DELETE", f"/admin/audits/{audit}").status_code == 200
@@ -258,17 +308,17 @@ def test_a_failing_audit_says_why(plane: Plane, pretended: Any) -> None:
 
 
 def test_the_worker_refuses_a_library_that_has_been_replaced(plane: Plane, tmp_path: Path) -> None:
-    job = plane.jobs.get(plane.submit())
+    job = plane.jobs.store.get(plane.submit())
     with pytest.raises(AuditConflict, match="asked of 000000000000"):
-        work(tmp_path, {**job, "digest": "0" * 64}, print)
+        run_job(tmp_path, job.model_copy(update={"digest": "0" * 64}), print)
 
 
 def test_an_attackers_configured_library_reaches_the_worker(library: Library, tmp_path: Path) -> None:
     theirs = tiny(tmp_path / "theirs", ("resnet18",), (0.3,))
     plane = Plane(library, tmp_path / "state", audits_outside=theirs.path)
     audit = plane.ask("POST", "/admin/audits", json=SMOKE).json()["id"]
-    folder = plane.jobs.folder / audit
-    work(folder, json.loads((folder / "job.json").read_text()), lambda _: None)
+    folder = plane.jobs.store.folder / audit
+    run_job(folder, Job.model_validate_json((folder / "job.json").read_text()), lambda _: None)
     report = json.loads((folder / "report.json").read_text())
     assert report["library"]["outside"]["digest"] == theirs.digest
     assert "outside" not in plane.ask("GET", f"/admin/audits/{audit}").json()
@@ -286,7 +336,7 @@ def test_an_attackers_library_that_does_not_fit_is_refused_before_anything_waits
     answer = Plane(library, tmp_path / "state", audits_outside=others.path).ask("POST", "/admin/audits", json=SMOKE)
     assert answer.status_code == 400
     assert "outside library of 2 other classes" in answer.json()["error"]
-    assert missing.jobs.all() == []
+    assert missing.jobs.store.all() == []
 
 
 def test_one_at_a_time_and_a_bounded_queue(library: Library, tmp_path: Path, pretended: Any) -> None:
@@ -306,7 +356,7 @@ def test_one_at_a_time_and_a_bounded_queue(library: Library, tmp_path: Path, pre
     made[0].complete()
     until(lambda: plane.state(second) == "running", "the second to run")
     assert plane.state(first) == "failed"
-    assert "ended with code 1" in plane.jobs.get(first)["why"]
+    assert "ended with code 1" in plane.jobs.store.get(first).why
     plane.jobs.stop()
     assert len(started) == 2
 
@@ -331,13 +381,13 @@ def test_a_restart_resumes_what_was_running_and_gives_up_after_three(
     first.jobs.start()
     audit = first.submit()
     for attempt in (1, 2, 3):
-        here = first if attempt == 1 else Plane(library, tmp_path / "state")
+        server = first if attempt == 1 else Plane(library, tmp_path / "state")
         if attempt > 1:
-            here.jobs.start()
-        until(lambda plane=here: plane.state(audit) == "running", "it to run")  # type: ignore[misc]
-        assert here.jobs.get(audit)["attempts"] == attempt
-        here.jobs.stop()
-        assert here.state(audit) == "interrupted"
+            server.jobs.start()
+        until(lambda plane=server: plane.state(audit) == "running", "it to run")  # type: ignore[misc]
+        assert server.jobs.store.get(audit).attempts == attempt
+        server.jobs.stop()
+        assert server.state(audit) == "interrupted"
     last = Plane(library, tmp_path / "state")
     last.jobs.start()
     assert last.state(audit) == "interrupted"
@@ -349,11 +399,13 @@ def test_a_service_that_was_killed_left_its_audit_running(library: Library, tmp_
     """kill -9 leaves "running" on disk and half a line of events; the next service takes it up."""
     plane = Plane(library, tmp_path / "state")
     audit = plane.submit()
-    plane.jobs.save({**plane.jobs.get(audit), "state": "running", "attempts": 1})
-    (plane.jobs.folder / audit / "events.jsonl").write_text('{"event": "step", "share": 0.5}\n{"event": "st')
+    plane.jobs.store.save(plane.jobs.store.get(audit).model_copy(update={"state": "running", "attempts": 1}))
+    half = {"event": "step", "id": "fgsm", "attack": "fgsm", "system": "tombola", "epsilon": 8, "images": 2}
+    half |= {"accuracy": 0.5, "share": 0.5, "seconds_left": 1}
+    (plane.jobs.store.folder / audit / "events.jsonl").write_text(json.dumps(half) + '\n{"event": "st')
     plane.jobs.start()
-    until(lambda: plane.state(audit) == "running" and plane.jobs.get(audit)["attempts"] == 2, "it to run again")
-    assert [event["share"] for event in plane.jobs.events(audit)] == [0.5]
+    until(lambda: plane.state(audit) == "running" and plane.jobs.store.get(audit).attempts == 2, "it to run again")
+    assert [event.share for event in plane.jobs.store.events(audit) if isinstance(event, StepEvent)] == [0.5]
     plane.jobs.stop()
 
 
@@ -372,7 +424,7 @@ def test_bad_requests_get_a_clear_error(plane: Plane, name: str) -> None:
     answer = plane.ask("POST", "/admin/audits", json=body)
     assert answer.status_code == status
     assert text in answer.json()["error"]
-    assert plane.jobs.all() == []
+    assert plane.jobs.store.all() == []
 
 
 def test_what_is_beyond_the_limit_on_cost_never_starts(library: Library, tmp_path: Path) -> None:
@@ -422,7 +474,7 @@ def test_an_uploaded_set_can_be_audited_with(plane: Plane) -> None:
     listed = plane.ask("GET", "/admin/datasets").json()["datasets"]
     assert {row["name"] for row in listed} == {"mine.npz", "generated"}
     audit = plane.submit(data="mine.npz")
-    assert plane.jobs.get(audit)["data"].endswith("/mine.npz")
+    assert str(plane.jobs.store.get(audit).data).endswith("/mine.npz")
 
 
 def test_a_configured_folder_is_listed(library: Library, tmp_path: Path) -> None:
@@ -488,7 +540,7 @@ def test_uploads_are_bounded(library: Library, tmp_path: Path) -> None:
 
 def test_requests_hold_nothing_that_json_cannot(plane: Plane) -> None:
     audit = plane.submit(seed=5)
-    assert json.loads(json.dumps(plane.jobs.get(audit)))["request"]["seed"] == 5
+    assert json.loads(plane.jobs.store.get(audit).model_dump_json())["request"]["seed"] == 5
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,7 +551,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(plane: Plane, monkeypatch: pytes
     refused = plane.ask("POST", "/admin/audits", json=SMOKE)
     assert refused.status_code == 507
     assert refused.json()["error"].endswith("job.json: No space left on device")
-    assert list(plane.jobs.folder.iterdir()) == []
+    assert list(plane.jobs.store.folder.iterdir()) == []
     stream = io.BytesIO()
     np.savez(stream, images=np.zeros((1, 32, 32, 3), np.uint8), labels=np.zeros(1, np.int64))
     refused = plane.ask("PUT", "/admin/datasets/digits.npz", content=stream.getvalue())

@@ -1,7 +1,9 @@
 """Whole audits: what repeats, what resumes, what is refused, and which defences the checks see through."""
 
 import json
+import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from model_store.library import write_library
-from service.audit import baselines
+from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.checks import attacks, base, model, run
 from service.audit.checks.base import CheckContext, CheckResult
@@ -19,12 +21,16 @@ from service.audit.command import BELOW, INVALID, conclude
 from service.audit.config import Audit, Step
 from service.audit.errors import AuditRejected, DataRejected
 from service.audit.evaluation.members import candidates_of
+from service.audit.events import Event
 from service.audit.plan import attacks_of, images_of, plan
 from service.audit.profiles import PROFILES, SHARED
+from service.audit.report import html_report
 from service.audit.report.markdown_report import MARKS
-from service.audit.report.summary import compare, digest_holds, words
+from service.audit.report.model import Check, Interval, Report, digest_holds
+from service.audit.report.plots import Example, all_figures
+from service.audit.report.summary import compare, verdict, words
+from service.audit.report.verdicts import headline
 from service.audit.run import load_images, run_audit
-from service.audit.stats import Interval
 from tests.support.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
 from tests.support.serving import some_rows
 from tests.support.tickets import items, make_ticket
@@ -64,7 +70,7 @@ def library(folder: Path) -> Any:
 def report(folder: Path, library: Any) -> Json:
     """A smoke audit of four random tickets on images that they label themselves."""
     torch.set_num_threads(1)
-    return run_audit(folder / "first", SMALL, library, load_images(SMALL, library, None))
+    return run_audit(folder / "first", SMALL, library, load_images(SMALL, library, None)).as_json()
 
 
 def without_timings(report: Json) -> Json:
@@ -112,7 +118,7 @@ def test_another_attackers_seed_leaves_the_defender_alone(report: Json, library:
 
 def test_a_finished_attack_is_never_run_again(report: Json, folder: Path, library: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(AuditRun, "run", lambda *_: pytest.fail("an attack ran again"))
-    assert run_audit(folder / "first", SMALL, library, load_images(SMALL, library, None))["digest"] == report["digest"]
+    assert run_audit(folder / "first", SMALL, library, load_images(SMALL, library, None)).digest == report["digest"]
 
 
 def test_an_interrupted_audit_goes_on_where_it_was(
@@ -120,11 +126,11 @@ def test_an_interrupted_audit_goes_on_where_it_was(
 ) -> None:
     """In another folder, cut off after five attacks: the rest alone is run, and the report is the same to the digest,
     as with equal seeds it must be."""
-    told: list[Json] = []
+    events: list[Event] = []
 
-    def cut(event: Json) -> None:
-        told.append(event)
-        if sum(e["event"] == "step" for e in told) == 5:
+    def cut(event: Event) -> None:
+        events.append(event)
+        if sum(e.event == "step" for e in events) == 5:
             raise KeyboardInterrupt
 
     data = load_images(SMALL, library, None)
@@ -138,7 +144,7 @@ def test_an_interrupted_audit_goes_on_where_it_was(
         return plain(run, step)
 
     monkeypatch.setattr(AuditRun, "run", counted)
-    found = run_audit(folder / "cut", SMALL, library, data)
+    found = run_audit(folder / "cut", SMALL, library, data).as_json()
     assert found["digest"] == report["digest"]
     assert without_timings(found) == without_timings(report)
     repeated = 1  # check 32 runs one attack again to compare
@@ -146,42 +152,63 @@ def test_an_interrupted_audit_goes_on_where_it_was(
 
 
 def test_the_page_needs_nothing_but_itself(report: Json, folder: Path) -> None:
-    page = (folder / "first/report.html").read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>")
-    assert "<script" not in page
-    assert 'src="http' not in page
-    assert "@import" not in page
-    assert page.count('<img src="data:image/png') == 3 * 4
+    audited = (folder / "first/report.html").read_text(encoding="utf-8")
+    measured = Report.model_validate(labelled_by_others(report))
+    for page in (audited, html_report.render(measured, all_figures(measured), [])):
+        assert page.startswith("<!doctype html>")
+        assert "<script" not in page
+        assert 'src="http' not in page
+        assert "@import" not in page
+        for row in report["checks"]:
+            assert escape(row["name"]) in page
+    assert audited.count('<img src="data:image/png') == 3 * 4
     assert page.count("<svg") >= 3
     assert "upper bound" in page
-    for row in report["checks"]:
-        assert row["name"] in page
+
+
+def labelled_by_others(report: Json) -> Json:
+    """The same report, as if its images had been somebody's."""
+    return {**report, "data": {**report["data"], "name": "digits"}}
+
+
+def test_images_that_the_ensemble_labels_itself_give_no_figures(report: Json, folder: Path) -> None:
+    page = (folder / "first/report.html").read_text(encoding="utf-8")
+    assert "Not a measurement" in page
+    assert "<svg" not in page
+    assert not re.search(r"\d\.\d %", page.partition("<main>")[0])  # no accuracy above the checks
+    assert headline(Report.model_validate(report)).startswith("not a measurement")
+    assert headline(Report.model_validate(labelled_by_others(report))).startswith("Accuracy under the attacks run")
 
 
 def test_names_from_a_library_cannot_break_the_page(report: Json) -> None:
-    from service.audit.report.html_report import page
-
-    evil = json.loads(json.dumps(report).replace("generated smooth colours", "<script>alert(1)</script>"))
-    assert "<script>" not in page(evil, {}, [{"label": "<b>", "clean": 1, "attacked": 0, "pictures": []}])
+    text = json.dumps(labelled_by_others(report)).replace("generated smooth colours", "<script>alert(1)</script>")
+    evil = Report.model_validate_json(text.replace("resnet18-20", "<b onclick=x>"))
+    page = html_report.render(evil, {}, [Example("<i>", 1, 0, ('a"onerror=x', "", ""))])
+    for markup in ("<script>", "<b onclick", "<i>", '"onerror'):
+        assert markup not in page
+    assert "&lt;script&gt;" in page
 
 
 def test_two_reports_compare(report: Json) -> None:
-    same = compare(report, report)
-    assert same["paired"]
-    assert not same["changed"]
-    assert same["systems"]["tombola"]["robust"] == {"value": 0, "low": 0, "high": 0}
+    first = Report.model_validate(report)
+    same = compare(first, first)
+    assert same.paired
+    assert not same.changed
+    assert same.systems["tombola"].robust == Interval(value=0, low=0, high=0)
     worse = json.loads(json.dumps(report))
     worse["per_image"]["tombola"]["clean"] = [0.0] * 4
-    assert compare(report, worse)["systems"]["tombola"]["clean"]["value"] < 0
+    change = compare(first, Report.model_validate(worse)).systems["tombola"].clean
+    assert change is not None
+    assert change.value < 0
     other = json.loads(json.dumps(report))
     other["data"]["ids_digest"] = "0" * 64
-    assert compare(report, other)["systems"]["tombola"]["robust"] is None
+    assert compare(first, Report.model_validate(other)).systems["tombola"].robust is None
 
 
 def test_words_are_said_only_where_the_interval_says_them() -> None:
-    assert words(Interval(0.1, 0.01, 0.2), randomness=True) == "randomisation helps"
-    assert words(Interval(-0.1, -0.2, -0.01), randomness=True).startswith("randomisation does not help")
-    assert words(Interval(0.1, -0.01, 0.2), randomness=True).startswith("no difference shown")
+    assert words(stats.Interval(0.1, 0.01, 0.2), randomness=True) == "randomisation helps"
+    assert words(stats.Interval(-0.1, -0.2, -0.01), randomness=True).startswith("randomisation does not help")
+    assert words(stats.Interval(0.1, -0.01, 0.2), randomness=True).startswith("no difference shown")
 
 
 # The command
@@ -195,10 +222,13 @@ def test_the_command_audits_and_gates(report: Json, folder: Path, library: Any, 
     """--out is the first audit's folder: everything is there already."""
     words = ["--profile", "smoke", "--images", "4", "--epsilons", "0", "2", "8", "--threads", "1"]
     words += ["--out", str(folder / "first"), str(library.path)]
-    assert command(*words, "--fail-under", "1.0") == BELOW
+    assert command(*words) == 0
     assert report["digest"][:12] in capsys.readouterr().out
-    assert conclude(report, None) == conclude(report, 0.0) == 0
-    assert conclude({**report, "verdict": "invalid"}, None) == INVALID
+    assert command(*words, "--fail-under", "1.0") == INVALID  # the ensemble's own labels are no measurement
+    ended = Report.model_validate(labelled_by_others(report))
+    assert conclude(ended, None) == conclude(ended, 0.0) == 0
+    assert conclude(ended, 1.0) == BELOW
+    assert conclude(ended.model_copy(update={"verdict": "invalid"}), None) == INVALID
     capsys.readouterr()
     first = str(folder / "first/report.json")
     assert command("--compare", first, first) == 0
@@ -242,6 +272,8 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
         (["--profile", "smoke", "--attacks", "square-queries"], "does not run it; it has fgsm"),
         (["--profile", "smoke", "--device", "nothing"], "device nothing: torch cannot use"),
         (["--compare", "a", "b"], "not a report of an audit"),
+        (["--profile", "smoke", "--format", "pdf"], "expected one of json, junit, sarif, md, card, html"),
+        (["--profile", "smoke", "--model", "os:getcwd"], "library and model were given"),
         (["--profile", "smoke", "--url", "http://127.0.0.1:1"], "ConnectError"),
         (["--profile", "smoke", "--url", "nowhere"], "is the admin plane there?"),
     ],
@@ -287,9 +319,9 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
 def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
     """8/255 of l2 length is a hundredth of a grey level: nothing would be attacked, and all would look robust."""
     bench = candidates_of(library)
-    for norm, headline, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
+    for norm, usual, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
         asked = Audit("standard", norm=norm)  # type: ignore[arg-type]
-        assert asked.headline == headline
+        assert asked.headline == usual
         steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
         assert max(step.epsilon for step in steps) == unbounded
         assert {step.epsilon for step in steps} >= set(asked.epsilons) - {0.0}
@@ -341,20 +373,18 @@ def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
 
 
 def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:
-    from service.audit.report.html_report import heading, headline
-    from service.audit.report.summary import verdict
-
     assert verdict([], partial=True)["verdict"] == "warnings"
-    some = {**report, "verdict": "warnings", "audit": {**report["audit"], "attacks": ["fgsm"]}}
-    assert "Only fgsm ran, as asked" in heading(some)
-    assert "(of them only fgsm)" in headline(some)
-    assert "only" not in headline(report)
+    measured = labelled_by_others(report)
+    some = {**measured, "verdict": "warnings", "audit": {**report["audit"], "attacks": ["fgsm"]}}
+    assert "Only chosen attacks ran: fgsm" in html_report.render(Report.model_validate(some), {}, [])
+    assert "(of them only fgsm)" in headline(Report.model_validate(some))
+    assert "only" not in headline(Report.model_validate(measured))
 
 
 def test_a_choice_of_tickets_makes_a_matrix_of_their_own(report: Json, library: Any, folder: Path) -> None:
     chosen = ("resnet18-50", "resnet34-20")
     asked = Audit("smoke", attacks=("fgsm",), tickets=chosen, epsilons=(8.0,), images=4)
-    some = run_audit(folder / "some", asked, library, load_images(asked, library, None))["transfer"]
+    some = run_audit(folder / "some", asked, library, load_images(asked, library, None)).as_json()["transfer"]
     whole = report["transfer"]
     places = [whole["names"].index(name) for name in chosen]
     assert some["names"] == list(chosen)
@@ -368,7 +398,7 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
     report: Json, library: Any, folder: Path
 ) -> None:
     theirs = tiny(folder / "theirs", ("resnet18",), (0.3,))
-    found = run_audit(folder / "outside", SMALL, library, load_images(SMALL, library, None), outside=theirs)
+    found = run_audit(folder / "outside", SMALL, library, load_images(SMALL, library, None), outside=theirs).as_json()
     name = f"{theirs.digest[:6]}/resnet18-30"
     assert found["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
     assert set(found["systems"]) == set(report["systems"])
@@ -503,12 +533,12 @@ def test_an_image_outside_the_ball_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_hard_failure_makes_the_audit_invalid_and_a_warning_heads_it() -> None:
-    from service.audit.report.summary import verdict
+    def row(outcome: Any) -> Check:
+        return Check(id=5, name="name", criterion="criterion", hard=True, outcome=outcome, value="value")
 
-    row: Json = {"id": 5, "hard": True}
-    assert verdict([{**row, "outcome": "pass"}])["verdict"] == "valid"
-    assert verdict([{**row, "outcome": "warn"}]) == {"verdict": "warnings", "failed": [], "warned": [5]}
-    assert verdict([{**row, "outcome": "fail"}, {**row, "outcome": "warn"}])["verdict"] == "invalid"
+    assert verdict([row("pass")])["verdict"] == "valid"
+    assert verdict([row("warn")]) == {"verdict": "warnings", "failed": [], "warned": [5]}
+    assert verdict([row("fail"), row("warn")])["verdict"] == "invalid"
 
 
 def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:

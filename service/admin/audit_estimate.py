@@ -1,0 +1,66 @@
+"""An audit's cost, known before it starts."""
+
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from model_store.errors import StoreError
+from model_store.library import Library, open_library
+from model_store.ticket import Ticket
+from service.admin.audit_process import CpuShare
+from service.admin.audit_store import Cost
+from service.audit import baselines
+from service.audit.config import Audit
+from service.audit.cost import check_giga_multiply_adds, estimated_seconds, giga_multiply_adds, multiply_adds_of
+from service.audit.errors import AuditConflict, CostRejected
+from service.audit.evaluation.members import Member, candidates_of
+from service.audit.plan import plan
+from service.settings import Settings
+
+
+class CostEstimator:
+    """Plans an audit without any network, and prices the plan."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.cpu = CpuShare(settings.audits_threads)
+
+    def cost(self, audit: Audit, library: Library) -> Cost:
+        """Raises CostRejected beyond the configured hours, AuditRejected for a plan that cannot be made."""
+        candidates = candidates_of(library, outside=self.outside, build=planning_stub)
+        compared = baselines.compared_systems(candidates, baselines.strengths(library))
+        steps, each = plan(audit, candidates, compared), multiply_adds_of(library, self.outside)
+        singles = (baselines.single(candidates, index) for index in range(len(candidates.members)))
+        by_name = {system.name: system for system in (*compared, *singles)}
+        giga = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
+        giga += check_giga_multiply_adds(audit, each)
+        seconds = estimated_seconds(giga, self.settings.audits_threads)
+        if seconds > 3600 * self.settings.audits_max_hours:
+            raise CostRejected(
+                f"about {seconds / 3600:.1f} hours ({giga:,.0f} giga-multiply-adds); at most "
+                f"{self.settings.audits_max_hours:g}. Ask for fewer images, attacks or epsilons, or another profile"
+            )
+        share = self.cpu.update()
+        return Cost(
+            attacks=len(steps),
+            giga_multiply_adds=round(giga, 1),
+            seconds=round(seconds),
+            cpu_share=round(share, 2),
+            seconds_now=round(seconds / share),
+        )
+
+    @cached_property
+    def outside(self) -> Library | None:
+        """The attacker's own library, verified once. Raises AuditConflict if it cannot be opened."""
+        if self.settings.audits_outside is None:
+            return None
+        try:
+            return open_library(self.settings.audits_outside)
+        except StoreError as error:
+            raise AuditConflict(f"the configured outside library cannot be used: {error}") from None
+
+
+def planning_stub(_ticket: Ticket, name: str, _device: torch.device) -> Member:
+    """A member without its network: enough to plan on."""
+    return Member(name, nn.Identity(), 1.0)
