@@ -246,8 +246,8 @@ class WorkerPool:
     def batch_size(self, source: BatchSource) -> int:
         """Half of the images that are queued or running, up to the setting.
 
-        If one batch took all of them, clients in a closed loop would all send again at the same moment. The engine would
-        be idle while their requests are read.
+        If one batch took all of them, clients in a closed loop would all send again at the same moment.
+        The engine would be idle while their requests are read.
         """
         return min(
             batch_limit(source.model.engine.device, self.settings), (source.queue.length + self.running + 1) // 2

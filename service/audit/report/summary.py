@@ -15,7 +15,6 @@ from torch import Tensor
 
 from model_store import policy as sampling
 from model_store.code_version import code_commit
-from service.audit import baselines
 from model_store.ticket import ZERO_DIGEST
 from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome
