@@ -65,6 +65,10 @@ class DataRejected(StoreError):
     """Labelled images that are missing, damaged, laid out otherwise, or of other classes than expected."""
 
 
+class DataUnlabelled(DataRejected):
+    """Files without a single picture in a folder that names its class."""
+
+
 def os_error_text(error: OSError) -> str:
     """The file, if the error names one, and what is the matter with it: for a command to say and to end."""
     where = f"{error.filename}: " if error.filename else ""

@@ -146,7 +146,7 @@ def open_rgb(
         raise ImageEmpty("no bytes")
     kind = sniff(data)
     if kind is None or kind not in formats:
-        raise ImageFormatUnknown(f"no picture of a kind that is read: it begins with {data[:12]!r}")
+        raise ImageFormatUnknown(f"an unsupported format: it begins with {data[:12]!r}")
     try:
         if kind == "PNG":
             return open_png(data, max_pixels)

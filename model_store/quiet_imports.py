@@ -48,12 +48,12 @@ def import_hop_skip_jump() -> tuple[Any, Any]:
     return HopSkipJump, BlackBoxClassifier
 
 
-def import_cifar10() -> Any:
-    """torchvision's CIFAR10, without the cache folder of torch's compiler, which torchvision has no use for here."""
+def import_cifar(name: str) -> Any:
+    """torchvision's CIFAR10 or CIFAR100, without the cache folder of torch's compiler, which torchvision has no use for here."""
     with scratch_folder("TORCHINDUCTOR_CACHE_DIR"):
-        from torchvision.datasets import CIFAR10
+        from torchvision import datasets
 
-    return CIFAR10
+    return getattr(datasets, name)
 
 
 @contextmanager

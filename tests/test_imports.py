@@ -42,6 +42,7 @@ LADDER: Final = (
     "images",
     "files",
     "quiet_imports",
+    "labelled_images",
     "structures",
     "ticket",
     "manifest",

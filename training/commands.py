@@ -19,7 +19,6 @@ from rich.table import Table
 from model_store.files import write_atomically
 from model_store.library import Library, open_library
 from model_store.manifest import Entry
-from model_store.quiet_imports import import_cifar10
 from model_store.structures import STRUCTURES
 from training import export
 from training.cost import GPU_SPEED, SPEEDS, THREAD_SPEED, cost

@@ -1,13 +1,12 @@
 """Labelled images from disk, split so that search, selection and test images never overlap.
 
-Three layouts are read: torchvision's CIFAR-10 (`cifar-10-batches-py`), an image folder
-(`{train,test}/<class>/<file>`), and a zip of such a folder. Decoded once, the arrays are kept in a cache.
+model_store.labelled_images reads them. Decoded once, the arrays are kept in a cache.
 """
 
 import hashlib
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,26 +17,22 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from model_store import images
-from model_store.errors import ImageRejected
+from model_store.errors import DataRejected as ReadRejected
+from model_store.errors import DataUnlabelled
 from model_store.files import replacing
-from model_store.input_spec import CIFAR10_INPUT
-from model_store.quiet_imports import import_cifar10
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.labelled_images import LAYOUTS, LOCAL, DataSet, Part, decode_part, open_data, ordered
 from training.errors import DataRejected
 
-SIZE: Final = CIFAR10_INPUT.width
 SELECTION_PER_CLASS: Final = 100
-SUFFIXES: Final = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CACHE: Final = ".images"  # in a --state folder: decoded arrays
-LAYOUTS: Final = (
-    "expected cifar-10-batches-py (torchvision), or train/<class>/* and test/<class>/* as a folder or a zip of one; "
-    "`tombola fetch` downloads CIFAR-10"
-)
+HELD_OUT_SHARE: Final = 10  # one image of so many is a test image, where the data set has no part for it
+KEY_VERSION: Final = 2  # of the cache: another decoder gives other pixels
 
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: uint8 [N, 3, 32, 32].  labels: int64 [N].  names: N file names, unique, in order."""
+    """pixels: uint8 [N, 3, H, W].  labels: int64 [N].  names: N file names, unique, in order."""
 
     pixels: Tensor
     labels: Tensor
@@ -98,95 +93,87 @@ def split_of(classes: tuple[str, ...], train: Images, test: Images, per_class: i
     return Split(classes, train.pick(torch.tensor(kept)), train.pick(torch.tensor(held)), test)
 
 
-def read_split(path: Path, cache: Path | None = None) -> Split:
-    """Reads any of the three layouts. Raises DataRejected, saying what was found and what was expected.
+def read_split(
+    path: Path, cache: Path | None = None, spec: InputSpec = CIFAR10_INPUT, *, skip_damaged: bool = False
+) -> Split:
+    """Reads any layout that model_store.labelled_images knows. What is passed over is said, once, on standard error.
 
-    cache: the folder that decoded arrays are kept in, unless TRAINING_CACHE names another; None for nowhere.
+    Args:
+      path: the data set.
+      cache: the folder that decoded arrays are kept in, unless TRAINING_CACHE names another; None for nowhere.
+      spec: the size of the pictures, and how others become it.
+      skip_damaged: whether damaged pictures are passed over and listed.
+
+    Raises:
+      DataRejected: saying what was found and what was expected.
     """
     path = Path(path)
     if not path.exists():
         raise DataRejected(f"{path}: no such file or folder; {LAYOUTS}")
-    if path.is_dir() and (path / "cifar-10-batches-py").is_dir():
-        return read_torchvision(path)
-    key = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else folder_key(path)
+    key = hashlib.sha256(repr((KEY_VERSION, spec.shape, spec.resize, spec.interpolation, skip_damaged)).encode())
+    key.update(path.read_bytes() if path.is_file() else folder_key(path).encode())
     folder = os.environ.get("TRAINING_CACHE") or cache
-    stored = Path(folder) / f"{key}.npz" if folder else None
+    stored = Path(folder) / f"{key.hexdigest()}.npz" if folder else None
     if stored and stored.exists():
         return load_arrays(stored)
-    split = read_zip(path) if path.is_file() else read_folder(path)
+    try:
+        with open_data(path, LOCAL) as data:
+            split = split_data(path, data, spec, skip_damaged=skip_damaged)
+            for line in data.notes.lines(spec):
+                print(f"{data.where}: {line}", file=sys.stderr)
+    except DataUnlabelled as error:
+        raise DataRejected(f"{path}: 0 classes under train/; {error}") from None
+    except ReadRejected as error:
+        raise DataRejected(f"{path}: {error}") from None
     if stored:
         save_arrays(stored, split)
     return split
 
 
-def read_torchvision(root: Path) -> Split:
-    """The original data set. torchvision checks each file's known MD5 before it reads it, so no unknown pickle runs."""
-    parts: list[Images] = []
-    for train in (True, False):
-        try:
-            data = import_cifar10()(str(root), train=train)
-        except RuntimeError as error:
-            raise DataRejected(f"{root}: {error}; `tombola fetch {root}` downloads it again") from None
-        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-        kind = "train" if train else "test"
-        names = tuple(f"{kind}/{data.classes[label]}/{i:05d}" for i, label in enumerate(data.targets))
-        parts.append(Images(pixels, torch.tensor(data.targets), names))
-    return split_of(tuple(data.classes), parts[0], parts[1])
-
-
-def read_folder(root: Path) -> Split:
-    files = {str(file.relative_to(root)): file for file in sorted(root.rglob("*")) if file.is_file()}
-    return read_tree(str(root), files, lambda name: files[name].read_bytes())
-
-
-def read_zip(path: Path) -> Split:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = {item.filename: item for item in archive.infolist() if not item.is_dir()}
-            return read_tree(str(path), files, lambda name: archive.read(files[name]))
-    except zipfile.BadZipFile as error:
-        raise DataRejected(f"{path}: not a readable zip ({error}); {LAYOUTS}") from None
-
-
-def read_tree(where: str, names: Iterable[str], read: Callable[[str], bytes]) -> Split:
-    """`names` are paths `[anything/]{train,test}/<class>/<file>`; other files are passed over."""
-    found: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-    for name in sorted(names):
-        parts = Path(name).parts
-        if len(parts) >= 3 and parts[-3] in found and Path(name).suffix.lower() in SUFFIXES:
-            found[parts[-3]].append((parts[-2], name))
-    classes = tuple(sorted({kind for kind, _ in found["train"]}))
-    if len(classes) < 2 or not found["test"]:
+def split_data(path: Path, data: DataSet, spec: InputSpec, *, skip_damaged: bool) -> Split:
+    train = data.parts.get("train") or data.parts.get("all")
+    test = data.parts.get("test") or data.parts.get("val")
+    classes = classes_of(data, train)
+    if train is None or len(classes) < 2:
+        found = ", ".join(sorted(data.parts))
+        raise DataRejected(f"{path}: {len(classes)} classes under train/ (parts: {found}); {LAYOUTS}")
+    everything = decode_images(data, train, classes, spec, skip_damaged=skip_damaged)
+    if test is None:
+        everything, held_out = hold_out(everything)
+        text = f"no test/ and no val/: a tenth of each class, {len(held_out)} images, is kept apart as test images"
+        print(f"{data.where}: {text}", file=sys.stderr)
+        return split_of(classes, everything, held_out)
+    if strange := sorted(set(test.labels) - set(train.labels)):
         raise DataRejected(
-            f"{where}: {len(classes)} classes under train/, {len(found['test'])} images under test/; {LAYOUTS}"
+            f"{path}: test/{strange[0]} has no counterpart under train/; expected the same classes in both"
         )
+    return split_of(classes, everything, decode_images(data, test, classes, spec, skip_damaged=skip_damaged))
+
+
+def classes_of(data: DataSet, train: Part | None) -> tuple[str, ...]:
+    if data.classes is not None and train is not None:
+        return tuple(name for name in data.classes if name in set(train.labels))
+    return ordered(data.where, train.labels) if train is not None else ()
+
+
+def decode_images(data: DataSet, part: Part, classes: Sequence[str], spec: InputSpec, *, skip_damaged: bool) -> Images:
     index = {name: label for label, name in enumerate(classes)}
-    if strange := sorted({kind for kind, _ in found["test"]} - set(classes)):
-        raise DataRejected(
-            f"{where}: test/{strange[0]} has no counterpart under train/; expected the same classes in both"
-        )
-    train, test = (decode_all(where, found[part], index, read) for part in ("train", "test"))
-    return split_of(classes, train, test)
+    pixels = np.empty((len(part), *spec.shape), np.uint8)
+    shown = track(range(len(part)), description="decoding images", transient=True, disable=len(part) < 5_000)
+    read = decode_part(data, part, shown, spec, pixels, skip_damaged=skip_damaged)
+    labels = torch.tensor([index[part.labels[place]] for place in read], dtype=torch.int64)
+    return Images(torch.from_numpy(pixels[: len(read)]), labels, tuple(part.ids[place] for place in read))
 
 
-def decode_all(
-    where: str, items: list[tuple[str, str]], index: Mapping[str, int], read: Callable[[str], bytes]
-) -> Images:
-    pixels = torch.empty(len(items), 3, SIZE, SIZE, dtype=torch.uint8)
-    shown = track(items, description="decoding images", transient=True, disable=len(items) < 5_000)
-    for i, (_, name) in enumerate(shown):
-        pixels[i] = decode(f"{where}: {name}", read(name))
-    labels = torch.tensor([index[kind] for kind, _ in items], dtype=torch.int64)
-    return Images(pixels, labels, tuple("/".join(Path(name).parts[-3:]) for _, name in items))
-
-
-def decode(where: str, data: bytes) -> Tensor:
-    """One encoded image -> uint8 [3, 32, 32]; another size is resized (bilinear, antialiased)."""
-    try:
-        image = images.decode(data, CIFAR10_INPUT, max_pixels=images.MAX_PIXELS, formats=images.DATA_FORMATS)
-    except ImageRejected as error:
-        raise DataRejected(f"{where}: not a readable image ({error})") from None
-    return torch.from_numpy(image.pixels)
+def hold_out(everything: Images) -> tuple[Images, Images]:
+    """A tenth of each class, the last by name, apart from the rest."""
+    order = sorted(range(len(everything)), key=lambda place: everything.names[place])
+    members: dict[int, list[int]] = {}
+    for place in order:
+        members.setdefault(int(everything.labels[place]), []).append(place)
+    apart = {place for places in members.values() for place in places[-max(1, len(places) // HELD_OUT_SHARE) :]}
+    rest = [place for place in range(len(everything)) if place not in apart]
+    return everything.pick(torch.tensor(rest, dtype=torch.int64)), everything.pick(torch.tensor(sorted(apart)))
 
 
 def folder_key(root: Path) -> str:
@@ -230,6 +217,6 @@ def load_arrays(path: Path) -> Split:
 
 
 def batches(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """In order: floats [<= size, 3, 32, 32] in [0, 1] and labels."""
+    """In order: floats [<= size, 3, H, W] in [0, 1] and labels."""
     for start in range(0, len(images), size):
         yield as_floats(images.pixels[start : start + size]), images.labels[start : start + size]

@@ -80,7 +80,7 @@ class DatasetStore:
         part = upload.with_name(f".{secrets.token_hex(8)}{suffix}")
         rename(upload, part)
         try:
-            images = read_data(part, library.classes, CHECKED_IMAGES)
+            images = read_data(part, library.classes, CHECKED_IMAGES, library.input)
             rename(part, self.uploads / f"{stem}{suffix}")
         except DataRejected as error:  # the sender knows the file by its own name
             raise DataRejected(str(error).replace(part.name, name)) from None

@@ -33,12 +33,13 @@ PAGE: Final = "report.html"
 def load_images(audit: Audit, library: Library | Target, path: Path | None, threads: int = 1) -> LabelledImages:
     """The images to attack. Without a path, generated ones, for a smoke test alone."""
     if path is not None:
-        return sets.read_data(path, library.classes, images_of(audit))
+        return sets.read_data(path, library.classes, images_of(audit), library.input)
     if isinstance(library, Target):
         raise DataRejected("a model of your own needs labelled images: only a library can label generated ones")
     if audit.profile != "smoke":
         raise DataRejected(f"profile {audit.profile} needs labelled images; only smoke can run on generated ones")
-    return sets.generated(images_of(audit), audit.seed, lambda pixels: majority(library, pixels, threads))
+    count, spec = images_of(audit), library.input
+    return sets.generated(count, audit.seed, spec, lambda pixels: majority(library, pixels, threads))
 
 
 def majority(library: Library, pixels: Tensor, threads: int = 1) -> Tensor:

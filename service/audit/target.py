@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from model_store.input_spec import InputSpec
 from model_store.policy import Policy
 from service.audit.errors import AuditRejected, ModelFailed
 from service.audit.evaluation.members import CandidateSet, Member
@@ -38,6 +39,12 @@ class Target:
     baselines: tuple[()] = ()
     entries: tuple[()] = ()
     baseline_entries: tuple[()] = ()
+
+    @property
+    def input(self) -> InputSpec:
+        """How labelled pictures become its images. Its own normalisation is part of its networks."""
+        height, width = self.size
+        return InputSpec(height, width, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     @classmethod
     def from_torch(

@@ -32,7 +32,7 @@ Answers = Callable[[int, Images], NDArray[np.float32]]
 
 def measured_images(path: Path, library: Library, images: int) -> tuple[LabelledImages, Images]:
     """The first `images`, and the CALIBRATION_IMAGES after them, which are never measured."""
-    data = read_data(path, library.classes, images + CALIBRATION_IMAGES)
+    data = read_data(path, library.classes, images + CALIBRATION_IMAGES, library.input)
     return data.first(len(data) - CALIBRATION_IMAGES), data.pixels[-CALIBRATION_IMAGES:].numpy()
 
 

@@ -214,7 +214,7 @@ def calibration_images(name: str, library: Library, settings: Settings) -> Image
     from service.audit.labelled_data import read_data
 
     try:
-        return read_data(settings.int8_images, library.classes, CALIBRATION_IMAGES).pixels.numpy()
+        return read_data(settings.int8_images, library.classes, CALIBRATION_IMAGES, library.input).pixels.numpy()
     except DataRejected as error:
         raise EngineRejected(f"TOMBOLA_INT8_IMAGES: {error}") from None
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from model_store import images
+from model_store.input_spec import CIFAR10_INPUT
 from tests.support.digits import digits
-from training.data import Images, as_floats, batches, decode, load_arrays, read_split, save_arrays, split_of
+from training.data import Images, as_floats, batches, load_arrays, read_split, save_arrays, split_of
 from training.errors import DataRejected
 
 CLASSES = ("ant", "bee")
@@ -132,7 +134,7 @@ def test_a_class_that_was_never_trained_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_size_is_resized() -> None:
-    assert decode("here", png((10, 20, 30), (48, 64))).shape == (3, 32, 32)
+    assert images.decode(png((10, 20, 30), (48, 64)), CIFAR10_INPUT).pixels.shape == (3, 32, 32)
 
 
 def test_balanced_deals_every_class_its_share() -> None:

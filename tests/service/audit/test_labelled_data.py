@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
+from model_store.input_spec import CIFAR10_INPUT
+from service.audit import labelled_data
 from service.audit.config import Audit, read_audit
 from service.audit.errors import AuditRejected, DataRejected
-from service.audit.labelled_data import generated, read_data
+from service.audit.labelled_data import LabelledImages, generated
 
 CLASSES = ("cat", "dog", "ship")
+
+
+def read_data(path: Path, classes: Sequence[str], images: int, *, skip_damaged: bool = False) -> LabelledImages:
+    return labelled_data.read_data(path, classes, images, CIFAR10_INPUT, skip_damaged=skip_damaged)
 
 
 def png(value: int, size: int = 32) -> bytes:
@@ -159,7 +166,10 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_generated_images_are_the_seeds() -> None:
-    first, again, other = (generated(3, seed, lambda p: torch.zeros(len(p), dtype=torch.int64)) for seed in (1, 1, 2))
+    def zeros(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(pixels), dtype=torch.int64)
+
+    first, again, other = (generated(3, seed, CIFAR10_INPUT, zeros) for seed in (1, 1, 2))
     assert first.digest == again.digest != other.digest
     assert "no measure of accuracy" in first.origin
 

@@ -9,6 +9,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 
 from model_store.images import Pixels, orientation
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.labelled_images import LOCAL, open_data
 from service.errors import BadRequest, ContentTooLarge, ErrorMessage, ServiceError, UnsupportedMediaType
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -26,7 +28,6 @@ from service.web import decoder as decoder_module
 from service.web.decoder import Decoder
 from service.web.decoder import decode as decode_for
 from tests.support.planes import encoded, picture, png
-from training.data import decode as training_decode
 
 MAX_PIXELS: Final = 4_000_000
 KINDS: Final = ("PNG", "JPEG", "WEBP")
@@ -61,9 +62,13 @@ class TestWhatImagesBecome:
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("size", [(32, 32), (80, 48), (7, 200), (1, 1)])
-    def test_pixels_are_those_that_training_sees(self, kind: str, size: tuple[int, int]) -> None:
+    def test_pixels_are_those_that_training_sees(self, kind: str, size: tuple[int, int], tmp_path: Path) -> None:
         data = encoded(NOISE.resize(size), kind)
-        assert (decode(data, MAX_PIXELS) == training_decode("here", data).numpy()).all()
+        (tmp_path / "train" / "cat").mkdir(parents=True)
+        (tmp_path / "train" / "cat" / "0.png").write_bytes(data)
+        with open_data(tmp_path, LOCAL) as images:
+            seen = images.parts["train"].load(0, CIFAR10_INPUT).pixels
+        assert (decode(data, MAX_PIXELS) == seen).all()
 
     @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1"])
     def test_other_modes_become_rgb(self, mode: str) -> None:
