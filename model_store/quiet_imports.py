@@ -49,7 +49,7 @@ def import_hop_skip_jump() -> tuple[Any, Any]:
 
 
 def import_cifar(name: str) -> Any:
-    """torchvision's CIFAR10 or CIFAR100, without the cache folder of torch's compiler, which torchvision has no use for here."""
+    """torchvision's CIFAR10 or CIFAR100, without the cache folder of torch's compiler, which it has no use for."""
     with scratch_folder("TORCHINDUCTOR_CACHE_DIR"):
         from torchvision import datasets
 

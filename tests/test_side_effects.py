@@ -26,7 +26,7 @@ from tests.support.side_effects import (
     outside,
     read_trace,
 )
-from tests.training.test_jobs import data
+from tests.training.conftest import data
 from tombola.sample_image import draw_sample
 
 __all__ = ["data"]  # the fixture
@@ -127,7 +127,9 @@ def test_the_service_s_commands_write_and_call_nowhere_else(world: World, tiny_l
         ["audit", "--tables", f"{state}/a/report.json", "--out", f"{state}/tables"],
         ["audit", "--compare", f"{state}/a/report.json", f"{state}/a/report.json"],
     ]
-    loaded = "from model_store import quiet_imports as quiet; quiet.import_hop_skip_jump(); quiet.import_cifar10()"
+    loaded = (
+        "from model_store import quiet_imports as quiet; quiet.import_hop_skip_jump(); quiet.import_cifar('CIFAR10')"
+    )
     program = RUN.format(codes=(0, 4)) + loaded  # 4: an audit of so few images proves nothing
     world.holds_nothing_else(world.run("-c", program, json.dumps(lines)))
     assert (world.state / "tables" / "accuracy.svg").is_file()

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,11 @@ def test_an_open_precision_becomes_what_the_device_is_fast_in(
 @pytest.fixture
 def fast_gpus() -> Iterator[None]:
     """The flags at their fast values; afterwards as they were. (monkeypatch cannot restore matmul's.)"""
-    flags = ((matmul, "allow_tf32", True), (cudnn, "allow_tf32", True), (cudnn, "deterministic", False))
+    flags: tuple[tuple[Any, str, bool], ...] = (
+        (matmul, "allow_tf32", True),
+        (cudnn, "allow_tf32", True),
+        (cudnn, "deterministic", False),
+    )
     before = [getattr(owner, name) for owner, name, _ in flags]
     for owner, name, value in flags:
         setattr(owner, name, value)

@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from service.web.decoder import Pixels
+from model_store.images import Pixels
 from service.web.inference import Probabilities
 from tests.support.http_wire import read_answers
 from tests.support.planes import TOKEN, Oracle, StandIn, admin_app, behind_a_port, png, public_app
