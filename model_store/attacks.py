@@ -117,7 +117,18 @@ def fgsm(
     *,
     loss: Loss = cross_entropy,
 ) -> Tensor:
-    """One step of length epsilon up the loss from the clean images [N, ...] (Goodfellow et al., 2015)."""
+    """Attacks by one step of length epsilon up the loss (Goodfellow et al., 2015).
+
+    Args:
+      classifier: from images to logits [N, classes], differentiable.
+      images: [N, ...], the clean images, floats in [0, 1].
+      labels: [N], their classes.
+      threat: the norm and epsilon.
+      loss: what is raised, [N] from logits and labels.
+
+    Returns:
+      The attacked images, [N, ...], within the threat model.
+    """
     check_pixels(images)
     _, _, gradient = loss_and_gradient(classifier, images, labels, loss)
     return project(images + threat.epsilon * steepest_direction(gradient, threat.norm), images, threat)
@@ -137,12 +148,26 @@ def pgd(
     loss: Loss = cross_entropy,
     risk: Loss = misclassified,
 ) -> Tensor:
-    """Projected gradient ascent from random starts (Madry et al., 2018); the riskiest point met, image by image.
+    """Attacks by projected gradient ascent from random starts (Madry et al., 2018).
 
-    The clean images, every start and every iterate compete: first by `risk` [N], then by loss. So more steps or
-    restarts from the same generator state never leave an image safer. step_size: in the norm, pixel units.
-    momentum: decay of the gradients' running sum, each first scaled to L1 norm 1 (Dong et al., 2018).
-    risk: for a classifier that returns something else than logits [N, classes], what makes one iterate riskier.
+    The clean images, every start and every iterate compete, by `risk` and then by loss. More steps or restarts from
+    the same generator state therefore never leave an image safer.
+
+    Args:
+      classifier: from images to logits [N, classes], differentiable.
+      images: [N, ...], the clean images, floats in [0, 1].
+      labels: [N], their classes.
+      threat: the norm and epsilon.
+      steps: steps of each restart.
+      step_size: length of a step, in the norm and in units of pixels.
+      generator: the source of the random starts.
+      restarts: how many random starts.
+      momentum: decay of the gradients' running sum, each scaled to L1 norm 1 (Dong et al., 2018); 0 for none.
+      loss: what is raised, [N] from the classifier's outputs and the labels.
+      risk: [N] from the same; for a classifier whose outputs are not logits.
+
+    Returns:
+      The riskiest point of each image, [N, ...], within the threat model.
     """
     check_pixels(images)
     best = judged(classifier, images, labels, loss, risk)

@@ -16,7 +16,15 @@ MAX_CHUNK: Final = 2**23  # floats of ensemble logits held at once, 32 MiB
 
 
 def calibrated(ticket: Ticket, device: torch.device | str = "cpu") -> Classifier:
-    """The ticket's folded network on a device, its logits divided by its temperature."""
+    """Builds the classifier of one ticket.
+
+    Args:
+      ticket: the ticket.
+      device: where its network runs.
+
+    Returns:
+      A function from float images [N, 3, H, W] in [0, 1] to logits [N, classes], divided by the ticket's temperature.
+    """
     network = fold(ticket.network()).to(device)
     return lambda images: cast("Tensor", network(images)) / ticket.temperature
 
@@ -35,14 +43,30 @@ def combine(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 def ensemble_logits(members: Sequence[Classifier], images: Tensor, draws: Tensor) -> Tensor:
-    """[R, N, classes] under each of the R draws. Costs one forward of each member, whatever R is. Differentiable."""
+    """Sums the members' calibrated logits under each draw (Eq. 1 of the paper). Differentiable.
+
+    Args:
+      members: M classifiers, as `calibrated` builds them.
+      images: [N, 3, H, W], floats in [0, 1], not normalised.
+      draws: [R, M], one draw of theta a row, as `draw_matrix` gives them.
+
+    Returns:
+      [R, N, classes]. It costs one forward pass of each member, whatever R is.
+    """
     return combine(member_logits(members, images), draws)
 
 
 def probabilities(summed_logits: Tensor, sizes: Tensor) -> Tensor:
-    """Softmax of the members' mean, which has the sum's argmax and a confidence that does not grow with n.
+    """Turns summed logits into the probabilities that are shown.
 
-    summed_logits: [R, ..., classes].  sizes: [R], the number of members behind each row.
+    They are the softmax of the members' mean: its argmax is the sum's, and confidence does not grow with n.
+
+    Args:
+      summed_logits: [R, ..., classes], as `ensemble_logits` gives them.
+      sizes: [R], the number of members of each draw.
+
+    Returns:
+      [R, ..., classes], each row sums to 1.
     """
     column = sizes.to(summed_logits).view(-1, *[1] * (summed_logits.dim() - 1))
     return torch.softmax(summed_logits / column, dim=-1)
@@ -55,10 +79,18 @@ def predictions(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def failure_probability(logits: Tensor, labels: Tensor, draws: Tensor) -> Tensor:
-    """float64 [N]: the share of the draws under which the ensemble's label is not the image's own.
+    """Computes for each image how probable a wrong label is over the draws.
 
-    logits: [M, N, classes], calibrated.  labels: [N].  draws: [R, M]. Memory does not grow with R.
-    Raises ValueError on a logit that is not finite: its argmax would mean nothing.
+    Args:
+      logits: [M, N, classes], each member's calibrated logits.
+      labels: [N], the images' own classes.
+      draws: [R, M], one draw of theta a row. Memory does not grow with R.
+
+    Returns:
+      float64 [N], the share of the draws under which the ensemble's label is wrong.
+
+    Raises:
+      ValueError: a logit is not finite; its argmax would mean nothing.
     """
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("failure_probability: a member's logits are not finite")

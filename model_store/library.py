@@ -91,10 +91,19 @@ def with_role(manifest: Manifest, role: str) -> tuple[Entry, ...]:
 
 
 def open_library(path: Path | None = None) -> Library:
-    """The library in a folder (None: the embedded one), with every byte of it verified.
+    """Opens a library with every byte of it verified.
 
-    Raises LibraryRejected or TicketRejected, naming the file, what was found and what was expected. A library that is
-    being replaced meanwhile opens as the old one or as the new one.
+    A library that is being replaced meanwhile opens as the old one or as the new one.
+
+    Args:
+      path: the library's folder; None for the embedded library.
+
+    Returns:
+      The library, its tickets in the manifest's order.
+
+    Raises:
+      LibraryRejected: a file is missing, damaged or not listed. The message names it.
+      TicketRejected: a ticket is damaged.
     """
     root = EMBEDDED if path is None else Path(path)
     try:
@@ -200,11 +209,25 @@ def write_library(
     baselines: Sequence[Item] = (),
     policy: Policy | None = None,
 ) -> Library:
-    """Writes or replaces the library in a folder, and opens what it wrote. policy: None for the method's own law.
+    """Writes or replaces the library in a folder, and opens what it wrote.
 
-    All or nothing: a crash at any point, a power cut too, leaves the old library whole or the new one. Raises
-    LibraryRejected before anything is written if the parts do not fit together, the folder's tickets/ holds files of
-    another origin, or another process is writing there; OSError if the disk will not take it.
+    All or nothing: after a crash or a power cut the folder has the old library or the new one.
+
+    Args:
+      path: the folder; it is made if need be.
+      classes: the labels, in the order of the logits.
+      data: the name of the data set that the tickets were searched on.
+      tickets: those that may be drawn, each with its provenance and its results.
+      baselines: dense networks to compare with, which are never drawn.
+      policy: how ensembles are drawn; None for the method's own sampling policy.
+
+    Returns:
+      The library, as `open_library` reads it.
+
+    Raises:
+      LibraryRejected: the parts do not fit together, the folder has files of another origin, or another process
+        writes there. Nothing was written.
+      OSError: the disk does not take it.
     """
     root = Path(path)
     if not tickets:

@@ -126,7 +126,15 @@ def thresholds(policy: Policy) -> tuple[tuple[tuple[int, ...], tuple[float, ...]
 
 
 def draw_theta(policy: Policy, rng: random.Random) -> Theta:
-    """One draw. All chance is `rng`: secrets.SystemRandom() to serve, a private random.Random(seed) to measure."""
+    """Draws one theta: which tickets classify one image.
+
+    Args:
+      policy: the distribution to draw from.
+      rng: the only source of chance. `secrets.SystemRandom()` to serve, a private `random.Random(seed)` to measure.
+
+    Returns:
+      The draw, its members sorted.
+    """
     table = thresholds(policy)
     alpha = -1 if policy.every else rng.randrange(1, 1 << len(table))  # bit i: group i is chosen
     members: list[int] = []
@@ -139,9 +147,15 @@ def draw_theta(policy: Policy, rng: random.Random) -> Theta:
 
 
 def draw_matrix(policy: Policy, draws: int, rng: random.Random) -> Tensor:
-    """float32 [draws, tickets]: how often ticket j is in the r-th draw; 0 or 1 without replacement.
+    """Draws many thetas at once, as `draw_theta` would one after the other.
 
-    Row r is what the r-th draw_theta would have given.
+    Args:
+      policy: the distribution to draw from.
+      draws: R, how many.
+      rng: the only source of chance.
+
+    Returns:
+      float32 [R, tickets]: how often ticket j is in the r-th draw; 0 or 1 without replacement.
     """
     return matrix([draw_theta(policy, rng) for _ in range(draws)], policy.tickets)
 
@@ -192,6 +206,14 @@ def convolve(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 
 def expected_size(policy: Policy) -> float:
+    """Computes the mean number of tickets in a draw.
+
+    Args:
+      policy: the distribution of theta.
+
+    Returns:
+      E[n], exact.
+    """
     return math.fsum(n * p for n, p in size_probabilities(policy).items())
 
 

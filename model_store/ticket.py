@@ -382,7 +382,17 @@ def read_bytes(path: Path) -> bytes:
 
 
 def load_ticket(path: Path) -> Ticket:
-    """Raises TicketRejected, naming the path, what was found and what was expected."""
+    """Reads a ticket's file and verifies it.
+
+    Args:
+      path: a `.safetensors` file as FORMAT.md describes it.
+
+    Returns:
+      The ticket.
+
+    Raises:
+      TicketRejected: the file is damaged or incomplete. The message names it, what was found and what was expected.
+    """
     data = read_bytes(path)
     try:
         return decode(data)
@@ -391,7 +401,15 @@ def load_ticket(path: Path) -> Ticket:
 
 
 def save_ticket(path: Path, ticket: Ticket) -> str:
-    """Writes the ticket's file, whole or not at all, and returns its SHA-256 in hex. The folder must exist."""
+    """Writes a ticket's file, whole or not at all.
+
+    Args:
+      path: the file; its folder must exist.
+      ticket: the ticket.
+
+    Returns:
+      The file's SHA-256 in hex.
+    """
     data = encode(ticket)
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()

@@ -292,7 +292,17 @@ def add_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None = None
 
 
 def read_settings(flags: Mapping[str, Any] | None = None) -> Settings:
-    """flag > variable > default; `flags` may hold other arguments too. Raises SettingsRejected, in one line."""
+    """Reads the settings: flag > variable > file > default.
+
+    Args:
+      flags: settings by name, as strings or values; entries that are no settings are passed over.
+
+    Returns:
+      The settings, frozen.
+
+    Raises:
+      SettingsRejected: a value, a variable or the file cannot be used. The message is one line.
+    """
     refuse_unknown_variables(os.environ)
     given = {name: value for name, value in (flags or {}).items() if name in Settings.model_fields}
     try:
