@@ -1,20 +1,34 @@
-# Two commands for everybody: `make serve` and `make test`. Each installs what it needs into .venv, once.
+# What people type: serve, check, test-fast, test. Each installs what it needs into .venv, once.
 PYTHON ?= python3
-# Extra words for pip: for example PIP_FLAGS="--extra-index-url ..." for a CPU or CUDA build of torch of your choice.
+# Which build of torch: auto (CPU wheels where there is no NVIDIA driver and the index lists them), cpu, or default.
+TORCH ?= auto
+# Extra words for pip: for example PIP_FLAGS="--extra-index-url ..." for an index with the build of your choice.
 PIP_FLAGS ?=
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint .venv/torch.txt $(PIP_FLAGS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -rsfE
+# Tests of arithmetic, formats and single modules: no server, no browser, no search.
+FAST := tests/model_store tests/tombola tests/tools tests/test_imports.py tests/deploy/test_files.py \
+	tests/service/test_settings.py tests/service/scheduling tests/service/observability/test_metrics.py \
+	tests/training/test_sparsity.py tests/benchmarks
 
-.PHONY: serve test format bench clean
+.PHONY: serve check test-fast test format bench clean
 .DELETE_ON_ERROR:
 
 serve: .venv/serve.stamp
 	$(BIN)/tombola serve
 
-test: .venv/test.stamp
+check: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-fast: .venv/test.stamp
+	$(PYTEST) $(FAST)
+
+# It ends with the tests that were skipped and what each of them needs.
+test: check
+	$(PYTEST)
 
 format: .venv/test.stamp
 	$(BIN)/ruff format .
@@ -24,17 +38,20 @@ bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
 
 .venv/pip.stamp:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/serve.stamp: .venv/pip.stamp pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e .
+.venv/torch.txt: .venv/pip.stamp
+	$(BIN)/python tools/choose_torch.py $(TORCH) > $@
+
+.venv/serve.stamp: .venv/torch.txt pyproject.toml
+	$(PIP) -e .
 	touch $@
 
-.venv/test.stamp: .venv/pip.stamp pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[test]'
+.venv/test.stamp: .venv/torch.txt pyproject.toml
+	$(PIP) -e '.[test]'
 	touch $@ .venv/serve.stamp
