@@ -228,7 +228,7 @@ def test_processes_that_start_at_once_have_one_token(tmp_path: Path) -> None:
 def test_a_full_disk_at_the_first_start_is_said_and_the_next_start_works(tmp_path: Path) -> None:
     """The real command; no file may grow beyond nothing, as on a disk without room."""
     state = tmp_path / "state"
-    command = [sys.executable, "-m", "service", "serve", "--state-dir", str(state), "--port", "0", "--admin-port", "0"]
+    command = [sys.executable, "-m", "tombola", "serve", "--state-dir", str(state), "--port", "0", "--admin-port", "0"]
     done = subprocess.run(
         command,
         env=environment(PYTHONDONTWRITEBYTECODE="1"),
