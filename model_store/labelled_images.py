@@ -103,18 +103,18 @@ class Notes:
 
     def lines(self, spec: InputSpec) -> list[str]:
         """One sentence for each kind of thing that happened."""
-        found = [
+        lines = [
             f"{count} files passed over: {reason}, such as {self.examples[reason][-80:]}"
             for reason, count in sorted(self.passed_over.items())
         ]
         if self.damaged:
-            found += [f"{len(self.damaged)} damaged pictures passed over:", *self.damaged]
+            lines += [f"{len(self.damaged)} damaged pictures passed over:", *self.damaged]
         if self.enlarged:
-            found.append(f"{self.enlarged} pictures are smaller than {spec.width}x{spec.height} and were enlarged")
+            lines.append(f"{self.enlarged} pictures are smaller than {spec.width}x{spec.height} and were enlarged")
         if self.converted:
             kinds = ", ".join(f"{count} of mode {mode}" for mode, count in sorted(self.converted.items()))
-            found.append(f"pictures converted to RGB: {kinds}")
-        return found
+            lines.append(f"pictures converted to RGB: {kinds}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def links(notes: Notes) -> str:
 
 def pictures_among(names: Iterable[str], notes: Notes) -> list[str]:
     """The files that look like pictures; the others are noted with the reason."""
-    found = []
+    lines = []
     for name in sorted(names):
         path = PurePosixPath(name.replace("\\", "/"))
         folders = {part.lower() for part in path.parts[:-1]}
@@ -329,8 +329,8 @@ def pictures_among(names: Iterable[str], notes: Notes) -> list[str]:
         elif path.suffix.lower() not in SUFFIXES:
             notes.pass_over("files of a kind not read", name)
         else:
-            found.append(name)
-    return found
+            lines.append(name)
+    return lines
 
 
 def place(names: Sequence[str]) -> Iterator[tuple[str, tuple[PartName, str, str]]]:
@@ -384,10 +384,10 @@ def ordered(where: str, classes: Iterable[str]) -> tuple[str, ...]:
 def parts_of(
     where: str, placed: Mapping[str, tuple[PartName, str, str]], read: Read, limits: Limits
 ) -> dict[PartName, Part]:
-    found: dict[PartName, list[str]] = {}
+    lines: dict[PartName, list[str]] = {}
     for name, (part, _, _) in placed.items():
-        found.setdefault(part, []).append(name)
-    return {part: file_part(where, names, placed, read, limits) for part, names in found.items()}
+        lines.setdefault(part, []).append(name)
+    return {part: file_part(where, names, placed, read, limits) for part, names in lines.items()}
 
 
 def file_part(

@@ -181,19 +181,19 @@ def read_ticket(root: Path, entry: Entry) -> Ticket:
     if path.is_symlink():
         raise TicketRejected(f"{path}: a symbolic link; expected a regular file in the library's folder")
     data = read_bytes(path)
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry.sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry.sha256:
         raise TicketRejected(
-            f"{path}: SHA-256 {found}; the manifest says {entry.sha256}: damaged or from another export"
+            f"{path}: SHA-256 {digest}; the manifest says {entry.sha256}: damaged or from another export"
         )
     try:
         ticket = decode(data)
     except TicketRejected as error:
         raise TicketRejected(f"{path}: {error}") from error
     for field in ("structure", "density", "kind"):
-        inside, said = getattr(ticket, field), getattr(entry, field)
-        if inside != said:
-            raise TicketRejected(f"{path}: {field} {inside} in the file, {said} in the manifest")
+        inside, declared = getattr(ticket, field), getattr(entry, field)
+        if inside != declared:
+            raise TicketRejected(f"{path}: {field} {inside} in the file, {declared} in the manifest")
     return ticket
 
 

@@ -183,11 +183,11 @@ def parse(data: bytes) -> Manifest:
         raise LibraryRejected(f"{len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read")
     try:
         fields = from_json(data)
-        found = fields["version"]
+        number = fields["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise LibraryRejected(f"no manifest: {error!r:.200}") from error
-    if type(found) is not int or found != VERSION:
-        raise LibraryRejected(f"version {found!r}; this reader knows {VERSION}")
+    if type(number) is not int or number != VERSION:
+        raise LibraryRejected(f"version {number!r}; this reader knows {VERSION}")
     manifest = validated(data)
     computed = with_digest(manifest).digest
     if computed != manifest.digest:

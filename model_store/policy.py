@@ -219,14 +219,14 @@ def expected_size(policy: Policy) -> float:
 
 def inclusion_probabilities(policy: Policy) -> tuple[float, ...]:
     """For each ticket, the probability that it is among a draw's members."""
-    found = [0.0] * policy.tickets
+    weights = [0.0] * policy.tickets
     for group, law in zip(policy.groups, group_sizes(policy), strict=True):
         missed = 1 - 1 / len(group)
         inside = [1 - missed**n if policy.replacement else n / len(group) for n in range(1, len(law) + 1)]
         share = chosen(policy) * math.fsum(p * q for p, q in zip(law, inside, strict=True))
         for ticket in group:
-            found[ticket] = share
-    return tuple(found)
+            weights[ticket] = share
+    return tuple(weights)
 
 
 def states(policy: Policy) -> int:
@@ -250,13 +250,13 @@ def effective_states(policy: Policy) -> float:
 def outcomes(policy: Policy, index: int) -> list[tuple[int, float]]:
     """What a chosen group can give, as (how many of one probability, that probability)."""
     tickets = len(policy.groups[index])
-    found = []
+    weights = []
     for n, p in enumerate(group_sizes(policy)[index], start=1):
         if p > 0 and not policy.replacement:
-            found.append((math.comb(tickets, n), p / math.comb(tickets, n)))
+            weights.append((math.comb(tickets, n), p / math.comb(tickets, n)))
         elif p > 0:
-            found += [(count, p * ways / tickets**n) for count, ways in multisets(tickets, n)]
-    return found
+            weights += [(count, p * ways / tickets**n) for count, ways in multisets(tickets, n)]
+    return weights
 
 
 def multisets(tickets: int, n: int) -> Iterator[tuple[int, int]]:

@@ -157,19 +157,19 @@ def check_number(where: str, value: object, least: float, most: float) -> None:
         raise TicketRejected(f"{where} {value!r}; expected a number from {least} to {most}")
 
 
-def same_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+def same_names(where: str, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     if missing or extra:
         parts = [
             f"{word} {', '.join(names[:4])}" for word, names in (("missing", missing), ("not expected", extra)) if names
         ]
-        raise TicketRejected(f"{where}: {'; '.join(parts)} ({len(found)} found, {len(expected)} expected)")
+        raise TicketRejected(f"{where}: {'; '.join(parts)} ({len(actual)} found, {len(expected)} expected)")
 
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) or tensor.device.type != "cpu":
-        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
-        raise TicketRejected(f"{name}: {found}; expected {dtype} {list(shape)} on cpu")
+        actual = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
+        raise TicketRejected(f"{name}: {actual}; expected {dtype} {list(shape)} on cpu")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise TicketRejected(f"{name}: holds a number that is not finite")
 
@@ -221,16 +221,16 @@ def slots(header: Header) -> dict[str, TensorSpec]:
     """Every tensor the file must hold, and no other, from what its metadata says."""
     shapes, channels = layers(header.structure)
     same_names("densities", header.densities, shapes)
-    found = {name: TensorSpec(torch.float32, (length,)) for name, length in channels.items()}
+    actual = {name: TensorSpec(torch.float32, (length,)) for name, length in channels.items()}
     for name, shape in shapes.items():
         kept = kept_count(shape.numel(), header.densities[name])
-        found[f"{name}.mask"] = TensorSpec(torch.uint8, (-(-shape.numel() // 8),))
+        actual[f"{name}.mask"] = TensorSpec(torch.uint8, (-(-shape.numel() // 8),))
         if header.value_dtype is None:
-            found[f"{name}.signs"] = TensorSpec(torch.uint8, (-(-kept // 8),))
-            found[f"{name}.scale"] = TensorSpec(torch.float32, (1,))
+            actual[f"{name}.signs"] = TensorSpec(torch.uint8, (-(-kept // 8),))
+            actual[f"{name}.scale"] = TensorSpec(torch.float32, (1,))
         else:
-            found[f"{name}.values"] = TensorSpec(DTYPES[header.value_dtype], (kept,))
-    return found
+            actual[f"{name}.values"] = TensorSpec(DTYPES[header.value_dtype], (kept,))
+    return actual
 
 
 def header_of(ticket: Ticket) -> Header:
@@ -281,10 +281,10 @@ def decode(data: bytes) -> Ticket:
 
 
 def check_entry(name: str, entry: Any, slot: TensorSpec) -> None:
-    found = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else entry
+    actual = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else entry
     expected = (CODES[slot.dtype], list(slot.shape))
-    if found != expected:
-        raise TicketRejected(f"{name}: dtype and shape {found!r}; expected {expected!r}")
+    if actual != expected:
+        raise TicketRejected(f"{name}: dtype and shape {actual!r}; expected {expected!r}")
 
 
 def read_header(data: bytes) -> tuple[Header, dict[str, Any]]:
@@ -298,11 +298,11 @@ def read_header(data: bytes) -> tuple[Header, dict[str, Any]]:
         table = from_json(data[8 : 8 + length])
         text = table.pop("__metadata__")["ticket"]
         fields = from_json(text)
-        found = fields.get("format"), fields.get("version")
+        actual = fields.get("format"), fields.get("version")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise TicketRejected(f"no ticket's metadata in its header ({error!r:.100})") from error
-    if found != (FORMAT, VERSION):
-        raise TicketRejected(f"format and version {found!r}; this reader knows {(FORMAT, VERSION)!r}")
+    if actual != (FORMAT, VERSION):
+        raise TicketRejected(f"format and version {actual!r}; this reader knows {(FORMAT, VERSION)!r}")
     check_length(data, 8 + length, table)
     header = parse_header(text)
     check_digest(data, header.digest)

@@ -56,37 +56,37 @@ def create_fastapi(**words: Any) -> FastAPI:
     )
 
 
-def create_public_app(holder: LibraryManager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> FastAPI:
+def create_public_app(manager: LibraryManager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> FastAPI:
     """Classification, health, and the Open Inference Protocol."""
     app = create_fastapi(title="Tombola", version=open_inference.product_version())
-    classify.install(app, DataPlane(holder, settings, metrics, keys))
+    classify.install(app, DataPlane(manager, settings, metrics, keys))
     app.add_middleware(
         ConcurrencyLimitMiddleware, limit=settings.max_requests, metrics=metrics
     )  # around the shortcut, too
-    add_common_middleware(app, holder, settings, metrics, "public")
+    add_common_middleware(app, manager, settings, metrics, "public")
     if settings.tracing:
         tracing.install(app, open_inference.product_version(), settings.tracing_proxy)
     return app
 
 
 def create_admin_app(
-    holder: LibraryManager, settings: Settings, metrics: Metrics, token: str, routers: Sequence[APIRouter] = ()
+    manager: LibraryManager, settings: Settings, metrics: Metrics, token: str, routers: Sequence[APIRouter] = ()
 ) -> FastAPI:
     """Metrics and the library, and what `routers` add; all but metrics and health behind the token."""
     app = create_fastapi(title="Tombola, admin plane")
-    for router in (library_api.router(holder, metrics), *routers):
+    for router in (library_api.router(manager, metrics), *routers):
         app.include_router(router)
     app.add_middleware(AdminAuthMiddleware, token=token, metrics=metrics, metrics_open=settings.metrics_open)
-    return add_common_middleware(app, holder, settings, metrics, "admin")
+    return add_common_middleware(app, manager, settings, metrics, "admin")
 
 
 def add_common_middleware(
-    app: FastAPI, holder: LibraryManager, settings: Settings, metrics: Metrics, plane: str
+    app: FastAPI, manager: LibraryManager, settings: Settings, metrics: Metrics, plane: str
 ) -> FastAPI:
     """The middlewares that stand around everything else; the last one added is the outermost."""
     errors.install(app)
     app.add_middleware(
-        RequestMetricsMiddleware, holder=holder, metrics=metrics, plane=plane, log_all=settings.log_requests
+        RequestMetricsMiddleware, manager=manager, metrics=metrics, plane=plane, log_all=settings.log_requests
     )
     return app
 
@@ -140,12 +140,12 @@ def drop_new_connections(listener: socket.socket) -> None:
 
 def drain_accept_backlog(listener: socket.socket) -> list[socket.socket]:
     """Closes the port, and returns the connections that had been made to it and not yet been accepted."""
-    found: list[socket.socket] = []
+    connections: list[socket.socket] = []
     listener.setblocking(False)
     with listener, contextlib.suppress(BlockingIOError):
         while True:
-            found.append(listener.accept()[0])
-    return found
+            connections.append(listener.accept()[0])
+    return connections
 
 
 def create_server(app: FastAPI, settings: Settings, listener: socket.socket) -> Server:
@@ -168,12 +168,12 @@ def create_server(app: FastAPI, settings: Settings, listener: socket.socket) -> 
     return Server(config, listener)
 
 
-def bind(host: str, port: int, knob: str) -> socket.socket:
+def bind(host: str, port: int, setting: str) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise SettingsRejected(f"TOMBOLA_{knob} {host}:{port}: cannot listen there ({error.strerror})") from None
+        raise SettingsRejected(f"TOMBOLA_{setting} {host}:{port}: cannot listen there ({error.strerror})") from None
 
 
 def url(listener: socket.socket) -> str:
@@ -186,7 +186,7 @@ class ServerProcess:
     """Everything that runs, and how it ends."""
 
     settings: Settings
-    holder: LibraryManager
+    manager: LibraryManager
     keys: ApiKeyStore
     planes: tuple[Server, Server]
     public_url: str
@@ -215,7 +215,7 @@ class ServerProcess:
 
     async def reload(self) -> None:
         try:
-            await self.holder.reload()
+            await self.manager.reload()
         except StoreError as error:
             log.error("library refused, the old one keeps serving: %s", error)  # noqa: TRY400 -- says all there is
 
@@ -226,7 +226,7 @@ class ServerProcess:
 
     async def drain(self) -> None:
         """The public plane first; the admin plane keeps telling how that goes."""
-        self.holder.drain()
+        self.manager.drain()
         if self.delay:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.hurry.wait(), self.settings.drain_delay_s)
@@ -241,16 +241,16 @@ def create_service(
     token, keys = admin_token(settings), ApiKeyStore(settings.api_keys_file, metrics)
     ensure_state_dir(settings)
     require_folders(settings)
-    front = bind(settings.host, settings.port, "PORT")
-    back = bind(settings.admin_host, settings.admin_port, "ADMIN_PORT")
-    holder = LibraryManager(settings, metrics)
-    jobs = AuditQueue(settings, metrics, holder.library, url(front))
-    outer = create_public_app(holder, settings, metrics, keys)
-    console = (console_files.router(), console_api.router(holder, settings, metrics, jobs))
-    inner = create_admin_app(holder, settings, metrics, token, (*console, audits.router(jobs), *routers(holder)))
-    planes = (create_server(outer, settings, front), create_server(inner, settings, back))
-    service = ServerProcess(settings, holder, keys, planes, url(front), url(back), jobs)
-    holder.workers.on_broken = service.on_broken
+    public_socket = bind(settings.host, settings.port, "PORT")
+    admin_socket = bind(settings.admin_host, settings.admin_port, "ADMIN_PORT")
+    manager = LibraryManager(settings, metrics)
+    jobs = AuditQueue(settings, metrics, manager.library, url(public_socket))
+    public_app = create_public_app(manager, settings, metrics, keys)
+    console = (console_files.router(), console_api.router(manager, settings, metrics, jobs))
+    admin_app = create_admin_app(manager, settings, metrics, token, (*console, audits.router(jobs), *routers(manager)))
+    planes = (create_server(public_app, settings, public_socket), create_server(admin_app, settings, admin_socket))
+    service = ServerProcess(settings, manager, keys, planes, url(public_socket), url(admin_socket), jobs)
+    manager.workers.on_broken = service.on_broken
     return service
 
 
@@ -262,8 +262,8 @@ async def serve(
 ) -> int:
     """Runs until told to end; the process's exit code. Raises SettingsRejected, StoreError."""
     service = create_service(settings)
-    service.holder.early = fork_server
-    service.holder.on_step = on_step or service.holder.on_step
+    service.manager.early = fork_server
+    service.manager.on_step = on_step or service.manager.on_step
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.on_signal, number)
@@ -278,7 +278,7 @@ async def serve(
 
 async def wait_for_shutdown(service: ServerProcess, announce: Callable[[ServerProcess, LoadedLibrary], None]) -> None:
     """Loads the library while the ports already answer, then waits for a signal."""
-    loading = asyncio.ensure_future(service.holder.start())
+    loading = asyncio.ensure_future(service.manager.start())
     stop = asyncio.ensure_future(service.stop.wait())
     await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():  # told to end before the library was there
@@ -299,7 +299,7 @@ async def shut_down(service: ServerProcess, running: Sequence[Awaitable[None]]) 
     for server, task in zip(service.planes, running, strict=True):
         server.should_exit = True
         await task
-    service.holder.workers.stop()
+    service.manager.workers.stop()
     log.info("ended")
 
 

@@ -29,20 +29,20 @@ class Replica:
     def __init__(self, flags: Mapping[str, Any]) -> None:
         self.settings: Settings = read_settings(flags)
         self.metrics = Metrics()
-        self.holder = LibraryManager(self.settings, self.metrics)
+        self.manager = LibraryManager(self.settings, self.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray calls it once the constructor is through. Raises SettingsRejected."""
         app = create_public_app(
-            self.holder, self.settings, self.metrics, ApiKeyStore(self.settings.api_keys_file, self.metrics)
+            self.manager, self.settings, self.metrics, ApiKeyStore(self.settings.api_keys_file, self.metrics)
         )
-        app.router.add_event_handler("startup", self.holder.start)
+        app.router.add_event_handler("startup", self.manager.start)
         return app
 
     def check_health(self) -> None:
         """Ray replaces a replica whose check raises."""
-        if not self.holder.ready:
-            raise RuntimeError(self.holder.reason)
+        if not self.manager.ready:
+            raise RuntimeError(self.manager.reason)
 
 
 def application(words: Mapping[str, Any], kind: type = Replica) -> Application:

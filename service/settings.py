@@ -380,20 +380,20 @@ def load_or_create_token(path: Path) -> str:
             return token
     except FileExistsError:  # another process was faster: its token is this one's too
         pass
-    found = read_secret(path)
-    if len(found) < TOKEN_CHARACTERS:
+    token = read_secret(path)
+    if len(token) < TOKEN_CHARACTERS:
         raise SettingsRejected(
-            f"{path}: {len(found)} characters, left by a start that could not finish; expected an admin token of at "
+            f"{path}: {len(token)} characters, left by a start that could not finish; expected an admin token of at "
             f"least {TOKEN_CHARACTERS}. Delete the file: the next start makes a new one"
         )
-    return validate_token(found, str(path))
+    return validate_token(token, str(path))
 
 
 def require_folders(settings: Settings) -> None:
     """What audits read has to be there from the start, not when the first audit asks. Raises SettingsRejected."""
-    for knob, path in (("AUDITS_DATA", settings.audits_data), ("AUDITS_OUTSIDE", settings.audits_outside)):
+    for name, path in (("AUDITS_DATA", settings.audits_data), ("AUDITS_OUTSIDE", settings.audits_outside)):
         if path is not None and not path.is_dir():
-            raise SettingsRejected(f"TOMBOLA_{knob} {path}: no such folder")
+            raise SettingsRejected(f"TOMBOLA_{name} {path}: no such folder")
 
 
 def ensure_state_dir(settings: Settings) -> Path:

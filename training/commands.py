@@ -77,12 +77,12 @@ def read_field(item: str, kind: Any, text: str, *, least: int) -> Any:
     except json.JSONDecodeError:
         value = text
     try:
-        found = TypeAdapter(kind).validate_python(value)
+        value = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise TrainingError(f"--set {item}: {error.errors()[0]['msg'].lower()}") from None
-    if isinstance(found, int | float) and not least <= found < math.inf:
+    if isinstance(value, int | float) and not least <= value < math.inf:
         raise TrainingError(f"--set {item}: expected a number from {least}")
-    return found
+    return value
 
 
 def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list[TrainConfig]:
@@ -107,8 +107,8 @@ def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
     changes.pop("epochs", None)
     for name in ("mask_share", "steps", *SHAPE):
         if name in changes:
-            asked = "--scratch" if name == "mask_share" and arguments.scratch else f"--set {name}"
-            raise TrainingError(f"{asked}: settled by the tickets of {arguments.start}, which --from goes on with")
+            option = "--scratch" if name == "mask_share" and arguments.scratch else f"--set {name}"
+            raise TrainingError(f"{option}: settled by the tickets of {arguments.start}, which --from goes on with")
     jobs = []
     for entry in entries_of(library, arguments.start, arguments.only):
         before = TrainConfig.from_dict(entry.provenance.recipe)
@@ -121,10 +121,10 @@ def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
 
 def entries_of(library: Library, given: Path, only: Sequence[str] | None) -> list[Entry]:
     """The tickets of a library that are wanted. given: where it was asked for."""
-    found = [entry for entry in library.entries if wanted(entry.name, only)]
-    if not found:
+    value = [entry for entry in library.entries if wanted(entry.name, only)]
+    if not value:
         raise TrainingError(f"{given}: no ticket matches --only {' '.join(only or [])}")
-    return found
+    return value
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
@@ -205,11 +205,11 @@ def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[lis
     return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=preset.gpus)
 
 
-def device_of(name: str, *, here: bool = True) -> torch.device:
+def device_of(name: str, *, local: bool = True) -> torch.device:
     """here: whether this machine has to have it. Raises TrainingError."""
     try:
         device = torch.device(name)
-        if here:
+        if local:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # torch says both for a device that is not there
         raise TrainingError(f"--device {name}: torch cannot use such a device here") from None
@@ -268,10 +268,10 @@ def show_differences(arguments: argparse.Namespace) -> None:
     images = split.selection.balanced(arguments.images)
     with Progress(transient=True) as progress:
         task = progress.add_task("attacking each ticket", total=len(library.tickets))
-        found = differences(library, images, device, lambda done: progress.update(task, completed=done))
-    print(f"library {library.digest[:12]}\n{summary(found)}")
+        value = differences(library, images, device, lambda done: progress.update(task, completed=done))
+    print(f"library {library.digest[:12]}\n{summary(value)}")
     if arguments.json:
-        write_atomically(arguments.json, json.dumps({"library": library.digest, **asdict(found)}, indent=1))
+        write_atomically(arguments.json, json.dumps({"library": library.digest, **asdict(value)}, indent=1))
 
 
 def fetch(arguments: argparse.Namespace) -> None:

@@ -81,16 +81,16 @@ def split_of(classes: tuple[str, ...], train: Images, test: Images, per_class: i
     """Sets aside the first `per_class` training images of each class, by file name, for selection."""
     order = sorted(range(len(train)), key=lambda i: train.names[i])
     taken: dict[int, int] = {}
-    held: list[int] = []
+    chosen: list[int] = []
     kept: list[int] = []
     for i in order:
         label = int(train.labels[i])
         taken[label] = taken.get(label, 0) + 1
-        (held if taken[label] <= per_class else kept).append(i)
+        (chosen if taken[label] <= per_class else kept).append(i)
     for label, name in enumerate(classes):
         if taken.get(label, 0) <= per_class:
             raise DataRejected(f"class {name!r}: {taken.get(label, 0)} training images; expected more than {per_class}")
-    return Split(classes, train.pick(torch.tensor(kept)), train.pick(torch.tensor(held)), test)
+    return Split(classes, train.pick(torch.tensor(kept)), train.pick(torch.tensor(chosen)), test)
 
 
 def read_split(
@@ -135,8 +135,8 @@ def split_data(path: Path, data: DataSet, spec: InputSpec, *, skip_damaged: bool
     test = data.parts.get("test") or data.parts.get("val")
     classes = classes_of(data, train)
     if train is None or len(classes) < 2:
-        found = ", ".join(sorted(data.parts))
-        raise DataRejected(f"{path}: {len(classes)} classes under train/ (parts: {found}); {LAYOUTS}")
+        names = ", ".join(sorted(data.parts))
+        raise DataRejected(f"{path}: {len(classes)} classes under train/ (parts: {names}); {LAYOUTS}")
     everything = decode_images(data, train, classes, spec, skip_damaged=skip_damaged)
     if test is None:
         everything, held_out = hold_out(everything)

@@ -40,8 +40,8 @@ Json = dict[str, Any]
 class ConsoleApi:
     """One method per route."""
 
-    def __init__(self, holder: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> None:
-        self.holder = holder
+    def __init__(self, manager: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> None:
+        self.manager = manager
         self.settings = settings
         self.metrics = metrics
         self.jobs = jobs
@@ -50,11 +50,11 @@ class ConsoleApi:
 
     async def overview(self, _: Request) -> Response:
         """Counters as they stand: whoever asks twice has the rates."""
-        serving = self.holder.current
+        serving = self.manager.current
         return json_response(
             {
-                "ready": self.holder.ready,
-                "reason": self.holder.reason,
+                "ready": self.manager.ready,
+                "reason": self.manager.reason,
                 "version": open_inference.product_version(),
                 "commit": self.settings.commit,
                 "uptime_s": round(time.monotonic() - self.began, 3),
@@ -87,14 +87,14 @@ class ConsoleApi:
 
     async def try_image(self, request: Request) -> Response:
         """The picture of the body, asked about DRAWS times: every draw is a fresh theta, and none of them is told."""
-        serving = self.holder.current
-        if serving is None or not self.holder.ready:
+        serving = self.manager.current
+        if serving is None or not self.manager.ready:
             raise NotReady
         began = time.perf_counter()
-        found = await self.answers(request, serving)
-        said = summarize_draws(found, serving.library.classes)
+        probabilities = await self.answers(request, serving)
+        draws = summarize_draws(probabilities, serving.library.classes)
         seconds = round(time.perf_counter() - began, 4)
-        return json_response({"library": serving.library.digest, "draws": DRAWS, "seconds": seconds, **said})
+        return json_response({"library": serving.library.digest, "draws": DRAWS, "seconds": seconds, **draws})
 
     async def answers(self, request: Request, serving: LoadedLibrary) -> Probabilities:
         """[DRAWS, classes]"""
@@ -121,9 +121,9 @@ class ConsoleApi:
 
     def estimate(self, wanted: Any) -> Json:
         """Raises AuditRejected, AuditUnknown, CostRejected."""
-        asked = read_audit(wanted)
-        self.jobs.datasets.path(asked.data, asked.profile)
-        return self.jobs.cost(asked, self.holder.library()).model_dump(mode="json")
+        audit = read_audit(wanted)
+        self.jobs.datasets.path(audit.data, audit.profile)
+        return self.jobs.cost(audit, self.manager.library()).model_dump(mode="json")
 
 
 async def received(request: Request, limit: int) -> bytes:
@@ -196,11 +196,11 @@ def drawn_sizes(metrics: Metrics) -> list[float]:
     return [value(f"{PREFIX}ensemble_size_bucket", {"le": f"{float(bound)}"}) or 0.0 for bound in bounds]
 
 
-def summarize_draws(found: Probabilities, classes: tuple[str, ...]) -> Json:
+def summarize_draws(probabilities: Probabilities, classes: tuple[str, ...]) -> Json:
     """What draws [draws, classes] say of one image. votes: how many draws chose a class.  low, mean, high: of its
     probability over the draws.  agreement: the part of the draws that chose the commonest label."""
-    votes = np.bincount(found.argmax(axis=1), minlength=len(classes))
-    mean, low, high = found.mean(axis=0), found.min(axis=0), found.max(axis=0)
+    votes = np.bincount(probabilities.argmax(axis=1), minlength=len(classes))
+    mean, low, high = probabilities.mean(axis=0), probabilities.min(axis=0), probabilities.max(axis=0)
     order = sorted(range(len(classes)), key=lambda index: (-votes[index], -mean[index]))
     rows = [
         {
@@ -210,15 +210,19 @@ def summarize_draws(found: Probabilities, classes: tuple[str, ...]) -> Json:
         }
         for index in order
     ]
-    return {"label": rows[0]["label"], "agreement": round(float(votes.max() / len(found)), DIGITS), "classes": rows}
+    return {
+        "label": rows[0]["label"],
+        "agreement": round(float(votes.max() / len(probabilities)), DIGITS),
+        "classes": rows,
+    }
 
 
-def router(holder: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> APIRouter:
+def router(manager: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> APIRouter:
     """Before the audits' router, whose /admin/audits/{id} would take the name `cost` for an audit's."""
-    here = ConsoleApi(holder, settings, metrics, jobs)
+    api = ConsoleApi(manager, settings, metrics, jobs)
     routes = APIRouter(route_class=RawRoute, tags=["Console"])
-    routes.add_api_route("/admin/overview", here.overview, methods=["GET"])
-    routes.add_api_route("/admin/try", map_audit_errors(here.try_image), methods=["POST"])
-    routes.add_api_route("/admin/profiles", here.profiles, methods=["GET"])
-    routes.add_api_route("/admin/audits/cost", map_audit_errors(here.cost), methods=["POST"])
+    routes.add_api_route("/admin/overview", api.overview, methods=["GET"])
+    routes.add_api_route("/admin/try", map_audit_errors(api.try_image), methods=["POST"])
+    routes.add_api_route("/admin/profiles", api.profiles, methods=["GET"])
+    routes.add_api_route("/admin/audits/cost", map_audit_errors(api.cost), methods=["POST"])
     return routes

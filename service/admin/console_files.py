@@ -48,10 +48,10 @@ def router() -> APIRouter:
         return files[PAGE]
 
     async def file(request: Request) -> Response:
-        found = files.get(request.path_params["name"])
-        if found is None:
+        content = files.get(request.path_params["name"])
+        if content is None:
             raise NotFound
-        return found
+        return content
 
     routes = APIRouter(route_class=RawRoute, tags=["Console"])
     routes.add_api_route("/", page, methods=["GET"])

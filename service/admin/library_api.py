@@ -32,15 +32,15 @@ class LibraryRefused(ServiceError):
 class LibraryApi:
     """One method per route."""
 
-    def __init__(self, holder: LibraryManagerProtocol, metrics: Metrics) -> None:
-        self.holder = holder
+    def __init__(self, manager: LibraryManagerProtocol, metrics: Metrics) -> None:
+        self.manager = manager
         self.metrics = metrics
         self.swapping = asyncio.Lock()
 
     def library(self) -> Library:
-        if self.holder.current is None:
+        if self.manager.current is None:
             raise NotReady
-        return self.holder.current.library
+        return self.manager.current.library
 
     async def show_metrics(self, _: Request) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
@@ -49,7 +49,7 @@ class LibraryApi:
         return json_response({"live": True})
 
     async def ready(self, _: Request) -> Response:
-        if not self.holder.ready:
+        if not self.manager.ready:
             raise NotReady
         return json_response({"ready": True})
 
@@ -67,7 +67,7 @@ class LibraryApi:
         async with self.swapping:
             before = self.library().digest
             try:
-                serving = await self.holder.reload()
+                serving = await self.manager.reload()
             except StoreError as error:
                 log.error("library refused, the old one keeps serving: %s", error)  # noqa: TRY400 -- says all there is
                 raise LibraryRefused from None
@@ -99,13 +99,13 @@ def describe_policy(library: Library) -> Json:
     }
 
 
-def router(holder: LibraryManagerProtocol, metrics: Metrics) -> APIRouter:
-    here = LibraryApi(holder, metrics)
+def router(manager: LibraryManagerProtocol, metrics: Metrics) -> APIRouter:
+    api = LibraryApi(manager, metrics)
     routes = APIRouter(route_class=RawRoute)
-    routes.add_api_route("/metrics", here.show_metrics, methods=["GET"])
-    routes.add_api_route("/health/live", here.live, methods=["GET"])
-    routes.add_api_route("/health/ready", here.ready, methods=["GET"])
-    routes.add_api_route("/admin/library", here.show_library, methods=["GET"])
-    routes.add_api_route("/admin/library", here.swap, methods=["POST"])
-    routes.add_api_route("/admin/policy", here.show_policy, methods=["GET"])
+    routes.add_api_route("/metrics", api.show_metrics, methods=["GET"])
+    routes.add_api_route("/health/live", api.live, methods=["GET"])
+    routes.add_api_route("/health/ready", api.ready, methods=["GET"])
+    routes.add_api_route("/admin/library", api.show_library, methods=["GET"])
+    routes.add_api_route("/admin/library", api.swap, methods=["POST"])
+    routes.add_api_route("/admin/policy", api.show_policy, methods=["GET"])
     return routes

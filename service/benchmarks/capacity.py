@@ -70,12 +70,12 @@ def server(flags: Sequence[str]) -> Iterator[RunningServer]:
 
 
 def announced(process: "subprocess.Popen[str]") -> RunningServer:
-    said: dict[str, str] = {}
+    output: dict[str, str] = {}
     for line in process.stdout or ():
         name, _, rest = line.partition(" ")
-        said[name] = rest.split()[0] if rest.split() else ""
+        output[name] = rest.split()[0] if rest.split() else ""
         if name == "Ready:":
-            return RunningServer(said["public"], said["admin"])
+            return RunningServer(output["public"], output["admin"])
     raise SettingsRejected("bench capacity: the server did not come up; what it said is above")
 
 
@@ -138,12 +138,12 @@ def cost(place: RunningServer, body: bytes, images: int, total: int) -> Json:
 
 def measure(settings: Settings, names: Sequence[str], total: int) -> Json:
     """names: the settings that the started server is to share."""
-    told = {name: getattr(settings, name) for name in names if name != "state_dir"}
-    flags = [word for name, value in told.items() if value is not None for word in (flag(name), str(value))]
+    options = {name: getattr(settings, name) for name in names if name != "state_dir"}
+    flags = [word for name, value in options.items() if value is not None for word in (flag(name), str(value))]
     with server(flags) as place:
-        found: Json = {kind: cost(place, body, images, total) for kind, (body, images) in bodies().items()}
+        figures: Json = {kind: cost(place, body, images, total) for kind, (body, images) in bodies().items()}
         metrics = place.metrics()
-    return found | {
+    return figures | {
         "rows": ROWS,
         "batch": BATCH,
         "memory_mb": round(
@@ -165,19 +165,20 @@ def replicas(images_per_s: float, cpu_ms: float, cores: float = CORES, share: fl
     return max(1, math.ceil(images_per_s * cpu_ms / 1000 / (cores * share)))
 
 
-def table(found: Json) -> str:
+def table(figures: Json) -> str:
     """Markdown: the measured cost, and what loads take of replicas, memory and Prometheus."""
-    one, many = found["one"], found["many"]
-    said = (
+    one, many = figures["one"], figures["many"]
+    summary = (
         f"An image costs **{one['cpu_ms']:.2f} ms** of processor time in a request of its own and "
-        f"**{many['cpu_ms']:.2f} ms** in one of {found['batch']} (n = {one['images']:,} and {many['images']:,} images, "
-        f"up to {found['rows']} under way, library {found['library'][:12]}, {found['engine']['name']}; "
-        f"{found['machine']['cpu']}, load {found['machine']['load_before']:.1f} before). A replica takes "
-        f"{found['memory_mb']:,} MB and exports {found['series']:,} series."
+        f"**{many['cpu_ms']:.2f} ms** in one of {figures['batch']} "
+        f"(n = {one['images']:,} and {many['images']:,} images, "
+        f"up to {figures['rows']} under way, library {figures['library'][:12]}, {figures['engine']['name']}; "
+        f"{figures['machine']['cpu']}, load {figures['machine']['load_before']:.1f} before). A replica takes "
+        f"{figures['memory_mb']:,} MB and exports {figures['series']:,} series."
     )
     lines = [
         "<!-- tombola bench capacity -->",
-        said,
+        summary,
         "",
         f"| images/s | cores busy | replicas of {CORES} cores | memory, GB | series | samples/s |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -185,7 +186,7 @@ def table(found: Json) -> str:
     for load in LOADS:
         count = replicas(load, one["cpu_ms"])
         lines.append(
-            f"| {load:,} | {load * one['cpu_ms'] / 1000:,.1f} | {count:,} | {count * found['memory_mb'] / 1000:,.1f} "
-            f"| {count * found['series']:,} | {count * found['series'] / SCRAPE_S:,.0f} |"
+            f"| {load:,} | {load * one['cpu_ms'] / 1000:,.1f} | {count:,} | {count * figures['memory_mb'] / 1000:,.1f} "
+            f"| {count * figures['series']:,} | {count * figures['series'] / SCRAPE_S:,.0f} |"
         )
     return "\n".join(lines)

@@ -66,8 +66,8 @@ def replace_section(page: Path, table: str) -> None:
     """Puts a table in the place of the one that begins with the same line, an HTML comment, in a page."""
     begin, end = table.split("\n", 1)[0], "<!-- end -->"
     whole = page.read_text(encoding="utf-8")
-    before, found, rest = whole.partition(begin)
-    if not found or end not in rest:
+    before, mark, rest = whole.partition(begin)
+    if not mark or end not in rest:
         raise SettingsRejected(f"{page}: expected {begin} and {end} in it")
     write_atomically(page, before + table + "\n" + end + rest.split(end, 1)[1])
 
@@ -117,7 +117,7 @@ def raw_engine(
     thetas = [draw_theta(library.policy, rng) for _ in range(given.images)]
     some = max(1, given.images // 8)
     networks = [ticket.network() for ticket in library.tickets]
-    plain = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
+    loop_rate = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
     grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.window_rows))
     asked = given.images / timed(lambda: asyncio.run(scheduler_throughput(library, engine, settings, images)))
     figures = {
@@ -125,14 +125,14 @@ def raw_engine(
         "seed": given.seed,
         "window_rows": settings.window_rows,
         "mean_members": statistics.mean(len(theta.members) for theta in thetas),
-        "plain_loop_images_per_s": round(plain, 1),
+        "plain_loop_images_per_s": round(loop_rate, 1),
         "engine_images_per_s": round(grouped, 1),
-        "ratio": round(grouped / plain, 2),
+        "ratio": round(grouped / loop_rate, 2),
         "askers": CONCURRENT_CLIENTS,
         "without_http_images_per_s": round(asked, 1),
     }
     return figures, (
-        f"engine {grouped:.0f} images/s, plain loop {plain:.0f}: {grouped / plain:.1f} times; "
+        f"engine {grouped:.0f} images/s, plain loop {loop_rate:.0f}: {grouped / loop_rate:.1f} times; "
         f"{asked:.0f} for {CONCURRENT_CLIENTS} who wait for answers, without HTTP"
     )
 
@@ -165,7 +165,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 def in_windows(engine: Engine, images: Images, thetas: Sequence[Theta], size: int) -> None:
     """Each thread a window of its own: nothing is shared out, nobody waits for anybody."""
 
-    def window(start: int) -> None:
+    def send_batch(start: int) -> None:
         groups: dict[int, list[int]] = {}
         for row, theta in enumerate(thetas[start : start + size]):
             for member in theta.members:
@@ -173,7 +173,7 @@ def in_windows(engine: Engine, images: Images, thetas: Sequence[Theta], size: in
         engine.run(images[start : start + size], list(groups.items()), lambda: None)
 
     with ThreadPoolExecutor(engine.threads) as pool:
-        list(pool.map(window, range(0, len(images), size)))
+        list(pool.map(send_batch, range(0, len(images), size)))
 
 
 async def scheduler_throughput(library: Library, engine: Engine, settings: Settings, images: Images) -> None:
@@ -217,8 +217,8 @@ def eight_bits(
     data, others = quantization.measured_images(given.data, library, given.images)
     figures = quantization.compare(library, engine, open_engine(library, settings, others), data)
     mean = figures["mean"]
-    said = f"8 bits: {mean['clean_of_tickets']:+.2f} points clean, {mean['pgd_of_tickets']:+.2f} under PGD-20"
-    return figures, f"{said}, {mean['speed']:.2f} times as fast"
+    summary = f"8 bits: {mean['clean_of_tickets']:+.2f} points clean, {mean['pgd_of_tickets']:+.2f} under PGD-20"
+    return figures, f"{summary}, {mean['speed']:.2f} times as fast"
 
 
 # What a whole server costs
@@ -242,8 +242,8 @@ def latency_information(
     given: argparse.Namespace, settings: Settings, library: Library, engine: Engine
 ) -> tuple[dict[str, Any], str]:
     figures = timing_leakage.leak(library, engine, settings, given.images, sorted({0.0, *given.quantum_ms}))
-    said = ", ".join(f"{row['quantum_ms']:g} ms: {row['bits']:.2f}" for row in figures["quanta"])
-    return figures, f"bits of n that latency tells, by quantum: {said}"
+    summary = ", ".join(f"{row['quantum_ms']:g} ms: {row['bits']:.2f}" for row in figures["quanta"])
+    return figures, f"bits of n that latency tells, by quantum: {summary}"
 
 
 BENCHMARKS: Final[dict[str, Benchmark]] = {

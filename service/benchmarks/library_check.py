@@ -74,13 +74,13 @@ def latencies(library: Library, engine: Engine) -> dict[int, float]:
 def some_of_size(policy: Policy, n: int, rng: random.Random) -> list[Theta]:
     """REPEATS draws of n members; fewer, or none, of a size that is very rare."""
     drawn = (draw_theta(policy, rng) for _ in range(MOST_DRAWS))
-    found: list[Theta] = []
+    thetas: list[Theta] = []
     for theta in drawn:
         if len(theta.members) == n:
-            found.append(theta)
-        if len(found) == REPEATS:
+            thetas.append(theta)
+        if len(thetas) == REPEATS:
             break
-    return found
+    return thetas
 
 
 def answer_s(pool: ThreadPoolExecutor, engine: Engine, row: Images, members: Sequence[int]) -> float:
@@ -89,17 +89,18 @@ def answer_s(pool: ThreadPoolExecutor, engine: Engine, row: Images, members: Seq
     return time.perf_counter() - begun
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(figures: dict[str, Any]) -> list[str]:
     """For people; the last line is the one to quote."""
-    timed = "  ".join(f"{n}: {ms:.1f}" for n, ms in found["median_ms"].items())
+    timed = "  ".join(f"{n}: {ms:.1f}" for n, ms in figures["median_ms"].items())
+    memory = f"{figures['memory_mb']:.0f} MB"
     return [
-        f"library    {found['library']}",
-        f"digest     {found['digest']}",
-        f"holds      {found['tickets']} tickets, {found['baselines']} baselines, {found['classes']} classes",
-        f"theta      {found['states']:,} states, {found['expected_size']} members in the mean",
-        f"engine     {found['engine']} on {found['device']}, {found['threads']} threads; {found['note']}",
-        f"equality   logits within {found['difference']:.1e} of torch's, of the largest",
-        f"verified   in {found['verify_s']:.1f} s, warm in {found['warm_up_s']:.1f} s, {found['memory_mb']:.0f} MB",
+        f"library    {figures['library']}",
+        f"digest     {figures['digest']}",
+        f"holds      {figures['tickets']} tickets, {figures['baselines']} baselines, {figures['classes']} classes",
+        f"theta      {figures['states']:,} states, {figures['expected_size']} members in the mean",
+        f"engine     {figures['engine']} on {figures['device']}, {figures['threads']} threads; {figures['note']}",
+        f"equality   logits within {figures['difference']:.1e} of torch's, of the largest",
+        f"verified   in {figures['verify_s']:.1f} s, warm in {figures['warm_up_s']:.1f} s, " + memory,
         f"median ms  by size of ensemble  {timed}",
-        f"Whole: {found['tickets']} tickets of library {found['digest'][:12]} run as they were measured.",
+        f"Whole: {figures['tickets']} tickets of library {figures['digest'][:12]} run as they were measured.",
     ]

@@ -39,13 +39,13 @@ def disclosure(library: Library, images: Tensor, seed: int = 0) -> dict[str, Any
         draws = matrix(thetas, len(library.tickets))
         sums = combine(logits, draws)  # [T, N, classes]
     sizes = [len(theta.members) for theta in thetas]
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"theta": [], "n": []})
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"theta": [], "n": []})
     for image in range(len(images)):
         answers = probabilities(sums[:, image], torch.tensor(sizes)).double().numpy()
         for name, shown in details().items():
             seen = [row.tobytes() for row in shown(answers)]
-            found[name]["theta"].append(named_right(seen, thetas))
-            found[name]["n"].append(named_right(seen, sizes))
+            scores[name]["theta"].append(named_right(seen, thetas))
+            scores[name]["n"].append(named_right(seen, sizes))
     return {
         "images": len(images),
         "draws": DRAWS,
@@ -53,7 +53,7 @@ def disclosure(library: Library, images: Tensor, seed: int = 0) -> dict[str, Any
         "by_prior": {"theta": named_right([b""] * DRAWS, thetas), "n": named_right([b""] * DRAWS, sizes)},
         "named_right": {
             name: {what: round(float(np.mean(rates)), 4) for what, rates in rows.items()}
-            for name, rows in found.items()
+            for name, rows in scores.items()
         },
     }
 
@@ -66,17 +66,17 @@ def named_right(seen: list[bytes], truths: list[Theta] | list[int]) -> float:
     return sum(max(group.values()) for group in groups.values()) / len(seen)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """Markdown: one row for each detail."""
-    prior = found["by_prior"]
+    prior = figures["by_prior"]
     lines = [
         "<!-- tombola bench precision -->",
         "| the answer shows | names θ | names n |",
         "| --- | ---: | ---: |",
         f"| nothing | {100 * prior['theta']:.1f} % | {100 * prior['n']:.1f} % |",
     ]
-    for name, rates in found["named_right"].items():
+    for name, rates in figures["named_right"].items():
         lines.append(f"| {name} | {100 * rates['theta']:.1f} % | {100 * rates['n']:.1f} % |")
-    about = f"One answer, all classes; library {found['library'][:12]}, {found['states']:,} states of θ; "
-    about += f"n = {found['images']} images of {found['data']}, {found['draws']:,} draws each."
+    about = f"One answer, all classes; library {figures['library'][:12]}, {figures['states']:,} states of θ; "
+    about += f"n = {figures['images']} images of {figures['data']}, {figures['draws']:,} draws each."
     return "\n".join([*lines, "", about])

@@ -76,14 +76,14 @@ def in_batches(forward: Answers, member: int, images: Images) -> NDArray[np.floa
 
 
 def right(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Right:
-    found: Right = (logits.argmax(axis=1) == labels).astype(np.float64)
-    return found
+    result: Right = (logits.argmax(axis=1) == labels).astype(np.float64)
+    return result
 
 
 def difference(exact: Right, rounded: Right) -> dict[str, Any]:
     """In percent: the accuracy of each, and the second less the first with its 95 % interval."""
-    found = paired_difference(rounded, exact)
-    points = {name: round(100 * value, 3) for name, value in found._asdict().items()}
+    result = paired_difference(rounded, exact)
+    points = {name: round(100 * value, 3) for name, value in result._asdict().items()}
     return {"float32": round(100 * exact.mean(), 3), "int8": round(100 * rounded.mean(), 3), "difference": points}
 
 
@@ -101,16 +101,16 @@ def image_ms(forward: Answers, member: int, images: Images) -> float:
     return round(1000 * min(seconds) / len(some), 4)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """Markdown: all tickets together, then the ones that change most."""
-    mean, rows = found["mean"], found["tickets"]
+    mean, rows = figures["mean"], figures["tickets"]
     whole = mean["clean"]
     worst = {kind: max(rows, key=lambda row: abs(row[kind]["difference"]["value"])) for kind in ("clean", "pgd")}
     about = (
         f"In the mean over {len(rows)} tickets: {mean['clean_of_tickets']:+.2f} points clean, "
         f"{mean['pgd_of_tickets']:+.2f} under PGD-20 (made on the float32 ticket); {mean['speed']:.2f} times as fast. "
-        f"n = {found['images']} images of {found['data']}, calibrated on {CALIBRATION_IMAGES} others; library "
-        f"{found['library'][:12]}, {found['machine']['cpu']}, load {found['machine']['load_before']} before."
+        f"n = {figures['images']} images of {figures['data']}, calibrated on {CALIBRATION_IMAGES} others; library "
+        f"{figures['library'][:12]}, {figures['machine']['cpu']}, load {figures['machine']['load_before']} before."
     )
     lines = [
         "<!-- tombola bench int8 -->",
@@ -124,6 +124,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def row_of(name: str, found: dict[str, Any]) -> str:
-    value, low, high = (found["difference"][part] for part in ("value", "low", "high"))
-    return f"| {name} | {found['float32']:.1f} | {found['int8']:.1f} | {value:+.2f} [{low:+.2f}, {high:+.2f}] |"
+def row_of(name: str, difference: dict[str, Any]) -> str:
+    value, low, high = (difference["difference"][part] for part in ("value", "low", "high"))
+    return (
+        f"| {name} | {difference['float32']:.1f} | {difference['int8']:.1f} | {value:+.2f} [{low:+.2f}, {high:+.2f}] |"
+    )

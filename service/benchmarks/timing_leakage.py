@@ -35,8 +35,8 @@ class RecordingScheduler(Scheduler):
 
     sizes: list[int]
 
-    def observe(self, window: Batch) -> None:
-        self.sizes += [len(theta.members) for theta in window.thetas]
+    def observe(self, batch: Batch) -> None:
+        self.sizes += [len(theta.members) for theta in batch.thetas]
 
 
 def leak(
@@ -45,8 +45,8 @@ def leak(
     """For each quantum (0: none) the bits that latency tells of n, and how often it names n right."""
     rows = []
     for quantum_ms in quanta_ms:
-        told = settings.model_copy(update={"quantum_ms": quantum_ms})
-        seconds, sizes = asyncio.run(latencies(library, engine, told, images))
+        quantised = settings.model_copy(update={"quantum_ms": quantum_ms})
+        seconds, sizes = asyncio.run(latencies(library, engine, quantised, images))
         bits, chance = mutual_information(seconds, sizes)
         rows.append(
             {
@@ -107,7 +107,7 @@ def named_right(seconds: Sequence[float], sizes: Sequence[int]) -> float:
         counts[place][n] += 1
     every = Counter(sizes[:half])  # for a bin that was empty
     named = [(counts[place] or every).most_common(1)[0][0] for place in bins[half:]]
-    return statistics.mean(found == n for found, n in zip(named, sizes[half:], strict=True))
+    return statistics.mean(guess == n for guess, n in zip(named, sizes[half:], strict=True))
 
 
 def binned(known: Sequence[float], seconds: Sequence[float]) -> NDArray[np.int64]:
@@ -129,22 +129,22 @@ def entropy(counts: Iterable[int]) -> float:
     return -math.fsum(count / total * math.log2(count / total) for count in values)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """Markdown: one row for each quantum."""
     lines = [
         "<!-- tombola bench latency -->",
         "| answers on multiples of | bits of n | names n | median | 99 % within |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for row in found["quanta"]:
+    for row in figures["quanta"]:
         name = f"{row['quantum_ms']:g} ms" if row["quantum_ms"] else "nothing"
         shown = f"{row['bits']:.2f} | {100 * row['names_n']:.0f} % | {row['p50_ms']:.1f} ms | {row['p99_ms']:.1f} ms"
         lines.append(f"| {name} | {shown} |")
-    first = found["quanta"][0]
+    first = figures["quanta"][0]
     about = (
         f"n has {first['entropy_of_n_bits']:.2f} bits; the commonest is right in {100 * first['commonest_n']:.0f} %. "
-        f"One image at a time, {found['images']:,} of them for each row, in the server's process; library "
-        f"{found['library'][:12]}, {found['machine']['cpu']}, {found['engine']['threads']} threads, "
-        f"load {found['machine']['load_before']} before."
+        f"One image at a time, {figures['images']:,} of them for each row, in the server's process; library "
+        f"{figures['library'][:12]}, {figures['machine']['cpu']}, {figures['engine']['threads']} threads, "
+        f"load {figures['machine']['load_before']} before."
     )
     return "\n".join([*lines, "", about])

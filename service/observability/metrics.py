@@ -195,12 +195,12 @@ class Metrics:
     def series(self, name: str, labels: dict[str, str]) -> Any:
         """The one series of these labels. Looked up in a dict of our own: this is done a dozen times a request."""
         key = (name, *labels.items())
-        found = self.known.get(key)
-        if found is None:
-            found = self.labelled(name, labels)
+        series = self.known.get(key)
+        if series is None:
+            series = self.labelled(name, labels)
             if len(self.known) < KNOWN:
-                self.known[key] = found
-        return found
+                self.known[key] = series
+        return series
 
     def labelled(self, name: str, labels: dict[str, str]) -> Any:
         if not labels:

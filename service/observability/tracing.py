@@ -145,8 +145,8 @@ class TracingMiddleware:
 
 def carrier(scope: Scope) -> dict[str, str]:
     """The request's traceparent. No tracestate and no baggage: they are text of the client's own making."""
-    found = [value for name, value in scope["headers"] if name == b"traceparent"]
-    return {"traceparent": found[0].decode("latin-1")} if len(found) == 1 else {}
+    parents = [value for name, value in scope["headers"] if name == b"traceparent"]
+    return {"traceparent": parents[0].decode("latin-1")} if len(parents) == 1 else {}
 
 
 def install(app: FastAPI, version: str, proxy: str = "") -> None:

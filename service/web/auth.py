@@ -81,12 +81,12 @@ class ApiKeyStore:
 
     def owner(self, key: str) -> str | None:
         """In the same time whichever key it is, and whether it is one."""
-        found = None
+        client = None
         given = digest(key)
         for known, name in self.owners.items():
             if hmac.compare_digest(given, known):
-                found = name
-        return found
+                client = name
+        return client
 
 
 def read_keys(path: Path) -> dict[str, str]:

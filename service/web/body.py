@@ -43,12 +43,12 @@ sys.set_int_max_str_digits(640)  # the least Python allows, process-wide: readin
 
 def unique_headers(scope: Scope) -> dict[bytes, bytes]:
     """The request's headers by lower-case name; of those that matter here, two of one name are refused."""
-    found: dict[bytes, bytes] = {}
+    headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
-        if name in SINGLE_VALUE_HEADERS and found.get(name, value) != value:
+        if name in SINGLE_VALUE_HEADERS and headers.get(name, value) != value:
             raise BadRequest(ErrorMessage.HEADER_TWICE)
-        found[name] = value
-    return found
+        headers[name] = value
+    return headers
 
 
 def whole_number(text: bytes, digits: int = 15) -> int | None:
@@ -108,9 +108,9 @@ class BodyReader:
             raise UnsupportedMediaType(ErrorMessage.BODY_PACKING)
         limit = self.settings.max_body_bytes
         room.take(limit)
-        found = await asyncio.to_thread(inflate, body, coding, limit)
-        room.take(len(found) - limit)
-        return found
+        result = await asyncio.to_thread(inflate, body, coding, limit)
+        room.take(len(result) - limit)
+        return result
 
     def reserve(self, size: int) -> None:
         self.held_bytes += size
@@ -140,14 +140,14 @@ def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
     """What a body of Content-Encoding gzip or deflate holds, at most `limit` bytes. Raises BadRequest, TooLarge."""
     machine = zlib.decompressobj(wbits=WINDOW_BITS[coding])
     try:
-        found = machine.decompress(body, limit + 1)
+        result = machine.decompress(body, limit + 1)
     except zlib.error:
         raise BadRequest(ErrorMessage.BODY_INFLATE) from None
-    if len(found) > limit:
+    if len(result) > limit:
         raise ContentTooLarge(limit=limit)
     if not machine.eof or machine.unused_data:
         raise BadRequest(ErrorMessage.BODY_INFLATE)
-    return found
+    return result
 
 
 def media_type(headers: Mapping[bytes, bytes]) -> bytes:
@@ -156,10 +156,10 @@ def media_type(headers: Mapping[bytes, bytes]) -> bytes:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
         raise ValueError("duplicate key")
-    return found
+    return result
 
 
 def reject_nan(_: str) -> Any:
@@ -174,15 +174,15 @@ def parse_json(text: bytes) -> dict[str, Any]:
     if text.count(b",") > JSON_ELEMENTS:
         raise ContentTooLarge(ErrorMessage.JSON_TOO_MANY, limit=JSON_ELEMENTS)
     try:
-        found = DECODER.decode(text.decode("utf-8"))
+        result = DECODER.decode(text.decode("utf-8"))
     except (
         ValueError,
         RecursionError,
     ):  # also UnicodeDecodeError, JSONDecodeError and whole numbers of over 640 digits
         raise BadRequest(ErrorMessage.JSON_MALFORMED) from None
-    if not isinstance(found, dict):
+    if not isinstance(result, dict):
         raise BadRequest(ErrorMessage.JSON_OBJECT)
-    return found
+    return result
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[Answer]) -> Answer:

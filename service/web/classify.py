@@ -59,22 +59,19 @@ CLASSIFY: Final[Json] = {
 class ClassifyApi:
     """One method per route, over one Front."""
 
-    def __init__(self, front: DataPlane) -> None:
-        self.front = front
-        self.settings = front.settings
+    def __init__(self, data_plane: DataPlane) -> None:
+        self.data_plane = data_plane
+        self.settings = data_plane.settings
 
     async def classify(self, request: Request) -> Response:
-        request_id: str = request.scope[REQUEST_ID]
+        async with self.data_plane.open(request) as context:
+            timeout_s = timeout_of(context.headers, self.settings.deadline_s)
+            probabilities = await self.data_plane.classify(context, parse_body(context), timeout_s)
+            with self.data_plane.encoding():
+                return self.respond(request.scope[REQUEST_ID], context.serving.library, probabilities)
 
-        async def answer(visit: InferenceContext) -> Response:
-            timeout_s = timeout_of(visit.headers, self.settings.deadline_s)
-            found = await self.front.classify(visit, parse_body(visit), timeout_s)
-            return self.front.encode(lambda: self.respond(request_id, visit.serving.library, found))
-
-        return await self.front.handle(request, answer)
-
-    def respond(self, request_id: str, library: Library, found: Probabilities) -> Response:
-        predictions = [self.prediction(row, library.classes) for row in found.tolist()]
+    def respond(self, request_id: str, library: Library, probabilities: Probabilities) -> Response:
+        predictions = [self.prediction(row, library.classes) for row in probabilities.tolist()]
         return json_response({"request_id": request_id, "library": library.digest, "predictions": predictions})
 
     def prediction(self, row: list[float], classes: Sequence[str]) -> Json:
@@ -94,7 +91,7 @@ class ClassifyApi:
         return json_response({"live": True})
 
     async def ready(self, _: Request) -> Response:
-        if not self.front.holder.ready:
+        if not self.data_plane.manager.ready:
             raise NotReady
         return json_response({"ready": True})
 
@@ -103,27 +100,27 @@ def timeout_of(headers: Mapping[bytes, bytes], longest_s: float) -> float | None
     """Seconds that the client will wait; None where it does not say. Raises BadRequest."""
     if TIMEOUT not in headers:
         return None
-    found = whole_number(headers[TIMEOUT])
-    if not found:
+    timeout_ms = whole_number(headers[TIMEOUT])
+    if not timeout_ms:
         raise BadRequest(ErrorMessage.TIMEOUT_HEADER)
-    return min(found / 1000, longest_s)
+    return min(timeout_ms / 1000, longest_s)
 
 
-def parse_body(visit: InferenceContext) -> list[bytes]:
+def parse_body(context: InferenceContext) -> list[bytes]:
     """The encoded images of a body: the body itself, or the base64 strings of its JSON. The bytes decide which; a
     content type that promises neither is refused before the body is looked at."""
-    kind = media_type(visit.headers)
+    kind = media_type(context.headers)
     if kind not in NOT_NAMED and kind != b"application/json" and not kind.startswith(b"image/"):
         raise UnsupportedMediaType(ErrorMessage.BODY_TYPE)
-    if not visit.body:
+    if not context.body:
         raise BadRequest(ErrorMessage.EMPTY_BODY)
-    if kind == b"application/json" or (kind in NOT_NAMED and visit.body.lstrip()[:1] == b"{"):
-        return parse_json_images(parse_json(visit.body))
-    if sniff(visit.body) is None:
+    if kind == b"application/json" or (kind in NOT_NAMED and context.body.lstrip()[:1] == b"{"):
+        return parse_json_images(parse_json(context.body))
+    if sniff(context.body) is None:
         raise UnsupportedMediaType(
             ErrorMessage.IMAGE_FORMAT if kind.startswith(b"image/") else ErrorMessage.BODY_NEITHER
         )
-    return [visit.body]
+    return [context.body]
 
 
 def parse_json_images(content: Json) -> list[bytes]:
@@ -135,21 +132,21 @@ def parse_json_images(content: Json) -> list[bytes]:
     return [from_base64(image) for image in images]
 
 
-def router(here: ClassifyApi) -> APIRouter:
+def router(api: ClassifyApi) -> APIRouter:
     routes = APIRouter(route_class=RawRoute, tags=["Classification and health"], responses=ERRORS)
-    routes.add_api_route(PATH, here.classify, methods=["POST"], openapi_extra=CLASSIFY)
-    routes.add_api_route("/health/live", here.live, methods=["GET"])
-    routes.add_api_route("/health/ready", here.ready, methods=["GET"])
+    routes.add_api_route(PATH, api.classify, methods=["POST"], openapi_extra=CLASSIFY)
+    routes.add_api_route("/health/live", api.live, methods=["GET"])
+    routes.add_api_route("/health/ready", api.ready, methods=["GET"])
     return routes
 
 
-def install(app: FastAPI, front: DataPlane) -> None:
+def install(app: FastAPI, data_plane: DataPlane) -> None:
     """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it."""
-    here, protocol = ClassifyApi(front), open_inference.OpenInferenceApi(front)
-    app.include_router(router(here))
+    api, protocol = ClassifyApi(data_plane), open_inference.OpenInferenceApi(data_plane)
+    app.include_router(router(api))
     app.include_router(open_inference.router(protocol))
     model = {"model": open_inference.MODEL, "version": open_inference.VERSION}
-    endpoints = {PATH: here.classify} | dict.fromkeys(open_inference.INFER_PATHS, protocol.infer)
+    endpoints = {PATH: api.classify} | dict.fromkeys(open_inference.INFER_PATHS, protocol.infer)
     app.add_middleware(
         FastPathMiddleware,
         routes={

@@ -170,10 +170,10 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self.raw_bytes > HEAD_BYTES:
             check_size(self.headers)
-        found = by_name(self.headers)
-        check_framing(found, version)
-        self.url = origin_form(self.url, method, found.get(b"host", b""))
-        self.expect_100_continue = version == "1.1" and found.get(b"expect", b"").lower() == b"100-continue"
+        fields = by_name(self.headers)
+        check_framing(fields, version)
+        self.url = origin_form(self.url, method, fields.get(b"host", b""))
+        self.expect_100_continue = version == "1.1" and fields.get(b"expect", b"").lower() == b"100-continue"
         self.begin_request()
 
     def begin_request(self) -> None:
@@ -288,15 +288,15 @@ def head_without_upgrade(parser: httptools.HttpRequestParser, url: bytes, header
 
 def by_name(headers: Headers) -> dict[bytes, bytes]:
     """The headers by name, equal ones joined as a list. Raises BadRequest if one that is no list comes twice."""
-    found = dict(headers)
-    if len(found) == len(headers):
-        return found
-    found.clear()
+    fields = dict(headers)
+    if len(fields) == len(headers):
+        return fields
+    fields.clear()
     for name, value in headers:
-        if name in ONCE and name in found:
+        if name in ONCE and name in fields:
             raise BadRequest(ErrorMessage.HEADER_TWICE)
-        found[name] = b"%s,%s" % (found[name], value) if name in found else value
-    return found
+        fields[name] = b"%s,%s" % (fields[name], value) if name in fields else value
+    return fields
 
 
 def check_size(headers: Headers) -> None:
@@ -305,15 +305,15 @@ def check_size(headers: Headers) -> None:
         raise RequestHeaderFieldsTooLarge(limit=HEAD_BYTES)
 
 
-def check_framing(found: Mapping[bytes, bytes], version: str) -> None:
+def check_framing(fields: Mapping[bytes, bytes], version: str) -> None:
     """Raises BadRequest where two parsers could differ about whom a request is for, or where it ends."""
-    coding = found.get(b"transfer-encoding")
-    if coding is not None and (coding.lower() != b"chunked" or b"content-length" in found or version == "1.0"):
+    coding = fields.get(b"transfer-encoding")
+    if coding is not None and (coding.lower() != b"chunked" or b"content-length" in fields or version == "1.0"):
         raise BadRequest(ErrorMessage.FRAMING)
-    host = found.get(b"host", b"" if version == "1.0" else None)
+    host = fields.get(b"host", b"" if version == "1.0" else None)
     if host is None or not is_host(host):
         raise BadRequest(ErrorMessage.HOST)
-    options = found.get(b"connection", b"close")
+    options = fields.get(b"connection", b"close")
     if options not in USUAL_OPTIONS and not ONCE.isdisjoint(option.strip() for option in options.lower().split(b",")):
         raise BadRequest(ErrorMessage.FRAMING)
 

@@ -62,10 +62,10 @@ def read_inference(body: bytes, headers: Mapping[bytes, bytes], model: ModelSpec
     """Raises BadRequest, TooLarge."""
     length = len(body)
     if HEADER_LENGTH in headers:
-        found = whole_number(headers[HEADER_LENGTH])
-        if found is None or found > length:
+        value = whole_number(headers[HEADER_LENGTH])
+        if value is None or value > length:
             raise BadRequest(ErrorMessage.V2_HEADER_LENGTH)
-        length = found
+        length = value
     if not body:
         raise BadRequest(ErrorMessage.EMPTY_BODY)
     if length == 0:
@@ -85,12 +85,12 @@ def from_json(header: Json, tail: memoryview, model: ModelSpec) -> InferRequest:
 
 
 def read_id(header: Json) -> str | None:
-    found = header.get("id")
-    if found is None:
+    value = header.get("id")
+    if value is None:
         return None
-    if not isinstance(found, str) or len(found) > MAX_ID or not encodable(found):
+    if not isinstance(value, str) or len(value) > MAX_ID or not encodable(value):
         raise BadRequest(ErrorMessage.V2_ID, limit=MAX_ID)
-    return found
+    return value
 
 
 def encodable(text: str) -> bool:
@@ -98,30 +98,30 @@ def encodable(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def parameters_of(holder: Json) -> Json:
-    found = holder.get("parameters")
-    if found is None:
+def parameters_of(owner: Json) -> Json:
+    parameters = owner.get("parameters")
+    if parameters is None:
         return {}
-    if not isinstance(found, dict) or len(found) > MAX_PARAMETERS:
+    if not isinstance(parameters, dict) or len(parameters) > MAX_PARAMETERS:
         raise BadRequest(ErrorMessage.V2_PARAMETERS, limit=MAX_PARAMETERS)
-    if not all(isinstance(value, str | int | float) for value in found.values()):
+    if not all(isinstance(value, str | int | float) for value in parameters.values()):
         raise BadRequest(ErrorMessage.V2_PARAMETERS, limit=MAX_PARAMETERS)
-    return found
+    return parameters
 
 
 def flag(parameters: Json, name: str, *, default: bool) -> bool:
-    found = parameters.get(name, default)
-    if not isinstance(found, bool):
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
         raise BadRequest(ErrorMessage.V2_BINARY_FLAG)
-    return found
+    return value
 
 
 def read_timeout(parameters: Json) -> float | None:
     """Microseconds on the wire, 0 for none, as Triton has it."""
-    found = parameters.get("timeout", 0)
-    if not is_whole(found) or found < 0:
+    value = parameters.get("timeout", 0)
+    if not is_whole(value) or value < 0:
         raise BadRequest(ErrorMessage.V2_TIMEOUT)
-    return min(found, 10**12) / 1e6 if found else None
+    return min(value, 10**12) / 1e6 if value else None
 
 
 def is_whole(value: Any) -> bool:
@@ -234,12 +234,12 @@ def from_numbers(values: list[Any], datatype: str) -> np.ndarray[Any, Any]:
     limit, wrong = (255, ErrorMessage.V2_DATA_UINT8) if datatype == "UINT8" else (1, ErrorMessage.V2_DATA_FP32)
     if not set(map(type, values)) <= {int, float} or min(values) < 0 or max(values) > limit:
         raise BadRequest(wrong)
-    found = np.array(values, np.float32)
+    value = np.array(values, np.float32)
     if datatype == "FP32":
-        return found
-    if (found != np.rint(found)).any():  # 110.0 is fine: some clients write every number so
+        return value
+    if (value != np.rint(value)).any():  # 110.0 is fine: some clients write every number so
         raise BadRequest(wrong)
-    return found.astype(np.uint8)
+    return value.astype(np.uint8)
 
 
 def quantise(values: np.ndarray[Any, Any]) -> Pixels:
@@ -272,10 +272,10 @@ def read_outputs(outputs: Any, binary: bool, model: ModelSpec) -> tuple[Requeste
         return tuple(RequestedOutput(name, binary) for name in model.outputs)
     if not isinstance(outputs, list) or len(outputs) > len(model.outputs):
         raise BadRequest(ErrorMessage.V2_OUTPUTS)
-    found = tuple(read_output(output, binary, model) for output in outputs)
-    if len({output.name for output in found}) != len(found):
+    value = tuple(read_output(output, binary, model) for output in outputs)
+    if len({output.name for output in value}) != len(value):
         raise BadRequest(ErrorMessage.V2_OUTPUTS)
-    return found
+    return value
 
 
 def read_output(output: Any, binary: bool, model: ModelSpec) -> RequestedOutput:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -88,12 +89,12 @@ class FastPathMiddleware:
         self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = self.routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if found is None:
+        route = self.routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
             await self.app(scope, receive, send)
             return
-        scope["route"], scope["path_params"] = found
-        response: Response = await found[0].endpoint(Request(scope, receive))
+        scope["route"], scope["path_params"] = route
+        response: Response = await route[0].endpoint(Request(scope, receive))
         await response(scope, receive, send)
 
 
@@ -118,8 +119,10 @@ class InferenceContext:
 
 
 class DataPlane:
-    def __init__(self, holder: LibraryManagerProtocol, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
-        self.holder = holder
+    def __init__(
+        self, manager: LibraryManagerProtocol, settings: Settings, metrics: Metrics, keys: ApiKeyStore
+    ) -> None:
+        self.manager = manager
         self.settings = settings
         self.metrics = metrics
         self.keys = keys
@@ -127,16 +130,18 @@ class DataPlane:
         self.decoder = Decoder(settings, metrics)
 
     def serving(self) -> LoadedLibraryProtocol:
-        serving = self.holder.current
+        serving = self.manager.current
         if serving is None:
             raise NotReady
         return serving
 
-    async def handle(self, request: Request, answer: Callable[[InferenceContext], Awaitable[Response]]) -> Response:
-        """Reads the request, lets the protocol answer it, and counts it by outcome, whatever becomes of it."""
+    @asynccontextmanager
+    async def open(self, request: Request) -> AsyncIterator[InferenceContext]:
+        """Reads a request and admits it. On exit it is counted by its outcome, and its body's memory is released."""
         outcome = "error"
+        reservation = BodyReservation(self.bodies)
         try:
-            response = await self.visit(request, answer)
+            yield await self.read(request, reservation)
             outcome = "ok"
         except ServiceError as error:
             outcome = error.outcome
@@ -145,10 +150,10 @@ class DataPlane:
             outcome = "cancelled"
             raise
         finally:
+            reservation.close()
             self.metrics.inc("inference_requests_total", outcome=outcome)
-        return response
 
-    async def visit(self, request: Request, answer: Callable[[InferenceContext], Awaitable[Response]]) -> Response:
+    async def read(self, request: Request, reservation: BodyReservation) -> InferenceContext:
         loop = asyncio.get_running_loop()
         arrived: float = request.scope.get(ARRIVAL_TIME, loop.time())
         headers = unique_headers(request.scope)
@@ -156,43 +161,41 @@ class DataPlane:
         if b"idempotency-key" in headers:
             raise BadRequest(ErrorMessage.IDEMPOTENCY)
         serving = self.serving()
-        room = BodyReservation(self.bodies)
-        try:
-            body = await self.bodies.read(request.receive, headers, room)
-            deadline = arrived + self.settings.deadline_s
-            serving.scheduler.check(1, client, deadline - loop.time())  # a refusal costs least before all the rest
-            return await answer(InferenceContext(headers, body, client, arrived, deadline, serving, request.receive))
-        finally:
-            room.close()
+        body = await self.bodies.read(request.receive, headers, reservation)
+        deadline = arrived + self.settings.deadline_s
+        serving.scheduler.check(1, client, deadline - loop.time())  # a refusal costs least before all the rest
+        return InferenceContext(headers, body, client, arrived, deadline, serving, request.receive)
 
     async def classify(
-        self, visit: InferenceContext, images: Sequence[bytes] | Pixels, timeout_s: float | None = None
+        self, context: InferenceContext, images: Sequence[bytes] | Pixels, timeout_s: float | None = None
     ) -> Probabilities:
         """Encoded files, or uint8 [N, 3, H, W] -> [N, classes]. A client that hangs up meanwhile: ClientGone."""
         if len(images) > self.settings.max_images:
             raise ContentTooLarge(ErrorMessage.IMAGES_TOO_MANY, limit=self.settings.max_images)
-        deadline = visit.deadline if timeout_s is None else min(visit.deadline, visit.arrived + timeout_s)
+        deadline = context.deadline if timeout_s is None else min(context.deadline, context.arrived + timeout_s)
         if not isinstance(images, np.ndarray):  # these have to be decoded: not for a request that will be refused
             left_s = deadline - asyncio.get_running_loop().time()
-            visit.serving.scheduler.check(len(images), visit.client, left_s)
-        return await cancel_on_disconnect(visit.receive, self.submit(visit, images, deadline))
+            context.serving.scheduler.check(len(images), context.client, left_s)
+        return await cancel_on_disconnect(context.receive, self.submit(context, images, deadline))
 
-    async def submit(self, visit: InferenceContext, images: Sequence[bytes] | Pixels, deadline: float) -> Probabilities:
+    async def submit(
+        self, context: InferenceContext, images: Sequence[bytes] | Pixels, deadline: float
+    ) -> Probabilities:
         with stage("decode"):
             rows = (
                 images
                 if isinstance(images, np.ndarray)
-                else await self.decoder.rows(images, visit.serving.library.input)
+                else await self.decoder.rows(images, context.serving.library.input)
             )
-        return await visit.serving.scheduler.submit(rows, client=visit.client, deadline=deadline)
+        return await context.serving.scheduler.submit(rows, client=context.client, deadline=deadline)
 
-    def encode(self, make: Callable[[], Response]) -> Response:
-        """What `make` makes of an answer, timed."""
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Times what makes a response of probabilities."""
         began = time.perf_counter()
         with stage("encode"):
-            response = make()
+            yield
         self.metrics.observe("compute_seconds", time.perf_counter() - began, stage="encode")
-        return response
 
 
 def apply_output_detail(probabilities: Probabilities, detail: Detail) -> NDArray[np.float64]:

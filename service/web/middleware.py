@@ -19,9 +19,9 @@ class RequestMetricsMiddleware:
     """The outermost middleware. While draining it ends each connection with its answer, so that clients come back
     elsewhere."""
 
-    def __init__(self, app: ASGIApp, *, holder: LibraryManager, metrics: Metrics, plane: str, log_all: bool) -> None:
+    def __init__(self, app: ASGIApp, *, manager: LibraryManager, metrics: Metrics, plane: str, log_all: bool) -> None:
         self.app = app
-        self.holder = holder
+        self.manager = manager
         self.metrics = metrics
         self.plane = plane
         self.log_all = log_all
@@ -37,7 +37,7 @@ class RequestMetricsMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.holder.draining:
+                if self.manager.draining:
                     message["headers"] = [*message["headers"], CLOSE]
             await send(message)
 
@@ -51,8 +51,13 @@ class RequestMetricsMiddleware:
         self.metrics.inc("http_requests_total", route=route, method=scope["method"], code=str(status))
         self.metrics.observe("http_request_duration_seconds", seconds, route=route, code=str(status))
         if self.log_all or (status >= 500 and status != 503):  # a storm of refusals is counted, not written down
-            said = {"request_id": scope.get(REQUEST_ID), "plane": self.plane, "method": scope["method"], "route": route}
-            log.info("request", extra={"fields": {**said, "status": status, "seconds": round(seconds, 6)}})
+            fields = {
+                "request_id": scope.get(REQUEST_ID),
+                "plane": self.plane,
+                "method": scope["method"],
+                "route": route,
+            }
+            log.info("request", extra={"fields": {**fields, "status": status, "seconds": round(seconds, 6)}})
 
 
 class ConcurrencyLimitMiddleware:

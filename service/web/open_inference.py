@@ -103,10 +103,12 @@ class Statistics:
 class OpenInferenceApi:
     """One method per call of the protocol, over one Front."""
 
-    def __init__(self, front: DataPlane) -> None:
-        self.front = front
+    def __init__(self, data_plane: DataPlane) -> None:
+        self.data_plane = data_plane
         self.statistics = Statistics()
-        self.outputs = ("index", "label") if front.settings.detail == "label" else ("probabilities", "index", "label")
+        self.outputs = (
+            ("index", "label") if data_plane.settings.detail == "label" else ("probabilities", "index", "label")
+        )
 
     # What is here
 
@@ -118,7 +120,7 @@ class OpenInferenceApi:
         return json_response({"live": True, "ready": True})
 
     def require_ready(self) -> None:
-        if not self.front.holder.ready:
+        if not self.data_plane.manager.ready:
             raise NotReady
 
     async def server(self, _: Request) -> Response:
@@ -128,14 +130,14 @@ class OpenInferenceApi:
         return json_response({"models": [MODEL]})
 
     async def index(self, _: Request) -> Response:
-        state = "READY" if self.front.holder.ready else "UNAVAILABLE"
+        state = "READY" if self.data_plane.manager.ready else "UNAVAILABLE"
         return json_response([{"name": MODEL, "version": VERSION, "state": state, "reason": ""}])
 
     async def model(self, request: Request) -> Response:
         require_model(request)
         inputs = [
             {"name": "image", "datatype": "BYTES", "shape": [-1]},
-            {"name": "pixels", "datatype": "UINT8", "shape": [-1, *self.front.serving().library.input.shape]},
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, *self.data_plane.serving().library.input.shape]},
         ]
         outputs = [
             {"name": name, "datatype": DATATYPES[name], "shape": [-1, *self.rest(name)]} for name in self.outputs
@@ -146,7 +148,7 @@ class OpenInferenceApi:
 
     def rest(self, output: str) -> list[int]:
         """An output's shape after the number of images."""
-        return [len(self.front.serving().library.classes)] if output == "probabilities" else []
+        return [len(self.data_plane.serving().library.classes)] if output == "probabilities" else []
 
     async def model_ready(self, request: Request) -> Response:
         require_model(request)
@@ -157,7 +159,7 @@ class OpenInferenceApi:
         """In Triton's terms, where a model that batches leaves the number of images out of `dims`."""
         require_model(request)
         scalar = {"dims": [1], "reshape": {"shape": []}}
-        shape = self.front.serving().library.input.shape
+        shape = self.data_plane.serving().library.input.shape
         inputs = [
             {"name": "image", "data_type": "TYPE_STRING", **scalar, "optional": True},
             {"name": "pixels", "data_type": "TYPE_UINT8", "dims": [*shape], "optional": True},
@@ -172,7 +174,7 @@ class OpenInferenceApi:
                 "name": MODEL,
                 "platform": "",
                 "backend": MODEL,
-                "max_batch_size": self.front.settings.max_images,
+                "max_batch_size": self.data_plane.settings.max_images,
                 "input": inputs,
                 "output": outputs,
                 "dynamic_batching": {},
@@ -191,38 +193,42 @@ class OpenInferenceApi:
         kind = "fail"
         try:
             require_model(request)
-            response = await self.front.handle(request, self.answer)
+            async with self.data_plane.open(request) as context:
+                response = await self.answer(context)
             kind = "success"
         finally:
             self.statistics.note(kind, time.perf_counter() - began)
         return response
 
-    async def answer(self, visit: InferenceContext) -> Response:
-        library = visit.serving.library
-        kind = media_type(visit.headers)
+    async def answer(self, context: InferenceContext) -> Response:
+        library = context.serving.library
+        kind = media_type(context.headers)
         if kind not in TYPES and not kind.startswith(b"image/"):
             raise UnsupportedMediaType(ErrorMessage.V2_TYPE)
-        model = ModelSpec(self.outputs, len(library.classes), self.front.settings.max_images, library.input)
-        asked = read_inference(visit.body, visit.headers, model)
-        found = await self.front.classify(visit, asked.images, asked.timeout_s)
-        self.statistics.images += len(found)
-        return self.front.encode(lambda: compress(self.respond(asked, found, library.classes), visit.headers))
+        model = ModelSpec(self.outputs, len(library.classes), self.data_plane.settings.max_images, library.input)
+        inference = read_inference(context.body, context.headers, model)
+        probabilities = await self.data_plane.classify(context, inference.images, inference.timeout_s)
+        self.statistics.images += len(probabilities)
+        with self.data_plane.encoding():
+            return compress(self.respond(inference, probabilities, library.classes), context.headers)
 
-    def respond(self, asked: InferRequest, found: Probabilities, classes: Sequence[str]) -> Response:
+    def respond(self, inference: InferRequest, probabilities: Probabilities, classes: Sequence[str]) -> Response:
         """Tensors in the order asked for; those in binary follow the JSON in the same order."""
         head: Json = {"model_name": MODEL, "model_version": VERSION}
-        if asked.id is not None:
-            head["id"] = asked.id
+        if inference.id is not None:
+            head["id"] = inference.id
         tail: list[bytes] = []
-        head["outputs"] = [self.tensor(output, found, classes, tail) for output in asked.outputs]
+        head["outputs"] = [self.tensor(output, probabilities, classes, tail) for output in inference.outputs]
         text = ENCODER.encode(head).encode()
-        if not any(output.binary for output in asked.outputs):
+        if not any(output.binary for output in inference.outputs):
             return Response(text, media_type="application/json")
         headers = {HEADER_LENGTH.decode(): str(len(text))}
         return Response(b"".join((text, *tail)), headers=headers, media_type="application/octet-stream")
 
-    def tensor(self, output: RequestedOutput, found: Probabilities, classes: Sequence[str], tail: list[bytes]) -> Json:
-        values, datatype = self.values(output, found, classes)
+    def tensor(
+        self, output: RequestedOutput, probabilities: Probabilities, classes: Sequence[str], tail: list[bytes]
+    ) -> Json:
+        values, datatype = self.values(output, probabilities, classes)
         described: Json = {"name": output.name, "datatype": datatype, "shape": list(values.shape)}
         if not output.binary:
             return described | {"data": values.ravel().tolist()}
@@ -231,22 +237,22 @@ class OpenInferenceApi:
         return described | {"parameters": {"binary_data_size": len(data)}}
 
     def values(
-        self, output: RequestedOutput, found: Probabilities, classes: Sequence[str]
+        self, output: RequestedOutput, probabilities: Probabilities, classes: Sequence[str]
     ) -> tuple[np.ndarray[Any, Any], str]:
         """One output as an array, [N] or [N, classes], with its datatype."""
         if output.classes:
-            return self.scores(found, output.classes, classes), "BYTES"
+            return self.scores(probabilities, output.classes, classes), "BYTES"
         if output.name == "probabilities":
-            return apply_output_detail(found, self.front.settings.detail), "FP32"
-        indices = found.argmax(axis=1)
+            return apply_output_detail(probabilities, self.data_plane.settings.detail), "FP32"
+        indices = probabilities.argmax(axis=1)
         if output.name == "index":
             return indices, "INT64"
         return np.array([classes[index] for index in indices], dtype=object), "BYTES"
 
-    def scores(self, found: Probabilities, count: int, classes: Sequence[str]) -> np.ndarray[Any, Any]:
+    def scores(self, probabilities: Probabilities, count: int, classes: Sequence[str]) -> np.ndarray[Any, Any]:
         """The classification extension: [N, count] of "<score>:<index>:<label>", the likeliest first."""
-        order = rank_classes(found)[:, :count]
-        scores = apply_output_detail(found, self.front.settings.detail)
+        order = rank_classes(probabilities)[:, :count]
+        scores = apply_output_detail(probabilities, self.data_plane.settings.detail)
         texts = [
             [f"{scores[row, index]:g}:{index}:{classes[index]}" for index in indices]
             for row, indices in enumerate(order)
@@ -317,20 +323,20 @@ UNSUPPORTED_PATHS: Final = (
 )
 
 
-def router(here: OpenInferenceApi) -> APIRouter:
+def router(api: OpenInferenceApi) -> APIRouter:
     routes = APIRouter(route_class=RawRoute, tags=["Open Inference Protocol v2"], responses=ERRORS)
     for path in INFER_PATHS:
-        routes.add_api_route(path, here.infer, methods=["POST"], openapi_extra=INFER | path_parameters(path))
+        routes.add_api_route(path, api.infer, methods=["POST"], openapi_extra=INFER | path_parameters(path))
     for path in ("/v2", "/v2/"):
-        routes.add_api_route(path, here.server, methods=["GET"])
-    routes.add_api_route("/v2/health/live", here.live, methods=["GET"])
-    routes.add_api_route("/v2/health/ready", here.ready, methods=["GET"])
-    routes.add_api_route("/v2/models", here.models, methods=["GET"])
-    routes.add_api_route("/v2/models/stats", here.stats, methods=["GET"])
-    routes.add_api_route("/v2/repository/index", here.index, methods=["POST"])
-    asked = {"": here.model, "/ready": here.model_ready, "/config": here.config, "/stats": here.stats}
+        routes.add_api_route(path, api.server, methods=["GET"])
+    routes.add_api_route("/v2/health/live", api.live, methods=["GET"])
+    routes.add_api_route("/v2/health/ready", api.ready, methods=["GET"])
+    routes.add_api_route("/v2/models", api.models, methods=["GET"])
+    routes.add_api_route("/v2/models/stats", api.stats, methods=["GET"])
+    routes.add_api_route("/v2/repository/index", api.index, methods=["POST"])
+    views = {"": api.model, "/ready": api.model_ready, "/config": api.config, "/stats": api.stats}
     for prefix in PREFIXES:
-        for rest, endpoint in asked.items():
+        for rest, endpoint in views.items():
             routes.add_api_route(prefix + rest, endpoint, methods=["GET"], openapi_extra=path_parameters(prefix))
     for path in UNSUPPORTED_PATHS:
         routes.add_api_route(path, not_offered, methods=["GET", "POST"], include_in_schema=False)

@@ -53,7 +53,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Planes:
-    holder: LibraryManager
+    manager: LibraryManager
     metrics: Metrics
     public: httpx.AsyncClient
     admin: httpx.AsyncClient
@@ -69,11 +69,11 @@ def with_planes(
 
     async def run() -> Answer:
         settings, metrics = Settings(library=library, state_dir=state, engine="torch", **knobs), Metrics()
-        holder = LibraryManager(settings, metrics)
-        public = apps.create_public_app(holder, settings, metrics, ApiKeyStore(None, metrics))
-        admin = apps.create_admin_app(holder, settings, metrics, TOKEN)
+        manager = LibraryManager(settings, metrics)
+        public = apps.create_public_app(manager, settings, metrics, ApiKeyStore(None, metrics))
+        admin = apps.create_admin_app(manager, settings, metrics, TOKEN)
         if load:
-            await holder.start()
+            await manager.start()
         authorised = {"authorization": f"Bearer {TOKEN}"}
         async with (
             httpx.AsyncClient(transport=httpx.ASGITransport(public), base_url="http://public", timeout=60) as one,
@@ -82,10 +82,10 @@ def with_planes(
             ) as two,
         ):
             try:
-                return await test(Planes(holder, metrics, one, two))
+                return await test(Planes(manager, metrics, one, two))
             finally:
                 if load:
-                    holder.workers.stop()
+                    manager.workers.stop()
 
     return asyncio.run(run())
 
@@ -111,15 +111,15 @@ def test_ready_only_once_the_library_is_there(tiny: Library, state: Path) -> Non
         assert (await planes.public.get("/health/live")).status_code == 200
         refused = await planes.public.get("/health/ready")
         assert refused.status_code == 503
-        assert planes.holder.reason == "loading"
+        assert planes.manager.reason == "loading"
         assert (await planes.classify()).status_code == 503
-        await planes.holder.start()
+        await planes.manager.start()
         assert (await planes.public.get("/health/ready")).status_code == 200
         assert planes.metrics.value("ready") == 1
-        planes.holder.workers.broken = True
+        planes.manager.workers.broken = True
         assert (await planes.public.get("/health/ready")).status_code == 503
-        assert planes.holder.reason == "engine"
-        planes.holder.workers.stop()
+        assert planes.manager.reason == "engine"
+        planes.manager.workers.stop()
 
     with_planes(ask, tiny.path, state, load=False)
 
@@ -127,7 +127,7 @@ def test_ready_only_once_the_library_is_there(tiny: Library, state: Path) -> Non
 def test_while_draining_work_is_answered_and_connections_end(tiny: Library, state: Path) -> None:
     async def ask(planes: Planes) -> None:
         assert "connection" not in (await planes.classify()).headers
-        planes.holder.drain()
+        planes.manager.drain()
         assert (await planes.public.get("/health/ready")).status_code == 503
         assert (await planes.public.get("/health/live")).status_code == 200
         answered = await planes.classify()
@@ -187,7 +187,7 @@ def test_metrics_tell_requests_by_route_and_a_flood_of_paths_adds_no_lines(tiny:
 def test_draws_and_ensemble_sizes_appear_in_lots(tiny: Library, state: Path) -> None:
     async def ask(planes: Planes) -> None:
         rows = np.zeros((100, 3, 32, 32), np.uint8)
-        serving = planes.holder.current
+        serving = planes.manager.current
         assert serving is not None
         await serving.scheduler.submit(rows, client="someone")
         assert planes.metrics.value("ensemble_size_count") == 0
@@ -271,7 +271,7 @@ def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
     async def ask(planes: Planes) -> None:
         with monkeypatch.context() as patched:
             patched.setattr("service.engine.factory.fold_ticket", looks)
-            await planes.holder.reload()
+            await planes.manager.reload()
         assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_LOADING)}
         assert (await planes.classify()).status_code == 200
 
@@ -280,14 +280,14 @@ def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
 
 def test_a_replaced_library_goes_though_something_dead_still_holds_it(tiny: Library, state: Path) -> None:
     async def swap(planes: Planes) -> None:
-        assert planes.holder.current is not None
-        engine = weakref.ref(planes.holder.current.engine)
-        circle: list[Any] = [planes.holder.current]
+        assert planes.manager.current is not None
+        engine = weakref.ref(planes.manager.current.engine)
+        circle: list[Any] = [planes.manager.current]
         circle.append(circle)
         del circle
         gc.disable()  # a server at rest allocates nothing that would start a collection
         try:
-            await planes.holder.reload()
+            await planes.manager.reload()
             await until(lambda: engine() is None)
         finally:
             gc.enable()
@@ -311,7 +311,7 @@ def test_a_request_keeps_the_library_it_began_with(state: Path, tmp_path: Path) 
         begun = asyncio.ensure_future(planes.public.post("/v1/classify", content=slow_body()))
         await until(lambda: planes.metrics.value("http_requests_in_flight") == 1)
         second = tiny_library(folder, seed=50)
-        await planes.holder.reload()
+        await planes.manager.reload()
         assert (await planes.classify()).json()["library"] == second.digest
         hold.set()
         assert (await begun).json()["library"] == first.digest
@@ -326,11 +326,11 @@ def test_an_engine_that_refuses_a_library_is_a_library_refused(
         raise EngineRejected("no such device")
 
     async def swap(planes: Planes) -> None:
-        before = planes.holder.current
+        before = planes.manager.current
         monkeypatch.setattr("service.library_manager.open_for_serving", refuse)
         with pytest.raises(StoreError, match="no such device"):
-            await planes.holder.reload()
-        assert planes.holder.current is before
+            await planes.manager.reload()
+        assert planes.manager.current is before
 
     with_planes(swap, tiny.path, state)
 
@@ -347,10 +347,10 @@ def test_an_altered_library_is_never_served(tiny: Library, state: Path, tmp_path
 
     async def start(planes: Planes) -> None:
         with pytest.raises(StoreError, match=ticket.name):
-            await planes.holder.start()
-        assert planes.holder.current is None
+            await planes.manager.start()
+        assert planes.manager.current is None
         assert (await planes.public.get("/health/ready")).status_code == 503
-        planes.holder.workers.stop()
+        planes.manager.workers.stop()
 
     with_planes(start, folder, state, load=False)
 
@@ -437,13 +437,13 @@ def test_failures_are_logged_one_by_one_and_refusals_only_counted(
         ]
 
     async def ask(planes: Planes) -> None:
-        planes.holder.drain()
-        planes.holder.workers.stop()
+        planes.manager.drain()
+        planes.manager.workers.stop()
         assert (await planes.classify()).status_code == 503
         assert not statuses()
-        planes.holder.workers.closing = False
+        planes.manager.workers.closing = False
         for kind in ("submit", "check"):
-            setattr(planes.holder.current.scheduler, kind, None)  # type: ignore[union-attr]
+            setattr(planes.manager.current.scheduler, kind, None)  # type: ignore[union-attr]
         assert (await planes.classify()).status_code == 500
         assert statuses() == [500]
 

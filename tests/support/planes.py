@@ -87,7 +87,7 @@ def probabilities(rows: Pixels) -> Probabilities:
 
 @dataclass
 class StandIn:
-    """A holder of one library that is not there."""
+    """A manager of one library that is not there."""
 
     scheduler: Oracle = field(default_factory=Oracle)
     ready: bool = True
@@ -104,21 +104,21 @@ class StandIn:
         return self
 
 
-def public_app(holder: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:
+def public_app(manager: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:
     settings, metrics = Settings(**knobs), metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
-    front = DataPlane(holder or StandIn(), settings, metrics, ApiKeyStore(settings.api_keys_file, metrics))
+    front = DataPlane(manager or StandIn(), settings, metrics, ApiKeyStore(settings.api_keys_file, metrics))
     classify.install(app, front)
     errors.install(app)
     return app
 
 
 def admin_app(
-    holder: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, *, metrics_open: bool = True
+    manager: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, *, metrics_open: bool = True
 ) -> FastAPI:
     metrics = metrics or Metrics()
     app = FastAPI(redirect_slashes=False)
-    app.include_router(library_api.router(holder or StandIn(), metrics))
+    app.include_router(library_api.router(manager or StandIn(), metrics))
     app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=metrics, metrics_open=metrics_open)
     errors.install(app)
     return app

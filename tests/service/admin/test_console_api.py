@@ -39,11 +39,11 @@ class Plane:
     def __init__(self, library: Path, state: Path, **knobs: Any) -> None:
         settings = Settings(library=library, state_dir=state, engine="torch", **knobs)
         self.metrics = Metrics()
-        self.holder = LibraryManager(settings, self.metrics)
-        jobs = AuditQueue(settings, self.metrics, self.holder.library)
-        routers = (console_files.router(), console_api.router(self.holder, settings, self.metrics, jobs))
-        admin = apps.create_admin_app(self.holder, settings, self.metrics, TOKEN, routers)
-        public = apps.create_public_app(self.holder, settings, self.metrics, ApiKeyStore(None, self.metrics))
+        self.manager = LibraryManager(settings, self.metrics)
+        jobs = AuditQueue(settings, self.metrics, self.manager.library)
+        routers = (console_files.router(), console_api.router(self.manager, settings, self.metrics, jobs))
+        admin = apps.create_admin_app(self.manager, settings, self.metrics, TOKEN, routers)
+        public = apps.create_public_app(self.manager, settings, self.metrics, ApiKeyStore(None, self.metrics))
         self.admin = client(admin, authorization=f"Bearer {TOKEN}")
         self.stranger = client(admin)
         self.public = client(public)
@@ -60,12 +60,12 @@ def with_plane(
     async def run() -> Answer:
         plane = Plane(library.path, state, **knobs)
         if load:
-            await plane.holder.start()
+            await plane.manager.start()
         try:
             return await test(plane)
         finally:
             if load:
-                plane.holder.workers.stop()
+                plane.manager.workers.stop()
 
     return asyncio.run(run())
 

@@ -153,44 +153,44 @@ class TestKeyFiles:
 
 class TestLibrary:
     @pytest.fixture
-    def holder(self, small_library: Library) -> StandIn:
+    def manager(self, small_library: Library) -> StandIn:
         return StandIn(library=small_library)
 
-    def test_it_is_shown_with_digests_claims_and_provenance(self, holder: StandIn, small_library: Library) -> None:
-        found = ask(admin_app(holder), "GET", "/admin/library", headers=BEARER).json()
+    def test_it_is_shown_with_digests_claims_and_provenance(self, manager: StandIn, small_library: Library) -> None:
+        found = ask(admin_app(manager), "GET", "/admin/library", headers=BEARER).json()
         assert (found["digest"], found["tickets"]) == (small_library.digest, 8)
         entry = found["entries"][0]
         assert entry["sha256"] == small_library.entries[0].sha256
         assert {"provenance", "claims", "density", "structure", "kind"} <= set(entry)
 
-    def test_the_law_of_theta_is_exact(self, holder: StandIn, small_library: Library) -> None:
-        found = ask(admin_app(holder), "GET", "/admin/policy", headers=BEARER).json()
+    def test_the_law_of_theta_is_exact(self, manager: StandIn, small_library: Library) -> None:
+        found = ask(admin_app(manager), "GET", "/admin/policy", headers=BEARER).json()
         assert found["library"] == small_library.digest
         assert found["states"] == states(small_library.policy)
         assert abs(sum(found["size_probabilities"].values()) - 1) < 1e-12
         assert set(found["inclusion_probabilities"]) == {entry.name for entry in small_library.entries}
         assert abs(sum(found["inclusion_probabilities"].values()) - found["expected_size"]) < 1e-12
 
-    def test_swapping_answers_with_both_digests(self, holder: StandIn) -> None:
+    def test_swapping_answers_with_both_digests(self, manager: StandIn) -> None:
         def swap() -> None:
-            holder.library = type("Library", (), {"digest": "new"})()
+            manager.library = type("Library", (), {"digest": "new"})()
 
-        before = holder.library.digest
-        holder.on_reload = swap
-        found = ask(admin_app(holder), "POST", "/admin/library", headers=BEARER, json={"path": "/etc/passwd"})
+        before = manager.library.digest
+        manager.on_reload = swap
+        found = ask(admin_app(manager), "POST", "/admin/library", headers=BEARER, json={"path": "/etc/passwd"})
         assert found.json() == {"digest": "new", "before": before}
 
     def test_a_bad_library_is_refused_without_a_word_of_why_on_the_wire(
-        self, holder: StandIn, caplog: pytest.LogCaptureFixture
+        self, manager: StandIn, caplog: pytest.LogCaptureFixture
     ) -> None:
         def bad() -> None:
             raise LibraryRejected("/srv/library/tickets/x.safetensors: damaged")
 
-        holder.on_reload = bad
-        refused(ask(admin_app(holder), "POST", "/admin/library", headers=BEARER), 422, ErrorMessage.LIBRARY_REFUSED)
+        manager.on_reload = bad
+        refused(ask(admin_app(manager), "POST", "/admin/library", headers=BEARER), 422, ErrorMessage.LIBRARY_REFUSED)
         assert "damaged" in caplog.text
 
-    def test_one_swap_at_a_time(self, holder: StandIn) -> None:
+    def test_one_swap_at_a_time(self, manager: StandIn) -> None:
         async def both() -> list[int]:
             go, begun = asyncio.Event(), asyncio.Event()
 
@@ -200,7 +200,7 @@ class TestLibrary:
                     await go.wait()
                     return self
 
-            transport = httpx.ASGITransport(admin_app(Slow(library=holder.library)))
+            transport = httpx.ASGITransport(admin_app(Slow(library=manager.library)))
             async with httpx.AsyncClient(transport=transport, base_url="http://tombola", headers=BEARER) as client:
                 first = asyncio.ensure_future(client.post("/admin/library"))
                 await begun.wait()

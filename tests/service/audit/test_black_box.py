@@ -23,11 +23,11 @@ def grey(*values: int) -> torch.Tensor:
 
 def test_what_is_asked_is_what_is_classified_and_every_image_is_counted() -> None:
     """150 random images in two requests: not one pixel is lost on the way, and answers come in order, rounded."""
-    holder = StandIn()
+    manager = StandIn()
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (150, 3, 32, 32), np.uint8))
-    with behind_a_port(public_app(holder)) as address, asking(address) as oracle:
+    with behind_a_port(public_app(manager)) as address, asking(address) as oracle:
         shown = oracle(pixels)
-    assert np.array_equal(np.concatenate(holder.scheduler.rows), pixels.numpy())
+    assert np.array_equal(np.concatenate(manager.scheduler.rows), pixels.numpy())
     expected = np.round(probabilities(pixels.numpy()), 2)
     assert np.allclose(shown[shown > 0], expected[shown > 0])
     assert np.array_equal(shown.argmax(axis=1), expected.argmax(axis=1))

@@ -32,19 +32,19 @@ CALLER: Final = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the
 
 
 def traced(
-    holder: StandIn, requests: Sequence[tuple[bytes, dict[str, str]]], path: str = CLASSIFY
+    manager: StandIn, requests: Sequence[tuple[bytes, dict[str, str]]], path: str = CLASSIFY
 ) -> tuple[list[httpx.Response], list[list[ReadableSpan]]]:
     """Asks one after the other, in a loop of its own; each answer, and the spans of each request, outermost last."""
-    return asyncio.run(ask_all(holder, requests, path))
+    return asyncio.run(ask_all(manager, requests, path))
 
 
 async def ask_all(
-    holder: Any, requests: Sequence[tuple[bytes, dict[str, str]]], path: str = CLASSIFY, **knobs: Any
+    manager: Any, requests: Sequence[tuple[bytes, dict[str, str]]], path: str = CLASSIFY, **knobs: Any
 ) -> tuple[list[httpx.Response], list[list[ReadableSpan]]]:
     memory, spans, answers = InMemorySpanExporter(), [], []
     kept = TracerProvider(shutdown_on_exit=False)
     kept.add_span_processor(SimpleSpanProcessor(memory))
-    app = public_app(holder, **knobs)
+    app = public_app(manager, **knobs)
     app.add_middleware(TracingMiddleware, tracer=kept.get_tracer("tests"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tombola") as client:
         for body, headers in requests:
@@ -174,8 +174,8 @@ def test_a_caller_that_does_not_sample_is_not_traced() -> None:
         (StandIn(loaded=False), png(), 503, []),
     ],
 )
-def test_a_refusal_is_traced_as_far_as_it_came(holder: StandIn, body: bytes, status: int, names: list[str]) -> None:
-    (answer,), (spans,) = traced(holder, [(body, {})])
+def test_a_refusal_is_traced_as_far_as_it_came(manager: StandIn, body: bytes, status: int, names: list[str]) -> None:
+    (answer,), (spans,) = traced(manager, [(body, {})])
     assert answer.status_code == status
     assert [span.name for span in spans] == [*names, f"POST {CLASSIFY}"]
     assert dict(spans[-1].attributes or {})["http.response.status_code"] == status
@@ -225,9 +225,9 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.planes import StandIn, png
 from dataclasses import dataclass
-holder = StandIn()
-holder.draining = False
-app = create_public_app(holder, Settings(), Metrics(), ApiKeyStore(None, Metrics()))
+manager = StandIn()
+manager.draining = False
+app = create_public_app(manager, Settings(), Metrics(), ApiKeyStore(None, Metrics()))
 async def ask():
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tombola") as client:
         return [(await client.post(path, content=png())).status_code for path in ("/v1/classify", "/secret")]

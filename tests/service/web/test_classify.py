@@ -72,11 +72,11 @@ class TestAnswers:
         assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in ids)
 
     def test_nothing_may_be_stored_and_equal_images_are_asked_again(self) -> None:
-        holder = StandIn()
-        app = public_app(holder)
+        manager = StandIn()
+        app = public_app(manager)
         for _ in range(3):
             assert ask(app, "POST", PATH, content=png()).headers["cache-control"] == "no-store"
-        assert len(holder.scheduler.rows) == 3
+        assert len(manager.scheduler.rows) == 3
 
     def test_a_request_keeps_the_library_it_began_with(self) -> None:
         class Swapping(StandIn):
@@ -107,8 +107,8 @@ class TestDetail:
 
 class TestHealth:
     def test_live_whatever_happens_and_ready_as_the_holder_says(self) -> None:
-        for holder in (StandIn(ready=False), StandIn(ready=False, loaded=False)):
-            app = public_app(holder)
+        for manager in (StandIn(ready=False), StandIn(ready=False, loaded=False)):
+            app = public_app(manager)
             assert ask(app, "GET", "/health/live").json() == {"live": True}
             response = ask(app, "GET", "/health/ready")
             refused(response, 503, ErrorMessage.NOT_READY)
@@ -432,15 +432,15 @@ class TestKeys:
         return path
 
     def test_a_key_is_needed_in_a_header_and_its_owner_is_the_client(self, keys: Path) -> None:
-        holder = StandIn()
-        app = public_app(holder, api_keys_file=keys)
+        manager = StandIn()
+        app = public_app(manager, api_keys_file=keys)
         for headers in (
             {"authorization": "Bearer first"},
             {"x-api-key": "second"},
             {"authorization": "bearer  second"},
         ):
             assert ask(app, "POST", PATH, content=png(), headers=headers).status_code == 200
-        assert holder.scheduler.clients == ["key:alice", "key:bob", "key:bob"]
+        assert manager.scheduler.clients == ["key:alice", "key:bob", "key:bob"]
 
     @pytest.mark.parametrize(
         "headers",
@@ -477,9 +477,9 @@ class TestKeys:
             refused(ask(public_app(), "POST", f"{PATH}?{name}=first", content=png()), 400, ErrorMessage.TOKEN_IN_URL)
 
     def test_without_keys_the_address_is_the_client(self) -> None:
-        holder = StandIn()
-        ask(public_app(holder), "POST", PATH, content=png())
-        assert holder.scheduler.clients == ["127.0.0.1"]
+        manager = StandIn()
+        ask(public_app(manager), "POST", PATH, content=png())
+        assert manager.scheduler.clients == ["127.0.0.1"]
 
 
 def sha(key: str) -> str:

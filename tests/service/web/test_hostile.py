@@ -573,18 +573,18 @@ class Story:
 
     async def run(self) -> str:
         """Asks the same image over both protocols; returns the metrics."""
-        holder = LibraryManager(self.settings, self.metrics)
-        await holder.start()
+        manager = LibraryManager(self.settings, self.metrics)
+        await manager.start()
         try:
-            app = create_public_app(holder, self.settings, self.metrics, ApiKeyStore(None, self.metrics))
+            app = create_public_app(manager, self.settings, self.metrics, ApiKeyStore(None, self.metrics))
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://tombola", timeout=60) as client:
                 await self.ask(client)
-            admin = httpx.ASGITransport(create_admin_app(holder, self.settings, self.metrics, TOKEN))
+            admin = httpx.ASGITransport(create_admin_app(manager, self.settings, self.metrics, TOKEN))
             async with httpx.AsyncClient(transport=admin, base_url="http://admin") as client:
                 return (await client.get("/metrics")).text
         finally:
-            holder.workers.stop()
+            manager.workers.stop()
 
     async def ask(self, client: httpx.AsyncClient) -> None:
         for turn in range(20):

@@ -200,11 +200,11 @@ class TestJson:
         assert outputs_of(infer({"inputs": [pixel_tensor(data=nested)]}))["index"] == [4]
 
     def test_floats_are_rounded_to_the_nearest_level(self) -> None:
-        holder = StandIn()
+        manager = StandIn()
         values = (PIXELS / 255).ravel().tolist()
-        response = infer({"inputs": [pixel_tensor(datatype="FP32", data=values)]}, app=public_app(holder))
+        response = infer({"inputs": [pixel_tensor(datatype="FP32", data=values)]}, app=public_app(manager))
         assert response.status_code == 200
-        assert (holder.scheduler.rows[0][0] == PIXELS).all()
+        assert (manager.scheduler.rows[0][0] == PIXELS).all()
 
     def test_an_added_dimension_of_images_is_taken(self) -> None:
         tensor = image_tensor(110, shape=[1, 1])
@@ -231,11 +231,11 @@ class TestJson:
         assert set(response.json()) == {"model_name", "model_version", "outputs"}
 
     def test_timeout_in_microseconds_shortens_the_deadline(self) -> None:
-        holder = StandIn()
-        app = public_app(holder, deadline_s=10)
+        manager = StandIn()
+        app = public_app(manager, deadline_s=10)
         for timeout in (250_000, 0, 10**9):
             infer({"inputs": [image_tensor(1)], "parameters": {"timeout": timeout}}, app=app)
-        short, none, long = holder.scheduler.deadlines
+        short, none, long = manager.scheduler.deadlines
         assert 0 < short <= 0.25
         assert 1 < none <= 10
         assert 1 < long <= 10
@@ -252,10 +252,10 @@ class TestBinary:
         assert found["probabilities"][4] == np.float32(0.62)
 
     def test_floats_in(self) -> None:
-        holder = StandIn()
+        manager = StandIn()
         data = (PIXELS / np.float32(255)).astype("<f4").tobytes()
-        infer({"inputs": [binary_tensor(data, datatype="FP32")]}, data, app=public_app(holder))
-        assert (holder.scheduler.rows[0][0] == PIXELS).all()
+        infer({"inputs": [binary_tensor(data, datatype="FP32")]}, data, app=public_app(manager))
+        assert (manager.scheduler.rows[0][0] == PIXELS).all()
 
     def test_several_images_of_any_kind(self) -> None:
         data = elements(png(10), encoded(picture(110), "JPEG"), encoded(picture(235), "WEBP"))
@@ -535,9 +535,9 @@ class TestPieces:
 
 
 def test_labels_of_any_alphabet_travel_in_binary_and_json() -> None:
-    holder = StandIn()
-    holder.library.classes = ("котка", "犬", *CLASSES[2:])
-    app = public_app(holder)
+    manager = StandIn()
+    manager.library.classes = ("котка", "犬", *CLASSES[2:])
+    app = public_app(manager)
     asked = [{"name": "label", "parameters": {"binary_data": True}}]
     assert outputs_of(infer({"inputs": [image_tensor(10, 30)], "outputs": asked}, app=app))["label"] == ["котка", "犬"]
     assert outputs_of(infer({"inputs": [image_tensor(10, 30)]}, app=app))["label"] == ["котка", "犬"]
