@@ -107,7 +107,7 @@ async def soak(running: Running, seconds: float, compiled: Path) -> dict[str, An
         "left": {
             "queue_depth": running.metric("queue_depth"),
             "in_flight": running.metric("http_requests_in_flight"),
-            "held_bytes": running.metric("http_bodies_held_bytes"),
+            "held_bytes": running.metric("http_body_memory_bytes"),
         },
         "open_files": {"before": files, "after": running.open_files()},
         "after_mb": round(running.memory_mb(), 1),

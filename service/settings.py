@@ -1,4 +1,4 @@
-"""Every knob of the service, with unit, default and reason. Read once: flag > variable > default; frozen afterwards."""
+"""Every setting of the service, with unit, default and reason. Read once: flag > variable > file > default."""
 
 import argparse
 import difflib
@@ -6,22 +6,44 @@ import ipaddress
 import os
 import re
 import secrets
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from model_store.errors import TombolaError
 from model_store.files import write_new
 from model_store.images import MAX_PIXELS
 
 PREFIX: Final = "TOMBOLA_"
+CONFIG_FILE: Final = Path("tombola.toml")  # read from the working directory, if it is there
+CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"  # names another file
 TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random characters are beyond guessing
-# Kubernetes sets these for a Service called "tombola"; they are not meant for us.
-SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
+# Kubernetes sets these for every Service of the namespace whose name begins with "tombola". They are not for us.
+SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*)")
+SERVICE_PORT: Final = re.compile(rf"{PREFIX}(\w+_)?PORT")  # with a value such as tcp://10.0.0.1:8000
+# Variables of the commands that make libraries.
+OTHER_VARIABLES: Final = frozenset({CONFIG_VARIABLE, f"{PREFIX}CACHE", f"{PREFIX}CHECKPOINT_SECONDS"})
+# Names before 0.2.0 and what they became.
+RENAMED: Final = {
+    "window_rows": "max_batch_size",
+    "queue_rows": "max_queue_size",
+    "top": "top_k",
+    "detail": "output_detail",
+    "quantum_ms": "latency_quantum_ms",
+    "max_bodies_bytes": "body_memory_bytes",
+    "audits_outside": "audit_surrogate_library",
+}
 
 
 class SettingsRejected(TombolaError):
@@ -34,7 +56,7 @@ def setting(default: Any, unit: str, what: str, reason: str, **limits: Any) -> A
 
 
 class Settings(BaseSettings):
-    """What the service was told. Times in seconds, sizes in bytes, unless the name says otherwise."""
+    """The service's settings. Times are in seconds and sizes in bytes, unless the name says otherwise."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=False
@@ -50,27 +72,30 @@ class Settings(BaseSettings):
         None, "secret", "Bearer token of the admin plane", "Unset: one is made and kept in STATE_DIR/admin-token"
     )
     admin_token_file: Path | None = setting(
-        None, "path", "File that holds the admin token", "A mounted secret does not show in the process list"
+        None, "path", "File that contains the admin token", "A mounted secret does not show in the process list"
     )
     metrics_open: bool = setting(
-        True, "yes/no", "Whether /metrics answers without the admin token", "Scrapers rarely hold one; admin port only"
+        True,
+        "yes/no",
+        "Whether /metrics answers without the admin token",
+        "Scrapers rarely have one; the admin port alone",
     )
     api_keys_file: Path | None = setting(
         None,
         "path",
         "File of accepted API keys, one a line: name and SHA-256 of the key",
-        "Unset: the public plane needs no key; read again on SIGHUP",
+        "Unset: the public plane needs no key. It is read again on SIGHUP",
     )
     trusted_proxies: str = setting(
         "",
         "addresses",
         "Proxies whose X-Forwarded-For is believed, separated by commas",
-        "None: clients are told apart by the address of their connection",
+        "None: a client is the address of its connection",
     )
 
     library: Path | None = setting(None, "path", "Folder of the library to serve", "Unset: the embedded one")
     device: str = setting(
-        "auto", "torch device", "Where tickets run: auto, cpu, cuda, cuda:1", "auto: CUDA if there is one"
+        "auto", "torch device", "Where tickets run: auto, cpu, cuda, cuda:1", "auto: CUDA if there is a GPU"
     )
     engine: Literal["auto", "torch", "openvino"] = setting(
         "auto", "name", "What runs the tickets", "auto: openvino on a CPU where it is installed, else torch"
@@ -78,7 +103,7 @@ class Settings(BaseSettings):
     int8_images: Path | None = setting(
         None,
         "path",
-        "Images to calibrate on, a zip, an npz or a folder as audits take them: tickets run in 8 bits (OpenVINO)",
+        "Images to calibrate 8-bit tickets on (OpenVINO): a zip, an npz or a folder",
         "Unset: float32, which is what audits attack. Take other images than you audit with",
     )
     threads: int = setting(
@@ -93,27 +118,31 @@ class Settings(BaseSettings):
         True,
         "yes/no",
         "Whether each of these threads has a process of its own (OpenVINO on Linux)",
-        "A crash then ends a process and not the service, and the event loop has the interpreter to itself. No: "
-        "half a gigabyte less",
+        "A crash then ends a process, not the service, and the event loop has the interpreter to itself. "
+        "No: less memory",
     )
     state_dir: Path = setting(
         Path("state"), "path", "Folder for compiled models, audits and the admin token", "The only place written to"
     )
-    detail: Literal["rounded", "label", "full"] = setting(
+    output_detail: Literal["rounded", "label", "full"] = setting(
         "rounded",
         "name",
-        "How much an answer says: label, probabilities to two decimals (rounded), or all digits (full)",
+        "How much an answer reveals: label, probabilities to two decimals (rounded), or all digits (full)",
         "Exact probabilities help an attacker more than a user",
     )
-    top: int = setting(
+    top_k: int = setting(
         5, "classes", "Likeliest classes listed for each image of /v1/classify", "Enough for people", ge=1, le=1000
     )
 
     max_body_bytes: int = setting(
-        16 << 20, "bytes", "Largest request body, also once inflated", "512 images as JSON floats fit", ge=1024
+        16 << 20, "bytes", "Largest request body, also once inflated", "Bounds the memory of a request", ge=1024
     )
-    max_bodies_bytes: int = setting(
-        256 << 20, "bytes", "All bodies held at once; beyond it 503", "Bounds memory, whatever clients send", ge=1024
+    body_memory_bytes: int = setting(
+        256 << 20,
+        "bytes",
+        "Memory for the bodies of all concurrent requests; beyond it 503",
+        "Bounds memory, whatever clients send",
+        ge=1024,
     )
     max_pixels: int = setting(
         4_000_000,
@@ -125,18 +154,18 @@ class Settings(BaseSettings):
     )
     max_images: int = setting(512, "images", "Images in one request", "They share one deadline", ge=1, le=65536)
     max_requests: int = setting(
-        1024, "requests", "Requests in progress at once; beyond it 503", "Health is answered regardless", ge=1
+        1024, "requests", "Concurrent requests; beyond it 503", "Health is answered regardless", ge=1
     )
-    queue_rows: int = setting(
+    max_queue_size: int = setting(
         1024,
-        "rows",
+        "images",
         "Images admitted and not yet answered; beyond it 503",
-        "A second or two of work on two cores",
+        "Divided by images per second, it is the longest wait",
         ge=1,
     )
-    window_rows: int = setting(
+    max_batch_size: int = setting(
         32,
-        "rows",
+        "images",
         "Most images whose tickets are run together",
         "More gains little throughput and makes everyone wait longer",
         ge=1,
@@ -146,7 +175,7 @@ class Settings(BaseSettings):
         0.0, "images/s", "Images per second of one API key or address; beyond it 429", "0: no limit", ge=0
     )
     rate_burst_images: int = setting(
-        512, "images", "Images one client may ask for at once before the rate applies", "One full request", ge=1
+        512, "images", "Images that one client may send at once before the rate applies", "One full request", ge=1
     )
 
     deadline_s: float = setting(
@@ -162,11 +191,11 @@ class Settings(BaseSettings):
         5.0, "s", "After SIGTERM: not ready, yet answering", "Time for load balancers to notice", ge=0, le=3600
     )
     drain_timeout_s: float = setting(30.0, "s", "Then: work in flight may take this long", "As Kubernetes' grace", gt=0)
-    quantum_ms: float = setting(
+    latency_quantum_ms: float = setting(
         0.0,
         "ms",
         "Answers leave on multiples of this after admission",
-        "0: at once; else latency hides theta's size",
+        "0: at once. Above, latency reveals less of theta's size",
         ge=0,
     )
     engine_timeout_s: float = setting(
@@ -186,10 +215,10 @@ class Settings(BaseSettings):
         "Folder of labelled sets to audit with: zips, npz files and folders of images, each known by its name",
         "Unset: only uploaded sets, and generated images for smoke",
     )
-    audits_outside: Path | None = setting(
+    audit_surrogate_library: Path | None = setting(
         None,
         "path",
-        "Library of an attacker's own, of the same classes: audits try what they make on its networks on ours",
+        "Surrogate library for transfer attacks: an attacker's own, of the same classes",
         "Unset: transfer from the library's own tickets and baselines alone",
     )
     audits_queue: int = setting(8, "audits", "Audits that may wait; beyond it 429", "One runs at a time", ge=1, le=1000)
@@ -200,14 +229,18 @@ class Settings(BaseSettings):
         12.0, "h", "Estimated length beyond which an audit is refused", "A night on two cores", gt=0
     )
     audits_max_upload_bytes: int = setting(
-        256 << 20, "bytes", "Largest labelled set that may be uploaded", "10,000 images are 31 MB", ge=1024
+        256 << 20,
+        "bytes",
+        "Largest labelled set that may be uploaded",
+        "Bounds the disk that a client may fill",
+        ge=1024,
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "name", "Least severe line that is logged", "JSON lines on standard error"
     )
     log_requests: bool = setting(
-        False, "yes/no", "Log every request; otherwise only 5xx without 503", "Costs a few per cent of throughput"
+        False, "yes/no", "Log every request; otherwise only 5xx without 503", "It costs throughput"
     )
     tracing: bool = setting(
         False,
@@ -222,22 +255,33 @@ class Settings(BaseSettings):
         "unknown", "hash", "Commit of the running source, shown in build_info", "The image's build sets it"
     )
 
-    @field_validator("port", mode="before")
     @classmethod
-    def not_a_service_link(cls, value: Any) -> Any:
-        """Kubernetes sets TOMBOLA_PORT=tcp://10.0.0.1:8000 beside a Service called "tombola": no setting of ours."""
-        return 8000 if isinstance(value, str) and value.startswith("tcp://") else value
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then variables, then the file that `toml_file` names."""
+        del dotenv_settings, file_secret_settings
+        variables = cast("EnvSettingsSource", env_settings)
+        variables.env_vars = {
+            name: value for name, value in variables.env_vars.items() if not is_service_link(name.upper(), value or "")
+        }
+        return init_settings, variables, TomlConfigSettingsSource(settings_cls)
 
     @model_validator(mode="after")
     def check_consistency(self) -> Self:
-        if self.queue_rows < self.max_images:
+        if self.max_queue_size < self.max_images:
             raise ValueError(
-                f"TOMBOLA_QUEUE_ROWS {self.queue_rows}: below TOMBOLA_MAX_IMAGES {self.max_images}, "
+                f"TOMBOLA_MAX_QUEUE_SIZE {self.max_queue_size}: below TOMBOLA_MAX_IMAGES {self.max_images}, "
                 "so that a full request could never be admitted"
             )
-        if self.max_bodies_bytes < self.max_body_bytes:
+        if self.body_memory_bytes < self.max_body_bytes:
             raise ValueError(
-                f"TOMBOLA_MAX_BODIES_BYTES {self.max_bodies_bytes}: below "
+                f"TOMBOLA_BODY_MEMORY_BYTES {self.body_memory_bytes}: below "
                 f"TOMBOLA_MAX_BODY_BYTES {self.max_body_bytes}, so that a full body could never be read"
             )
         if self.port and self.port == self.admin_port and self.host == self.admin_host:
@@ -251,11 +295,23 @@ class Settings(BaseSettings):
         return self.model_dump(mode="json")
 
 
+# The groups of the table, each with its first setting.
+GROUPS: Final = {
+    "host": "addresses and access",
+    "library": "library, engine and answers",
+    "max_body_bytes": "limits",
+    "deadline_s": "time",
+    "audits_data": "audits",
+    "log_level": "logs and traces",
+}
+
+
 @dataclass(frozen=True)
 class SettingDoc:
     """One row of the table of settings."""
 
     name: str
+    group: str
     variable: str
     flag: str
     unit: str
@@ -265,30 +321,66 @@ class SettingDoc:
 
 def setting_docs() -> list[SettingDoc]:
     """The table of settings, in the order they are declared."""
-    return [
-        SettingDoc(
-            name=name,
-            variable=PREFIX + name.upper(),
-            flag="--" + name.replace("_", "-"),
-            unit=str(cast("dict[str, Any]", field.json_schema_extra)["unit"]),
-            default="unset" if field.default in (None, "") else str(field.default),
-            meaning=str(field.description),
+    group, rows = "", []
+    for name, field in Settings.model_fields.items():
+        group = GROUPS.get(name, group)
+        rows.append(
+            SettingDoc(
+                name=name,
+                group=group,
+                variable=PREFIX + name.upper(),
+                flag=flag_of(name),
+                unit=str(cast("dict[str, Any]", field.json_schema_extra)["unit"]),
+                default=default_text(field.default),
+                meaning=str(field.description),
+            )
         )
-        for name, field in Settings.model_fields.items()
-    ]
+    return rows
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def default_text(default: Any) -> str:
+    """As people write it: yes, no, unset, 0."""
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return "unset" if default in (None, "") else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+class RenamedFlag(argparse.Action):
+    """A flag's old name: refused, with the new one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        parser.error(f"{'/'.join(self.option_strings)}: now named {self.const}")
+
+
+def add_renamed_flag(parser: Any, old: str, new: str) -> None:
+    parser.add_argument(
+        old, action=RenamedFlag, const=new, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None = None) -> None:
-    """One flag per setting (of those in `only`). Flags not given leave no trace, so that variables can speak."""
-    wanted = None if only is None else set(only)
-    for row in setting_docs():
-        if wanted is not None and row.name not in wanted:
-            continue
+    """One flag per setting (of those in `only`), in groups. A flag that is not given leaves no trace."""
+    chosen = [row for row in setting_docs() if only is None or row.name in set(only)]
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in chosen)}
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"settings in TOML ({CONFIG_VARIABLE}, or {CONFIG_FILE} here)"
+    )
+    for row in chosen:
         text = f"{row.meaning} [{row.unit}; {row.default}; {row.variable}]".replace("%", "%%")
         if Settings.model_fields[row.name].annotation is bool:
-            parser.add_argument(row.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            groups[row.group].add_argument(
+                row.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
         else:
-            parser.add_argument(row.flag, default=argparse.SUPPRESS, help=text, metavar=row.unit.split("/")[0].upper())
+            metavar = row.unit.split("/")[0].upper()
+            groups[row.group].add_argument(row.flag, default=argparse.SUPPRESS, help=text, metavar=metavar)
+    for old, new in RENAMED.items():
+        if new in {row.name for row in chosen}:
+            add_renamed_flag(parser, flag_of(old), flag_of(new))
 
 
 def read_settings(flags: Mapping[str, Any] | None = None) -> Settings:
@@ -303,22 +395,56 @@ def read_settings(flags: Mapping[str, Any] | None = None) -> Settings:
     Raises:
       SettingsRejected: a value, a variable or the file cannot be used. The message is one line.
     """
+    given = dict(flags or {})
     refuse_unknown_variables(os.environ)
-    given = {name: value for name, value in (flags or {}).items() if name in Settings.model_fields}
+    path = config_file(given.get("config"), os.environ)
+
+    class FileSettings(Settings, toml_file=path):
+        """The settings with the values of the file as their defaults."""
+
     try:
-        return Settings(**given)
+        return FileSettings(**{name: value for name, value in given.items() if name in Settings.model_fields})
     except ValidationError as error:
         raise SettingsRejected("; ".join(one_line(problem) for problem in error.errors())) from None
 
 
+def config_file(flag: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The file to read, if any. Raises SettingsRejected for one that cannot be read or has an unknown key."""
+    path = flag or Path(environ.get(CONFIG_VARIABLE) or CONFIG_FILE)
+    if not path.exists() and not flag and not environ.get(CONFIG_VARIABLE):
+        return None
+    try:
+        keys = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no TOML: {error}"
+        raise SettingsRejected(f"{path}: {reason}") from None
+    for key in keys:
+        if key not in Settings.model_fields:
+            raise SettingsRejected(f"{path}: {key}: {hint(key, Settings.model_fields, RENAMED)}")
+    return path
+
+
+def hint(name: str, known: Iterable[str], renamed: Mapping[str, str]) -> str:
+    """What to say of an unknown name: its new one, or the nearest that exists."""
+    if name in renamed:
+        return f"now named {renamed[name]}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return "no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     """A misspelt variable would otherwise be a silent default."""
-    known = {row.variable for row in setting_docs()}
+    known = {row.variable for row in setting_docs()} | OTHER_VARIABLES
+    renamed = {PREFIX + old.upper(): PREFIX + new.upper() for old, new in RENAMED.items()}
     for name in sorted(environ):
-        if not name.startswith(PREFIX) or name in known or SERVICE_LINK.fullmatch(name):
+        if not name.startswith(PREFIX) or name in known or is_service_link(name, environ[name]):
             continue
-        near = difflib.get_close_matches(name, known, n=1)
-        raise SettingsRejected(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+        raise SettingsRejected(f"{name}: {hint(name, sorted(known), renamed)}")
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set the variable, for a Service whose name begins with "tombola"."""
+    return bool(SERVICE_LINK.fullmatch(name) or ("://" in value and SERVICE_PORT.fullmatch(name)))
 
 
 def one_line(problem: Any) -> str:
@@ -391,7 +517,7 @@ def load_or_create_token(path: Path) -> str:
 
 def require_folders(settings: Settings) -> None:
     """What audits read has to be there from the start, not when the first audit asks. Raises SettingsRejected."""
-    for name, path in (("AUDITS_DATA", settings.audits_data), ("AUDITS_OUTSIDE", settings.audits_outside)):
+    for name, path in (("AUDITS_DATA", settings.audits_data), ("AUDIT_SURROGATE_LIBRARY", settings.audit_surrogate_library)):
         if path is not None and not path.is_dir():
             raise SettingsRejected(f"TOMBOLA_{name} {path}: no such folder")
 

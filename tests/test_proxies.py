@@ -106,14 +106,14 @@ def audit(*words: str) -> argparse.Namespace:
 def test_an_audit_of_a_running_service_asks_it_and_nobody_else(meant: Origin, proxy: Listener, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     with pytest.raises(AuditError, match="no JSON"):
-        audit_remotely(audit("--url", meant.url, "--token-file", str(tmp_path / "token")))
+        audit_remotely(audit("--admin-url", meant.url, "--token-file", str(tmp_path / "token")))
     assert meant.heard == [("POST /admin/audits", f"Bearer {TOKEN}")]
     assert proxy.heard == []
 
 
 def test_an_audit_asks_through_the_proxy_that_it_is_given(meant: Origin, tmp_path: Path) -> None:
     with listening() as told, pytest.raises(AuditError, match="RemoteProtocolError"):
-        audit_remotely(audit("--url", meant.url, "--proxy", told.url))
+        audit_remotely(audit("--admin-url", meant.url, "--proxy", told.url))
     assert told.heard[0].startswith(f"POST {meant.url}/admin/audits ".encode())
     assert meant.heard == []
 
@@ -121,7 +121,7 @@ def test_an_audit_asks_through_the_proxy_that_it_is_given(meant: Origin, tmp_pat
 @pytest.mark.parametrize("wrong", ["ftp://127.0.0.1:1", "nowhere", "http://[::1"])
 def test_a_proxy_that_cannot_be_used_is_refused_in_one_line(wrong: str) -> None:
     with pytest.raises(AuditRejected, match=f"^proxy {re.escape(wrong)}: [^\n]*$"):
-        audit_remotely(audit("--url", "http://127.0.0.1:1", "--proxy", wrong))
+        audit_remotely(audit("--admin-url", "http://127.0.0.1:1", "--proxy", wrong))
 
 
 def test_black_box_attacks_ask_the_service_itself(meant: Origin, proxy: Listener) -> None:

@@ -6,6 +6,7 @@ A command's options are read from its module only when that command is chosen, s
 import argparse
 import difflib
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,9 +88,12 @@ class Parser(argparse.ArgumentParser):
         self.load()
         arguments, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self.listed_options(), n=1)
             self.error(f"{unknown[0]}: not expected here" + (f"; did you mean {near[0]}?" if near else ""))
         return arguments, unknown
+
+    def listed_options(self) -> list[str]:
+        return [flag for each in self._actions if each.help != argparse.SUPPRESS for flag in each.option_strings]
 
     def error(self, message: str) -> NoReturn:
         self.exit(REFUSED, f"tombola: {message} (see {self.prog} --help)\n")
@@ -147,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.print_help(sys.stderr)
         return REFUSED
     run: Run = arguments.run
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale without UTF-8 lacks characters such as theta
     try:
         return run(arguments)
     except TombolaError as error:

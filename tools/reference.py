@@ -18,7 +18,9 @@ Made from the code by `python -m tools.reference > docs/REFERENCE.md`; a test ho
 
 ## Settings
 
-Flag of `tombola serve` before variable before default. `tombola serve --help` says the same.
+A flag of `tombola serve` wins over its variable, a variable over `tombola.toml` (keys such as `max_batch_size`), and
+the file over the default. `tombola serve --help` prints the same table. `TOMBOLA_CONFIG` or `--config` names another
+file. The commands that make libraries read `TOMBOLA_CACHE` (decoded data sets) and `TOMBOLA_CHECKPOINT_SECONDS`.
 """
 
 

@@ -100,7 +100,7 @@ def read_split(
 
     Args:
       path: the data set.
-      cache: the folder that decoded arrays are kept in, unless TRAINING_CACHE names another; None for nowhere.
+      cache: the folder that decoded arrays are kept in, unless TOMBOLA_CACHE names another; None for nowhere.
       spec: the size of the pictures, and how others become it.
       skip_damaged: whether damaged pictures are passed over and listed.
 
@@ -112,7 +112,7 @@ def read_split(
         raise DataRejected(f"{path}: no such file or folder; {LAYOUTS}")
     key = hashlib.sha256(repr((KEY_VERSION, spec.shape, spec.resize, spec.interpolation, skip_damaged)).encode())
     key.update(path.read_bytes() if path.is_file() else folder_key(path).encode())
-    folder = os.environ.get("TRAINING_CACHE") or cache
+    folder = os.environ.get("TOMBOLA_CACHE") or cache
     stored = Path(folder) / f"{key.hexdigest()}.npz" if folder else None
     if stored and stored.exists():
         return load_arrays(stored)

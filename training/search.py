@@ -41,7 +41,7 @@ from training.sparsity import (
 )
 
 Phase = Literal["mask", "weights"]
-CHECKPOINT_SECONDS: Final = float(os.environ.get("TRAINING_CHECKPOINT_SECONDS", "45"))
+CHECKPOINT_SECONDS: Final = float(os.environ.get("TOMBOLA_CHECKPOINT_SECONDS", "45"))
 CALIBRATION_IMAGES: Final = 5_000
 GUARD_IMAGES: Final = 256
 SAME_SIGN_SHARE: Final = 0.65  # of signs alike, see scratch_of: 0.76 and more in the embedded library

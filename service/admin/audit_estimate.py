@@ -53,10 +53,10 @@ class CostEstimator:
     @cached_property
     def outside(self) -> Library | None:
         """The attacker's own library, verified once. Raises AuditConflict if it cannot be opened."""
-        if self.settings.audits_outside is None:
+        if self.settings.audit_surrogate_library is None:
             return None
         try:
-            return open_library(self.settings.audits_outside)
+            return open_library(self.settings.audit_surrogate_library)
         except StoreError as error:
             raise AuditConflict(f"the configured outside library cannot be used: {error}") from None
 

@@ -96,7 +96,7 @@ class AuditQueue:
             digest=library.digest,
             library=absolute(self.settings.library),
             data=absolute(data),
-            outside=absolute(self.settings.audits_outside),
+            outside=absolute(self.settings.audit_surrogate_library),
             int8_images=absolute(self.settings.int8_images),
             threads=self.settings.audits_threads,
             device=str(resolve_device(self.settings.device)),

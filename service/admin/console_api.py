@@ -70,7 +70,7 @@ class ConsoleApi:
         value = self.metrics.value
         return {
             "depth": value("queue_depth"),
-            "limit": self.settings.queue_rows,
+            "limit": self.settings.max_queue_size,
             "in_flight": value("http_requests_in_flight"),
             "in_flight_limit": self.settings.max_requests,
         }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from model_store.files import write_atomically
 from service.audit.errors import AuditError, AuditRejected
+from service.settings import add_renamed_flag, read_settings
 
 if TYPE_CHECKING:
     from model_store.library import Library
@@ -34,7 +35,7 @@ examples:
   tombola audit --profile smoke
   tombola audit my/library --data cifar10.zip --profile standard --out audit
   tombola audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
-  tombola audit --url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
+  tombola audit --admin-url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
   tombola audit --compare old/report.json new/report.json
   tombola audit --tables service/audit/results/report.json --out service/audit/results --into docs/RESULTS.md
 """
@@ -55,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mean", nargs=3, type=float, metavar="M", help="of the model's normalised channels (none)")
     parser.add_argument("--std", nargs=3, type=float, metavar="S", help="their deviations (none)")
     parser.add_argument("--profile", default="standard", help="smoke, standard or full (standard)")
-    parser.add_argument("--data", help="zip, npz or folder of labelled images; with --url, the name of a data set")
+    parser.add_argument(
+        "--data", help="zip, npz or folder of labelled images; with --admin-url, the name of a data set"
+    )
     parser.add_argument("--attacks", nargs="*", help="only these (all of the profile's)")
     parser.add_argument("--tickets", nargs="*", help="attack these one by one, for the transfer matrix (all)")
     parser.add_argument("--epsilons", nargs="*", type=float, help="in 255ths (0 2 4 8 12 20; l2: 0 32 64 128 192 320)")
@@ -66,8 +69,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("audit"), help="folder of the report; a rerun resumes (audit)")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--threads", type=int, default=0, help="cores to use (those of this container)")
-    parser.add_argument("--service", help="public URL of a service of the same library, for black-box attacks")
-    parser.add_argument("--key", help="API key for --service")
+    parser.add_argument("--target-url", help="public URL of a service of the same library, for black-box attacks")
+    parser.add_argument("--key", help="API key for --target-url")
     parser.add_argument("--outside", type=Path, help="folder of an attacker's own library, to transfer from")
     parser.add_argument("--format", metavar="NAMES", help="write the report in other formats, too: junit,sarif,md,card")
     parser.add_argument(
@@ -76,16 +79,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="exit code 3 if the lower bound of robust accuracy is below it",
     )
-    parser.add_argument("--url", help="admin URL of a running service: audit there, and wait")
+    parser.add_argument("--admin-url", help="admin URL of a running service: audit there, and wait")
     parser.add_argument(
-        "--proxy", metavar="URL", help="proxy on the way to --url or --service (none: the environment's is not used)"
+        "--proxy",
+        metavar="URL",
+        help="proxy on the way to --admin-url or --target-url (none: the environment's is not used)",
     )
-    parser.add_argument("--token-file", type=Path, help="file with the admin token, for --url")
+    parser.add_argument("--token-file", type=Path, help="file with the admin token, for --admin-url")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="two report.json: what changed")
     parser.add_argument("--tables", type=Path, metavar="REPORT", help="print its Table 2, write its figures to --out")
     parser.add_argument(
         "--into", type=Path, metavar="PAGE", help="with --tables: put it between the page's marks instead"
     )
+    add_renamed_flag(parser, "--service", "--target-url")
+    add_renamed_flag(parser, "--url", "--admin-url")
     parser.set_defaults(run=run)
 
 
@@ -96,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     if options.tables:
         return run_tables(options.tables, options.out, options.into)
     formats = read_formats(options.format)
-    report = audit_remotely(options) if options.url else audit_here(options)
+    report = audit_remotely(options) if options.admin_url else audit_here(options)
     for path in write_formats(report, formats, options.out):
         print(f"written: {path}")
     return conclude(report, options.fail_under)
@@ -144,7 +151,7 @@ def audit_here(options: argparse.Namespace) -> "Report":
             subject,
             images,
             device=device,
-            url=options.service,
+            url=options.target_url,
             key=options.key,
             proxy=options.proxy,
             outside=outside,
@@ -244,12 +251,12 @@ def audit_remotely(options: argparse.Namespace) -> "Report":
         raise AuditRejected(f"{path}: not an admin token")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
-        with http_client(timeout_s=60, proxy=options.proxy, base_url=options.url, headers=headers) as client:
+        with http_client(timeout_s=60, proxy=options.proxy, base_url=options.admin_url, headers=headers) as client:
             return wait_for_report(client, options)
     except ProxyRejected as error:
         raise AuditRejected(str(error)) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise AuditError(f"{options.url}: {type(error).__name__}: {error}; is the admin plane there?") from None
+        raise AuditError(f"{options.admin_url}: {type(error).__name__}: {error}; is the admin plane there?") from None
 
 
 def wait_for_report(client: Any, options: argparse.Namespace) -> "Report":
@@ -266,7 +273,7 @@ def wait_for_report(client: Any, options: argparse.Namespace) -> "Report":
             time.sleep(POLL_S)
     if state["state"] != "done":
         raise AuditError(f"audit {job['id']}: {state['state']}: {state.get('why', '')}")
-    report = parse_report(read_answer(client.get(f"{path}/report.json")), f"{options.url}{path}")
+    report = parse_report(read_answer(client.get(f"{path}/report.json")), f"{options.admin_url}{path}")
     store_report(options.out, report, client.get(f"{path}/report").text)
     return report
 

@@ -2,4 +2,11 @@
 
 from typing import Final
 
-SETTINGS: Final = ("library", "device", "engine", "threads", "state_dir", "window_rows")  # those that benchmarks take
+SETTINGS: Final = (
+    "library",
+    "device",
+    "engine",
+    "threads",
+    "state_dir",
+    "max_batch_size",
+)  # those that benchmarks take

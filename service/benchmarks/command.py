@@ -118,12 +118,12 @@ def raw_engine(
     some = max(1, given.images // 8)
     networks = [ticket.network() for ticket in library.tickets]
     loop_rate = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
-    grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.window_rows))
+    grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.max_batch_size))
     asked = given.images / timed(lambda: asyncio.run(scheduler_throughput(library, engine, settings, images)))
     figures = {
         "images": given.images,
         "seed": given.seed,
-        "window_rows": settings.window_rows,
+        "max_batch_size": settings.max_batch_size,
         "mean_members": statistics.mean(len(theta.members) for theta in thetas),
         "plain_loop_images_per_s": round(loop_rate, 1),
         "engine_images_per_s": round(grouped, 1),

@@ -45,7 +45,7 @@ def leak(
     """For each quantum (0: none) the bits that latency tells of n, and how often it names n right."""
     rows = []
     for quantum_ms in quanta_ms:
-        quantised = settings.model_copy(update={"quantum_ms": quantum_ms})
+        quantised = settings.model_copy(update={"latency_quantum_ms": quantum_ms})
         seconds, sizes = asyncio.run(latencies(library, engine, quantised, images))
         bits, chance = mutual_information(seconds, sizes)
         rows.append(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_store.errors import TombolaError
 from model_store.structures import Network, fold_in_place
 from model_store.ticket import Ticket
 
@@ -30,7 +31,7 @@ HALF_TOLERANCE: Final = 2e-2  # the same for float16
 INT8_TOLERANCE: Final = 1.0  # the same for 8 bits: only nonsense is refused; `bench int8` says what rounding costs
 
 
-class EngineRejected(Exception):
+class EngineRejected(TombolaError):
     """A backend that is missing, or whose logits are not those of the tickets."""
 
 

@@ -174,9 +174,9 @@ def draw_jobs(policy: Policy, rng: random.Random, size: int) -> list[tuple[int, 
 
 def batch_limit(device: str, settings: Settings) -> int:
     """The most images of a batch. On CUDA the default is larger: a batch's time hardly depends on its size there."""
-    if device.startswith("cuda") and "window_rows" not in settings.model_fields_set:
+    if device.startswith("cuda") and "max_batch_size" not in settings.model_fields_set:
         return CUDA_BATCH_SIZE
-    return settings.window_rows
+    return settings.max_batch_size
 
 
 def uses_processes(settings: Settings) -> bool:

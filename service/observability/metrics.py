@@ -1,7 +1,7 @@
 """Every Prometheus metric of the service, in one table. Names carry the prefix and base units; labels are bounded.
 
-Nothing here tells one draw of theta from another: draws, and runs of tickets, which are as many, are counted in lots of
-at least LOT images, sizes of ensembles are one histogram, and no label holds a client, a request or a seed.
+No scrape reveals one draw of theta. Draws and runs of tickets are published for at least 128 images at a time.
+The sizes of ensembles are one histogram. No label names a client, a request or a seed.
 """
 
 import itertools
@@ -12,20 +12,20 @@ from typing import Any, Final, Literal
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import values as prometheus_values
 from prometheus_client.exposition import generate_latest
 
 PREFIX: Final = "tombola_"
-PUBLISH_EVERY: Final = (
-    128  # images whose draws are published together, so that a scrape on each side of one request shows no theta
-)
+# Images whose draws are published together: scrapes before and after one request then show no theta.
+PUBLISH_EVERY: Final = 128
 OTHER: Final = "other"
-KNOWN: Final = 4096  # series looked up without prometheus_client's help; clients choose methods, so it has to end
+CACHE_SIZE: Final = 4096  # series found without prometheus_client's look-up; clients choose methods, so it is bounded
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BYTES: Final = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6)
 OUTCOMES: Final = ("ok", "invalid", "shed", "deadline", "cancelled", "error")
-STAGES: Final = ("decode", "normalize", "forward", "reduce", "encode")
+STAGES: Final = ("decode", "encode")
 REASONS: Final = ("queue", "inflight", "body", "deadline", "rate", "draining")
 AUDIT_OUTCOMES: Final = ("done", "invalid", "failed", "cancelled", "interrupted", "refused")
 
@@ -58,25 +58,31 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
     ),
     MetricSpec("http_requests_in_flight", "gauge", "Requests in progress on the public plane."),
     MetricSpec("http_request_body_bytes", "histogram", "Bodies of classification requests, as sent.", (), BYTES),
-    MetricSpec("http_bodies_held_bytes", "gauge", "Room reserved for bodies of requests in progress."),
-    MetricSpec("queue_depth", "gauge", "Images admitted and waiting for their window."),
+    MetricSpec("http_body_memory_bytes", "gauge", "Memory reserved for the bodies of requests in progress."),
+    MetricSpec("queue_depth", "gauge", "Images admitted and waiting for their batch."),
+    MetricSpec("queue_wait_seconds", "histogram", "From admission of an image to the start of its batch.", (), SECONDS),
     MetricSpec(
-        "queue_wait_seconds", "histogram", "From admission of an image to the start of its window.", (), SECONDS
+        "member_batch_size",
+        "histogram",
+        f"Images that one ticket was run on at once, published {PUBLISH_EVERY} images at a time.",
+        (),
+        SIZES,
     ),
-    MetricSpec(
-        "batch_rows", "histogram", "Images one ticket was run on at once, published 128 images at a time.", (), ROWS
-    ),
-    MetricSpec("batch_window_rows", "histogram", "Images in one window.", (), ROWS),
-    MetricSpec("batch_window_seconds", "histogram", "From the start of a window to its sums.", (), SECONDS),
+    MetricSpec("batch_size", "histogram", "Images in one batch.", (), SIZES),
+    MetricSpec("batch_seconds", "histogram", "From the start of a batch to its sums.", (), SECONDS),
     MetricSpec(
         "member_forward_seconds",
         "histogram",
-        "One ticket on its rows of one window, published 128 images at a time.",
+        f"One ticket on its images of one batch, published {PUBLISH_EVERY} images at a time.",
         (),
         SECONDS,
     ),
     MetricSpec(
-        "compute_seconds", "histogram", "Work on a request by stage.", (("stage", STAGES),), (0.0001, 0.00025, *SECONDS)
+        "compute_seconds",
+        "histogram",
+        "Decoding and encoding of a request.",
+        (("stage", STAGES),),
+        (0.0001, 0.00025, *SECONDS),
     ),
     MetricSpec(
         "inference_requests_total",
@@ -104,7 +110,7 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
     MetricSpec(
         "draws_expected_total",
         "counter",
-        "What the law of theta expects of draws_total, published with it.",
+        "What the sampling policy expects of draws_total, published with it.",
         (("structure", None), ("density", None)),
     ),
     MetricSpec("ready", "gauge", "1 when the library is verified and warm, the engine alive and nothing draining."),
@@ -171,17 +177,19 @@ def create(row: MetricSpec, registry: CollectorRegistry) -> Instrument:
 
 
 class Metrics:
-    """The table, alive, in a registry of its own. Unknown names are KeyErrors: the table is the only place to add one.
+    """The table's instruments in a registry of their own. An unknown name is a KeyError: add it to the table.
 
     metrics.inc("shed_total", reason="queue"); metrics.observe("queue_wait_seconds", 0.1); metrics.set("ready", 1)
     """
 
     def __init__(self, table: Iterable[MetricSpec] = TABLE) -> None:
+        # PROMETHEUS_MULTIPROC_DIR, inherited from another program, would put every value into files of that folder.
+        prometheus_values.ValueClass = prometheus_values.MutexValue
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry(auto_describe=True)
         self.rows = {row.name: row for row in table}
         self.instruments = {name: create(row, self.registry) for name, row in self.rows.items()}
-        self.known: dict[tuple[Any, ...], Any] = {}
+        self.cache: dict[tuple[Any, ...], Any] = {}
         ProcessCollector(registry=self.registry)
         for name, row in self.rows.items():
             self.begin(name, [values for _, values in row.labels])
@@ -195,11 +203,11 @@ class Metrics:
     def series(self, name: str, labels: dict[str, str]) -> Any:
         """The one series of these labels. Looked up in a dict of our own: this is done a dozen times a request."""
         key = (name, *labels.items())
-        series = self.known.get(key)
+        series = self.cache.get(key)
         if series is None:
             series = self.labelled(name, labels)
-            if len(self.known) < KNOWN:
-                self.known[key] = series
+            if len(self.cache) < CACHE_SIZE:
+                self.cache[key] = series
         return series
 
     def labelled(self, name: str, labels: dict[str, str]) -> Any:
@@ -223,7 +231,7 @@ class Metrics:
     def forget(self, name: str) -> None:
         """Drops a metric's series, for a label such as a digest that has been replaced."""
         self.instruments[name].clear()
-        self.known = {key: series for key, series in self.known.items() if key[0] != name}
+        self.cache = {key: series for key, series in self.cache.items() if key[0] != name}
 
     def value(self, name: str, **labels: str) -> float:
         """The present value of a counter or gauge, or a histogram's count (append the suffix); 0 where no series is."""

@@ -2,14 +2,13 @@
 
     request                 a SERVER span, child of the request's W3C `traceparent`
       decode                files -> pixels
-      queue                 from admission to the window that took the first image
-      window                from there until the answer may leave
+      queue                 from admission to the batch that took the first image
+      batch                 from there until the answer may leave
       encode                probabilities -> the protocol's answer
 
-A trace leaves the admin plane, so it must not tell what was drawn. Every answered request has these five spans,
-whatever its thetas; no attribute comes from one; nothing is said of a ticket or a task. `queue` ends before the first
-draw, and `window` only when the answer leaves, after TOMBOLA_QUANTUM_MS: times tell of a theta what the wait for the
-answer tells its client, and a quantum takes it from both.
+A trace leaves the admin plane, so it must not reveal a draw. Every answered request has these five spans, whatever its
+thetas. No attribute comes from a theta, a ticket or a task. `queue` ends before the first draw. `batch` ends when the
+answer leaves, after TOMBOLA_LATENCY_QUANTUM_MS: it reveals no more than the client's own wait for the answer.
 
 What sends traces is imported by `install` alone: without the setting it need not be there. FastAPI's own telemetry,
 which starts by itself beside any global provider, is off (SILENT): it tells paths, queries and exceptions.
@@ -87,7 +86,7 @@ def record_queue_spans(admitted: float, taken: float | None) -> None:
     now = time.perf_counter()
     marks.stages.append(("queue", admitted, taken or now))
     if taken is not None:
-        marks.stages.append(("window", taken, now))
+        marks.stages.append(("batch", taken, now))
 
 
 class TracingMiddleware:

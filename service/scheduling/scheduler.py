@@ -57,7 +57,7 @@ class AdmissionController:
         if left_s <= 0:
             self.metrics.inc("shed_total", reason="deadline")
             raise DeadlineExceeded
-        if self.in_flight + size > self.settings.queue_rows:
+        if self.in_flight + size > self.settings.max_queue_size:
             self.metrics.inc("shed_total", reason="queue")
             raise Overloaded(retry_after=self.throughput.retry_after_s(self.in_flight))
         if self.in_flight > 0 and self.throughput.wait_s(ahead) > MAX_WAIT_SHARE * left_s:  # it would come too late
@@ -149,7 +149,7 @@ class Scheduler:
 
     async def pad_latency(self, passed_s: float) -> None:
         """Waits for the next multiple of quantum_ms, so that the time to an answer reveals less of its theta."""
-        step_s = self.settings.quantum_ms / 1000
+        step_s = self.settings.latency_quantum_ms / 1000
         if step_s > 0:
             await asyncio.sleep(math.ceil(passed_s / step_s) * step_s - passed_s)
 
@@ -165,8 +165,8 @@ class Scheduler:
 
     def observe(self, batch: Batch) -> None:
         metrics = self.metrics
-        metrics.observe("batch_window_rows", len(batch.slots))
-        metrics.observe("batch_window_seconds", time.perf_counter() - batch.started_at)
+        metrics.observe("batch_size", len(batch.slots))
+        metrics.observe("batch_seconds", time.perf_counter() - batch.started_at)
         metrics.inc("inference_images_total", len(batch.slots) - len(batch.failed))
         for request, index in batch.slots:
             if index == 0:
@@ -196,7 +196,7 @@ class DrawStatistics:
         for members in self.drawn:
             self.metrics.observe("ensemble_size", len(members))
         for images, seconds in self.runs:
-            self.metrics.observe("batch_rows", images)
+            self.metrics.observe("member_batch_size", images)
             self.metrics.observe("member_forward_seconds", seconds)
         counts = np.bincount([member for members in self.drawn for member in members], minlength=len(self.labels))
         self.count(counts.tolist(), len(self.drawn))

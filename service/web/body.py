@@ -114,7 +114,7 @@ class BodyReader:
 
     def reserve(self, size: int) -> None:
         self.held_bytes += size
-        self.metrics.set("http_bodies_held_bytes", self.held_bytes)
+        self.metrics.set("http_body_memory_bytes", self.held_bytes)
 
 
 class BodyReservation:
@@ -126,7 +126,7 @@ class BodyReservation:
 
     def take(self, size: int) -> None:
         """Raises Overloaded when all requests together would hold too much."""
-        if self.bodies.held_bytes + size > self.bodies.settings.max_bodies_bytes:
+        if self.bodies.held_bytes + size > self.bodies.settings.body_memory_bytes:
             self.bodies.metrics.inc("shed_total", reason="body")
             raise Overloaded(ErrorMessage.BODIES_FULL)
         self.bodies.reserve(size)

@@ -78,12 +78,12 @@ class ClassifyApi:
         """As much as DETAIL allows: nothing but the label, or with it the likeliest classes and their probabilities.
         Of equals the first class, as argmax has it."""
         order = sorted(range(len(row)), key=row.__getitem__, reverse=True)
-        if self.settings.detail == "label":
+        if self.settings.output_detail == "label":
             return {"label": classes[order[0]], "index": order[0]}
-        values = row if self.settings.detail == "full" else [round(value, DIGITS) for value in row]
+        values = row if self.settings.output_detail == "full" else [round(value, DIGITS) for value in row]
         likeliest = [
             {"label": classes[index], "index": index, "probability": values[index]}
-            for index in order[: self.settings.top]
+            for index in order[: self.settings.top_k]
         ]
         return {**likeliest[0], "top": likeliest}
 

@@ -107,7 +107,7 @@ class OpenInferenceApi:
         self.data_plane = data_plane
         self.statistics = Statistics()
         self.outputs = (
-            ("index", "label") if data_plane.settings.detail == "label" else ("probabilities", "index", "label")
+            ("index", "label") if data_plane.settings.output_detail == "label" else ("probabilities", "index", "label")
         )
 
     # What is here
@@ -243,7 +243,7 @@ class OpenInferenceApi:
         if output.classes:
             return self.scores(probabilities, output.classes, classes), "BYTES"
         if output.name == "probabilities":
-            return apply_output_detail(probabilities, self.data_plane.settings.detail), "FP32"
+            return apply_output_detail(probabilities, self.data_plane.settings.output_detail), "FP32"
         indices = probabilities.argmax(axis=1)
         if output.name == "index":
             return indices, "INT64"
@@ -252,7 +252,7 @@ class OpenInferenceApi:
     def scores(self, probabilities: Probabilities, count: int, classes: Sequence[str]) -> np.ndarray[Any, Any]:
         """The classification extension: [N, count] of "<score>:<index>:<label>", the likeliest first."""
         order = rank_classes(probabilities)[:, :count]
-        scores = apply_output_detail(probabilities, self.data_plane.settings.detail)
+        scores = apply_output_detail(probabilities, self.data_plane.settings.output_detail)
         texts = [
             [f"{scores[row, index]:g}:{index}:{classes[index]}" for index in indices]
             for row, indices in enumerate(order)

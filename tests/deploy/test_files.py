@@ -123,8 +123,10 @@ def test_the_dashboard_s_panels_are_numbered_titled_and_do_not_overlap() -> None
 
 def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
     asked = "\n".join(queries())
-    wanted = "http_requests_total http_request_duration_seconds_bucket queue_wait_seconds_bucket batch_rows_bucket"
-    wanted += " batch_window_seconds_bucket shed_total draws_total draws_expected_total audit_accuracy library_info"
+    wanted = (
+        "http_requests_total http_request_duration_seconds_bucket queue_wait_seconds_bucket member_batch_size_bucket"
+    )
+    wanted += " batch_seconds_bucket shed_total draws_total draws_expected_total audit_accuracy library_info"
     assert all(f"{PREFIX}{name}" in asked for name in wanted.split())
 
 

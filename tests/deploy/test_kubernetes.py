@@ -169,7 +169,7 @@ def test_replicas_follow_the_queue() -> None:
     (metric,) = one("HorizontalPodAutoscaler")["spec"]["metrics"]
     name = metric["pods"]["metric"]["name"]
     assert [row.kind for row in TABLE if f"{PREFIX}{row.name}" == name] == ["gauge"]
-    assert int(metric["pods"]["target"]["averageValue"]) == Settings().window_rows
+    assert int(metric["pods"]["target"]["averageValue"]) == Settings().max_batch_size
 
 
 def test_the_operator_gets_the_same_rules() -> None:

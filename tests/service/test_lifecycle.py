@@ -124,7 +124,7 @@ def test_it_starts_and_answers_the_line_it_prints_and_swaps_and_ends_without_los
 
 
 def test_overload_is_refused_with_a_time_to_come_back_and_then_forgotten(folder: Path, tmp_path: Path) -> None:
-    flags = ("--queue-rows", "8", "--max-images", "8", "--drain-delay-s", "0")
+    flags = ("--max-queue-size", "8", "--max-images", "8", "--drain-delay-s", "0")
     with serving(folder, tmp_path / "state", *flags) as process:
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(lambda _: status_and_pause(process), range(400)))
@@ -177,7 +177,7 @@ def test_slow_clients_are_let_go_and_a_storm_of_hang_ups_leaves_nothing_behind(f
         ends = [until_closed(connection) for connection in slow]
         assert all(b"408" in end for end in ends[150:])
         holds(lambda: process.metric("http_requests_in_flight") == 0)
-        assert process.metric("http_bodies_held_bytes") == 0
+        assert process.metric("http_body_memory_bytes") == 0
         assert process.metric("queue_depth") == 0
         assert process.classify(draw_sample())[0] == 200
         assert process.end(signal.SIGINT) == 0

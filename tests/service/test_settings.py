@@ -9,6 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from service.settings import (
+    RENAMED,
     Settings,
     SettingsRejected,
     add_flags,
@@ -25,6 +26,7 @@ from tombola.cli import main
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in setting_docs():
         monkeypatch.delenv(row.variable, raising=False)
+    monkeypatch.delenv("TOMBOLA_CONFIG", raising=False)
 
 
 @pytest.fixture
@@ -86,9 +88,90 @@ def test_variables_that_kubernetes_sets_for_a_service_called_tombola_are_passed_
     assert read_settings().port == 8000
 
 
+@pytest.mark.parametrize("name", ["TOMBOLA_ADMIN", "TOMBOLA_ENGINE", "TOMBOLA_BLUE_GREEN"])
+def test_variables_of_services_whose_names_begin_with_ours_are_passed_over(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Service "tombola-admin" makes TOMBOLA_ADMIN_PORT, which is a setting's name too."""
+    for suffix, value in (
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("SERVICE_PORT", "8001"),
+        ("SERVICE_PORT_HTTP", "8001"),
+        ("PORT", "tcp://10.0.0.1:8001"),
+        ("PORT_8001_TCP", "tcp://10.0.0.1:8001"),
+        ("PORT_8001_TCP_PROTO", "tcp"),
+        ("PORT_8001_SCTP_ADDR", "10.0.0.1"),
+    ):
+        monkeypatch.setenv(f"{name}_{suffix}", value)
+    assert read_settings().admin_port == 8001
+    assert read_settings().engine == "auto"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_setting_s_old_name_is_refused_with_its_new_one(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert new in Settings.model_fields
+    with monkeypatch.context() as patch:
+        patch.setenv(f"TOMBOLA_{old.upper()}", "1")
+        with pytest.raises(SettingsRejected) as refused:
+            read_settings()
+    assert str(refused.value) == f"TOMBOLA_{old.upper()}: now named TOMBOLA_{new.upper()}"
+    file = tmp_path / "tombola.toml"
+    file.write_text(f"{old} = 1\n")
+    with pytest.raises(SettingsRejected, match=f"tombola.toml: {old}: now named {new}$"):
+        read_settings({"config": file})
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--" + old.replace("_", "-"), "1"])
+    assert ended.value.code == 2
+    assert f"--{old.replace('_', '-')}: now named --{new.replace('_', '-')}" in capsys.readouterr().err
+
+
+def test_flag_beats_variable_beats_file_beats_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_settings().port == 8000
+    Path("tombola.toml").write_text("port = 8100\nmetrics_open = false\n")
+    assert (read_settings().port, read_settings().metrics_open) == (8100, False)
+    monkeypatch.setenv("TOMBOLA_PORT", "8200")
+    assert read_settings().port == 8200
+    assert read_settings(flags("--port", "8300")).port == 8300
+    monkeypatch.setenv("TOMBOLA_PORT", "tcp://10.0.0.1:8000")  # Kubernetes' own: no value of ours
+    assert read_settings().port == 8100
+
+
+def test_another_file_of_settings_is_named_by_variable_or_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("threads = 2\n")
+    (tmp_path / "b.toml").write_text("threads = 3\n")
+    monkeypatch.setenv("TOMBOLA_CONFIG", str(tmp_path / "a.toml"))
+    assert read_settings().threads == 2
+    assert read_settings(flags("--config", str(tmp_path / "b.toml"))).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot = 1", "prot: no such setting; did you mean port?"),
+        ("port = ", "no TOML: "),
+        ("[serve]\nport = 1", "serve: no such setting"),
+        ("port = 'http'", r"TOMBOLA_PORT \(--port\): input should be a valid integer"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_used_is_refused_in_one_line(
+    text: str | None, message: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "my.toml").write_text(text)
+    with pytest.raises(SettingsRejected, match=message) as refused:
+        read_settings({"config": tmp_path / "my.toml"})
+    assert "\n" not in str(refused.value)
+
+
 def test_a_misspelt_variable_is_refused_and_the_right_one_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOMBOLA_QUEUE_ROW", "5")
-    with pytest.raises(SettingsRejected, match="TOMBOLA_QUEUE_ROW: no such setting; did you mean TOMBOLA_QUEUE_ROWS"):
+    monkeypatch.setenv("TOMBOLA_MAX_QUEUE_SIZ", "5")
+    with pytest.raises(
+        SettingsRejected, match="TOMBOLA_MAX_QUEUE_SIZ: no such setting; did you mean TOMBOLA_MAX_QUEUE_SIZE"
+    ):
         read_settings()
 
 
@@ -99,8 +182,8 @@ def test_a_misspelt_variable_is_refused_and_the_right_one_named(monkeypatch: pyt
         ({"port": "70000"}, r"TOMBOLA_PORT .*65535"),
         ({"deadline_s": "0"}, r"TOMBOLA_DEADLINE_S .*greater than 0"),
         ({"engine": "onnx"}, r"TOMBOLA_ENGINE .*'torch'.*'onnx'"),
-        ({"queue_rows": "4"}, r"TOMBOLA_QUEUE_ROWS 4: below TOMBOLA_MAX_IMAGES 512"),
-        ({"max_body_bytes": str(1 << 30)}, r"TOMBOLA_MAX_BODIES_BYTES .* below"),
+        ({"max_queue_size": "4"}, r"TOMBOLA_MAX_QUEUE_SIZE 4: below TOMBOLA_MAX_IMAGES 512"),
+        ({"max_body_bytes": str(1 << 30)}, r"TOMBOLA_BODY_MEMORY_BYTES .* below"),
         ({"port": "9000", "admin_port": "9000"}, "two ports"),
         ({"admin_token": "x" * 16, "admin_token_file": "token"}, "both set"),
     ],
@@ -195,8 +278,9 @@ def test_a_state_folder_that_cannot_be_is_said_by_name(tmp_path: Path) -> None:
         ["check", "/nowhere/at/all"],
         ["serve", "--library", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
         ["serve", "--audits-data", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
-        ["serve", "--audits-outside", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
+        ["serve", "--audit-surrogate-library", "/nowhere/at/all", "--port", "0", "--admin-port", "0"],
         ["check", "--device", "nothing"],
+        ["serve", "--device", "nothing", "--port", "0", "--admin-port", "0"],
         ["bench", "raw", "--device", "nothing"],
     ],
 )
@@ -213,7 +297,7 @@ def test_a_command_that_cannot_run_says_why_in_one_line_and_fails(
     "arguments",
     [
         ["sample", "/nowhere/at/all.png"],
-        ["audit", "--profile", "smoke", "--url", "http://127.0.0.1:1", "--token-file", "/nowhere/at/all.png"],
+        ["audit", "--profile", "smoke", "--admin-url", "http://127.0.0.1:1", "--token-file", "/nowhere/at/all.png"],
     ],
 )
 def test_a_file_that_cannot_be_had_is_named_with_the_reason(

@@ -213,12 +213,19 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(library: Path, state: Path, *flags: str, program: Sequence[str] = ("-m", "tombola")) -> Iterator[Process]:
+def serving(
+    library: Path,
+    state: Path,
+    *flags: str,
+    program: Sequence[str] = ("-m", "tombola"),
+    without: Sequence[str] = (),
+) -> Iterator[Process]:
     """The process on free ports, once it says it is ready. Killed if the test leaves it running."""
     command = [sys.executable, *program, "serve", "--library", str(library), "--state-dir", str(state)]
     command += ["--port", "0", "--admin-port", "0", "--engine", "torch", *flags]
+    variables = {name: value for name, value in environment().items() if name not in without}
     log = (state.parent / "log.jsonl").open("w")
-    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment()) as process:
+    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables) as process:
         try:
             yield announced(process)
         finally:

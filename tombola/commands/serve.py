@@ -12,7 +12,8 @@ from service.settings import Settings, add_flags, read_settings
 DESCRIPTION = """\
 Serves a library on two planes until SIGTERM or Ctrl-C. SIGHUP reads the library and the API keys again.
 
-Every option is also a variable: --max-body-bytes is TOMBOLA_MAX_BODY_BYTES. An option wins over its variable.
+Every setting is an option, a variable and a key of tombola.toml: --max-body-bytes, TOMBOLA_MAX_BODY_BYTES,
+max_body_bytes. An option wins over its variable, a variable over the file, the file over the default.
 """
 
 

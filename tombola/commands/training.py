@@ -2,11 +2,14 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
+
+from model_store.errors import TombolaError
 
 SEARCH_EXAMPLES: Final = """\
 a library from nothing, on two cores (hours; interrupt it at any time, the same command resumes it):
@@ -28,10 +31,18 @@ INTERRUPTED: Final = 130  # exit code: Ctrl-C, as shells have it
 TERMINATED: Final = 143  # exit code: SIGTERM, as shells have it
 
 
+def refuse_renamed_variables(environ: Mapping[str, str]) -> None:
+    """The variables of these commands had another prefix before 0.2.0."""
+    for name in ("COMMIT", "CACHE", "CHECKPOINT_SECONDS"):
+        if f"TRAINING_{name}" in environ:
+            raise TombolaError(f"TRAINING_{name}: now named TOMBOLA_{name}")
+
+
 def set_command(parser: argparse.ArgumentParser, name: str, about: str) -> None:
     """Runs `training.commands.NAME` for this parser."""
 
     def run(arguments: argparse.Namespace) -> int:
+        refuse_renamed_variables(os.environ)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
         from training import commands
 

@@ -223,7 +223,7 @@ function verdict(rows, lot) {
   const worst = oddest(rows);
   if (worst.far <= ODD) return "As the law has it: every difference is within chance.";
   return `Off the law: ${worst.structure} at ${percent(worst.density, 0)} was drawn ${whole(worst.drawn)} times, ` +
-    `expected ${whole(worst.expected)}. Chance hardly ever does that: the runbook says what to look at (TombolaDrawsOffLaw).`;
+    `expected ${whole(worst.expected)}. Chance hardly ever does that: the runbook says what to look at (TombolaDrawsDeviate).`;
 }
 
 const total = (rows, name) => rows.reduce((some, row) => some + row[name], 0);

@@ -184,7 +184,7 @@ def test_the_command_asks_a_running_service_shows_how_it_goes_and_keeps_the_repo
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     words = ["--profile", "smoke", "--images", "2", "--attacks", "paper-eot", "--epsilons", "8"]
     with behind_a_port(plane.app) as place:
-        words += ["--url", f"http://{place}", "--out", str(tmp_path / "out")]
+        words += ["--admin-url", f"http://{place}", "--out", str(tmp_path / "out")]
         assert main(["audit", *words]) == 2
         assert "401" in capsys.readouterr().err
         code = main(["audit", *words, "--token-file", str(tmp_path / "token")])
@@ -315,7 +315,7 @@ def test_the_worker_refuses_a_library_that_has_been_replaced(plane: Plane, tmp_p
 
 def test_an_attackers_configured_library_reaches_the_worker(library: Library, tmp_path: Path) -> None:
     theirs = tiny(tmp_path / "theirs", ("resnet18",), (0.3,))
-    plane = Plane(library, tmp_path / "state", audits_outside=theirs.path)
+    plane = Plane(library, tmp_path / "state", audit_surrogate_library=theirs.path)
     audit = plane.ask("POST", "/admin/audits", json=SMOKE).json()["id"]
     folder = plane.jobs.store.folder / audit
     run_job(folder, Job.model_validate_json((folder / "job.json").read_text()), lambda _: None)
@@ -327,13 +327,15 @@ def test_an_attackers_configured_library_reaches_the_worker(library: Library, tm
 def test_an_attackers_library_that_does_not_fit_is_refused_before_anything_waits(
     library: Library, tmp_path: Path
 ) -> None:
-    missing = Plane(library, tmp_path / "state", audits_outside=tmp_path / "nowhere")
+    missing = Plane(library, tmp_path / "state", audit_surrogate_library=tmp_path / "nowhere")
     answer = missing.ask("POST", "/admin/audits", json=SMOKE)
     assert answer.status_code == 409
     assert "outside library cannot be used" in answer.json()["error"]
     two = items([make_ticket("resnet18", 0.5, classes=2)])
     others = write_library(tmp_path / "others", classes=("cat", "dog"), data="random", tickets=two)
-    answer = Plane(library, tmp_path / "state", audits_outside=others.path).ask("POST", "/admin/audits", json=SMOKE)
+    answer = Plane(library, tmp_path / "state", audit_surrogate_library=others.path).ask(
+        "POST", "/admin/audits", json=SMOKE
+    )
     assert answer.status_code == 400
     assert "outside library of 2 other classes" in answer.json()["error"]
     assert missing.jobs.store.all() == []

@@ -35,7 +35,7 @@ def test_what_is_asked_is_what_is_classified_and_every_image_is_counted() -> Non
 
 
 def test_labels_alone_are_enough_to_ask() -> None:
-    with behind_a_port(public_app(detail="label")) as address, asking(address) as oracle:
+    with behind_a_port(public_app(output_detail="label")) as address, asking(address) as oracle:
         shown = oracle(grey(0, 30, 255))
     assert shown.argmax(axis=1).tolist() == [0, 1, 9]
     assert set(np.unique(shown)) == {0.0, 1.0}

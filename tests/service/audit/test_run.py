@@ -274,8 +274,8 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
         (["--compare", "a", "b"], "not a report of an audit"),
         (["--profile", "smoke", "--format", "pdf"], "expected one of json, junit, sarif, md, card, html"),
         (["--profile", "smoke", "--model", "os:getcwd"], "library and model were given"),
-        (["--profile", "smoke", "--url", "http://127.0.0.1:1"], "ConnectError"),
-        (["--profile", "smoke", "--url", "nowhere"], "is the admin plane there?"),
+        (["--profile", "smoke", "--admin-url", "http://127.0.0.1:1"], "ConnectError"),
+        (["--profile", "smoke", "--admin-url", "nowhere"], "is the admin plane there?"),
     ],
 )
 def test_the_command_says_what_is_wrong(words: list[str], text: str, library: Any, tmp_path: Path, capsys: Any) -> None:

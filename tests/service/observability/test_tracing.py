@@ -27,7 +27,7 @@ from tests.support.planes import Oracle, StandIn, png, public_app
 from tests.support.serving import Stand, environment, serving, tiny_library, with_scheduler
 
 CLASSIFY: Final = "/v1/classify"
-STAGES: Final = ["decode", "queue", "window", "encode"]
+STAGES: Final = ["decode", "queue", "batch", "encode"]
 CALLER: Final = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the example of the W3C recommendation
 
 
@@ -124,7 +124,7 @@ def test_a_quantum_hides_in_a_trace_what_it_hides_from_the_client() -> None:
     async def ask(stand: Stand) -> Any:
         return await ask_all(StandIn(stand), [(png(), {})])  # type: ignore[arg-type]
 
-    _, (spans,) = with_scheduler(ask, quantum_ms=300)
+    _, (spans,) = with_scheduler(ask, latency_quantum_ms=300)
     assert length_ms(spans[1]) + length_ms(spans[2]) >= 299
 
 
@@ -137,7 +137,7 @@ def test_a_failing_ticket_shows_as_the_failure_the_client_saw() -> None:
 
     (answer,), (spans,) = with_scheduler(ask, forward=fails)
     assert answer.status_code == 500
-    assert [span.name for span in spans] == ["decode", "queue", "window", f"POST {CLASSIFY}"]
+    assert [span.name for span in spans] == ["decode", "queue", "batch", f"POST {CLASSIFY}"]
     assert spans[-1].status.status_code is StatusCode.ERROR
     assert spans[-1].status.description is None
 

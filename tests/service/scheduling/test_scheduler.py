@@ -136,7 +136,7 @@ def test_every_row_has_a_theta_of_its_own_and_every_ticket_its_share() -> None:
 )
 def test_a_batch_takes_half_of_the_images_queued_or_running(queued: int, running: int, expected: int) -> None:
     """So that the engine runs one half while the answers to the other are read and asked again."""
-    workers = WorkerPool(Settings(window_rows=32), Metrics(), lambda: None)
+    workers = WorkerPool(Settings(max_batch_size=32), Metrics(), lambda: None)
     workers.running = running
     source: Any = SimpleNamespace(queue=SimpleNamespace(length=queued), model=SimpleNamespace(engine=engine()))
     assert workers.batch_size(source) == expected
@@ -159,7 +159,7 @@ def test_answers_keep_the_order_of_the_rows_whatever_batches_they_ran_in() -> No
     async def ask(stand: Stand) -> Any:
         return await stand.submit(images)
 
-    answers = with_scheduler(ask, forward=class_of_the_first_pixel, window_rows=8)
+    answers = with_scheduler(ask, forward=class_of_the_first_pixel, max_batch_size=8)
     assert answers.argmax(axis=1).tolist() == (images[:, 0, 0, 0] % 10).tolist()
 
 
@@ -264,7 +264,7 @@ def test_beyond_the_bound_rows_are_refused_with_a_time_to_come_back() -> None:
         assert stand.admission.in_flight == 0
         assert stand.metrics.value("shed_total", reason="queue") == 1
 
-    with_scheduler(overload, forward=blocked_by(release), queue_rows=8, max_images=8)
+    with_scheduler(overload, forward=blocked_by(release), max_queue_size=8, max_images=8)
 
 
 def test_a_deadline_is_answered_while_the_engine_is_busy_and_the_rest_is_not_computed() -> None:
@@ -513,7 +513,7 @@ def test_an_engine_that_keeps_dying_is_given_up_and_fails_everything_at_once() -
         with pytest.raises(NotReady):
             await stand.submit(some_rows(1))
 
-    with_scheduler(die, forward=Mortal(1000), engine_restarts=2, window_rows=4)
+    with_scheduler(die, forward=Mortal(1000), engine_restarts=2, max_batch_size=4)
 
 
 def test_a_new_thread_has_to_pass_the_probe_first() -> None:
@@ -622,7 +622,7 @@ def test_answers_leave_on_the_quantum_when_there_is_one(
         for passed_s in (0.001, 0.019, 0.020, 0.0213):
             await stand.scheduler.pad_latency(passed_s)
 
-    with_scheduler(ask, quantum_ms=quantum_ms)
+    with_scheduler(ask, latency_quantum_ms=quantum_ms)
     assert waits == (pytest.approx([0.019, 0.001, 0.0, 0.0187]) if pauses else [])
 
 
@@ -657,4 +657,4 @@ def test_an_image_on_which_every_ticket_fails_does_not_end_the_engine() -> None:
 def test_a_batch_on_cuda_is_larger_unless_the_setting_says_otherwise() -> None:
     assert batch_limit("cpu", Settings()) == 32
     assert batch_limit("cuda:1", Settings()) == 256
-    assert batch_limit("cuda", Settings(window_rows=48)) == 48
+    assert batch_limit("cuda", Settings(max_batch_size=48)) == 48

@@ -92,16 +92,16 @@ class TestAnswers:
 
 class TestDetail:
     def test_label_says_nothing_else(self) -> None:
-        found = ask(public_app(detail="label"), "POST", PATH, content=png(110)).json()["predictions"]
+        found = ask(public_app(output_detail="label"), "POST", PATH, content=png(110)).json()["predictions"]
         assert found == [{"label": "deer", "index": 4}]
 
     def test_full_says_all_digits(self) -> None:
-        (found,) = ask(public_app(detail="full"), "POST", PATH, content=png(110)).json()["predictions"]
+        (found,) = ask(public_app(output_detail="full"), "POST", PATH, content=png(110)).json()["predictions"]
         assert abs(found["probability"] - 0.6172) < 1e-6
 
     def test_top_is_as_long_as_set_and_never_longer_than_the_classes(self) -> None:
         for top, expected in ((1, 1), (3, 3), (1000, 10)):
-            (found,) = ask(public_app(top=top), "POST", PATH, content=png(110)).json()["predictions"]
+            (found,) = ask(public_app(top_k=top), "POST", PATH, content=png(110)).json()["predictions"]
             assert len(found["top"]) == expected
 
 
@@ -176,7 +176,7 @@ class TestRefusals:
 
     def test_no_more_bodies_are_held_than_allowed(self) -> None:
         metrics = Metrics()
-        app = public_app(metrics=metrics, max_body_bytes=1024, max_bodies_bytes=1024)
+        app = public_app(metrics=metrics, max_body_bytes=1024, body_memory_bytes=1024)
 
         async def two() -> tuple[httpx.Response, httpx.Response]:
             started, go = asyncio.Event(), asyncio.Event()
@@ -200,7 +200,7 @@ class TestRefusals:
         refused(second, 503, ErrorMessage.BODIES_FULL)
         assert second.headers["retry-after"] == "1"
         assert metrics.value("shed_total", reason="body") == 1
-        assert metrics.value("http_bodies_held_bytes") == 0
+        assert metrics.value("http_body_memory_bytes") == 0
         assert ask(app, "POST", PATH, content=png(110)).status_code == 200
 
     def test_a_slow_body(self) -> None:
@@ -363,7 +363,7 @@ class TestHangUps:
         assert asyncio.run(story()).cancelled == 1
         assert sent == []
         assert metrics.value("inference_requests_total", outcome="cancelled") == 1
-        assert metrics.value("http_bodies_held_bytes") == 0
+        assert metrics.value("http_body_memory_bytes") == 0
 
     def test_hanging_up_amid_the_body(self) -> None:
         metrics = Metrics()
@@ -383,7 +383,7 @@ class TestHangUps:
 
         asyncio.run(story())
         assert metrics.value("inference_requests_total", outcome="cancelled") == 1
-        assert metrics.value("http_bodies_held_bytes") == 0
+        assert metrics.value("http_body_memory_bytes") == 0
 
     def test_being_cancelled_from_outside_is_no_hang_up(self) -> None:
         async def story() -> Oracle:

@@ -605,7 +605,7 @@ def test_nothing_of_theta_leaves_the_service(tmp_path: Path, caplog: pytest.LogC
     and measured. Metrics may count draws, many at a time, but no series may belong to one request."""
     caplog.set_level(logging.DEBUG)
     library = tiny_library(tmp_path / "library")
-    story = Story(library, tmp_path / "state", detail="full")
+    story = Story(library, tmp_path / "state", output_detail="full")
     metrics = asyncio.run(story.run())
     secrets = {entry.name for entry in library.entries} | {entry.sha256 for entry in library.entries}
     secrets |= {entry.structure.name for entry in library.entries} | {"theta", "member", "ensemble", "alpha"}

@@ -326,14 +326,14 @@ class TestPacking:
 
 class TestDetail:
     def test_label_has_no_probabilities_at_all(self) -> None:
-        app = public_app(detail="label")
+        app = public_app(output_detail="label")
         assert [output["name"] for output in ask(app, "GET", MODEL).json()["outputs"]] == ["index", "label"]
         assert list(outputs_of(infer({"inputs": [image_tensor(110)]}, app=app))) == ["index", "label"]
         asked = {"inputs": [image_tensor(110)], "outputs": [{"name": "probabilities"}]}
         refused(infer(asked, app=app), 400, ErrorMessage.V2_OUTPUTS)
 
     def test_full_has_all_digits(self) -> None:
-        found = outputs_of(infer({"inputs": [image_tensor(110)]}, app=public_app(detail="full")))
+        found = outputs_of(infer({"inputs": [image_tensor(110)]}, app=public_app(output_detail="full")))
         assert abs(found["probabilities"][4] - 0.6172) < 1e-6
 
 

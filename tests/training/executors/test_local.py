@@ -25,7 +25,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, done_state: Path, tmp_path: Path) -> None:
     job = job_in(tmp_path)
     initialize(job)
-    worker = start_worker(job, data, "cpu", environment={"TRAINING_CHECKPOINT_SECONDS": "0"})
+    worker = start_worker(job, data, "cpu", environment={"TOMBOLA_CHECKPOINT_SECONDS": "0"})
     until(lambda: (job.folder / "checkpoint.safetensors").exists())
     worker.send_signal(signal.SIGKILL)
     worker.wait()

@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("TRAINING_CHECKPOINT_SECONDS", "0")
+    monkeypatch.setenv("TOMBOLA_CHECKPOINT_SECONDS", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
 
 
