@@ -517,7 +517,10 @@ def load_or_create_token(path: Path) -> str:
 
 def require_folders(settings: Settings) -> None:
     """What audits read has to be there from the start, not when the first audit asks. Raises SettingsRejected."""
-    for name, path in (("AUDITS_DATA", settings.audits_data), ("AUDIT_SURROGATE_LIBRARY", settings.audit_surrogate_library)):
+    for name, path in (
+        ("AUDITS_DATA", settings.audits_data),
+        ("AUDIT_SURROGATE_LIBRARY", settings.audit_surrogate_library),
+    ):
         if path is not None and not path.is_dir():
             raise SettingsRejected(f"TOMBOLA_{name} {path}: no such folder")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from model_store.files import write_atomically
 from service.audit.errors import AuditError, AuditRejected
-from service.settings import add_renamed_flag, read_settings
+from service.settings import add_renamed_flag
 
 if TYPE_CHECKING:
     from model_store.library import Library
