@@ -28,7 +28,6 @@ from service import errors
 from service.admin import audit_api as audits
 from service.admin import console_api, console_files, library_api
 from service.admin.audit_jobs import AuditQueue
-from service.engine.launcher import ForkServer
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability import tracing
 from service.observability.logs import configure_logging
@@ -254,15 +253,12 @@ def create_service(
     return service
 
 
-async def serve(
-    settings: Settings,
-    announce: Callable[[ServerProcess, LoadedLibrary], None],
-    fork_server: ForkServer | None = None,
-    on_step: Callable[[str], None] | None = None,
-) -> int:
+Announce = Callable[[ServerProcess, LoadedLibrary], None]
+
+
+async def serve(settings: Settings, announce: Announce, on_step: Callable[[str], None] | None = None) -> int:
     """Runs until told to end; the process's exit code. Raises SettingsRejected, StoreError."""
     service = create_service(settings)
-    service.manager.early = fork_server
     service.manager.on_step = on_step or service.manager.on_step
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -276,7 +272,7 @@ async def serve(
     return service.code
 
 
-async def wait_for_shutdown(service: ServerProcess, announce: Callable[[ServerProcess, LoadedLibrary], None]) -> None:
+async def wait_for_shutdown(service: ServerProcess, announce: Announce) -> None:
     """Loads the library while the ports already answer, then waits for a signal."""
     loading = asyncio.ensure_future(service.manager.start())
     stop = asyncio.ensure_future(service.stop.wait())
@@ -303,20 +299,15 @@ async def shut_down(service: ServerProcess, running: Sequence[Awaitable[None]]) 
     log.info("ended")
 
 
-def run(
-    settings: Settings,
-    announce: Callable[[ServerProcess, LoadedLibrary], None],
-    fork_server: ForkServer | None = None,
-    on_step: Callable[[str], None] | None = None,
-) -> int:
+def run(settings: Settings, announce: Announce, on_step: Callable[[str], None] | None = None) -> int:
     """Serves in this thread until told to end. Raises SettingsRejected, StoreError.
 
-    fork_server: what `start_early` started.  on_step: called with each step of loading a library; None to log it.
+    on_step: called with each step of loading a library; None to log it.
     """
     configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(serve(settings, announce, fork_server, on_step))
+        return runner.run(serve(settings, announce, on_step))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

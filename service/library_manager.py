@@ -20,7 +20,7 @@ from service.cpu import NICE_INFERENCE, NICE_LOADING, cpu_s, lower_priority, res
 from service.engine.base import Engine, EngineRejected
 from service.engine.factory import open_for_serving, start_ahead
 from service.engine.gpu import gpu_usage
-from service.engine.launcher import ForkServer
+from service.engine.process_pool import ForkServer
 from service.errors import NotReady
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import AdmissionController, Scheduler
@@ -56,7 +56,6 @@ class LibraryManager:
         self.admission = AdmissionController(settings, metrics)
         self.workers = WorkerPool(settings, metrics, on_broken)
         self.workers.on_heartbeat = self.on_heartbeat
-        self.early: ForkServer | None = None  # what `start_early` started for the first library
         self.on_step: Callable[[str], None] = lambda step: log.info("start: %s", step)
         self.opening = asyncio.Lock()
         self.retired_engines: list[weakref.ref[Engine]] = []  # of libraries that were replaced
@@ -102,10 +101,10 @@ class LibraryManager:
         settings, path = self.settings, self.settings.library or EMBEDDED
         loop = asyncio.get_running_loop()
         pool = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,))
-        fork_server, self.early = self.early, None
+        fork_server: ForkServer | None = None
         try:
-            fork_server = await asyncio.to_thread(start_ahead, path, settings, fork_server)
-            self.on_step(f"verifying {path}")
+            fork_server = await asyncio.to_thread(start_ahead, path, settings, self.on_step)
+            self.on_step("verifying the library")
             library = await loop.run_in_executor(pool, open_library, path)
             ahead, fork_server = fork_server, None  # the engine owns it from here on
             if ahead is not None:

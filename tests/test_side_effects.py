@@ -71,6 +71,7 @@ class World:
             cwd=self.state,
             capture_output=True,
             text=True,
+            encoding="utf-8",
             timeout=300,
             check=False,
         )
@@ -164,7 +165,13 @@ def test_a_server_with_its_engine_and_its_audits_writes_and_calls_nowhere_else(
     flags += ["--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
     words = command(world.log, "-m", "tombola", *flags)
     with subprocess.Popen(
-        words, env=world.environment, cwd=world.state, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        words,
+        env=world.environment,
+        cwd=world.state,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
     ) as traced:
         try:
             process = announced(traced)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -31,8 +31,10 @@ from service.engine.base import (
     max_relative_error,
     reference_logits,
 )
-from service.engine.launcher import ForkServer, start_fork_server
 from service.settings import Settings, ensure_state_dir
+
+if TYPE_CHECKING:
+    from service.engine.process_pool import ForkServer
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def open_engine(
 def open_for_serving(
     library: Library,
     settings: Settings,
-    fork_server: ForkServer | None = None,
+    fork_server: "ForkServer | None" = None,
     on_step: Step = lambda _: None,
 ) -> Engine:
     """As open_engine, but in processes of its own where that is possible. Raises EngineRejected.
@@ -91,7 +93,7 @@ def open_for_serving(
     from service.engine.process_pool import open_in_processes
 
     try:
-        return open_in_processes(library, settings, fork_server, on_step)
+        return open_in_processes(library, settings, fork_server or start_ahead(library.path, settings, on_step))
     except EngineRejected as error:
         if settings.engine != "auto" or settings.int8_images is not None:
             raise
@@ -99,16 +101,16 @@ def open_for_serving(
     return open_engine(library, settings.model_copy(update={"engine": "torch"}), on_step=on_step)
 
 
-def start_ahead(path: Path | None, settings: Settings, early: ForkServer | None = None) -> ForkServer | None:
+def start_ahead(path: Path | None, settings: Settings, on_step: Step = lambda _: None) -> "ForkServer | None":
     """Starts to open the library for `open_for_serving`, in a process of its own, beside what the caller does.
 
-    early: one that `start_early` has started.  None where no such process is used.
+    None where no such process is used.
     """
-    if uses_processes(settings) and not chooses_by_speed(settings):
-        return early or start_fork_server(path, settings)
-    if early is not None:
-        early.close()
-    return None
+    if chooses_by_speed(settings) or not uses_processes(settings):
+        return None
+    from service.engine.process_pool import start_fork_server
+
+    return start_fork_server(path, settings.model_copy(update={"engine": "openvino"}), on_step)
 
 
 CHOICES: Final = (

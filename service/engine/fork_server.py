@@ -4,6 +4,7 @@ Started by `service/engine/process_pool.py`, which says why. It ends, and every 
 It is not multiprocessing's fork server: that one unpickles what it is sent.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -32,10 +33,8 @@ def main(descriptor: int, arguments: dict[str, Any]) -> int:
 
 
 def send(control: Connection, message: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the service has ended meanwhile
         control.send_bytes(json.dumps(message).encode())
-    except BrokenPipeError:  # the service has ended, or wants this library no more
-        os._exit(0)
 
 
 def open_engine_from(arguments: dict[str, Any], control: Connection) -> "tuple[Engine | None, dict[str, Any]]":

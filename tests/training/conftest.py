@@ -15,10 +15,14 @@ from training.run_job import run_job
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A zip of 1,200 digits to search on and 40 to test on, and a cache of its own."""
     folder = tmp_path_factory.mktemp("digits")
+    before = os.environ.get("TOMBOLA_CACHE")
     os.environ["TOMBOLA_CACHE"] = str(folder / "cache")
     write_zip(folder / "digits.zip", {"train": digits().search.balanced(1150), "test": digits().test.balanced(40)})
     yield folder / "digits.zip"
-    del os.environ["TOMBOLA_CACHE"]
+    if before is None:
+        os.environ.pop("TOMBOLA_CACHE", None)
+    else:
+        os.environ["TOMBOLA_CACHE"] = before
 
 
 @pytest.fixture(scope="package")

@@ -6,7 +6,6 @@ from urllib.request import getproxies
 
 from model_store.errors import os_error_text
 from model_store.files import write_atomically
-from service.engine.launcher import start_early
 from service.settings import Settings, add_flags, read_settings
 
 DESCRIPTION = """\
@@ -26,10 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments))
-    fork_server = start_early(settings)  # it imports and compiles beside the imports of this process
     from service import app
 
-    return app.run(settings, announce, fork_server, lambda step: print(f"start    {step}", flush=True))
+    return app.run(settings, announce, lambda step: print(f"start    {step}", flush=True))
 
 
 def announce(service: Any, serving: Any) -> None:
