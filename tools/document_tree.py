@@ -4,6 +4,8 @@ import ast
 from pathlib import Path
 from typing import Final
 
+from model_store.files import write_atomically
+
 ROOT: Final = Path(__file__).parent.parent
 PAGE: Final = ROOT / "docs" / "ARCHITECTURE.md"
 BEGIN: Final = "<!-- tree: python -m tools.document_tree -->"
@@ -44,4 +46,4 @@ def with_tree(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tree(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_atomically(PAGE, with_tree(PAGE.read_text(encoding="utf-8")))

@@ -263,14 +263,13 @@ def test_an_unfinished_token_of_an_older_version_says_what_to_do(tmp_path: Path,
 # What opens a file for writing without files.py: the function, and why it may.
 ALLOWED: Final = {
     ("model_store.library", "write_lock"): "a lock that holds nothing",
-    ("service.admin.audit_jobs", "spawn"): "a log that a process appends to",
-    (
-        "service.admin.audit_worker",
-        "tell",
-    ): "events that are appended line by line; the reader leaves a last part alone",
-    ("training.jobs", "locked"): "a lock that holds nothing",
-    ("training.jobs", "add"): "a log that is appended to line by line",
-    ("training.jobs", "start_worker"): "a log that a process appends to",
+    ("model_store.labelled_images", "open_tar"): "an archive's members, moved within a temporary folder",
+    ("model_store.labelled_images", "unpack"): "an archive's members, in a temporary folder",
+    ("service.admin.audit_process", "spawn"): "a log that a process appends to",
+    ("service.admin.audit_worker", "write"): "events, appended by line; the reader leaves a last part alone",
+    ("training.executors.local", "start_worker"): "a log that a process appends to",
+    ("training.jobs", "add"): "a log that is appended to by line",
+    ("training.jobs", "lock_folder"): "a lock that holds nothing",
 }
 IN_MEMORY: Final = {"stream", "buffer", "file"}  # what pictures and arrays are saved to: streams, `replacing`'s too
 WRITERS: Final = {"write_text", "write_bytes", "touch", "rename", "savefig", "savez", "save", "save_file", "tofile"}
@@ -300,7 +299,12 @@ def makes_files(call: ast.Call) -> bool:
         return len(call.args) == 1 and not call.keywords and not name.startswith(("self.", "dataclasses."))
     if name == "save_file":  # safetensors'
         return "file.name" not in map(ast.unparse, call.args)
-    return last in WRITERS and "." in name and not name.startswith(("safetensors.", "self.")) and not to_memory(call)
+    return (
+        last in WRITERS
+        and "." in name
+        and not name.startswith(("safetensors.", "self.", "search."))
+        and not to_memory(call)
+    )
 
 
 def to_memory(call: ast.Call) -> bool:

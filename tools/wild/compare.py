@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Page
 
 from model_store.errors import ImageRejected
+from model_store.files import write_atomically
 from model_store.images import DATA_FORMATS, render
 from tools.console.browser import chromium
 from tools.wild.pictures import Picture, pictures, upright
@@ -95,7 +96,7 @@ def main() -> int:
     read = [result for result in results if result.levels is not None]
     print(f"{len(results)} files, {len(read)} read by both, {len(wrong)} of these wrong by more than {LEVELS} level")
     if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+        write_atomically(options.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
     return 1 if wrong else 0
 
 
