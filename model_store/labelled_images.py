@@ -30,7 +30,7 @@ from model_store import images
 from model_store.errors import DataRejected, DataUnlabelled, ImageDamaged, ImageRejected
 from model_store.images import DATA_FORMATS, DecodedImage, Pixels
 from model_store.input_spec import InputSpec
-from model_store.quiet_imports import import_cifar
+from model_store.quiet_imports import import_dataset
 
 SUFFIXES: Final = frozenset(
     (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif")
@@ -523,7 +523,7 @@ def open_cifar(root: Path, folder: str) -> DataSet:
     both: tuple[tuple[PartName, bool], ...] = (("train", True), ("test", False))
     for part, train in both:
         try:
-            data = import_cifar(CIFAR[folder])(str(root), train=train)
+            data = import_dataset(CIFAR[folder])(str(root), train=train)
         except RuntimeError as error:
             raise DataRejected(f"{root / folder}: {error}; `tombola fetch {root}` downloads it again") from None
         classes = tuple(data.classes)

@@ -48,8 +48,8 @@ def import_hop_skip_jump() -> tuple[Any, Any]:
     return HopSkipJump, BlackBoxClassifier
 
 
-def import_cifar(name: str) -> Any:
-    """torchvision's CIFAR10 or CIFAR100, without the cache folder of torch's compiler, which it has no use for."""
+def import_dataset(name: str) -> Any:
+    """A class of torchvision.datasets, without the cache folder of torch's compiler, which it has no use for."""
     with scratch_folder("TORCHINDUCTOR_CACHE_DIR"):
         from torchvision import datasets
 

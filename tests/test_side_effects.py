@@ -129,7 +129,7 @@ def test_the_service_s_commands_write_and_call_nowhere_else(world: World, tiny_l
         ["audit", "--compare", f"{state}/a/report.json", f"{state}/a/report.json"],
     ]
     loaded = (
-        "from model_store import quiet_imports as quiet; quiet.import_hop_skip_jump(); quiet.import_cifar('CIFAR10')"
+        "from model_store import quiet_imports as quiet; quiet.import_hop_skip_jump(); quiet.import_dataset('CIFAR10')"
     )
     program = RUN.format(codes=(0, 4)) + loaded  # 4: an audit of so few images proves nothing
     world.holds_nothing_else(world.run("-c", program, json.dumps(lines)))

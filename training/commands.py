@@ -19,7 +19,7 @@ from rich.table import Table
 from model_store.files import write_atomically
 from model_store.library import Library, open_library
 from model_store.manifest import Entry
-from model_store.quiet_imports import import_cifar
+from model_store.quiet_imports import import_dataset
 from model_store.structures import STRUCTURES
 from training import export
 from training.cost import GPU_SPEED, SPEEDS, THREAD_SPEED, cost
@@ -275,7 +275,7 @@ def show_differences(arguments: argparse.Namespace) -> None:
 
 
 def fetch(arguments: argparse.Namespace) -> None:
-    cifar10 = import_cifar("CIFAR10")
+    cifar10 = import_dataset("CIFAR10")
     try:
         cifar10(str(arguments.folder), download=True)
     except (OSError, RuntimeError) as error:

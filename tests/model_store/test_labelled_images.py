@@ -27,6 +27,7 @@ from model_store.labelled_images import (
     open_data,
     ordered,
 )
+from model_store.quiet_imports import import_dataset
 from tools.wild.pictures import encoded, photo
 
 PNG: Final = encoded(photo().resize((32, 32)), "PNG")
@@ -113,10 +114,8 @@ def linked(root: Path) -> Path:
 
 
 def test_a_linked_class_is_read_as_image_folder_reads_it(tmp_path: Path) -> None:
-    from torchvision.datasets import ImageFolder
-
     path = linked(tmp_path)
-    seen = ImageFolder(str(path / "test"))
+    seen = import_dataset("ImageFolder")(str(path / "test"))
     assert listing(path) == {"test": [f"test/{seen.classes[label]}/{Path(file).name}" for file, label in seen.samples]}
 
 
