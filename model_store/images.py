@@ -50,8 +50,6 @@ MAGIC: Final[tuple[tuple[Format, tuple[bytes, ...]], ...]] = (
 DEFAULT_MAX_PIXELS: Final = 4_000_000
 SCALED_ABOVE: Final = 4_000_000  # pixels of a JPEG
 MEMORY_PER_PIXEL: Final = 16  # bytes: an RGBA picture, white, their composition, and the result, at four bytes each
-# Pillow refuses more, whatever it is told, unless a global of the process is changed.
-MAX_PIXELS: Final = cast("int", Image.MAX_IMAGE_PIXELS)
 ORIENTATION: Final = 0x0112  # EXIF tag; TIFF 6.0, page 36
 SHORT, LONG = 3, 4  # TIFF's kinds of numbers
 UPRIGHT: Final = {

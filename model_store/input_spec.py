@@ -13,6 +13,7 @@ INTERPOLATIONS: Final[tuple[Interpolation, ...]] = get_args(Interpolation)
 CHANNELS: Final = 3
 MIN_SIDE: Final = 8
 MAX_SIDE: Final = 1024
+MAX_PIXELS: Final = 89_478_485  # Pillow refuses more, whatever it is told; a test holds that it is Pillow's number
 Three = tuple[float, float, float]
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from model_store import images
 from model_store.errors import DataRejected, DataUnlabelled, ImageDamaged, ImageRejected
 from model_store.images import DATA_FORMATS, DecodedImage, Pixels
-from model_store.input_spec import InputSpec
+from model_store.input_spec import MAX_PIXELS, InputSpec
 from model_store.quiet_imports import import_dataset
 
 SUFFIXES: Final = frozenset(
@@ -74,7 +74,7 @@ class Limits:
 
 
 UNTRUSTED: Final = Limits()
-LOCAL: Final = Limits(20_000_000, 1 << 28, 1 << 36, images.MAX_PIXELS, follow_links=True)
+LOCAL: Final = Limits(20_000_000, 1 << 28, 1 << 36, MAX_PIXELS, follow_links=True)
 
 
 @dataclass

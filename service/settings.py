@@ -23,7 +23,7 @@ from pydantic_settings import (
 
 from model_store.errors import TombolaError
 from model_store.files import write_new
-from model_store.images import MAX_PIXELS
+from model_store.input_spec import MAX_PIXELS
 
 PREFIX: Final = "TOMBOLA_"
 CONFIG_FILE: Final = Path("tombola.toml")  # read from the working directory, if it is there

@@ -18,7 +18,7 @@ ALLOWED: Final = {
 }
 # The service's folders and single modules, floor by floor: each may import its own floor and those below it.
 FLOORS: Final = (
-    ("settings", "errors", "cpu"),
+    ("settings", "errors", "cpu", "outbound"),
     ("observability",),
     ("engine",),
     ("scheduling",),
@@ -41,6 +41,7 @@ LADDER: Final = (
     "colour",
     "images",
     "files",
+    "code_version",
     "quiet_imports",
     "labelled_images",
     "structures",

@@ -12,7 +12,7 @@ from PIL import Image
 from model_store import images
 from model_store.errors import ImageDamaged, ImageEmpty, ImageFormatUnknown, ImageRejected, ImageTooLarge
 from model_store.images import DATA_FORMATS, Format, decode, render
-from model_store.input_spec import CIFAR10_INPUT, InputSpec, Interpolation, Resize
+from model_store.input_spec import CIFAR10_INPUT, MAX_PIXELS, InputSpec, Interpolation, Resize
 from service.settings import Settings
 from tools.console.browser import CHROMIUM, chromium
 from tools.wild.compare import compare
@@ -110,7 +110,7 @@ def test_a_photo_of_twelve_megapixels_is_read_by_default_and_looks_as_if_decoded
     began = time.process_time()
     found = decode(data, spec, max_pixels=Settings().max_pixels)
     seconds = time.process_time() - began
-    whole = render(data, max_pixels=images.MAX_PIXELS).resize((64, 64), Image.Resampling.BILINEAR)
+    whole = render(data, max_pixels=MAX_PIXELS).resize((64, 64), Image.Resampling.BILINEAR)
     assert (found.width, found.height) == (3000, 4000)
     assert np.abs(np.asarray(whole).transpose(2, 0, 1).astype(int) - found.pixels).max() <= 1
     assert seconds < 0.2  # 30 ms where nothing else runs
@@ -131,9 +131,10 @@ def test_a_jpeg_in_several_scans_is_measured_by_its_coefficients() -> None:
 
 
 def test_a_pixel_limit_that_pillow_would_not_honour_is_refused_when_it_is_set() -> None:
-    assert Settings(max_pixels=images.MAX_PIXELS).max_pixels == images.MAX_PIXELS
+    assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    assert Settings(max_pixels=MAX_PIXELS).max_pixels == MAX_PIXELS
     with pytest.raises(ValueError, match="max_pixels"):
-        Settings(max_pixels=images.MAX_PIXELS + 1)
+        Settings(max_pixels=MAX_PIXELS + 1)
 
 
 # Resizing

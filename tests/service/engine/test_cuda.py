@@ -3,14 +3,16 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from model_store.library import Library
 from service.engine import factory, gpu, torch_engine
@@ -43,11 +45,14 @@ def fake_cuda(folded: list[FoldedTicket]) -> Iterator[FakeTensorMode]:
 
 def fake_networks(tickets: Sequence[FoldedTicket], dtype: torch.dtype) -> torch_engine.Networks:
     """The engine's networks with fake CUDA tensors. `Module.to` cannot swap in tensors of another type by itself."""
+    with unset_fake_temporarily():  # storages of real tensors cannot be copied under the mode
+        tickets = deepcopy(list(tickets))
     previous = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(False)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        return torch_engine.on_device(tickets, CUDA, dtype)
+        with patch.object(torch_engine, "deepcopy", lambda network: network):
+            return torch_engine.on_device(tickets, CUDA, dtype)
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         torch.__future__.set_swap_module_params_on_conversion(previous)
@@ -75,10 +80,21 @@ def test_a_tensor_that_stays_on_the_cpu_is_noticed(folded: list[FoldedTicket], f
         networks.run(0, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """The backends at TF32; afterwards as they were. (monkeypatch cannot restore these attributes.)"""
+    backends: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "tf32"
+    yield
+    for backend, value in zip(backends, before, strict=True):
+        backend.fp32_precision = value
+
+
+@pytest.mark.usefixtures("tf32")
 def test_float32_is_ieee_once_cuda_is_used(monkeypatch: pytest.MonkeyPatch, tiny: Library) -> None:
     """TF32 has float16's mantissa: with it float32 could never pass where float16 did not."""
-    for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
-        monkeypatch.setattr(backend, "fp32_precision", "tf32")
     on_cpu = torch_engine.on_device
     monkeypatch.setattr(
         torch_engine, "on_device", lambda tickets, _, dtype: on_cpu(tickets, torch.device("cpu"), dtype)

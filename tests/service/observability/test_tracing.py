@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -130,7 +131,9 @@ def test_a_quantum_hides_in_a_trace_what_it_hides_from_the_client() -> None:
 
 def test_a_failing_ticket_shows_as_the_failure_the_client_saw() -> None:
     def fails(member: int, rows: Images) -> Any:
-        raise ArithmeticError(f"ticket {member}")
+        if rows.any():  # not the harmless image that shows whether the engine is alive
+            raise ArithmeticError(f"ticket {member}")
+        return np.zeros((len(rows), 10), np.float32)
 
     async def ask(stand: Stand) -> Any:
         return await ask_all(StandIn(stand), [(png(), {})])  # type: ignore[arg-type]
