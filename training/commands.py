@@ -182,7 +182,7 @@ def run_baseline(arguments: argparse.Namespace) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -> None:
-    device_of(arguments.device, here=arguments.ray is None)
+    device_of(arguments.device, local=arguments.ray is None)
     name = arguments.data_name or arguments.data.name
     jobs = [replace(job, data=name, classes=split.classes) for job in jobs]
     console = Console()
