@@ -169,7 +169,7 @@ def test_a_caller_that_does_not_sample_is_not_traced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("holder", "body", "status", "names"),
+    ("manager", "body", "status", "names"),
     [
         (StandIn(), b"no image", 415, []),
         (StandIn(), b"\x89PNG\r\n\x1a\nbroken", 400, ["decode"]),
