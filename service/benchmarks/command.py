@@ -119,7 +119,7 @@ def raw_engine(
     networks = [ticket.network() for ticket in library.tickets]
     loop_rate = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
     grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.max_batch_size))
-    asked = given.images / timed(lambda: asyncio.run(scheduler_throughput(library, engine, settings, images)))
+    scheduled_rate = given.images / timed(lambda: asyncio.run(scheduler_throughput(library, engine, settings, images)))
     figures = {
         "images": given.images,
         "seed": given.seed,
@@ -129,11 +129,11 @@ def raw_engine(
         "engine_images_per_s": round(grouped, 1),
         "ratio": round(grouped / loop_rate, 2),
         "askers": CONCURRENT_CLIENTS,
-        "without_http_images_per_s": round(asked, 1),
+        "without_http_images_per_s": round(scheduled_rate, 1),
     }
     return figures, (
         f"engine {grouped:.0f} images/s, plain loop {loop_rate:.0f}: {grouped / loop_rate:.1f} times; "
-        f"{asked:.0f} for {CONCURRENT_CLIENTS} who wait for answers, without HTTP"
+        f"{scheduled_rate:.0f} for {CONCURRENT_CLIENTS} who wait for answers, without HTTP"
     )
 
 
