@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_store.attacks import margin
 from model_store.files import write_atomically
 from model_store.library import Library
 from service.audit import baselines
@@ -22,6 +24,7 @@ from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.autoattack import AutoAttackConfig
 from service.audit.attacks.black_box import TIMEOUT_S, HttpOracle, LocalOracle, QueryAttackConfig
 from service.audit.attacks.eot import PgdConfig
+from service.audit.attacks.losses import STAGED
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.config import Audit, Step, digest_of
 from service.audit.cost import giga_multiply_adds, multiply_adds_of
@@ -36,7 +39,16 @@ from service.audit.evaluation.members import (
     target_of,
 )
 from service.audit.evaluation.pixel_grid import distance, quantize_to_uint8
-from service.audit.evaluation.scoring import CERTAIN, Scores, pointwise_worst, score_exactly, scores
+from service.audit.evaluation.scoring import (
+    CERTAIN,
+    Scores,
+    failure,
+    pick_each,
+    pointwise_worst,
+    riskiest,
+    score_exactly,
+    scores,
+)
 from service.audit.events import Event, StepEvent
 from service.audit.labelled_data import LabelledImages
 from service.audit.plan import plan
@@ -44,7 +56,7 @@ from service.audit.profiles import SHARED
 from service.audit.target import Target
 from service.outbound import ProxyRejected, http_client
 
-CODE: Final = 4  # of the attacks: a change that changes results makes stored ones stale
+CODE: Final = 5  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
 Emit = Callable[[Event], None]
 
@@ -124,6 +136,7 @@ class AuditRun:
         self.draws: dict[str, DrawSet] = {}
         self.scored: dict[tuple[str, int], tuple[Outcome, Scores]] = {}
         self.scored_clean: dict[str, Scores] = {}
+        self.viewed: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.clean_logits = self.candidates.logits(data.pixels)
 
     def system(self, name: str) -> Defense:
@@ -215,23 +228,27 @@ class AuditRun:
 
     def before(self, step: Step) -> list[Step]:
         """The attacks of earlier stages whose images are inside this one's threat model."""
-        return [s for s in self.steps if step.warm and s.stage < step.stage and s.epsilon <= step.epsilon]
+        if not builds_on_others(step):
+            return []
+        return [s for s in self.steps if s.stage < step.stage and s.epsilon <= step.epsilon]
 
     def run(self, step: Step) -> RawResult:
         target = self.target(step.system)
         part = self.data.first(step.images)
         images, labels = as_floats(part.pixels, self.candidates.device), part.labels.to(self.candidates.device)
         generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
-        warm = [as_floats(self.riskiest(step), self.candidates.device)] if step.warm else []
+        known = [as_floats(self.riskiest(step), self.candidates.device)] if builds_on_others(step) else []
+        starts = known if step.warm else []
         match step.settings:
             case PgdConfig():
-                return from_pgd(eot.attack(target, images, labels, step.threat, step.settings, generator, warm))
+                found = eot.attack(target, images, labels, step.threat, step.settings, generator, starts, known)
+                return from_pgd(found, step.settings)
             case ArcConfig():
-                images_reached, _ = arc.attack(target, images, labels, step.threat, step.settings, generator, warm)
+                images_reached, _ = arc.attack(target, images, labels, step.threat, step.settings, generator, starts)
                 return RawResult(images_reached)
             case AutoAttackConfig():
                 seed = seed_of("library", self.audit.seed, step.id)
-                return RawResult(autoattack.attack(target, images, labels, step.threat, step.settings, seed))
+                return RawResult(autoattack.attack(target, images, labels, step.threat, step.settings, seed, known))
             case SingleModelPgd():
                 member = target.members[0]
                 return RawResult(
@@ -249,21 +266,25 @@ class AuditRun:
 
     def riskiest(self, step: Step) -> Tensor:
         """For each image the worst for the system, on the attacker's draws, of all attacks so far in reach."""
-        system, labels = self.system(step.system), self.data.labels[: step.images]
-        draws = target_of(self.candidates, system, f"attacker {self.audit.seed} {step.system}").draws
-        used = list(system.used)
-        best, lowest = self.data.pixels[: step.images].clone(), None
-        reachable = set(self.before(step))
-        candidates = [(self.data.pixels, self.clean_logits)]
-        candidates += [(o.pixels, o.logits) for o in self.outcomes if o.step in reachable]
-        for pixels, logits in candidates:
-            n = min(step.images, len(pixels))
-            right = scores(logits[used][:, :n], labels[:n], draws).right
-            lowest = right.clone() if lowest is None else lowest
-            better = right < lowest[:n]
-            best[:n][better] = pixels[:n][better]
-            lowest[:n] = torch.minimum(right, lowest[:n])
+        best, reachable = self.data.pixels[: step.images].clone(), set(self.before(step))
+        lowest = self.attackers_view(step.system, self.clean_logits)[: step.images].clone()
+        for outcome in self.outcomes:
+            if outcome.step in reachable:
+                n = min(step.images, outcome.step.images)
+                right = self.attackers_view(step.system, outcome.logits)[:n]
+                better = right < lowest[:n]
+                best[:n][better] = outcome.pixels[:n][better]
+                lowest[:n] = torch.minimum(right, lowest[:n])
         return best
+
+    def attackers_view(self, system: str, logits: Tensor) -> Tensor:
+        """float64 [n]: p_i on the attacker's own draws, from an outcome's logits."""
+        key = (system, id(logits))
+        if key not in self.viewed:
+            draws, used = self.target(system).draws, list(self.system(system).used)
+            right = 1 - failure(logits[used], self.data.labels[: logits.shape[1]], draws)
+            self.viewed[key] = (logits, right.cpu())
+        return self.viewed[key][1]
 
     def query(self, step: Step, settings: QueryAttackConfig, part: LabelledImages) -> RawResult:
         seed, system = seed_of("query", self.audit.seed, step.id, settings), self.system(step.system)
@@ -304,40 +325,86 @@ class AuditRun:
 
         shared: only of the attacks that all compared systems faced alike.
         """
-        return pointwise_worst([scores for scores, _ in self.reached(system, epsilon, images, shared=shared)])
+        return pointwise_worst([tried.scores for tried in self.reached(system, epsilon, images, shared=shared)])
 
     def reported(self, system: Defense, images: int, *, shared: bool = False, clean: bool = False) -> Scores:
         """`robust` at the headline epsilon, or clean, as it is reported: what was chosen on the scoring draws is scored
         on every state of the law, where there are not too many to count."""
         key = (system.name, images, shared, clean)
         if key not in self.exact:
-            candidates = self.reached(system, -1.0 if clean else self.audit.headline, images, shared=shared)
-            worst = pointwise_worst([scored for scored, _ in candidates])
+            epsilon = -1.0 if clean else self.audit.headline
+            candidates = self.reached(system, epsilon, images, shared=shared)
+            rights = torch.stack([tried.scores.right for tried in candidates])
+            leads = torch.stack([self.leads(system, tried) for tried in candidates])
+            pick = riskiest(rights, leads)
+            worst = pick_each([tried.scores for tried in candidates], pick)
             if not self.scoring(system).exhaustive and is_countable(system.policy):
-                pick = torch.stack([scored.right for scored, _ in candidates]).argmin(dim=0).tolist()
-                chosen = torch.stack([candidates[place][1][:, i] for i, place in enumerate(pick)], dim=1)
-                worst = score_exactly(
-                    worst,
-                    chosen,
-                    self.data.labels[:images],
-                    system.policy,
-                    self.candidates.threads,
-                    self.candidates.device,
-                )
+                worst = self.recount(system, candidates, worst, pick.tolist())
             self.exact[key] = worst
         return self.exact[key]
 
-    def reached(
-        self, system: Defense, epsilon: float, images: int, *, shared: bool = False
-    ) -> list[tuple[Scores, Tensor]]:
+    def leads(self, system: Defense, tried: "Tried") -> Tensor:
+        """float64 [images]: how far the right class leads in the mean over theta; infinite where nothing was tried."""
+        drawn = self.scoring(system)
+        shares = drawn.weights.to(drawn.rows) @ (drawn.rows / drawn.sizes[:, None])
+        mean = torch.einsum("m,mnc->nc", shares.cpu(), tried.logits[:, : len(tried.scores.right)])
+        lead = torch.full_like(tried.scores.right, math.inf)
+        lead[: len(mean)] = -margin(mean, self.data.labels[: len(mean)]).double()
+        return lead
+
+    def recount(self, system: Defense, candidates: Sequence["Tried"], sampled: Scores, pick: Sequence[int]) -> Scores:
+        """The chosen images on every state. Where no draw fails, each image made for this system is counted instead,
+        since the draws cannot choose between them."""
+        rows: list[tuple[int, int]] = []  # image, attempt
+        for image, place in enumerate(pick):
+            rows.append((image, place))
+            if float(sampled.right[image]) >= CERTAIN:
+                rows += [
+                    (image, k) for k, tried in enumerate(candidates) if k != place and tried.aims_at(system, image)
+                ]
+        index = torch.tensor([image for image, _ in rows])
+        chosen = torch.stack([candidates[place].logits[:, image] for image, place in rows], dim=1)
+        counted = score_exactly(
+            sampled.pick(index),
+            chosen,
+            self.data.labels[index],
+            system.policy,
+            self.candidates.threads,
+            self.candidates.device,
+        )
+        right = torch.ones_like(sampled.right).scatter_reduce(0, index, counted.right, "amin")
+        failed = sampled.any_wrong.clone()
+        failed[index[counted.any_wrong]] = True
+        return Scores(right, failed, sampled.by_size)
+
+    def reached(self, system: Defense, epsilon: float, images: int, *, shared: bool = False) -> list["Tried"]:
         """What was tried within epsilon, the clean images first, with the logits behind each."""
-        reached = [(self.clean(system).pick(torch.arange(images)), self.clean_logits)]
+        reached = [Tried(self.clean(system).pick(torch.arange(images)), self.clean_logits, None)]
         for outcome in self.outcomes:
             if outcome.step.epsilon <= epsilon and not (shared and outcome.step.stage > SHARED):
                 own = self.scores(system, outcome)
                 count = min(images, outcome.step.images)
-                reached.append((pad(own.pick(torch.arange(count)), images), outcome.logits))
+                scored = pad(own.pick(torch.arange(count)), images)
+                reached.append(Tried(scored, outcome.logits, outcome.step))
         return reached
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Images that one attack made, under one system. step: None for the clean images."""
+
+    scores: Scores  # padded to all images
+    logits: Tensor
+    step: Step | None
+
+    def aims_at(self, system: Defense, image: int) -> bool:
+        """Whether the attack made this image for this system."""
+        return self.step is not None and self.step.system == system.name and image < self.step.images
+
+
+def builds_on_others(step: Step) -> bool:
+    """Whether an attack starts from images of earlier stages, or leaves out those that they broke for good."""
+    return step.stage > 0 and isinstance(step.settings, PgdConfig | ArcConfig | AutoAttackConfig)
 
 
 def candidates_of_subject(
@@ -361,19 +428,22 @@ def pad(part: Scores, images: int) -> Scores:
     return Scores(longer(part.right, 1), longer(part.any_wrong, 0), sizes)
 
 
-def from_pgd(result: eot.AttackResult) -> RawResult:
+def from_pgd(result: eot.AttackResult, settings: PgdConfig) -> RawResult:
     trace = {
         "accuracy": [round(1 - risk, 6) for risk in result.risks.mean(dim=1).tolist()],
         "loss": [round(loss, 6) for loss in result.losses.mean(dim=1).tolist()],
     }
-    return RawResult(result.images, trace, {"converged": converged(result)}, result.passes)
+    return RawResult(result.images, trace, {"converged": converged(result, settings)}, result.passes)
 
 
-def converged(result: eot.AttackResult) -> float:
-    """The share of images whose loss, rescaled to its own range, moved at most 0.05 over the last ten steps."""
-    losses = result.losses
-    low, high = losses.amin(dim=0), losses.amax(dim=0)
-    tail = losses[-min(10, len(losses)) :]
+def converged(result: eot.AttackResult, settings: PgdConfig) -> float:
+    """The share of images whose aim, rescaled to its own range, moved at most 0.05 over the last ten steps.
+
+    The aim is the loss. Where the loss changes on the way it is the exact risk, which any change can be held against.
+    """
+    aim = result.risks if settings.loss in STAGED else result.losses
+    low, high = aim.amin(dim=0), aim.amax(dim=0)
+    tail = aim[-min(10, len(aim)) :]
     moved = (tail.amax(dim=0) - tail.amin(dim=0)) / (high - low).clamp_min(1e-12)
     certain = result.risk >= CERTAIN
     return round(float(((moved <= 0.05) | certain).double().mean()), 6)

@@ -49,6 +49,8 @@ ATTACKS: Final = (
     "paper-eot",
     "eot-mean-output",
     "eot-mean-loss",
+    "eot-mean-loss-sharp",
+    "eot-mean-loss-flat",
     "eot-mean-loss-normalised",
     "eot-hinge",
     "eot-risk",

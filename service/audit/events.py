@@ -42,7 +42,7 @@ class CheckEvent(AuditEvent):
     event: Literal["check"] = "check"
     id: int
     name: str
-    outcome: Literal["pass", "warn", "fail", "skipped"]
+    outcome: Literal["pass", "warn", "fail", "skipped", "no power"]
     value: str
     seconds: float
 

@@ -13,8 +13,11 @@ from service.audit.evaluation.draws import Defense
 from service.audit.evaluation.members import CandidateSet
 from service.audit.profiles import FAR, PROFILES, REACH, Named, Profile
 
-SHARED: Final = 1  # the last stage of what every compared system faces alike
+SHARED: Final = 2  # the last stage of what every compared system faces alike
+CHEAP: Final = ("fgsm", "pgd-20", "eot-mean-loss")  # of stage 0
 WARM: Final = ("eot-risk", "arc")  # these start from the riskiest images of earlier stages
+AIMED: Final = 2  # before the stages that are aimed at the served policy
+FAR_STAGE: Final = AIMED + 4  # the first of the large epsilons
 
 
 def images_of(audit: Audit) -> int:
@@ -24,8 +27,9 @@ def images_of(audit: Audit) -> int:
 def plan(audit: Audit, candidates: CandidateSet, systems: Sequence[Defense]) -> list[Step]:
     """Every attack, in stages, so that warm starts have images to start from.
 
-    Stages 0 and 1: what all systems face, cold and warm. Stages 2 to 5, aimed at the served policy alone: cold, warm,
-    the attack that never gives up a gain, the large epsilons.
+    Stages 0 to 2 are what all systems face: cheap attacks, costly ones on images that those left, and refinement from
+    the riskiest. Later stages are aimed at the served policy alone: the same again, the attack that never gives up a
+    gain, the large epsilons. An attack of a later stage leaves out images that earlier ones broke for good.
 
     Raises:
       AuditRejected: an attack that the profile does not have, or a ticket that does not exist.
@@ -81,11 +85,11 @@ def headline_steps(audit: Audit, profile: Profile, count: int) -> list[Step]:
         pair for pair in queries if isinstance(pair[1], QueryAttackConfig) and pair[1].averages == 1
     )  # answers alike
     return [
-        *steps_for(audit, profile.ours, [OURS], epsilon, count, after=2),
-        *steps_for(audit, profile.few, [OURS], epsilon, few, after=2),
-        *steps_for(audit, profile.universal, profile.universal_systems, epsilon, count, after=2),
-        *steps_for(audit, queries, [OURS], epsilon, queried, after=2),
-        *steps_for(audit, fixed, profile.queried_systems, epsilon, queried, after=2),
+        *steps_for(audit, profile.ours, [OURS], epsilon, count, after=AIMED),
+        *steps_for(audit, profile.few, [OURS], epsilon, few, after=AIMED),
+        *steps_for(audit, profile.universal, profile.universal_systems, epsilon, count, after=AIMED),
+        *steps_for(audit, queries, [OURS], epsilon, queried, after=AIMED),
+        *steps_for(audit, fixed, profile.queried_systems, epsilon, queried, after=AIMED),
     ]
 
 
@@ -93,7 +97,7 @@ def large_epsilon_steps(audit: Audit, images: int) -> list[Step]:
     """Each size from where the one before it came."""
     reach = (("eot-mean-loss", REACH),)
     return [
-        replace(step, stage=3 + place, warm=True)
+        replace(step, stage=FAR_STAGE + place, warm=True)
         for place, size in enumerate((*FAR[audit.norm], LARGEST[audit.norm]))
         for step in steps_for(audit, reach, [OURS], size, images)
     ]
@@ -103,7 +107,9 @@ def steps_for(
     audit: Audit, attacks: Named, systems: Sequence[str], epsilon: float, images: int, after: int = 0
 ) -> list[Step]:
     def stage(name: str) -> int:
-        return after + (name in WARM) + (name == "arc")
+        if name in WARM:
+            return after + 2 + (name == "arc")
+        return after + (after > 0 or name not in CHEAP)
 
     return [
         Step(name, system, audit.norm, epsilon, images, settings, stage(name), name in WARM)

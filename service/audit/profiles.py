@@ -29,7 +29,7 @@ class Profile:
     few_images: int  # for the attacks of `few`
     queried_images: int  # for the attacks of `queries`
     far_images: int  # at the epsilons of FAR
-    check_images: int  # for the checks that attack again
+    check_images: int  # right at first, for the checks that attack again
     shared: Named  # on every compared system at the headline epsilon
     swept: Named  # on every compared system at every other epsilon
     each: Named  # on every ticket and baseline alone
@@ -44,6 +44,14 @@ class Profile:
 
 def apgd(loss: str, steps: int, restarts: int = 1) -> PgdConfig:
     return PgdConfig(loss, steps=steps, restarts=restarts, schedule="adaptive")
+
+
+def temperatures(steps: int) -> Named:
+    """Cross-entropy of logits ten times as large and a tenth as large: at its own scale it may see too little."""
+    return (
+        ("eot-mean-loss-sharp", PgdConfig("mean-loss", steps=steps, schedule="adaptive", temperature=0.1)),
+        ("eot-mean-loss-flat", PgdConfig("mean-loss", steps=steps, schedule="adaptive", temperature=10.0)),
+    )
 
 
 def refine(steps: int) -> PgdConfig:
@@ -63,7 +71,7 @@ SMOKE: Final = Profile(
     few_images=4,
     queried_images=2,
     far_images=2,
-    check_images=4,
+    check_images=8,
     shared=(("eot-mean-loss", PgdConfig("mean-loss", steps=5, step=0.5)), ("eot-risk", refine(5))),
     swept=(),
     each=EACH[:1],
@@ -77,15 +85,19 @@ STANDARD: Final = Profile(
     few_images=32,
     queried_images=8,
     far_images=5,
-    check_images=24,
-    shared=(("eot-mean-loss", apgd("mean-loss", 20)), ("eot-risk", refine(20))),
+    check_images=200,
+    shared=(
+        ("eot-mean-loss", apgd("mean-loss", 20)),
+        *temperatures(20),
+        ("eot-hinge", apgd("hinge", 20, restarts=2)),
+        ("eot-risk", refine(30)),
+    ),
     swept=(("eot-mean-loss", apgd("mean-loss", 10)), ("eot-risk", refine(8))),
     each=EACH,
     ours=(
         ("paper-eot", PAPER),
-        ("eot-hinge", apgd("hinge", 20)),
         ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 20)),
-        ("eot-risk", refine(30)),
+        ("eot-risk", refine(40)),
         ("arc", ArcConfig(sweeps=4, candidates=4)),
     ),
     few=(
@@ -104,11 +116,12 @@ FULL: Final = Profile(
     few_images=48,
     queried_images=16,
     far_images=10,
-    check_images=32,
+    check_images=400,
     shared=(
         ("eot-mean-loss", apgd("mean-loss", 50, restarts=2)),
-        ("eot-hinge", apgd("hinge", 50)),
-        ("eot-risk", refine(30)),
+        *temperatures(50),
+        ("eot-hinge", apgd("hinge", 50, restarts=2)),
+        ("eot-risk", refine(50)),
     ),
     swept=(("eot-mean-loss", apgd("mean-loss", 30)), ("eot-risk", refine(15))),
     each=EACH,
@@ -116,10 +129,10 @@ FULL: Final = Profile(
         ("paper-eot", PAPER),
         ("eot-mean-output", apgd("mean-output", 50)),
         ("eot-mean-loss-normalised", apgd("mean-loss-normalised", 50)),
-        ("eot-hinge", apgd("hinge", 60, restarts=4)),
+        ("eot-hinge", apgd("hinge", 100, restarts=4)),
         ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 100)),
         ("apgd-dlr", AutoAttackConfig("apgd-dlr", "mean-logits", 100)),
-        ("eot-risk", refine(50)),
+        ("eot-risk", refine(100)),
         ("arc", ArcConfig(sweeps=10, candidates=8)),
     ),
     few=(
@@ -133,4 +146,4 @@ FULL: Final = Profile(
     universal=(("universal", UniversalPerturbation(epochs=20)),),
 )
 PROFILES: Final[dict[ProfileName, Profile]] = {"smoke": SMOKE, "standard": STANDARD, "full": FULL}
-SHARED: Final = 1  # the last stage of what every compared system faces alike
+SHARED: Final = 2  # the last stage of what every compared system faces alike

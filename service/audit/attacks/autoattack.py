@@ -7,7 +7,7 @@ global generator; here that touches nothing of ours.
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -104,13 +104,22 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 def attack(
-    target: AttackTarget, images: Tensor, labels: Tensor, threat: ThreatModel, standard: AutoAttackConfig, seed: int
+    target: AttackTarget,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    standard: AutoAttackConfig,
+    seed: int,
+    known: Sequence[Tensor] = (),
 ) -> Tensor:
-    """float [N, 3, 32, 32]: the riskiest of all images that the library tried; the clean one if none was riskier."""
-    reached = images.clone()
+    """float [N, 3, 32, 32]: the riskiest of all images that the library tried; the clean one if none was riskier.
+
+    known: images of earlier attacks. Those that all draws misread already are kept, and not attacked again.
+    """
+    reached = project(known[0], images, threat) if known else images.clone()
     with isolated_rng(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zero gradients: the audit's own check 5 says so, and fails
-        open_still = not_yet_broken(target, images, labels)
+        open_still = not_yet_broken(target, reached, labels)
         for place, index in enumerate(torch.split(open_still, target.batch(images)) if len(open_still) else ()):
             clean, right = images[index].contiguous(), labels[index]
             kept = WorstCaseTracker(target, clean, right, threat)

@@ -33,6 +33,7 @@ class PgdConfig:
     restarts: int = 1
     momentum: float = 0.0
     schedule: Literal["constant", "adaptive"] = "constant"
+    temperature: float = 1.0  # that logits are divided by before the loss: its scale decides what cross-entropy sees
 
     ends_early: ClassVar[bool] = True  # on images that all of the attacker's draws misread
 
@@ -102,17 +103,42 @@ def attack(
     ascent: PgdConfig,
     generator: torch.Generator,
     warm: Sequence[Tensor] = (),
+    known: Sequence[Tensor] = (),
 ) -> AttackResult:
-    """images: float [N, 3, 32, 32] in [0, 1].  warm: starts of the same shape, tried before the random ones."""
+    """Ascends from each start and keeps the riskiest image met.
+
+    Args:
+      images: float [N, 3, 32, 32] in [0, 1].
+      warm: starts of the same shape, tried before the random ones.
+      known: images of earlier attacks. Those that all draws misread already are not attacked again.
+    """
     scale = typical_margin(target.logits(images[:SCALED_ON]), labels[:SCALED_ON], target.draws)
-    best = score_clean(target, images, labels, LOSSES[ascent.loss], Stage(scale, 0.0))
-    traces, passes = [], len(images)
+    loss = loss_of(ascent)
+    best = score_clean(target, images, labels, loss, Stage(scale, 0.0))
+    clean = best.risk.clone(), best.loss.clone()
+    for earlier in known:
+        inside = project(earlier, images, threat)
+        tried = score_clean(target, inside, labels, loss, Stage(scale, 0.0))
+        best.take(torch.arange(len(images), device=images.device), inside, tried.risk, tried.loss)
+    traces, passes = [], len(images) * (1 + len(known))
     for start in [*(project(start, images, threat) for start in warm), *[None] * ascent.restarts]:
         fresh = random_start(images, threat, generator) if start is None else start  # drawn even if nothing is left
         trace, cost = run_restart(target, images, labels, threat, ascent, fresh, best, scale)
         traces.append(trace)
         passes += cost
-    return AttackResult(best.images, best.risk, *traces[0], passes=passes)
+    risks, losses = traces[0]
+    risks[0], losses[0] = clean
+    return AttackResult(best.images, best.risk, risks, losses, passes=passes)
+
+
+def loss_of(ascent: PgdConfig) -> Loss:
+    """The attack's loss, of logits at its temperature."""
+    loss, temperature = LOSSES[ascent.loss], ascent.temperature
+    if temperature == 1.0:
+        return loss
+    return lambda logits, labels, draws, stage: loss(
+        logits / temperature, labels, draws, replace(stage, scale=stage.scale / temperature)
+    )
 
 
 @torch.no_grad()
@@ -158,7 +184,7 @@ def run_restart(
     scale: float,
 ) -> tuple[tuple[Tensor, Tensor], int]:
     """One start, updating `best`. Returns the trace of best risk and loss so far, and the image-steps it cost."""
-    loss, stage = LOSSES[ascent.loss], Stage(scale, 0.0)
+    loss, stage = loss_of(ascent), Stage(scale, 0.0)
     state = initial_state(clean, labels, start, threat, ascent)
     checks = checkpoints(ascent.steps)
     risks, losses, passes = [best.risk.clone()], [best.loss.clone()], 0

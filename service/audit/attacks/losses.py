@@ -113,6 +113,9 @@ LOSSES: Final[dict[str, Loss]] = {
 }
 
 
+STAGED: Final = ("risk",)  # losses that change on the way: their values at two steps do not compare
+
+
 @torch.no_grad()
 def typical_margin(logits: Tensor, labels: Tensor, draws: DrawSet) -> float:
     """The median absolute margin over draws and images: the unit of kappa and tau."""

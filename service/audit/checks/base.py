@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import torch
@@ -11,14 +12,14 @@ from model_store.attacks import ThreatModel
 from service.audit.attack_runner import AuditRun, Outcome, seed_of
 from service.audit.attacks import eot
 from service.audit.attacks.eot import AttackResult, PgdConfig
+from service.audit.checks.power import ENOUGH, Seen
 from service.audit.config import ProfileName
 from service.audit.evaluation.draws import Defense
 from service.audit.evaluation.members import AttackTarget, as_floats
 from service.audit.evaluation.pixel_grid import quantize_to_uint8
 from service.audit.profiles import PROFILES, Profile
-from service.audit.stats import standard_error
 
-Result = Literal["pass", "warn", "fail", "skipped"]
+Result = Literal["pass", "warn", "fail", "skipped", "no power"]
 RANK: Final[dict[ProfileName, int]] = {"smoke": 0, "standard": 1, "full": 2}
 
 
@@ -29,6 +30,26 @@ class CheckResult:
     ok: bool | None
     value: str
     warn: bool = False  # not ok, but only a warning here
+    seen: Seen | None = None  # what was looked for, where images could show it
+    enough: int = ENOUGH  # images without which nothing seen means nothing
+
+    @property
+    def powerless(self) -> bool:
+        """Whether nothing was seen on too few images to see it."""
+        return bool(self.ok) and self.seen is not None and self.seen.images < self.enough
+
+    @property
+    def text(self) -> str:
+        """What was found, and the smallest effect that could have been."""
+        if self.seen is None:
+            return self.value
+        size = f"could have seen {points(self.seen.detectable)} on {self.seen.images} images right at first"
+        return f"{self.value}; {size}"
+
+
+def judged(seen: Seen, value: str, *, holds: bool = True, warn: bool = False, enough: int = ENOUGH) -> CheckResult:
+    """Not ok if the effect shows. holds: what else the check requires."""
+    return CheckResult(holds and not seen.shows, value, warn, seen, enough)
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,7 @@ class Check:
 
 @dataclass
 class CheckContext:
-    """What checks share: a run, the first few images, and the attacks made on them so far."""
+    """What checks share: a run, images that are right at first, and the attacks made on them so far."""
 
     run: AuditRun
     cache: dict[str, AttackResult] = field(default_factory=dict)
@@ -58,14 +79,21 @@ class CheckContext:
     def full(self) -> bool:
         return self.run.audit.profile == "full"
 
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 [count]: the first images that are right at first, as many as the profile checks; any if none is."""
+        right = right_at_first(self.run).nonzero().flatten()
+        chosen = right if len(right) else torch.arange(len(self.run.data))
+        return chosen[: self.profile.check_images]
+
     @property
     def count(self) -> int:
-        return min(len(self.run.data), self.profile.check_images)
+        return len(self.index)
 
     @property
     def pixels(self) -> Tensor:
         """uint8 [count, 3, 32, 32]."""
-        return self.run.data.pixels[: self.count]
+        return self.run.data.pixels[self.index]
 
     @property
     def images(self) -> Tensor:
@@ -73,7 +101,7 @@ class CheckContext:
 
     @property
     def labels(self) -> Tensor:
-        return self.run.data.labels[: self.count]
+        return self.run.data.labels[self.index]
 
     @property
     def ours(self) -> Defense:
@@ -89,7 +117,7 @@ class CheckContext:
     def attack(
         self, ascent: PgdConfig, name: str = "", target: AttackTarget | None = None, epsilon: float | None = None
     ) -> AttackResult:
-        """On the first few images at the headline epsilon, remembered by its settings."""
+        """On the checks' images at the headline epsilon, remembered by its settings."""
         key = repr((ascent, name, epsilon))
         if key not in self.cache:
             threat = self.threat(epsilon)
@@ -119,9 +147,9 @@ class CheckContext:
         ]
 
 
-def tolerance(first: Tensor, second: Tensor) -> float:
-    """Two images, or two standard errors of the paired difference, whichever is more."""
-    return max(2 / len(first), 2 * standard_error(first.numpy(), second.numpy()))
+def right_at_first(run: AuditRun, system: Defense | None = None) -> Tensor:
+    """bool [N]: the images that most draws classify rightly as they are. Only these can show that an attack is weak."""
+    return run.clean(system or run.systems[0]).right >= 0.5
 
 
 def points(fraction: float) -> str:
@@ -132,12 +160,15 @@ def evaluate_check(check: Check, context: CheckContext) -> dict[str, Any]:
     """The row of the table."""
     row = {"id": check.id, "name": check.name, "criterion": check.criterion, "hard": check.hard}
     if RANK[context.run.audit.profile] < RANK[check.least]:
-        return {**row, "outcome": "skipped", "value": f"runs from profile {check.least} on"}
+        return {**row, "outcome": "skipped", "value": f"runs from profile {check.least} on", "detectable": None}
     result = check.run(context)
     if result.ok is None:
         outcome: Result = "skipped"
+    elif result.powerless:
+        outcome = "no power"
     elif result.ok:
         outcome = "pass"
     else:
         outcome = "fail" if check.hard and not result.warn else "warn"
-    return {**row, "outcome": outcome, "value": result.value}
+    detectable = None if result.seen is None else round(result.seen.detectable, 6)
+    return {**row, "outcome": outcome, "value": result.text, "detectable": detectable}

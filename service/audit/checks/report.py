@@ -13,13 +13,13 @@ from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.attacks import arc, eot
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.eot import PgdConfig
-from service.audit.checks.base import Check, CheckContext, CheckResult, points
+from service.audit.checks.base import Check, CheckContext, CheckResult, judged, points
 from service.audit.checks.model import PROBE
+from service.audit.checks.power import Effect
 from service.audit.config import threat_model
 from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget, Member
 from service.audit.evaluation.pixel_grid import quantize_to_uint8
-from service.audit.stats import standard_error
 
 
 class Linear(nn.Module):
@@ -140,10 +140,9 @@ def reproducible(context: CheckContext) -> CheckResult:
     if context.run.audit.profile == "smoke":
         return CheckResult(same, f"{outcome.step.name} repeated: {'identical' if same else 'DIFFERENT'} images")
     rights = [context.right(context.attack(replace(PROBE, steps=10), f"seed {n}").images) for n in range(3)]
-    means = [float(right.mean()) for right in rights]
-    limit = max(2 / context.count, 2 * max(standard_error(rights[0].numpy(), other.numpy()) for other in rights[1:]))
-    spread = max(means) - min(means)
-    return CheckResult(same and spread <= limit, f"identical images: {same}; three seeds spread {points(spread)}")
+    ordered = sorted(rights, key=lambda right: float(right.mean()))
+    spread = Effect.between(ordered[-1], ordered[0])
+    return judged(spread, f"identical images: {same}; three seeds spread {points(spread.value)}", holds=same)
 
 
 def threat_model_said(context: CheckContext) -> CheckResult:
@@ -170,7 +169,12 @@ ROWS: Final[tuple[Row, ...]] = (
     (29, "closed form", "a linear model's worst margin met to 1e-4, both norms and schedules", closed_form),
     (30, "mean of minima", "no attack is below the reported figure on any image", pointwise_minimum),
     (31, "clean accuracy", "the same definitions and images; robust at most clean", clean_accuracy),
-    (32, "reproducible", "the same seed, the same images; three seeds within two standard errors", reproducible),
+    (
+        32,
+        "reproducible",
+        "the same seed, the same images; three seeds within two standard errors",
+        reproducible,
+    ),
     (33, "threat model", "goal, norm, epsilon, pixels, knowledge, order, queries, compute are said", threat_model_said),
     (34, "data hygiene", "audited images were never used to select", data_hygiene),
 )

@@ -126,10 +126,26 @@ def pairs_wrong(first: Tensor, second: Tensor, label: int) -> Tensor:
     return failed
 
 
+def riskiest(rights: Tensor, leads: Tensor) -> Tensor:
+    """int64 [N]: for each image the attempt that leaves it the least chance; among equals the least lead.
+
+    rights, leads: float64 [attempts, N]. The clean images come first, and win no tie by that.
+    """
+    lowest = rights == rights.amin(dim=0)
+    return leads.masked_fill(~lowest, torch.inf).argmin(dim=0)
+
+
+def pick_each(several: Sequence[Scores], pick: Tensor) -> Scores:
+    """Each image's scores of one attempt. any_wrong is that of all attempts: a failure stays one."""
+
+    def picked(values: list[Tensor]) -> Tensor:
+        return torch.stack(values).gather(0, pick[None])[0]
+
+    sizes = {n: picked([one.by_size[n] for one in several]) for n in several[0].by_size}
+    any_wrong = torch.stack([one.any_wrong for one in several]).any(dim=0)
+    return Scores(picked([one.right for one in several]), any_wrong, sizes)
+
+
 def pointwise_worst(several: Sequence[Scores]) -> Scores:
     """For each image the attack that leaves it the least chance: the mean of minima, not the minimum of means."""
-    rights = torch.stack([one.right for one in several])
-    pick = rights.argmin(dim=0)
-    sizes = {n: torch.stack([one.by_size[n] for one in several]).gather(0, pick[None])[0] for n in several[0].by_size}
-    any_wrong = torch.stack([one.any_wrong for one in several]).any(dim=0)
-    return Scores(rights.amin(dim=0), any_wrong, sizes)
+    return pick_each(several, torch.stack([one.right for one in several]).argmin(dim=0))

@@ -74,7 +74,7 @@ def junit_check(check: Check) -> ET.Element:
     text = f"{check.criterion}; found: {check.value}"
     if check.outcome == "fail":
         ET.SubElement(case, "failure", message=check.value).text = text
-    elif check.outcome == "skipped":
+    elif check.outcome in ("skipped", "no power"):
         ET.SubElement(case, "skipped", message=check.value)
     else:
         ET.SubElement(case, "system-out").text = f"{check.outcome}: {text}"

@@ -17,7 +17,7 @@ OUTSIDE_DIGEST: Final = ("digest", "timings")  # the digest covers everything el
 SCHEMA: Final = Path(__file__).with_name("tombola-audit.schema.json")
 OURS: Final = "tombola"
 Verdict = Literal["valid", "warnings", "invalid"]
-CheckOutcome = Literal["pass", "warn", "fail", "skipped"]
+CheckOutcome = Literal["pass", "warn", "fail", "skipped", "no power"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -155,8 +155,9 @@ class Check(Part):
     name: str
     criterion: str
     hard: bool = Field(description="whether a failure makes the audit invalid")
-    outcome: CheckOutcome
+    outcome: CheckOutcome = Field(description="no power: nothing was seen, on too few images to see it")
     value: str
+    detectable: float | None = Field(default=None, description="the smallest effect seen in four of five such audits")
 
 
 class PerImage(Part):

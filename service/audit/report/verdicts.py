@@ -38,13 +38,15 @@ def judge_measurement(report: Report) -> Judgement:
         cautions.append(f"Only chosen attacks ran: {', '.join(report.audit.attacks)}. Others may do more.")
     if report.warned:
         cautions.append(f"Checks with warnings: {', '.join(map(str, report.warned))}.")
+    if powerless := [check.id for check in report.checks if check.outcome == "no power" and check.hard]:
+        cautions.append(f"Checks without the power to fail: {', '.join(map(str, powerless))}.")
     if cautions:
         return Judgement("valid with warnings", " ".join(cautions), "caution")
     return Judgement("valid", f"All {ran(report)} checks that ran passed.", "good")
 
 
 def ran(report: Report) -> int:
-    return sum(check.outcome != "skipped" for check in report.checks)
+    return sum(check.outcome not in ("skipped", "no power") for check in report.checks)
 
 
 def judge_result(report: Report, floor: float | None) -> Judgement:

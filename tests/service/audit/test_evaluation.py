@@ -16,7 +16,7 @@ from model_store.policy import Policy, inclusion_probabilities, size_probabiliti
 from service.audit.evaluation.draws import DrawSet, draws_of, enumerate_states, scoring_draws
 from service.audit.evaluation.members import GRAPH_BYTES, PASS_IMAGES, AttackTarget, Member
 from service.audit.evaluation.pixel_grid import distance, quantize_to_uint8
-from service.audit.evaluation.scoring import Scores, failure, pointwise_worst, score_exactly, scores
+from service.audit.evaluation.scoring import Scores, failure, pointwise_worst, riskiest, score_exactly, scores
 from service.audit.evaluation.threads import WorkerThreads
 from service.audit.stats import bootstrap, clopper_pearson, paired_difference, resampled_means
 from tests.support.audit_models import alone, system
@@ -198,3 +198,12 @@ def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory() -> N
     assert AttackTarget((member,), draws).batch(image) == PASS_IMAGES
     assert AttackTarget((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.graph_bytes(image))
     assert AttackTarget((member,) * 10_000, draws).batch(image) == 4
+
+
+def test_a_tie_never_goes_to_the_clean_image() -> None:
+    """Two attempts leave the same chance on the scoring draws: the one whose mean is nearer to an error is chosen."""
+    rights = torch.tensor([[1.0, 0.5, 1.0], [1.0, 0.5, 0.2]], dtype=torch.float64)  # clean, attacked
+    leads = torch.tensor([[3.0, -0.1, 3.0], [1.0, 2.0, 2.0]], dtype=torch.float64)
+    assert riskiest(rights, leads).tolist() == [1, 0, 1]
+    everywhere = torch.full((2, 1), torch.inf, dtype=torch.float64)
+    assert riskiest(torch.ones(2, 1, dtype=torch.float64), everywhere).tolist() == [0]

@@ -13,13 +13,17 @@ import torch
 from torch import nn
 
 from model_store.library import write_library
+from model_store.policy import inclusion_probabilities
 from service.audit import baselines, stats
-from service.audit.attack_runner import AuditRun, Outcome
+from service.audit.attack_runner import AuditRun, Outcome, converged
+from service.audit.attacks import eot
+from service.audit.attacks.eot import PgdConfig
 from service.audit.checks import attacks, base, model, run
 from service.audit.checks.base import CheckContext, CheckResult
 from service.audit.command import BELOW, INVALID, conclude
 from service.audit.config import Audit, Step
 from service.audit.errors import AuditRejected, DataRejected
+from service.audit.evaluation import draws
 from service.audit.evaluation.members import candidates_of
 from service.audit.events import Event
 from service.audit.plan import attacks_of, images_of, plan
@@ -328,10 +332,15 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
 
 
 def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
-    """Comparisons count stages 0 and 1: the same attacks with the same settings on every compared system."""
+    """Comparisons count stages 0 to 2: the same attacks with the same settings on every compared system."""
     bench = candidates_of(library)
     compared = baselines.compared_systems(bench, baselines.strengths(library))
     for profile in PROFILES:
+        if profile != "smoke":
+            margins = [s for _, s in PROFILES[profile].shared if isinstance(s, PgdConfig) and s.loss == "hinge"]
+            assert margins
+            assert all(each.restarts >= 2 for each in margins)  # starts of their own, before the refinement
+            assert {s.temperature for _, s in PROFILES[profile].shared if isinstance(s, PgdConfig)} == {0.1, 1.0, 10.0}
         steps = [step for step in plan(Audit(profile), bench, compared) if step.stage <= SHARED]
         faced = {
             system.name: {(s.name, s.epsilon, s.settings, s.warm) for s in steps if s.system == system.name}
@@ -494,6 +503,55 @@ def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) ->
     finding = attacks.known_theta(CheckContext(run))
     assert finding.ok, finding.value
     assert all(f"{count}: " in finding.value for count in (4, 16, 256))
+
+
+def test_where_no_draw_fails_every_image_made_for_the_system_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three draws score. A member that none of them holds misreads an attacked image: the states that hold it fail."""
+    monkeypatch.setattr(draws, "SCORING_DRAWS", 3)
+    structures = ("resnet18", "resnet34", "wideresnet32", "wideresnet38")
+    many = tiny(tmp_path / "many", structures, (0.2, 0.3, 0.4, 0.5))
+    run = AuditRun(tmp_path / "run", Audit("smoke", images=2), many, faint_digits(2))
+    ours, labels = run.systems[0], run.data.labels
+    unseen = int((run.scoring(ours).rows.sum(dim=0) == 0).nonzero()[0])
+    run.clean_logits = torch.nn.functional.one_hot(labels, 10).float().expand(16, 2, 10).clone()
+    attacked = run.clean_logits.clone()
+    attacked[unseen, 0] = torch.roll(attacked[unseen, 0], 1) * 100
+    step = next(step for step in run.steps if step.system == "tombola" and step.epsilon == 8)
+    run.outcomes = [Outcome(step, run.data.pixels, attacked, {}, {}, 0, 0.0)]
+    assert run.scores(ours, run.outcomes[0]).right.tolist() == [1, 1]
+    found = run.reported(ours, 2)
+    assert found.right[0] == pytest.approx(1 - inclusion_probabilities(ours.policy)[unseen])
+    assert found.right[1] == 1
+    assert found.any_wrong.tolist() == [True, False]
+
+
+def test_convergence_is_asked_of_each_attack_the_smoothed_risk_too(tmp_path: Path) -> None:
+    """The old check took the best attack and left the risk out, whose loss sets the headline."""
+    lab = lab_of(undefended(), tmp_path)
+    steps = {step.name: step for step in lab.run.steps if step.system == "tombola" and step.epsilon == 8}
+
+    def finding(**shares: float) -> CheckResult:
+        lab.run.outcomes = [
+            Outcome(
+                steps[name.replace("_", "-")], lab.run.data.pixels, lab.run.clean_logits, {}, {"converged": share}, 0, 0
+            )
+            for name, share in shares.items()
+        ]
+        return attacks.convergence(lab)
+
+    assert finding(eot_mean_loss=1.0, eot_risk=0.96).ok
+    assert finding(eot_mean_loss=1.0, eot_risk=0.81).ok is False
+    assert finding(eot_mean_loss=0.9, eot_risk=1.0).ok is False
+
+
+def test_a_loss_that_changes_on_the_way_is_judged_by_its_risk() -> None:
+    risks = torch.cat([torch.linspace(0, 1, 12), torch.ones(10)])[:, None].double()
+    losses = torch.linspace(0, 1, 22)[:, None]
+    still = eot.AttackResult(torch.zeros(1), torch.tensor([0.9]), risks, losses, 0)
+    assert converged(still, PgdConfig("mean-loss")) == 0
+    assert converged(still, PgdConfig("risk")) == 1
 
 
 def test_small_random_steps_move_the_loss_of_a_ragged_network_most(tmp_path: Path) -> None:
