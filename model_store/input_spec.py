@@ -64,6 +64,9 @@ class InputSpec:
         """(channels, height, width)."""
         return self.channels, self.height, self.width
 
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.height}x{self.width}, {self.resize}, {self.interpolation}"
+
     @property
     def numel(self) -> int:
         """Numbers of one picture."""

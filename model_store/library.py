@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -71,7 +71,7 @@ class Library:
     @property
     def input(self) -> InputSpec:
         """What its networks take as a picture."""
-        return CIFAR10_INPUT
+        return self.manifest.input or CIFAR10_INPUT
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -141,7 +141,8 @@ def verified(root: Path, data: bytes) -> Library:
         raise LibraryRejected(f"{root / MANIFEST}: {error}") from error
     policy = default_policy(root / MANIFEST, manifest)
     check_no_unlisted_files(root, manifest)
-    tickets = {entry.name: read_ticket(root, entry) for entry in manifest.entries}
+    spec = manifest.input or CIFAR10_INPUT
+    tickets = {entry.name: read_ticket(root, entry, spec) for entry in manifest.entries}
     return Library(
         path=root,
         manifest=manifest,
@@ -175,7 +176,7 @@ def check_no_unlisted_files(root: Path, manifest: Manifest) -> None:
         raise LibraryRejected(f"{strangers[0]}: not in the manifest. A library holds nothing else; take it away")
 
 
-def read_ticket(root: Path, entry: Entry) -> Ticket:
+def read_ticket(root: Path, entry: Entry, spec: InputSpec) -> Ticket:
     """The entry's ticket, once its file's digest is right and it is what the entry says. The file is read once."""
     path = root / entry.file
     if path.is_symlink():
@@ -194,7 +195,16 @@ def read_ticket(root: Path, entry: Entry) -> Ticket:
         inside, declared = getattr(ticket, field), getattr(entry, field)
         if inside != declared:
             raise TicketRejected(f"{path}: {field} {inside} in the file, {declared} in the manifest")
+    if ticket.input != spec:
+        raise TicketRejected(f"{path}: its {difference(ticket.input, spec)} in the manifest")
     return ticket
+
+
+def difference(spec: InputSpec, other: InputSpec) -> str:
+    """Where two inputs differ: "input height 64, and 32"."""
+    ours, theirs = asdict(spec), asdict(other)
+    field = next(name for name in ours if ours[name] != theirs[name])
+    return f"input {field} is {ours[field]}, and {theirs[field]}"
 
 
 # Writing
@@ -234,7 +244,8 @@ def write_library(
         raise LibraryRejected(f"{root}: no tickets given: there would be nothing to draw from")
     files = [described(item, "ticket") for item in tickets] + [described(item, "baseline") for item in baselines]
     law = policy or Policy.over([ticket.structure.name for ticket, _, _ in tickets])
-    manifest = composed(tuple(classes), data, law, [file.entry for file in files])
+    spec = common_input([ticket for ticket, _, _ in (*tickets, *baselines)])
+    manifest = composed(tuple(classes), data, law, [file.entry for file in files], spec)
     default_policy(root / MANIFEST, manifest)
     (root / TICKETS).mkdir(parents=True, exist_ok=True)
     check_only_own_files(root / TICKETS)
@@ -267,21 +278,33 @@ def described(item: Item, role: str) -> File:
         raise LibraryRejected(f"{ticket.name}: {first_error(error)}") from error
 
 
-def composed(classes: tuple[str, ...], data: str, law: Policy, entries: list[Entry]) -> Manifest:
+def common_input(tickets: Sequence[Ticket]) -> InputSpec:
+    """The input that all take. Raises LibraryRejected."""
+    first, *others = tickets
+    for other in others:
+        if other.input != first.input:
+            where = difference(other.input, first.input)
+            raise LibraryRejected(f"{other.name}: its {where} of {first.name}; expected one input for all")
+    return first.input
+
+
+def composed(classes: tuple[str, ...], data: str, law: Policy, entries: list[Entry], spec: InputSpec) -> Manifest:
     names = [entry.name for entry in entries if entry.role == "ticket"]
     if law.tickets != len(names):
         raise LibraryRejected(f"a policy over {law.tickets} tickets; the library has {len(names)}")
     groups = tuple(tuple(names[index] for index in group) for group in law.groups)
     policy = DefaultPolicy(groups=groups, sizes=law.sizes, every=law.every, replacement=law.replacement)
+    version = manifests.version_for((entry.structure for entry in entries), spec)
     try:
         return manifests.with_digest(
             Manifest(
-                version=manifests.VERSION,
+                version=version,
                 digest=ZERO_DIGEST,
                 classes=classes,
                 data=data,
                 policy=policy,
                 entries=tuple(entries),
+                input=None if version == 1 else spec,
             )
         )
     except ValidationError as error:

@@ -15,10 +15,10 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 from pydantic_core import from_json
 
 from model_store.errors import LibraryRejected, StoreError
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.structures import Structure
-from model_store.ticket import ZERO_DIGEST, Kind, StrictModel, first_error
+from model_store.ticket import VERSIONS, ZERO_DIGEST, Kind, StrictModel, first_error, version_of
 
-VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 2**24
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
@@ -130,14 +130,16 @@ class Manifest(StrictModel):
     """classes: labels in the order of the logits.  data: the name of what the tickets were searched on.
 
     digest: SHA-256 of canonical() with 64 zeros in its place. It is the library's own: it covers every ticket's.
+    input: what every ticket takes as a picture; None in version 1, which knows CIFAR-10's alone.
     """
 
-    version: Literal[1]
+    version: Literal[1, 2]
     digest: Digest
     classes: Annotated[tuple[Text, ...], Field(min_length=2)]
     data: Text
     policy: DefaultPolicy
     entries: Annotated[tuple[Entry, ...], Field(min_length=1, max_length=1000)]
+    input: InputSpec | None = Field(None, exclude_if=lambda spec: spec is None)
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -155,7 +157,18 @@ class Manifest(StrictModel):
                 )
         if not any(entry.role == "ticket" for entry in self.entries):
             raise ValueError("no entry of role ticket: there is nothing to draw from")
+        if (self.version == 1) != (self.input is None):
+            there = "an" if self.input is not None else "no"
+            raise ValueError(f"version {self.version} with {there} input; expected one in version 2, and in no other")
+        expected = version_for((entry.structure for entry in self.entries), self.input or CIFAR10_INPUT)
+        if self.version != expected:
+            raise ValueError(f"version {self.version}; expected {expected} for these structures and this input")
         return self
+
+
+def version_for(structures: Iterable[Structure], spec: InputSpec) -> Literal[1, 2]:
+    """The lowest version that can describe such tickets, so that one content has one digest."""
+    return max(version_of(structure, spec) for structure in structures)
 
 
 def refuse_repeats(field: str, values: Iterable[str]) -> None:
@@ -186,8 +199,8 @@ def parse(data: bytes) -> Manifest:
         number = fields["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise LibraryRejected(f"no manifest: {error!r:.200}") from error
-    if type(number) is not int or number != VERSION:
-        raise LibraryRejected(f"version {number!r}; this reader knows {VERSION}")
+    if type(number) is not int or number not in VERSIONS:
+        raise LibraryRejected(f"version {number!r}; this reader knows {' and '.join(map(str, VERSIONS))}")
     manifest = validated(data)
     computed = with_digest(manifest).digest
     if computed != manifest.digest:

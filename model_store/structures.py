@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Final, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, cast, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from model_store.errors import StructureUnknown
+from model_store.input_spec import CIFAR10_INPUT, InputSpec, Three
 
 StructureName = Literal["resnet18", "resnet34", "wideresnet32", "wideresnet38"]
 STRUCTURES: Final[tuple[StructureName, ...]] = get_args(StructureName)
 
-# Per-channel mean and standard deviation of CIFAR-10's training images, in pixel units of [0, 1].
-PIXEL_MEAN: Final = (0.4914, 0.4822, 0.4465)
-PIXEL_STD: Final = (0.2470, 0.2435, 0.2616)
+STRIDES: Final = (1, 2, 4)  # of a stem
+POOLS: Final = (1, 2, 4, 8, 16, 32)  # of a stem
 
 RESNET_BLOCKS: Final[dict[str, tuple[int, ...]]] = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 # "WideResNet32" counts as Madry et al. do, 6n + 2 layers: it is WRN-34-k in the usual naming, and 38 is WRN-40-k.
@@ -48,6 +49,17 @@ class Norm(nn.BatchNorm2d):
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
+
+
+def cover(stride: int) -> int:
+    """The side of squares that overlap at this stride: 3 at 2, and 7 at 4. Padded by half, none is cut off."""
+    return max(3, 2 * stride - 1)
+
+
+def stem_of(outputs: int, stride: int, pool: int, *after: nn.Module) -> nn.Sequential:
+    """The first convolution, what follows it, and a max-pooling where there is one. A side n becomes ceil(n / s)."""
+    pooling = [nn.MaxPool2d(cover(pool), pool, padding=pool - 1)] if pool > 1 else []
+    return nn.Sequential(conv(3, outputs, cover(stride), stride), *after, *pooling)
 
 
 class BasicBlock(nn.Module):
@@ -88,16 +100,23 @@ class Network(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, stem: nn.Module, stages: nn.Module, head: nn.Module, features: int, classes: int) -> None:
+    def __init__(
+        self, spec: InputSpec, stem: nn.Module, stages: nn.Module, head: nn.Module, features: int, classes: int
+    ) -> None:
         super().__init__()
         self.stem, self.stages, self.head = stem, stages, head
         self.classifier = conv(features, classes, 1)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", by_channel(spec.mean), persistent=False)
+        self.register_buffer("pixel_std", by_channel(spec.std), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.head(self.stages(self.stem((images - self.pixel_mean) / self.pixel_std)))
         return cast("Tensor", self.classifier(x.mean(dim=(2, 3), keepdim=True)).flatten(1))
+
+
+def by_channel(values: Three) -> Tensor:
+    """[1, 3, 1, 1]."""
+    return torch.tensor(values).view(1, 3, 1, 1)
 
 
 def stages_of(
@@ -117,13 +136,16 @@ class Structure:
     """One of the four networks at one width.
 
     width: channels of a ResNet's first stage (paper 64), or a WideResNet's widening factor k (paper 10).
-    stem_stride: 1 in the paper; 2 halves the resolution that every stage sees and quarters the cost.
+    stem_stride: 1 in the paper; 2 halves the resolution that every stage sees and quarters the cost. 4 has a kernel
+        of 7x7, so that no pixel is skipped.
+    stem_pool: the stride of a max-pooling behind the stem, for pictures larger than CIFAR's. 1: there is none.
     """
 
     name: StructureName
     width: int
     classes: int = 10
     stem_stride: int = 1
+    stem_pool: Annotated[int, Field(exclude_if=lambda pool: pool == 1)] = 1
 
     __pydantic_config__: ClassVar[Mapping[str, object]] = {
         "extra": "forbid",
@@ -133,43 +155,50 @@ class Structure:
     def __post_init__(self) -> None:
         if self.name not in STRUCTURES:
             raise StructureUnknown(f"structure {self.name!r}; expected one of {', '.join(STRUCTURES)}")
-        for field, least, most in (("width", 1, 4096), ("classes", 2, 100_000), ("stem_stride", 1, 2)):
+        for field, least, most in (("width", 1, 4096), ("classes", 2, 100_000)):
             value = getattr(self, field)
             if type(value) is not int or not least <= value <= most:
                 raise StructureUnknown(f"{self.name}: {field} {value!r}; expected an integer from {least} to {most}")
+        for field, allowed in (("stem_stride", STRIDES), ("stem_pool", POOLS)):
+            value = getattr(self, field)
+            if type(value) is not int or value not in allowed:
+                known = ", ".join(map(str, allowed))
+                raise StructureUnknown(f"{self.name}: {field} {value!r}; expected one of {known}")
 
-    def build(self) -> Network:
-        """The dense network with PyTorch's default weights, in train mode."""
+    def build(self, spec: InputSpec = CIFAR10_INPUT) -> Network:
+        """The dense network with PyTorch's default weights, in train mode. spec: whose mean and deviation it takes."""
         if self.name in RESNET_BLOCKS:
             widths = [self.width * 2**stage for stage in range(4)]
-            stem: nn.Module = nn.Sequential(conv(3, widths[0], 3, self.stem_stride), Norm(widths[0]), nn.ReLU())
+            stem = stem_of(widths[0], self.stem_stride, self.stem_pool, Norm(widths[0]), nn.ReLU())
             stages = stages_of(BasicBlock, RESNET_BLOCKS[self.name], widths[0], widths)
-            return Network(stem, stages, nn.Identity(), widths[-1], self.classes)
+            return Network(spec, stem, stages, nn.Identity(), widths[-1], self.classes)
         widths = [16 * self.width * 2**stage for stage in range(3)]
-        stem = nn.Sequential(conv(3, 16, 3, self.stem_stride))
+        stem = stem_of(16, self.stem_stride, self.stem_pool)
         stages = stages_of(WideBlock, WIDE_RESNET_BLOCKS[self.name], 16, widths)
-        return Network(stem, stages, nn.Sequential(Norm(widths[-1]), nn.ReLU()), widths[-1], self.classes)
+        head = nn.Sequential(Norm(widths[-1]), nn.ReLU())
+        return Network(spec, stem, stages, head, widths[-1], self.classes)
 
-    def blank(self) -> Network:
+    def blank(self, spec: InputSpec = CIFAR10_INPUT) -> Network:
         """The network with weights of zero and norms that change nothing; draws nothing from torch's generator."""
         with torch.device("meta"):
-            network = self.build()
+            network = self.build(spec)
         # Not Module.to_empty: it leaves the numbers to chance, and loads half of torch's compiler for it.
         for module in convs(network).values():
             module.weight = nn.Parameter(torch.zeros(module.weight.shape))
         for norm in norms(network).values():
             norm.running_mean, norm.running_var = torch.zeros(norm.num_features), torch.ones(norm.num_features)
             norm.num_batches_tracked = torch.tensor(0)
-        network.pixel_mean = torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1)
-        network.pixel_std = torch.tensor(PIXEL_STD).view(1, 3, 1, 1)
+        network.pixel_mean, network.pixel_std = by_channel(spec.mean), by_channel(spec.std)
         return network
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as JSON has them: `stem_pool` only where there is one."""
+        fields = asdict(self)
+        return fields if self.stem_pool > 1 else {name: fields[name] for name in fields if name != "stem_pool"}
 
     def __str__(self) -> str:
-        stride = "" if self.stem_stride == 1 else f"/{self.stem_stride}"
-        return f"{self.name}·{self.width}{stride}"
+        reduction = self.stem_stride * self.stem_pool
+        return f"{self.name}·{self.width}" + ("" if reduction == 1 else f"/{reduction}")
 
 
 def convs(network: nn.Module) -> dict[str, nn.Conv2d]:
@@ -181,17 +210,22 @@ def norms(network: nn.Module) -> dict[str, Norm]:
     return {name: module for name, module in network.named_modules() if isinstance(module, Norm)}
 
 
-def multiply_adds(structure: Structure, resolution: int = 32) -> int:
-    """Multiply-adds of one image's forward pass through the dense network, convolutions only (norms are below 1 %)."""
+def multiply_adds(structure: Structure, size: tuple[int, int]) -> int:
+    """Multiply-adds of one image's forward pass through the dense network, convolutions only (norms are below 1 %).
+
+    size: the picture's (height, width). A side that a stride does not divide is rounded up.
+    """
     with torch.device("meta"):
         network = structure.build()
-    total, side = 0, resolution
+    total, (height, width) = 0, size
     for name, module in convs(network).items():
         if name == "stem.0" or name.endswith(
             ".conv1"
         ):  # where resolution changes; a shortcut goes along with its conv1
-            side = -(-side // module.stride[0])
-        total += module.weight.numel() * (1 if name == "classifier" else side**2)
+            height, width = (-(-side // module.stride[0]) for side in (height, width))
+        total += module.weight.numel() * (1 if name == "classifier" else height * width)
+        if name == "stem.0":
+            height, width = (-(-side // structure.stem_pool) for side in (height, width))
     return total
 
 
@@ -255,7 +289,7 @@ def fold_in_place(network: Network) -> Network:
             module.conv2, module.norm2 = fuse(module.conv2, module.norm2)
         elif isinstance(module, WideBlock):
             module.conv1, module.norm2 = fuse(module.conv1, module.norm2)
-        elif isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[0], nn.Conv2d):
+        elif isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[1], Norm):
             module[0], module[1] = fuse(module[0], module[1])
     return network
 

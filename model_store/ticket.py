@@ -10,25 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 from safetensors import SafetensorError
 from torch import Tensor
 
 from model_store.errors import StoreError, TicketRejected
 from model_store.files import write_atomically
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.structures import Network, Structure, convs, norms
 
 Kind = Literal["scratch", "fine-tuned"]
 ValueDtype = Literal["float16", "float32"]
 
 FORMAT: Final = "tombola-ticket"
-VERSION: Final = 1
+VERSIONS: Final = (1, 2)
 MAX_HEADER_BYTES: Final = 2**20  # WideResNet38, the largest, needs 18 KiB
 MAX_FILE_BYTES: Final = 2**30  # a dense float32 WideResNet38 at the paper's width is 230 MB
 MAX_WEIGHTS: Final = 2**28  # nearly five times that network's
@@ -56,14 +57,38 @@ class Header(StrictModel):
     """The metadata string of a ticket's file."""
 
     format: Literal["tombola-ticket"]
-    version: Literal[1]
+    version: Literal[1, 2]
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     structure: Structure
+    input: InputSpec | None = Field(None, exclude_if=lambda spec: spec is None)
     density: float
     densities: dict[str, float]
     kind: Kind
     value_dtype: ValueDtype | None
     temperature: float
+
+    @model_validator(mode="after")
+    def of_its_version(self) -> Self:
+        check_version(self.version, self.structure, self.input)
+        return self
+
+
+def version_of(structure: Structure, spec: InputSpec) -> Literal[1, 2]:
+    """The lowest version that can describe it, so that one content has one file.
+
+    Version 1 knows CIFAR-10's input alone, and stems without pooling and of a stride of at most 2.
+    """
+    return 1 if spec == CIFAR10_INPUT and structure.stem_pool == 1 and structure.stem_stride <= 2 else 2
+
+
+def check_version(version: int, structure: Structure, spec: InputSpec | None) -> None:
+    """Raises TicketRejected where a header's version is not the one that its content has."""
+    if (version == 1) != (spec is None):
+        there = "an" if spec is not None else "no"
+        raise TicketRejected(f"version {version} with {there} input; expected one in version 2, and in no other")
+    expected = version_of(structure, spec or CIFAR10_INPUT)
+    if version != expected:
+        raise TicketRejected(f"version {version}; expected {expected} for {structure} and this input")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -76,6 +101,7 @@ class Ticket:
     statistics: "<norm>.running_mean" and "<norm>.running_var", float32 [channels].
     temperature: what the logits are divided by in an ensemble.
     value_dtype: how a fine-tuned ticket's values are stored; they are rounded to it already.
+    input: the pictures that it takes, and their mean and deviation.
 
     Raises TicketRejected if any of this does not hold, so that a Ticket that exists is whole.
     """
@@ -89,6 +115,7 @@ class Ticket:
     kind: Kind
     temperature: float = 1.0
     value_dtype: ValueDtype = "float16"
+    input: InputSpec = CIFAR10_INPUT
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -107,7 +134,7 @@ class Ticket:
 
     def network(self) -> Network:
         """The dense network with the mask baked into its weights: eval mode, no gradients, norms not folded."""
-        network = self.structure.blank().eval().requires_grad_(False)
+        network = self.structure.blank(self.input).eval().requires_grad_(False)
         for name, module in convs(network).items():
             module.weight[self.masks[name]] = self.values[name]
         for name, norm in norms(network).items():
@@ -234,11 +261,13 @@ def slots(header: Header) -> dict[str, TensorSpec]:
 
 
 def header_of(ticket: Ticket) -> Header:
+    version = version_of(ticket.structure, ticket.input)
     return Header(
         format=FORMAT,
-        version=VERSION,
+        version=version,
         digest=ZERO_DIGEST,
         structure=ticket.structure,
+        input=None if version == 1 else ticket.input,
         density=float(ticket.density),
         densities={name: float(ticket.densities[name]) for name in layers(ticket.structure)[0]},
         kind=ticket.kind,
@@ -301,8 +330,9 @@ def read_header(data: bytes) -> tuple[Header, dict[str, Any]]:
         actual = fields.get("format"), fields.get("version")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise TicketRejected(f"no ticket's metadata in its header ({error!r:.100})") from error
-    if actual != (FORMAT, VERSION):
-        raise TicketRejected(f"format and version {actual!r}; this reader knows {(FORMAT, VERSION)!r}")
+    if actual[0] != FORMAT or type(actual[1]) is not int or actual[1] not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise TicketRejected(f"format and version {actual!r}; this reader knows {FORMAT!r}, versions {known}")
     check_length(data, 8 + length, table)
     header = parse_header(text)
     check_digest(data, header.digest)
@@ -353,6 +383,7 @@ def assemble(header: Header, tensors: Mapping[str, Tensor]) -> Ticket:
         kind=header.kind,
         temperature=header.temperature,
         value_dtype=header.value_dtype or "float16",
+        input=header.input or CIFAR10_INPUT,
     )
 
 

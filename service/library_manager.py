@@ -88,7 +88,7 @@ class LibraryManager:
             if self.current is not None:
                 self.retired_engines.append(weakref.ref(self.current.engine))
             self.current = LoadedLibrary(library, engine, scheduler)
-            self.workers.probe = lambda: engine.forward(0, np.zeros((1, 3, 32, 32), np.uint8))
+            self.workers.probe = lambda: engine.forward(0, np.zeros((1, *engine.input_shape), np.uint8))
             self.describe(library)
             log.info("library %s is being served by %s (%s)", library.digest, engine.name, engine.note)
             return self.current

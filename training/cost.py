@@ -18,7 +18,7 @@ SPEEDS: Final = (
 
 def cost(recipe: TrainConfig) -> float:
     """Floating-point operations of the whole search: the attack's passes and the update's, forward and backward."""
-    low, high = (multiply_adds(recipe.structure, size) for size in (LOW_RESOLUTION, 32))
+    low, high = (multiply_adds(recipe.structure, size) for size in ((LOW_RESOLUTION,) * 2, (32, 32)))
     low_steps = recipe.low_resolution_until * recipe.steps
     passes = 3 + 2 * recipe.attack_steps  # backward costs two forwards for weights and input, one for the input alone
     return 2 * passes * recipe.batch * (low * low_steps + high * (recipe.steps - low_steps))

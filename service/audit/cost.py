@@ -25,7 +25,8 @@ CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 500, "
 
 def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:
     """Of one image through each member of the bench."""
-    return [multiply_adds(ticket.structure) for _, ticket in all_members(library, outside)]
+    size = library.input.height, library.input.width
+    return [multiply_adds(ticket.structure, size) for _, ticket in all_members(library, outside)]
 
 
 def forwards(step: Step, drawn: float, members: int) -> float:

@@ -25,13 +25,13 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from model_store.input_spec import CIFAR10_INPUT
+from model_store.input_spec import InputSpec
 from service.outbound import open_url
 from service.settings import Settings, SettingsRejected
 
 ROWS: Final = 512  # images under way at the most: full windows, and half of what a server admits
 CLIENTS: Final = 32  # connections at the most
-BATCH: Final = 64  # images in a request of the second kind
+BATCH: Final = 64  # images in a request of the second kind, or as many as a body holds
 CORES: Final = 2  # of a replica, as deploy/kubernetes has it
 SHARE: Final = 0.6  # of its cores that a replica should be busy with at the peak: the rest is for bursts and failures
 LOADS: Final = (100, 1_000, 10_000, 100_000, 1_000_000)  # images per second
@@ -79,19 +79,20 @@ def announced(process: "subprocess.Popen[str]") -> RunningServer:
     raise SettingsRejected("bench capacity: the server did not come up; what it said is above")
 
 
-def noise() -> bytes:
-    """PNG, 32x32, that does not compress: what costs most to decode of what clients usually send."""
-    pixels = np.random.default_rng(0).integers(0, 256, (CIFAR10_INPUT.height, CIFAR10_INPUT.width, 3), np.uint8)
+def noise(spec: InputSpec) -> bytes:
+    """PNG of the input's size that does not compress: what costs most to decode of what clients usually send."""
+    pixels = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def bodies() -> dict[str, tuple[bytes, int]]:
+def bodies(spec: InputSpec, max_body_bytes: int) -> dict[str, tuple[bytes, int]]:
     """The two kinds of request: (body, images in it)."""
-    image = noise()
-    many = json.dumps({"images": [base64.b64encode(image).decode()] * BATCH}).encode()
-    return {"one": (image, 1), "many": (many, BATCH)}
+    image = noise(spec)
+    text = base64.b64encode(image).decode()
+    count = max(1, min(BATCH, max_body_bytes // (len(text) + 8)))
+    return {"one": (image, 1), "many": (json.dumps({"images": [text] * count}).encode(), count)}
 
 
 def ask(place: RunningServer, body: bytes, images: int, total: int) -> None:
@@ -136,16 +137,17 @@ def cost(place: RunningServer, body: bytes, images: int, total: int) -> Json:
     return {"images": int(done), "cpu_ms": round(1000 * cpu_s / done, 3), "images_per_s": round(done / passed_s, 1)}
 
 
-def measure(settings: Settings, names: Sequence[str], total: int) -> Json:
-    """names: the settings that the started server is to share."""
+def measure(settings: Settings, names: Sequence[str], total: int, spec: InputSpec) -> Json:
+    """names: the settings that the started server is to share.  spec: the library's input."""
     options = {name: getattr(settings, name) for name in names if name != "state_dir"}
     flags = [word for name, value in options.items() if value is not None for word in (flag(name), str(value))]
+    requests = bodies(spec, settings.max_body_bytes)
     with server(flags) as place:
-        figures: Json = {kind: cost(place, body, images, total) for kind, (body, images) in bodies().items()}
+        figures: Json = {kind: cost(place, body, images, total) for kind, (body, images) in requests.items()}
         metrics = place.metrics()
     return figures | {
         "rows": ROWS,
-        "batch": BATCH,
+        "batch": requests["many"][1],
         "memory_mb": round(
             (metrics["process_resident_memory_bytes"] + metrics["tombola_engine_resident_memory_bytes"]) / 1e6
         ),

@@ -113,7 +113,7 @@ def raw_engine(
     """Images per second on the same images and draws, one by one in torch and by the engine in windows; and, on draws
     of their own, for ASKERS who wait for answers: all of the server but HTTP and decoding."""
     rng = random.Random(given.seed)
-    images = np.random.default_rng(given.seed).integers(0, 256, (given.images, 3, 32, 32), np.uint8)
+    images = np.random.default_rng(given.seed).integers(0, 256, (given.images, *engine.input_shape), np.uint8)
     thetas = [draw_theta(library.policy, rng) for _ in range(given.images)]
     some = max(1, given.images // 8)
     networks = [ticket.network() for ticket in library.tickets]
@@ -227,10 +227,10 @@ def eight_bits(
 def server_capacity(
     given: argparse.Namespace,
     settings: Settings,
-    _library: Library,
+    library: Library,
     _engine: Engine,
 ) -> tuple[dict[str, Any], str]:
-    figures = capacity.measure(settings, SETTINGS, given.images)
+    figures = capacity.measure(settings, SETTINGS, given.images, library.input)
     one, many = figures["one"]["cpu_ms"], figures["many"]["cpu_ms"]
     return figures, f"an image costs {one:.2f} ms of processor time alone, {many:.2f} ms among {figures['batch']}"
 

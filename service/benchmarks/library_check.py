@@ -38,6 +38,7 @@ def figures(settings: Settings) -> dict[str, Any]:
         "tickets": len(library.tickets),
         "baselines": len(library.baselines),
         "classes": len(library.classes),
+        "input": str(library.input),
         "states": states(library.policy),
         "expected_size": round(expected_size(library.policy), 3),
         "verify_s": round(loaded - begun, 3),
@@ -61,7 +62,7 @@ def peak_memory_mb() -> float:
 def latencies(library: Library, engine: Engine) -> dict[int, float]:
     """Median seconds of one image's forward passes by size of its ensemble, on the threads the server would use."""
     rng = random.Random(0)
-    row = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
+    row = np.random.default_rng(0).integers(0, 256, (1, *engine.input_shape), np.uint8)
     wanted = [n for n in SIZES if n in size_probabilities(library.policy)]
     with ThreadPoolExecutor(engine.threads) as pool:
         return {
@@ -97,6 +98,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"library    {figures['library']}",
         f"digest     {figures['digest']}",
         f"holds      {figures['tickets']} tickets, {figures['baselines']} baselines, {figures['classes']} classes",
+        f"input      {figures['input']}",
         f"theta      {figures['states']:,} states, {figures['expected_size']} members in the mean",
         f"engine     {figures['engine']} on {figures['device']}, {figures['threads']} threads; {figures['note']}",
         f"equality   logits within {figures['difference']:.1e} of torch's, of the largest",

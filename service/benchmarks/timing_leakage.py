@@ -64,7 +64,7 @@ def leak(
 
 
 async def latencies(library: Library, engine: Engine, settings: Settings, images: int) -> tuple[list[float], list[int]]:
-    rows = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
+    rows = np.random.default_rng(0).integers(0, 256, (1, *engine.input_shape), np.uint8)
     seconds = []
     async with scheduling(RecordingScheduler, library, engine, settings) as spy:
         spy.sizes = []

@@ -1,5 +1,7 @@
 """What every backend shares: its function type, and what a ticket's logits have to be."""
 
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from model_store.errors import TombolaError
+from model_store.input_spec import InputSpec
 from model_store.structures import Network, fold_in_place
 from model_store.ticket import Ticket
 
 Images = NDArray[np.uint8]
-"""[N, 3, 32, 32], 0 to 255."""
+"""[N, 3, H, W], 0 to 255."""
 Logits = NDArray[np.float32]
 """[N, classes], divided by the ticket's temperature."""
 Forward = Callable[[int, Images], Logits]
@@ -59,6 +62,7 @@ class Engine:
     threads: int  # calls of `forward` that may run at once
     forward: Forward
     macs: tuple[int, ...]  # multiply-adds of one image, by ticket
+    input_shape: tuple[int, int, int]  # of one image: (channels, height, width)
     difference: float  # the largest of a probe's logits from torch's in float32, relative as TOLERANCE is
     note: str
     warm_up_s: float
@@ -84,10 +88,17 @@ class FoldedTicket(NamedTuple):
     name: str
     network: Network
     temperature: float
+    input: InputSpec
 
 
 def fold_ticket(ticket: Ticket) -> FoldedTicket:
-    return FoldedTicket(ticket.name, fold_in_place(ticket.network()), ticket.temperature)
+    return FoldedTicket(ticket.name, fold_in_place(ticket.network()), ticket.temperature, ticket.input)
+
+
+def random_images(count: int, shape: tuple[int, int, int]) -> Images:
+    """Noise, other at each call. uint8 [count, *shape]."""
+    noise = np.frombuffer(bytearray(os.urandom(count * math.prod(shape))), np.uint8)
+    return noise.reshape(count, *shape)
 
 
 def reference_logits(ticket: FoldedTicket, images: Images) -> Logits:

@@ -19,7 +19,6 @@ import torch
 from model_store.library import Library
 from model_store.policy import Policy, draw_theta
 from model_store.structures import multiply_adds
-from model_store.ticket import Ticket
 from service.cpu import usable_cores
 from service.engine.base import (
     Backend,
@@ -29,6 +28,7 @@ from service.engine.base import (
     Images,
     fold_ticket,
     max_relative_error,
+    random_images,
     reference_logits,
 )
 from service.settings import Settings, ensure_state_dir
@@ -149,7 +149,7 @@ def open_fastest(
 
 def images_per_s(engine: Engine, policy: Policy, batch_size: int, seconds: float = MEASURE_S) -> float:
     """Images that the engine answers in a second, in batches of random draws, with all its threads."""
-    images = np.zeros((batch_size, 3, 32, 32), np.uint8)
+    images = np.zeros((batch_size, *engine.input_shape), np.uint8)
     ends_at = time.perf_counter() + seconds
 
     def count(seed: int) -> int:
@@ -268,7 +268,8 @@ def build_engine(
         device=str(device),
         threads=threads,
         forward=backend.forward,
-        macs=macs_of(library.tickets),
+        macs=macs_of(library),
+        input_shape=library.input.shape,
         difference=difference,
         note=backend.note,
         warm_up_s=time.perf_counter() - started_at,
@@ -315,9 +316,11 @@ def build_backend(
     return torch_engine.build(tickets, device=device)
 
 
-def macs_of(tickets: tuple[Ticket, ...]) -> tuple[int, ...]:
-    by_structure = {structure: multiply_adds(structure) for structure in {ticket.structure for ticket in tickets}}
-    return tuple(by_structure[ticket.structure] for ticket in tickets)
+def macs_of(library: Library) -> tuple[int, ...]:
+    size = library.input.height, library.input.width
+    structures = [ticket.structure for ticket in library.tickets]
+    by_structure = {structure: multiply_adds(structure, size) for structure in set(structures)}
+    return tuple(by_structure[structure] for structure in structures)
 
 
 def verify(
@@ -327,8 +330,7 @@ def verify(
 
     images: to compare on instead. Noise is far outside of the ranges of 8 bits.
     """
-    noise = np.frombuffer(bytearray(os.urandom(PROBES * 3 * 32 * 32)), np.uint8).reshape(PROBES, 3, 32, 32)
-    probes = noise if images is None else images
+    probes = random_images(PROBES, tickets[0].input.shape) if images is None else images
 
     def compare(index: int) -> float:
         return max_relative_error(backend.forward(index, probes), reference_logits(tickets[index], probes))

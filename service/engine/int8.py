@@ -22,7 +22,7 @@ SMALLEST: Final = 1e-9  # of a range: that of a channel whose weights are all ma
 
 
 def quantize(core: Any, model: Any, images: Images, options: dict[str, Any]) -> Any:
-    """Changes the model and returns it. model: uint8 [1, 3, 32, 32] -> logits.  images: uint8 [N, 3, 32, 32]."""
+    """Changes the model and returns it. model: uint8 [1, 3, H, W] -> logits.  images: uint8 [N, 3, H, W]."""
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
     sources = [node.input(0).get_source_output() for node in convolutions]
     inputs = {name_of(source): source for source in sources}  # a block's first convolution and its shortcut share one
@@ -51,7 +51,7 @@ def activation_ranges(
     axes = np.array([0, 1, 2, 3])
     extremes = [reduce(node, axes) for reduce in (ops.reduce_min, ops.reduce_max) for node in inputs]
     probe = openvino.Model(extremes, model.get_parameters()).clone()
-    probe.reshape([-1, 3, 32, 32])
+    probe.reshape([-1, *images.shape[1:]])
     request = core.compile_model(probe, "CPU", options).create_infer_request()
     ranges = []
     for start in range(0, len(images), BATCH):

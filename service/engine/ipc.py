@@ -14,18 +14,23 @@ WORD: Final = struct.Struct("q")
 
 
 def encode_request(images: Images, jobs: Jobs) -> bytes:
-    """The number of jobs; (ticket, number of images) of each; the indices of its images; all images."""
+    """The images' shape; the number of jobs; (ticket, number of images) of each; its images' indices; all images."""
     head = [number for member, indices in jobs for number in (member, len(indices))]
     indices = [index for _, indices in jobs for index in indices]
-    return struct.pack(f"{1 + len(head) + len(indices)}i", len(jobs), *head, *indices) + images.tobytes()
+    numbers = (*images.shape, len(jobs), *head, *indices)
+    return struct.pack(f"{len(numbers)}i", *numbers) + images.tobytes()
 
 
-def decode_request(message: bytes) -> tuple[Images, Jobs]:
-    (count,) = struct.unpack_from("i", message)
-    head = struct.unpack_from(f"{2 * count}i", message, 4)
+def decode_request(message: bytes, shape: tuple[int, int, int]) -> tuple[Images, Jobs]:
+    """shape: of one image. Raises ValueError for images of another shape."""
+    *sent, count = struct.unpack_from("5i", message)
+    if tuple(sent[1:]) != shape:
+        raise ValueError(f"images of shape {sent[1:]}; this engine takes {list(shape)}")
+    head = struct.unpack_from(f"{2 * count}i", message, 20)
     members, sizes = head[::2], head[1::2]
-    indices = struct.unpack_from(f"{sum(sizes)}i", message, 4 + 4 * len(head))
-    images = np.frombuffer(message, np.uint8, offset=4 + 4 * len(head) + 4 * len(indices)).reshape(-1, 3, 32, 32)
+    start = 20 + 4 * len(head)
+    indices = struct.unpack_from(f"{sum(sizes)}i", message, start)
+    images = np.frombuffer(message, np.uint8, offset=start + 4 * len(indices)).reshape(sent)
     ends = itertools.accumulate(sizes)
     jobs = [(member, indices[end - size : end]) for member, size, end in zip(members, sizes, ends, strict=True)]
     return images, jobs
@@ -52,5 +57,5 @@ def encode_error(error: Exception) -> bytes:
 
 
 def describe_engine(engine: Engine, digest: str) -> dict[str, Any]:
-    names = ("name", "device", "threads", "macs", "difference", "note", "warm_up_s")
+    names = ("name", "device", "threads", "macs", "input_shape", "difference", "note", "warm_up_s")
     return {"digest": digest} | {name: getattr(engine, name) for name in names}

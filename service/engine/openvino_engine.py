@@ -68,7 +68,7 @@ class Compiled:
             if calibration is not None:
                 model = quantize(core, model, calibration, ONE_CORE)
             name_nodes(model)
-            self.batches = {size: Batch(core, model, size, options) for size in BATCHES}
+            self.batches = {size: Batch(core, model, size, ticket.input.shape, options) for size in BATCHES}
         except RuntimeError as error:  # the first line of OpenVINO's text says where in its sources it failed
             raise EngineRejected(f"OpenVINO cannot compile {ticket.name}: {str(error).splitlines()[0]}") from error
         self.classes = self.batches[1].output.shape[1]
@@ -94,10 +94,10 @@ def split(count: int) -> Iterator[tuple[int, int]]:
 class Batch:
     """A compiled graph of a fixed batch, with an input and an output that stay in place."""
 
-    def __init__(self, core: Any, model: Any, size: int, options: dict[str, Any]) -> None:
-        model.reshape([size, 3, 32, 32])
+    def __init__(self, core: Any, model: Any, size: int, shape: tuple[int, int, int], options: dict[str, Any]) -> None:
+        model.reshape([size, *shape])
         self.request = core.compile_model(model, "CPU", options).create_infer_request()
-        self.input = np.zeros((size, 3, 32, 32), np.uint8)
+        self.input = np.zeros((size, *shape), np.uint8)
         self.request.set_input_tensor(openvino.Tensor(self.input, shared_memory=True))
         self.output = self.request.get_output_tensor().data
 
@@ -114,9 +114,9 @@ class Batch:
 
 
 def graph(ticket: FoldedTicket) -> Any:
-    """uint8 [1, 3, 32, 32] -> calibrated logits float32 [1, classes]."""
+    """uint8 [1, 3, H, W] -> calibrated logits float32 [1, classes]."""
     network = ticket.network
-    pixels = ops.parameter([1, 3, 32, 32], np.uint8)
+    pixels = ops.parameter([1, *ticket.input.shape], np.uint8)
     images = ops.divide(ops.convert(pixels, np.float32), ops.constant(np.float32(255)))
     images = ops.divide(ops.subtract(images, constant(network.pixel_mean)), constant(network.pixel_std))
     features = layer(network.head, layer(network.stages, layer(network.stem, images)))
@@ -151,6 +151,11 @@ def convolution(conv: nn.Conv2d, x: Node) -> Node:
     return y if conv.bias is None else ops.add(y, constant(conv.bias.view(1, -1, 1, 1)))
 
 
+def max_pool(module: nn.MaxPool2d, x: Node) -> Node:
+    stride, pad, kernel = ([int(side)] * 2 for side in (module.stride, module.padding, module.kernel_size))  # type: ignore[arg-type]
+    return ops.max_pool(x, stride, [1, 1], pad, pad, kernel).output(0)
+
+
 def norm(module: Norm, x: Node) -> Node:
     scale = torch.rsqrt(module.get_buffer("running_var") + module.eps).view(1, -1, 1, 1)
     shift = -module.get_buffer("running_mean").view(1, -1, 1, 1) * scale
@@ -174,6 +179,7 @@ LAYERS: Final[Mapping[type[nn.Module], Callable[[Any, Node], Node]]] = {
     nn.Conv2d: convolution,
     Norm: norm,
     nn.ReLU: lambda _, x: ops.relu(x),
+    nn.MaxPool2d: max_pool,
     nn.Identity: lambda _, x: x,
     nn.Sequential: lambda modules, x: reduce(lambda y, module: layer(module, y), modules, x),
     BasicBlock: basic_block,

@@ -43,7 +43,7 @@ def open_in_processes(library: Library, settings: Settings, fork_server: "ForkSe
         server.close()
         raise EngineRejected(description.get("refused", f"{library.path}: changed while it was being opened"))
     del description["digest"]
-    description["macs"] = tuple(description["macs"])
+    description |= {name: tuple(description[name]) for name in ("macs", "input_shape")}
     pool = ProcessPool(server.control, server.popen, len(library.classes), settings.engine_timeout_s)
     try:
         pool.fill(description["threads"])

@@ -93,5 +93,6 @@ def on_device(tickets: Sequence[FoldedTicket], device: torch.device, dtype: torc
 
 
 def half_difference(half: Networks, index: int, ticket: FoldedTicket) -> float:
-    images = torch.arange(2 * 3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).view(2, 3, 32, 32).numpy()
+    numbers = torch.arange(2 * ticket.input.numel)
+    images = numbers.mul(37).remainder(256).to(torch.uint8).view(2, *ticket.input.shape).numpy()
     return max_relative_error(half.forward(index, images), reference_logits(ticket, images))

@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 import numpy as np
 
 from service.cpu import NICE_INFERENCE, die_with_parent, lower_priority
-from service.engine.base import Engine, Heartbeat, Images, Logits, max_relative_error
+from service.engine.base import Engine, Heartbeat, Images, Logits, max_relative_error, random_images
 from service.engine.ipc import HEARTBEAT, READY, WORD, decode_request, encode_error, encode_result
 
 HEARTBEAT_S: Final = 0.25  # a worker that is busy sends a heartbeat this often, if its tickets let it
@@ -25,7 +25,7 @@ SAME: Final = 1e-6  # the same code on the same numbers
 
 def serve(descriptor: int, control: Connection, engine: Engine) -> None:
     """Forks a worker for every socket that arrives, and sends its pid, until the service closes its end."""
-    images = np.frombuffer(bytearray(os.urandom(2 * 3 * 32 * 32)), np.uint8).reshape(2, 3, 32, 32)
+    images = random_images(2, engine.input_shape)
     expected = run_all_tickets(engine, images)
     gc.collect()
     gc.freeze()  # no collection of a worker has to touch, and so copy, what they share
@@ -62,7 +62,7 @@ def run_worker(connection: Connection, engine: Engine, images: Images, expected:
 
 def respond(engine: Engine, message: bytes, heartbeat: Heartbeat) -> bytes:
     try:
-        return encode_result(engine.run(*decode_request(message), heartbeat))
+        return encode_result(engine.run(*decode_request(message, engine.input_shape), heartbeat))
     except Exception as error:  # noqa: BLE001 -- the service handles whatever a backend raises
         return encode_error(error)
 

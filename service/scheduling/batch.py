@@ -166,7 +166,7 @@ def check_alive(engine: Engine) -> None:
     the service would stay ready and fail every image.
     """
     try:
-        check_finite(engine.forward(0, np.zeros((1, 3, 32, 32), np.uint8)))
+        check_finite(engine.forward(0, np.zeros((1, *engine.input_shape), np.uint8)))
     except Exception as error:  # noqa: BLE001 -- whatever a backend raises
         raise EngineDied(f"every image fails ({type(error).__name__})") from None
 

@@ -95,7 +95,7 @@ class Scheduler:
     async def submit(self, images: Images, *, client: str, deadline: float | None = None) -> Probabilities:
         """Softmax of the members' mean, [N, classes], of a theta drawn for each image. To cancel the call drops them.
 
-        images: uint8 [N, 3, 32, 32].  client: whose turn it uses up.  deadline: on the event loop's clock; None for
+        images: uint8 [N, 3, H, W].  client: whose turn it uses up.  deadline: on the event loop's clock; None for
         settings.deadline_s from now.
 
         Raises Overloaded, RateLimited, DeadlineExceeded, EngineFailed, Draining, NotReady.

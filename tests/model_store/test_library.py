@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 
 from model_store import library as library_module
 from model_store.errors import LibraryRejected, StoreError, TicketRejected
-from model_store.library import MANIFEST, WRITING, Library, open_library, write_library
-from model_store.manifest import Entry
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.library import EMBEDDED, MANIFEST, WRITING, Library, open_library, write_library
+from model_store.manifest import Entry, canonical
 from model_store.policy import Policy, draw_theta
 from model_store.ticket import Ticket, encode
 from tests.support.tickets import CLASSES, identical, items, make_ticket
@@ -53,6 +54,72 @@ def test_what_is_written_is_opened_bit_for_bit(small_library: Library, small_tic
     assert all(identical(*pair) for pair in zip(opened.tickets, small_tickets, strict=True))
     assert opened.policy == Policy.over([ticket.structure.name for ticket in small_tickets])
     assert opened.baselines == ()
+
+
+LARGER = InputSpec(48, 64, mean=(0.5, 0.25, 0.125), std=(0.2, 0.3, 0.4), resize="cover", interpolation="bicubic")
+
+
+def test_a_library_says_what_its_networks_take(tmp_path: Path) -> None:
+    tickets = [make_ticket("resnet18", spec=LARGER, stem=(2, 2)), make_ticket("wideresnet32", spec=LARGER)]
+    opened = open_library(write(tmp_path, tickets).path)
+    assert opened.manifest.version == 2
+    assert opened.input == LARGER
+    assert all(identical(*pair) for pair in zip(opened.tickets, tickets, strict=True))
+    assert opened.tickets[0].network().pixel_mean.flatten().tolist() == [0.5, 0.25, 0.125]
+    assert opened.tickets[0].network().pixel_std.flatten().tolist() == pytest.approx([0.2, 0.3, 0.4])
+
+
+def test_the_embedded_library_is_of_version_1_and_written_again_byte_for_byte() -> None:
+    library = open_library()
+    assert library.manifest.version == 1
+    assert library.input == CIFAR10_INPUT
+    assert library.digest == "1004c303e854b4234fa877288f1b87584d28f2d8146d11bf821d2f590b7820d0"
+    assert canonical(library.manifest) == (EMBEDDED / MANIFEST).read_bytes()
+    for ticket, entry in zip(library.tickets, library.entries, strict=True):
+        assert hashlib.sha256(encode(ticket)).hexdigest() == entry.sha256
+
+
+def test_tickets_of_two_inputs_are_no_library(tmp_path: Path) -> None:
+    tickets = [make_ticket("resnet18", spec=LARGER), make_ticket("resnet34")]
+    with pytest.raises(LibraryRejected, match="resnet34-30: its input height is 32, and 48 of resnet18-30"):
+        write(tmp_path, tickets)
+
+
+def test_a_ticket_of_another_input_than_its_manifest_s_is_refused(tmp_path: Path) -> None:
+    library = write(tmp_path, [make_ticket("resnet18", spec=LARGER)])
+    edit(library.path, lambda fields: fields["input"].update(resize="squash"))
+    with pytest.raises(TicketRejected, match=r"resnet18-30.*: its input resize is cover, and squash in the manifest"):
+        open_library(library.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda fields: fields.update(version=1), "version 1 with an input; expected one in version 2"),
+        (lambda fields: fields.pop("input"), "version 2 with no input"),
+        (lambda fields: fields["input"].update(height=4), "input height 4; expected an integer from 8 to 1024"),
+        (lambda fields: fields["input"].update(mean=[0.5, 0.5]), "input.mean"),
+        (lambda fields: fields["input"].update(colours=3), "input.colours"),
+        (lambda fields: fields["input"].pop("resize"), "not in canonical form"),
+        (lambda fields: fields["entries"][0]["structure"].update(stem_pool=3), "stem_pool 3; expected one of 1, 2, 4"),
+    ],
+)
+def test_an_input_that_is_not_whole_is_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], found: str
+) -> None:
+    library = write(tmp_path, [make_ticket("resnet18", spec=LARGER, stem=(2, 2))])
+    edit(library.path, change)
+    with pytest.raises(LibraryRejected, match=found):
+        open_library(library.path)
+
+
+def test_cifar_s_input_is_never_written_as_version_2(library_folder: Path) -> None:
+    def claim(fields: dict[str, Any]) -> None:
+        fields |= {"version": 2, "input": json.loads(json.dumps(asdict(CIFAR10_INPUT)))}
+
+    edit(library_folder, claim)
+    with pytest.raises(LibraryRejected, match="version 2; expected 1 for these structures and this input"):
+        open_library(library_folder)
 
 
 def test_the_same_parts_make_the_same_library(
@@ -341,11 +408,11 @@ def test_a_library_replaced_while_it_is_read_opens_as_the_new_one(
 ) -> None:
     read, written = library_module.read_ticket, list[Library]()
 
-    def replacing(root: Path, entry: Entry) -> Ticket:
+    def replacing(root: Path, entry: Entry, spec: InputSpec) -> Ticket:
         if not written:
             monkeypatch.setattr(library_module, "read_ticket", read)
             written.append(write(library_folder, [make_ticket("resnet34", 0.2)]))
-        return read(root, entry)
+        return read(root, entry, spec)
 
     monkeypatch.setattr(library_module, "read_ticket", replacing)
     assert open_library(library_folder).digest == written[0].digest

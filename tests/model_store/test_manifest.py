@@ -106,7 +106,7 @@ def test_no_unknown_key_is_accepted(fields: Fields, place: str) -> None:
 @pytest.mark.parametrize(
     ("place", "change", "found"),
     [
-        ("manifest", {"version": 2}, "version 2; this reader knows 1"),
+        ("manifest", {"version": 3}, "version 3; this reader knows 1 and 2"),
         ("manifest", {"version": "1"}, "version '1'"),
         ("manifest", {"version": True}, "version True"),
         ("manifest", {"version": 1.0}, "version 1.0"),

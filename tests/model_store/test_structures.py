@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from model_store.errors import StructureUnknown
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.structures import (
-    PIXEL_MEAN,
     STRUCTURES,
     Network,
     Structure,
@@ -21,14 +21,14 @@ from model_store.structures import (
 from tests.support.tickets import WIDTHS, make_ticket
 
 
-def small(name: StructureName, classes: int = 10, stem_stride: int = 1) -> Structure:
-    return Structure(name, WIDTHS[name], classes, stem_stride)
+def small(name: StructureName, classes: int = 10, stem_stride: int = 1, stem_pool: int = 1) -> Structure:
+    return Structure(name, WIDTHS[name], classes, stem_stride, stem_pool)
 
 
-def random_network(structure: Structure) -> Network:
+def random_network(structure: Structure, side: int = 32) -> Network:
     """Trained-looking: PyTorch's default weights, every norm measured on random images."""
     network = structure.build().requires_grad_(False)
-    calibrate(network, [torch.rand(8, 3, 32, 32)])
+    calibrate(network, [torch.rand(8, 3, side, side)])
     return network
 
 
@@ -54,13 +54,28 @@ def test_resnet18_at_the_paper_s_width_has_11_164_352_weights_and_555_422_720_mu
         assert sum(conv.weight.numel() for conv in convs(paper.build()).values()) == weights
     pixels = [32**2, 16**2, 8**2, 4**2]
     by_hand = 3 * 64 * 9 * 32**2 + sum(s * p for s, p in zip(stages, pixels, strict=True)) + 512 * 10
-    assert multiply_adds(paper) == by_hand == 555_422_720
+    assert multiply_adds(paper, (32, 32)) == by_hand == 555_422_720
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-@pytest.mark.parametrize(("resolution", "stem_stride"), [(32, 1), (32, 2), (17, 1), (17, 2)])
-def test_multiply_adds_are_those_of_a_forward_pass(name: StructureName, resolution: int, stem_stride: int) -> None:
-    structure, found = small(name, stem_stride=stem_stride), 0
+@pytest.mark.parametrize(
+    ("size", "stem"),
+    [
+        ((32, 32), (1, 1)),
+        ((32, 32), (2, 1)),
+        ((17, 17), (1, 1)),
+        ((17, 17), (2, 1)),
+        ((28, 28), (2, 1)),
+        ((48, 64), (2, 2)),
+        ((97, 61), (4, 2)),
+        ((224, 224), (4, 4)),
+        ((9, 8), (4, 32)),
+    ],
+)
+def test_multiply_adds_are_those_of_a_forward_pass(
+    name: StructureName, size: tuple[int, int], stem: tuple[int, int]
+) -> None:
+    structure, found = small(name, stem_stride=stem[0], stem_pool=stem[1]), 0
 
     def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
         nonlocal found
@@ -69,8 +84,8 @@ def test_multiply_adds_are_those_of_a_forward_pass(name: StructureName, resoluti
     network = structure.blank().eval()
     for conv in convs(network).values():
         conv.register_forward_hook(count)
-    network(torch.zeros(1, 3, resolution, resolution))
-    assert multiply_adds(structure, resolution) == found
+    assert network(torch.zeros(1, 3, *size)).shape == (1, 10)
+    assert multiply_adds(structure, size) == found
 
 
 @pytest.mark.parametrize(("name", "weights"), [("wideresnet32", 46_138_032), ("wideresnet38", 55_814_832)])
@@ -87,11 +102,12 @@ def test_wide_resnets_at_the_paper_s_width_are_wrn_34_10_and_wrn_40_10(name: Str
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-@pytest.mark.parametrize("stem_stride", [1, 2])
-def test_the_folded_network_has_the_same_logits_to_1e_5(name: StructureName, stem_stride: int) -> None:
+@pytest.mark.parametrize("stem", [(1, 1), (2, 1), (4, 1), (2, 2)])
+def test_the_folded_network_has_the_same_logits_to_1e_5(name: StructureName, stem: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    network = random_network(small(name, classes=7, stem_stride=stem_stride))
-    images = torch.rand(16, 3, 32, 32)
+    side = 16 * max(2, math.prod(stem))  # norms of a few pixels would enlarge what rounding does
+    network = random_network(small(name, 7, *stem), side)
+    images = torch.rand(16, 3, side, side)
     expected, found = network(images), fold(network)(images)
     assert expected.shape == (16, 7)
     assert expected.std() > 0.01
@@ -126,11 +142,36 @@ def test_folding_leaves_no_norm_in_a_resnet_and_does_not_touch_the_network_itsel
 
 def test_an_image_of_the_mean_colour_is_zero_behind_the_normalisation() -> None:
     network = small("wideresnet32").build().eval()
-    mean = torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    mean = torch.tensor(CIFAR10_INPUT.mean).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     seen: list[Tensor] = []
     network.stem.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     network(mean)
     assert seen[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_pixel_counts_behind_a_stem_of_any_stride_and_pooling(name: StructureName) -> None:
+    for stem in ((4, 1), (2, 2), (4, 4)):
+        torch.manual_seed(0)
+        network = small(name, 10, *stem).build().train()
+        images = torch.rand(8, 3, 30, 45, requires_grad=True)
+        convs(network)["stem.0"](images).square().sum().backward()
+        assert images.grad is not None
+        assert (images.grad.abs().amax(dim=(0, 1)) > 0).all()
+
+
+def test_a_network_normalises_by_its_input_s_statistics() -> None:
+    spec = InputSpec(8, 8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
+    for network in (small("resnet18").build(spec), small("resnet18").blank(spec)):
+        seen: list[Tensor] = []
+        network.stem.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(inputs[0]))
+        network.eval()(torch.ones(1, 3, 8, 8))
+        torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([0.9 / 0.5, 0.8 / 0.25, 0.7 / 0.125]))
+
+
+def test_a_stem_without_pooling_is_written_as_it_always_was() -> None:
+    assert small("resnet18").as_dict() == {"name": "resnet18", "width": 2, "classes": 10, "stem_stride": 1}
+    assert small("resnet18", stem_pool=2).as_dict()["stem_pool"] == 2
 
 
 def test_running_a_network_in_train_mode_leaves_its_statistics_alone() -> None:
@@ -181,7 +222,7 @@ def test_a_blank_network_is_the_same_network_and_draws_nothing_from_the_global_g
 
 
 def test_a_stem_stride_of_two_quarters_the_cost() -> None:
-    full, halved = (multiply_adds(small("resnet34", stem_stride=stride)) for stride in (1, 2))
+    full, halved = (multiply_adds(small("resnet34", stem_stride=stride), (32, 32)) for stride in (1, 2))
     assert math.isclose(full / halved, 4, rel_tol=0.01)
 
 

@@ -3,7 +3,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model_store.errors import StoreError, TicketRejected
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.structures import STRUCTURES, Structure, StructureName, convs
 from model_store.ticket import (
     MAX_FILE_BYTES,
@@ -36,6 +37,7 @@ from model_store.ticket import (
 )
 from tests.support.tickets import identical, make_ticket
 
+LARGER = InputSpec(48, 64, mean=(0.5, 0.25, 0.125), std=(0.2, 0.3, 0.4), resize="cover")
 VARIANTS: tuple[tuple[Kind, ValueDtype], ...] = (
     ("scratch", "float16"),
     ("fine-tuned", "float16"),
@@ -186,6 +188,9 @@ def logits_by_the_format(header: dict[str, Any], tensors: dict[str, np.ndarray[A
     counts, width, relu = blocks[structure["name"]], structure["width"] * (1 if resnet else 16), functional.relu
     channels = width if resnet else 16
 
+    spec = header.get("input") or {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    stride, pool = structure["stem_stride"], structure.get("stem_pool", 1)
+
     def conv(x: Tensor, name: str, outputs: int, size: int = 3, stride: int = 1) -> Tensor:
         weight = weight_by_the_format(header, tensors, name, (outputs, x.shape[1], size, size))
         return functional.conv2d(x, torch.from_numpy(weight), stride=stride, padding=size // 2)
@@ -207,9 +212,10 @@ def logits_by_the_format(header: dict[str, Any], tensors: dict[str, np.ndarray[A
         inside = conv(relu(norm(inside, f"{name}.norm2")), f"{name}.conv2", outputs)
         return inside + (x if x.shape == inside.shape else conv(active, f"{name}.shortcut", outputs, 1, stride))
 
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-    x = conv((images - mean) / std, "stem.0", channels, stride=structure["stem_stride"])
+    mean, std = (torch.tensor(spec[field]).view(1, 3, 1, 1) for field in ("mean", "std"))
+    x = conv((images - mean) / std, "stem.0", channels, 7 if stride == 4 else 3, stride)
     x = relu(norm(x, "stem.1")) if resnet else x
+    x = functional.max_pool2d(x, 2 * pool - 1, pool, pool - 1) if pool > 1 else x
     firsts = {sum(counts[:stage]) for stage in range(1, len(counts))}
     stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
     for number, stage in enumerate(stages):
@@ -220,12 +226,17 @@ def logits_by_the_format(header: dict[str, Any], tensors: dict[str, np.ndarray[A
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-@pytest.mark.parametrize("stem_stride", [1, 2])
-def test_and_a_network_built_from_that_description_has_the_same_logits(name: StructureName, stem_stride: int) -> None:
-    ticket = make_ticket(name, 0.5, kind="fine-tuned", classes=3)
-    ticket = replace(ticket, structure=replace(ticket.structure, stem_stride=stem_stride))
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(
+    ("spec", "stem"),
+    [(CIFAR10_INPUT, (1, 1)), (CIFAR10_INPUT, (2, 1)), (LARGER, (2, 2)), (LARGER, (4, 1)), (CIFAR10_INPUT, (1, 2))],
+)
+def test_and_a_network_built_from_that_description_has_the_same_logits(
+    name: StructureName, spec: InputSpec, stem: tuple[int, int]
+) -> None:
+    ticket = make_ticket(name, 0.5, kind="fine-tuned", classes=3, spec=spec, stem=stem)
+    images = torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(1))
     header, tensors = read_by_the_format(encode(ticket))
+    assert header["version"] == (1 if (spec, stem[0], stem[1]) in ((CIFAR10_INPUT, 1, 1), (CIFAR10_INPUT, 2, 1)) else 2)
     assert (logits_by_the_format(header, tensors, images) - ticket.network()(images)).abs().max() <= 1e-4
 
 
@@ -353,12 +364,19 @@ def test_a_file_whose_tensors_are_not_what_they_must_be_is_refused_by_name(
 
 
 STRUCTURE = {"name": "resnet18", "width": 2, "classes": 10, "stem_stride": 1}
+INPUT = json.loads(json.dumps(asdict(CIFAR10_INPUT)))
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"version": 2}, r"format and version \('tombola-ticket', 2\)"),
+        ({"version": 3}, r"format and version \('tombola-ticket', 3\); this reader knows .* versions 1 and 2"),
+        ({"version": 2}, "metadata: version 2 with no input"),
+        ({"input": INPUT}, "metadata: version 1 with an input"),
+        ({"version": 2, "input": INPUT}, "metadata: version 2; expected 1 for resnet18"),
+        ({"version": 2, "input": INPUT | {"width": 4000}}, "metadata: input width 4000; expected an integer from 8"),
+        ({"version": 2, "input": INPUT | {"std": [0.0] * 3}}, r"metadata: input std \(0.0, 0.0, 0.0\); expected"),
+        ({"structure": STRUCTURE | {"stem_pool": 2}}, "metadata: version 1; expected 2"),
         ({"version": "1"}, "format and version"),
         ({"format": "other"}, "format and version"),
         ({"format": ...}, "format and version"),

@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.types import ASGIApp
 
 from model_store.images import Pixels
-from model_store.input_spec import CIFAR10_INPUT
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from service import errors
 from service.admin import library_api
 from service.app import create_server, loop_factory
@@ -43,6 +43,7 @@ class Oracle:
 
     error: Exception | None = None
     full: Exception | None = None
+    shape: tuple[int, int, int] = CIFAR10_INPUT.shape
     hold: asyncio.Event | None = None
     rows: list[Pixels] = field(default_factory=list)
     clients: list[str] = field(default_factory=list)
@@ -56,7 +57,7 @@ class Oracle:
 
     async def submit(self, rows: Pixels, *, client: str, deadline: float | None) -> Probabilities:
         assert rows.dtype == np.uint8
-        assert rows.shape[1:] == (3, 32, 32)
+        assert rows.shape[1:] == self.shape
         self.rows.append(rows)
         self.clients.append(client)
         self.deadlines.append(-1 if deadline is None else deadline - asyncio.get_running_loop().time())
@@ -102,6 +103,12 @@ class StandIn:
     async def reload(self) -> "StandIn":
         self.on_reload()
         return self
+
+
+def stand_in_of(spec: InputSpec) -> StandIn:
+    """A manager of a library that takes such pictures."""
+    library = SimpleNamespace(classes=CLASSES, digest=DIGEST, input=spec)
+    return StandIn(Oracle(shape=spec.shape), library=library)
 
 
 def public_app(manager: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:

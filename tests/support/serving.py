@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from model_store.input_spec import CIFAR10_INPUT
 from model_store.library import Library, write_library
 from model_store.policy import Policy
 from model_store.structures import StructureName
@@ -64,7 +65,7 @@ def marks_its_members(member: int, images: Images) -> NDArray[np.float32]:
 
 
 def engine(forward: Forward = marks_its_members, *, threads: int = 2, tickets: int = 4) -> Engine:
-    return Engine("stand-in", "cpu", threads, forward, (1,) * tickets, 0.0, "no network", 0.0)
+    return Engine("stand-in", "cpu", threads, forward, (1,) * tickets, CIFAR10_INPUT.shape, 0.0, "no network", 0.0)
 
 
 def stand_in_library(policy: Policy) -> Any:

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.manifest import Attack, Claim, Images, Provenance, wilson
 from model_store.structures import STRUCTURES, Structure, StructureName, calibrate, norms
 from model_store.ticket import Kind, Ticket, ValueDtype, kept_count, layers, uniform
@@ -27,9 +28,14 @@ def make_ticket(
     seed: int = 0,
     classes: int = 10,
     temperature: float = 1.0,
+    spec: InputSpec = CIFAR10_INPUT,
+    stem: tuple[int, int] = (1, 1),
 ) -> Ticket:
-    """A ticket of a structure at its smallest useful width, its norms calibrated on 16 random images."""
-    structure, generator = Structure(name, WIDTHS[name], classes), torch.Generator().manual_seed(seed)
+    """A ticket of a structure at its smallest useful width, its norms calibrated on 16 random images.
+
+    stem: its stride and its pooling.
+    """
+    structure, generator = Structure(name, WIDTHS[name], classes, *stem), torch.Generator().manual_seed(seed)
     shapes, channels = layers(structure)
     masks = {layer: random_mask(shape, density, generator) for layer, shape in shapes.items()}
     values = {layer: random_values(masks[layer], kind, value_dtype, generator) for layer in shapes}
@@ -43,8 +49,9 @@ def make_ticket(
         kind=kind,
         temperature=temperature,
         value_dtype=value_dtype,
+        input=spec,
     )
-    return replace(rough, statistics=measured(rough, torch.rand(16, 3, 32, 32, generator=generator)))
+    return replace(rough, statistics=measured(rough, torch.rand(16, *spec.shape, generator=generator)))
 
 
 def random_mask(shape: torch.Size, density: float, generator: torch.Generator) -> Tensor:
@@ -119,7 +126,7 @@ def items(tickets: Sequence[Ticket]) -> list[tuple[Ticket, Provenance, list[Clai
 
 def identical(first: Ticket, second: Ticket) -> bool:
     """Equal in every field, tensors bit for bit."""
-    fields = ("structure", "density", "kind", "temperature", "value_dtype")
+    fields = ("structure", "density", "kind", "temperature", "value_dtype", "input")
     same = all(getattr(first, field) == getattr(second, field) for field in fields)
     same = same and dict(first.densities) == dict(second.densities)
     for field in ("masks", "values", "statistics"):

@@ -100,7 +100,7 @@ def alive(pid: int) -> bool:
 )
 def test_a_question_is_understood_and_an_answer_read(images: int, jobs: list[tuple[int, list[int]]]) -> None:
     sent = some_rows(images)
-    received, tasks = decode_request(encode_request(sent, jobs))
+    received, tasks = decode_request(encode_request(sent, jobs), (3, 32, 32))
     assert np.array_equal(received, sent)
     assert [(member, list(indices)) for member, indices in tasks] == jobs
     results = [
@@ -113,6 +113,14 @@ def test_a_question_is_understood_and_an_answer_read(images: int, jobs: list[tup
     ):
         assert np.array_equal(logits, expected)
         assert seconds == expected_s
+
+
+def test_one_picture_of_64_is_not_four_of_32() -> None:
+    large = np.zeros((1, 3, 64, 64), np.uint8)
+    received, _ = decode_request(encode_request(large, [(0, [0])]), (3, 64, 64))
+    assert received.shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"images of shape \[3, 64, 64\]; this engine takes \[3, 32, 32\]"):
+        decode_request(encode_request(large, [(0, [0])]), (3, 32, 32))
 
 
 def test_of_an_exception_only_its_type_is_said() -> None:

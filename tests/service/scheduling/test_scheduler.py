@@ -89,7 +89,7 @@ def test_a_batch_runs_each_drawn_ticket_once_and_the_costliest_first() -> None:
         calls.append((member, len(images)))
         return marks_its_members(member, images)
 
-    made = Engine("stand-in", "cpu", 1, forward, (1, 50, 2, 3), 0.0, "", 0.0)
+    made = Engine("stand-in", "cpu", 1, forward, (1, 50, 2, 3), (3, 32, 32), 0.0, "", 0.0)
     loop = asyncio.new_event_loop()
     (request,) = requests_of(20, loop=loop)
     batch = form_batch(ServedModel(made, Policy.all(4), 10), [(request, index) for index in range(20)])

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
+from model_store.input_spec import InputSpec
 from service.errors import ErrorMessage
 from service.observability.metrics import Metrics
 from service.web.infer_request import flatten, quantise
-from tests.support.planes import StandIn, ask, encoded, picture, png, public_app, refused
+from tests.support.planes import StandIn, ask, encoded, picture, png, public_app, refused, stand_in_of
 from tests.support.tickets import CLASSES
 
 MODEL: Final = "/v2/models/tombola"
@@ -23,6 +24,9 @@ INFER: Final = f"{MODEL}/infer"
 LENGTH: Final = "inference-header-content-length"
 PIXELS: Final = np.asarray(picture(110)).transpose(2, 0, 1)
 Json = dict[str, Any]
+
+
+LARGER: Final = InputSpec(48, 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 
 
 def image_tensor(*reds: int, **more: Any) -> Json:
@@ -110,6 +114,12 @@ class TestWhatIsHere:
             ("index", "INT64", [-1]),
             ("label", "BYTES", [-1]),
         ]
+
+    def test_metadata_and_config_say_the_library_s_own_size(self) -> None:
+        app = public_app(stand_in_of(LARGER))
+        described = ask(app, "GET", MODEL).json()["inputs"][1]
+        assert described == {"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, 48, 64]}
+        assert ask(app, "GET", f"{MODEL}/config").json()["input"][1]["dims"] == [3, 48, 64]
 
     def test_config_batches_as_many_as_a_request_may_hold(self) -> None:
         found = ask(public_app(max_images=77), "GET", f"{MODEL}/config").json()
@@ -532,6 +542,29 @@ class TestPieces:
 
     def test_flatten_is_row_major(self) -> None:
         assert flatten([[[1, 2], [3, 4]]], [1, 2, 2]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
+def test_tensors_of_the_library_s_size_are_taken_and_all_others_refused_by_its_shape(datatype: str) -> None:
+    manager = stand_in_of(LARGER)
+    app = public_app(manager)
+    level = 110 if datatype == "UINT8" else 110 / 255
+    right = pixel_tensor(shape=[2, 3, 48, 64], datatype=datatype, data=[level] * (2 * LARGER.numel))
+    assert outputs_of(infer({"inputs": [right]}, app=app))["label"] == [CLASSES[4]] * 2
+    assert [rows.shape for rows in manager.scheduler.rows] == [(2, 3, 48, 64)]
+    for shape in ([1, 3, 32, 32], [1, 3, 64, 48], [1, 48, 64, 3], [4, 3, 24, 32], [3, 48, 64]):
+        wrong = pixel_tensor(shape=shape, datatype=datatype, data=[level] * int(np.prod(shape)))
+        text = refused(infer({"inputs": [wrong]}, app=app), 400, ErrorMessage.V2_SHAPE_PIXELS)
+        assert "[N, 3, 48, 64]" in text
+    short = binary_tensor(bytes(LARGER.numel - 1), shape=[1, 3, 48, 64])
+    refused(infer({"inputs": [short]}, bytes(LARGER.numel - 1), app=app), 400, ErrorMessage.V2_BINARY_SIZE)
+
+
+def test_a_picture_of_any_size_becomes_one_of_the_library_s() -> None:
+    manager = stand_in_of(LARGER)
+    outputs = outputs_of(infer({"inputs": [image_tensor(110)]}, app=public_app(manager)))
+    assert outputs["label"] == [CLASSES[4]]
+    assert [rows.shape for rows in manager.scheduler.rows] == [(1, 3, 48, 64)]
 
 
 def test_labels_of_any_alphabet_travel_in_binary_and_json() -> None:
