@@ -5,10 +5,14 @@ somebody else. Whoever needs a proxy names it.
 """
 
 import urllib.request
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     import httpx
+
+
+Client = TypeVar("Client")
 
 
 class ProxyRejected(ValueError):
@@ -28,10 +32,23 @@ def http_client(*, timeout_s: float, proxy: str | None = None, **options: Any) -
     """
     import httpx
 
+    return build(httpx.Client, timeout_s, proxy, options)
+
+
+def async_http_client(*, timeout_s: float, proxy: str | None = None, **options: Any) -> "httpx.AsyncClient":
+    """As http_client, for asyncio."""
+    import httpx
+
+    return build(httpx.AsyncClient, timeout_s, proxy, options)
+
+
+def build(kind: Callable[..., Client], timeout_s: float, proxy: str | None, options: dict[str, Any]) -> Client:
+    import httpx
+
     # SSL_CERT_FILE is still read: it names whom to trust, not whom to ask.
     certificates = httpx.create_ssl_context()
     try:
-        return httpx.Client(trust_env=False, verify=certificates, proxy=proxy, timeout=timeout_s, **options)
+        return kind(trust_env=False, verify=certificates, proxy=proxy, timeout=timeout_s, **options)
     except (ValueError, ImportError, httpx.InvalidURL) as error:
         raise ProxyRejected(f"proxy {proxy}: {error}") from None
 

@@ -23,15 +23,35 @@ if TYPE_CHECKING:
     from model_store.structures import Structure
     from model_store.ticket import Ticket, load_ticket, save_ticket
     from service.settings import Settings, read_settings
+    from tombola.client import (
+        AsyncClient,
+        Client,
+        ClientError,
+        DeadlineExpired,
+        ImageUnreadable,
+        Prediction,
+        RequestRefused,
+        ServiceUnreachable,
+        StablePrediction,
+    )
 
 __all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientError",
+    "DeadlineExpired",
     "ImageRejected",
+    "ImageUnreadable",
     "InputSpec",
     "Library",
     "LibraryRejected",
     "Policy",
     "PolicyRejected",
+    "Prediction",
+    "RequestRefused",
+    "ServiceUnreachable",
     "Settings",
+    "StablePrediction",
     "StoreError",
     "Structure",
     "Theta",
@@ -72,6 +92,17 @@ MODULES: Final = {
     "model_store.structures": ("Structure",),
     "model_store.ticket": ("Ticket", "load_ticket", "save_ticket"),
     "service.settings": ("Settings", "read_settings"),
+    "tombola.client": (
+        "AsyncClient",
+        "Client",
+        "ClientError",
+        "DeadlineExpired",
+        "ImageUnreadable",
+        "Prediction",
+        "RequestRefused",
+        "ServiceUnreachable",
+        "StablePrediction",
+    ),
 }
 
 

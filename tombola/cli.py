@@ -34,6 +34,7 @@ GROUPS: Final[dict[str, tuple[Command, ...]]] = {
     "Serve": (
         Command("serve", "tombola.commands.serve:add_options", "serve a library on two planes until SIGTERM"),
         Command("check", "tombola.commands.check:add_options", "verify a library, warm it up and measure it"),
+        Command("classify", "tombola.commands.classify:add_options", "classify pictures into a table"),
         Command("sample", "tombola.commands.sample:add_options", "write a picture to try the server with"),
     ),
     "Audit": (
@@ -61,6 +62,7 @@ examples:
   tombola serve                              the embedded library, on port 8000 of this machine
   tombola sample picture.png                 something to POST to it
   tombola check my/library                   is it whole, does it run, how fast is it
+  tombola classify photos --out results.csv  a folder, each picture with its answer
   tombola audit --profile smoke              attack the embedded library for a minute
   tombola search --data cifar10 --state run  search tickets of your own
 
