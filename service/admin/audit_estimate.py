@@ -16,6 +16,7 @@ from service.audit.cost import check_giga_multiply_adds, estimated_seconds, giga
 from service.audit.errors import AuditConflict, CostRejected
 from service.audit.evaluation.members import Member, candidates_of
 from service.audit.plan import plan
+from service.audit.profiles import PROFILES
 from service.settings import Settings
 
 
@@ -30,9 +31,10 @@ class CostEstimator:
         """Raises CostRejected beyond the configured hours, AuditRejected for a plan that cannot be made."""
         candidates = candidates_of(library, outside=self.outside, build=planning_stub)
         compared = baselines.compared_systems(candidates, baselines.strengths(library))
-        steps, each = plan(audit, candidates, compared), multiply_adds_of(library, self.outside)
+        known = baselines.known_draws(candidates, audit.seed, PROFILES[audit.profile].thetas)
+        steps, each = plan(audit, candidates, compared, known), multiply_adds_of(library, self.outside)
         singles = (baselines.single(candidates, index) for index in range(len(candidates.members)))
-        by_name = {system.name: system for system in (*compared, *singles)}
+        by_name = {system.name: system for system in (*compared, *singles, *known)}
         giga = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
         giga += check_giga_multiply_adds(audit, each)
         seconds = estimated_seconds(giga, self.settings.audits_threads)

@@ -6,10 +6,11 @@ from typing import Final
 
 from service.admin.audit_store import REPORT, Job, JobStore
 from service.audit.report.model import OURS, Report
-from service.observability.metrics import Metrics
+from service.observability.metrics import BOUNDS, Metrics
 
 log = logging.getLogger(__name__)
 ACCURACY: Final = "audit_accuracy"
+SECRECY: Final = "audit_secrecy"
 ALL: Final = "all"
 
 
@@ -37,6 +38,7 @@ class AuditGauges:
     def publish(self, digest: str) -> None:
         """An invalid audit has no figures. One of chosen attacks alone says nothing of all attacks together."""
         self.metrics.forget(ACCURACY)
+        self.metrics.forget(SECRECY)
         for job in last_of_each_kind(self.store.all(), digest):
             report = Report.model_validate_json((self.store.folder / job.id / REPORT).read_bytes())
             if report.verdict == "invalid":
@@ -47,6 +49,10 @@ class AuditGauges:
             for attack, epsilon, value in rows:
                 labels = {"profile": report.audit.profile, "norm": report.audit.norm, "attack": attack}
                 self.metrics.set(ACCURACY, value, **labels, epsilon=f"{epsilon:g}")
+            if report.secrecy is not None:
+                for bound in BOUNDS:
+                    value = getattr(report.secrecy.difference, bound)
+                    self.metrics.set(SECRECY, value, profile=report.audit.profile, norm=report.audit.norm, bound=bound)
 
 
 def last_of_each_kind(jobs: list[Job], digest: str) -> list[Job]:

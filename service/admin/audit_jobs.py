@@ -216,7 +216,8 @@ def result_of(report: Report) -> Result:
     """The figures that a list shows."""
     clean, robust = report.ours.clean.expected, report.ours.robust.expected
     ten = report.ours.robust.tries["k10"]
-    values = [Interval(value=each.value, low=each.low, high=each.high) for each in (clean, robust, ten)]
+    worth = [report.secrecy.difference] if report.secrecy is not None else []
+    values = [Interval(value=each.value, low=each.low, high=each.high) for each in (clean, robust, ten, *worth)]
     return Result(
         verdict=report.verdict,
         measurement=report.data.name != GENERATED,
@@ -224,6 +225,7 @@ def result_of(report: Report) -> Result:
         clean=values[0],
         robust=values[1],
         ten_tries=values[2],
+        secrecy=values[3] if worth else None,
     )
 
 

@@ -50,6 +50,7 @@ class Result(Record):
     clean: Interval
     robust: Interval
     ten_tries: Interval
+    secrecy: Interval | None = Field(default=None, description="robust with theta secret less with theta known")
 
 
 class Summary(Record):

@@ -52,7 +52,7 @@ from service.audit.evaluation.scoring import (
 from service.audit.events import Event, StepEvent
 from service.audit.labelled_data import LabelledImages
 from service.audit.plan import plan
-from service.audit.profiles import SHARED
+from service.audit.profiles import PROFILES, SHARED
 from service.audit.target import Target
 from service.outbound import ProxyRejected, http_client
 
@@ -122,9 +122,10 @@ class AuditRun:
         self.fingerprint = fingerprint(self.candidates.members)
         self.strength = baselines.strengths(library) or [0.0] * self.candidates.tickets
         self.systems = baselines.compared_systems(self.candidates, self.strength)
+        self.known = baselines.known_draws(self.candidates, audit.seed, PROFILES[audit.profile].thetas)
         singles = [baselines.single(self.candidates, index) for index in range(len(self.candidates.members))]
-        self.by_name = {system.name: system for system in (*singles, *self.systems)}
-        self.steps = plan(audit, self.candidates, self.systems)
+        self.by_name = {system.name: system for system in (*singles, *self.systems, *self.known)}
+        self.steps = plan(audit, self.candidates, self.systems, self.known)
         self.multiply_adds = (
             library.multiply_adds() if isinstance(library, Target) else multiply_adds_of(library, outside)
         )

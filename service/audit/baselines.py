@@ -1,11 +1,12 @@
 """What is compared: the served law, and the classifiers that a critic would set beside it, over the same tickets."""
 
+import random
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Final
 
 from model_store.library import Library
-from model_store.policy import Policy, expected_size
+from model_store.policy import Policy, draw_theta, expected_size, states
 from service.audit.evaluation.draws import Defense, widen
 from service.audit.evaluation.members import CandidateSet
 from service.audit.target import Target
@@ -18,6 +19,7 @@ TICKET: Final = "ticket "
 DENSE: Final = "dense "
 OUTSIDE: Final = "outside "
 R2S: Final = "r2s "
+THETA: Final = "theta "
 
 
 def ours(candidates: CandidateSet) -> Defense:
@@ -41,6 +43,19 @@ def single(candidates: CandidateSet, index: int) -> Defense:
 
 def fixed(candidates: CandidateSet, members: Sequence[int]) -> Policy:
     return Policy.fixed(list(members), len(candidates.members))
+
+
+def known_draws(candidates: CandidateSet, seed: int, count: int) -> list[Defense]:
+    """Thetas drawn by the served law, each known to its attacker: what is left of the defence once the secret is out.
+
+    None where the law has one state, which is no secret.
+    """
+    if states(candidates.policy) == 1:
+        return []
+    rng = random.Random(f"known theta {seed}")
+    drawn = [sorted(set(draw_theta(candidates.policy, rng).members)) for _ in range(count)]
+    about = "one theta of the served law, known to the attacker"
+    return [Defense(f"{THETA}{place}", about, fixed(candidates, members)) for place, members in enumerate(drawn, 1)]
 
 
 def switching(candidates: CandidateSet) -> list[Defense]:

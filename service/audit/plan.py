@@ -24,8 +24,12 @@ def images_of(audit: Audit) -> int:
     return audit.images or PROFILES[audit.profile].images
 
 
-def plan(audit: Audit, candidates: CandidateSet, systems: Sequence[Defense]) -> list[Step]:
+def plan(
+    audit: Audit, candidates: CandidateSet, systems: Sequence[Defense], known: Sequence[Defense] = ()
+) -> list[Step]:
     """Every attack, in stages, so that warm starts have images to start from.
+
+    systems: compared at every epsilon.  known: thetas that their attackers know, compared at the headline alone.
 
     Stages 0 to 2 are what all systems face: cheap attacks, costly ones on images that those left, and refinement from
     the riskiest. Later stages are aimed at the served policy alone: the same again, the attack that never gives up a
@@ -43,6 +47,7 @@ def plan(audit: Audit, candidates: CandidateSet, systems: Sequence[Defense]) -> 
         main = epsilon == audit.headline
         images = count if main else min(count, profile.swept_images)
         steps += steps_for(audit, profile.shared if main else profile.swept, targets, epsilon, images)
+    steps += steps_for(audit, profile.shared, [theta.name for theta in known], audit.headline, count)
     steps += headline_steps(audit, profile, count)
     steps += large_epsilon_steps(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)

@@ -33,6 +33,7 @@ class Profile:
     shared: Named  # on every compared system at the headline epsilon
     swept: Named  # on every compared system at every other epsilon
     each: Named  # on every ticket and baseline alone
+    thetas: int  # of the served law, each attacked by somebody who knows it
     ours: Named = ()  # on the served policy alone
     few: Named = ()  # on the served policy alone, too expensive for all images
     queries: Named = ()  # on answers of the served policy, and of queried_systems
@@ -75,6 +76,7 @@ SMOKE: Final = Profile(
     shared=(("eot-mean-loss", PgdConfig("mean-loss", steps=5, step=0.5)), ("eot-risk", refine(5))),
     swept=(),
     each=EACH[:1],
+    thetas=2,
     ours=(("paper-eot", PAPER),),
     sweep=False,
 )
@@ -94,6 +96,7 @@ STANDARD: Final = Profile(
     ),
     swept=(("eot-mean-loss", apgd("mean-loss", 10)), ("eot-risk", refine(8))),
     each=EACH,
+    thetas=16,
     ours=(
         ("paper-eot", PAPER),
         ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 20)),
@@ -125,6 +128,7 @@ FULL: Final = Profile(
     ),
     swept=(("eot-mean-loss", apgd("mean-loss", 30)), ("eot-risk", refine(15))),
     each=EACH,
+    thetas=32,
     ours=(
         ("paper-eot", PAPER),
         ("eot-mean-output", apgd("mean-output", 50)),

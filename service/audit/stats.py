@@ -42,6 +42,19 @@ def paired_difference(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Int
     return Interval(float(difference.mean()), float(low), float(high))
 
 
+def crossed_difference(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Interval:
+    """The mean of `first`, [images], less the mean of `second`, [systems, images]: both axes are resampled."""
+    ours, others = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    systems, images = others.shape
+    rng = np.random.default_rng(seed)
+    by_image = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
+    by_system = rng.multinomial(systems, np.full(systems, 1 / systems), RESAMPLES) / systems
+    means = by_image @ ours - ((by_system @ others) * by_image).sum(axis=1)
+    low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    value = float(ours.mean() - others.mean())
+    return Interval(value, min(value, float(low)), max(value, float(high)))
+
+
 def standard_error(first: ArrayLike, second: ArrayLike) -> float:
     """Of the mean paired difference."""
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)

@@ -27,6 +27,7 @@ BYTES: Final = (1e3, 4e3, 16e3, 64e3, 256e3, 1e6, 4e6, 16e6)
 OUTCOMES: Final = ("ok", "invalid", "shed", "deadline", "cancelled", "error")
 STAGES: Final = ("decode", "encode")
 REASONS: Final = ("queue", "inflight", "body", "deadline", "rate", "draining")
+BOUNDS: Final = ("value", "low", "high")
 AUDIT_OUTCOMES: Final = ("done", "invalid", "failed", "cancelled", "interrupted", "refused")
 
 
@@ -151,6 +152,13 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
         "Accuracy (0..1) in the last valid audits of the served library; epsilon: in 255ths; attack all: worst of "
         "a whole profile.",
         (("profile", None), ("norm", None), ("attack", None), ("epsilon", None)),
+    ),
+    MetricSpec(
+        "audit_secrecy",
+        "gauge",
+        "Robust accuracy with theta secret less with theta known, in the last valid audits of the served library; "
+        "bound: of the 95 % interval, or value.",
+        (("profile", None), ("norm", None), ("bound", BOUNDS)),
     ),
     MetricSpec(
         "auth_failures_total",

@@ -245,7 +245,7 @@ function draw() {
   marked = marked.filter((id) => jobs.some((job) => job.id === id));
   const place = by("audit-list");
   if (jobs.length === 0) place.replaceChildren(h("p", { class: "empty" }, "None yet. A smoke audit is a good first one."));
-  else place.replaceChildren(table("All audits", ["Compare", "Asked for", "What", "Robust", "Measurement", "Library", "Took", "State", "Audit"], jobs.map(row), "list stack"));
+  else place.replaceChildren(table("All audits", ["Compare", "Asked for", "What", "Robust", "Secret θ", "Measurement", "Library", "Took", "State", "Audit"], jobs.map(row), "list stack"));
   by("compare").disabled = marked.length !== 2;
   if (choices !== null) recall();
 }
@@ -264,6 +264,7 @@ function row(job) {
       h("time", { datetime: new Date(job.created * 1000).toISOString() }, name),
       about(job.request),
       robust(job.result),
+      secrecy(job.result),
       measurement(job.result),
       h("code", {}, short(job.digest)),
       job.finished && job.started ? duration(job.finished - job.started) : "–",
@@ -288,6 +289,15 @@ function robust(result) {
   const { value, low, high } = result.robust;
   return h("span", {}, h("strong", {}, percent(value)), h("br"), h("small", {}, `[${percent(low)}, ${percent(high)}]`));
 }
+
+// What a secret theta is worth: robust accuracy with it less with theta known, in points.
+function secrecy(result) {
+  if (result === null || !measured(result) || !result.secrecy) return "–";
+  const { value, low, high } = result.secrecy;
+  return h("span", {}, h("strong", {}, points(value)), h("br"), h("small", {}, `[${points(low)}, ${points(high)}]`));
+}
+
+const points = (share) => `${share < 0 ? "−" : "+"}${Math.abs(100 * share).toFixed(1)}`;
 
 function measurement(result) {
   if (result === null) return "–";

@@ -29,10 +29,10 @@ from service.audit.evaluation.members import AttackTarget, Member, as_floats, lo
 from service.audit.evaluation.pixel_grid import quantize_to_uint8
 from service.audit.evaluation.scoring import CERTAIN, failure, pointwise_worst
 from service.audit.profiles import FAR, refine
+from service.audit.secrecy import read_secrecy
 
 GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))
 BLACK_BOX: Final = ("square", "square-queries")
-FIXED_DRAWS: Final = 20
 FEW_STATES: Final = (4, 16, 256)  # chance switched on again, step by step
 NEIGHBOURS: Final = 20
 NEVER: Final = 256.0  # of a distance in 255ths: not even the whole range of pixels
@@ -310,15 +310,21 @@ def above_noise(context: CheckContext) -> CheckResult:
 
 
 def known_theta(context: CheckContext) -> CheckResult:
-    """Knowing theta can only help, a theorem: the mean over drawn thetas of the accuracy left is a floor for ours."""
-    rng = random.Random(f"known {context.run.audit.seed}")
-    count = FIXED_DRAWS if context.full else 8
-    rows = [accuracy_left(context, f"known {place}", known_draw(context, rng)) for place in range(count)]
-    known = torch.stack(rows).mean(dim=0)
-    secret = strongest(context.run, context.attacks(*GRADIENT_ATTACKS), context.index)
-    few = ", ".join(f"{states}: {points(float(among(context, states, rng).mean()))}" for states in FEW_STATES)
-    text = f"theta known {points(float(known.mean()))} ({count} thetas), secret {points(float(secret.mean()))}"
-    return judged(Effect.between(known, secret), f"{text}; one of so many states {few}")
+    """Knowing theta can only help, a theorem: the same attacks leave known thetas no more than the secret one."""
+    reading = read_secrecy(context.run)
+    if reading is None:
+        return CheckResult(None, "nothing is secret, or the shared attacks did not run")
+    right = right_at_first(context.run)
+    known, secret = reading.known[:, right], reading.secret[right]
+    above = Effect.between(known.mean(dim=0), secret)
+    scatter = float(known.mean(dim=1).std()) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+    above = replace(above, error=math.hypot(above.error, scatter))
+    text = f"theta known {points(mean_of(known))} ({len(known)} thetas), secret {points(mean_of(secret))}"
+    if context.full:
+        rng = random.Random(f"known {context.run.audit.seed}")
+        few = ", ".join(f"{states}: {points(float(among(context, states, rng).mean()))}" for states in FEW_STATES)
+        text += f"; one of so many states {few}"
+    return judged(above, text)
 
 
 def among(context: CheckContext, count: int, rng: random.Random) -> Tensor:

@@ -94,7 +94,7 @@ def figures_by_name(report: Report) -> dict[str, str]:
         "report": report.digest,
     }
     if has_figures(report):
-        for name, interval in intervals_of(report).items():
+        for name, interval in (intervals_of(report) | differences_of(report)).items():
             rows |= {name: f"{interval.value:.6f}", f"{name}_low": f"{interval.low:.6f}"}
             rows[f"{name}_high"] = f"{interval.high:.6f}"
     return rows
@@ -103,6 +103,11 @@ def figures_by_name(report: Report) -> dict[str, str]:
 def intervals_of(report: Report) -> dict[str, Interval]:
     ours = report.ours
     return {"clean": ours.clean.expected, "robust": ours.robust.expected, "ten_tries": ours.robust.tries["k10"]}
+
+
+def differences_of(report: Report) -> dict[str, Interval]:
+    """What the secret is worth, where it was measured."""
+    return {} if report.secrecy is None else {"secrecy": report.secrecy.difference}
 
 
 def to_sarif(report: Report) -> str:
@@ -174,6 +179,10 @@ def to_markdown(report: Report) -> str:
         lines += [
             f"| {name.replace('_', ' ')} | {percent(each.value)} | [{percent(each.low)}, {percent(each.high)}] |"
             for name, each in intervals_of(report).items()
+        ]
+        lines += [
+            f"| {name} (points) | {100 * each.value:+.1f} | [{100 * each.low:+.1f}, {100 * each.high:+.1f}] |"
+            for name, each in differences_of(report).items()
         ]
         lines.append("")
     flagged = [check for check in report.checks if check.outcome in LEVELS]

@@ -15,7 +15,22 @@ PAPER: Final = {"clean": "87.01", "robust": "67.7", "r2s": "57.6 to 64.7", "tick
 def document_section(report: Report, figures: str) -> str:
     """All that a document shows of a report. figures: the folder of its figures, seen from the document."""
     pictures = [f"![{title}]({figures}/{name})" for title, name in FIGURES.items()]
-    return "\n\n".join([systems_table(report), conditions(report), beside_the_paper(report), *pictures])
+    parts = [systems_table(report), secrecy_sentence(report), conditions(report), beside_the_paper(report)]
+    return "\n\n".join([*filter(None, parts), *pictures])
+
+
+def secrecy_sentence(report: Report) -> str:
+    """What a secret theta buys; empty where it was not measured."""
+    meter = report.secrecy
+    if meter is None:
+        return ""
+    text = f"A secret θ is worth **{points(meter.difference, sign='+')}** points of robust accuracy."
+    if meter.secret is None or meter.known is None:
+        return text
+    return (
+        f"{text} Secret: {points(meter.secret)} %. Known to the attacker: {points(meter.known)} %, the mean over "
+        f"{meter.thetas} drawn θ. Same law, images and attacks."
+    )
 
 
 def systems_table(report: Report) -> str:

@@ -128,9 +128,10 @@ class Comparison(Part):
 class Secrecy(Part):
     """What a secret theta is worth: robust accuracy with theta secret less with theta known."""
 
-    difference: Interval
+    difference: Interval = Field(description="with the scatter of the images and of the thetas")
     secret: Interval | None = None
-    known: Interval | None = None
+    known: Interval | None = Field(default=None, description="mean over drawn thetas, each known to its attacker")
+    thetas: int | None = None
     images: int | None = None
 
 

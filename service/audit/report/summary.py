@@ -40,6 +40,7 @@ from service.audit.report.model import (
     PerImage,
     ProfilePart,
     Report,
+    Secrecy,
     System,
     Ticket,
     Timings,
@@ -49,6 +50,7 @@ from service.audit.report.model import (
     Verdict,
     digest_of_report,
 )
+from service.audit.secrecy import read_secrecy
 from service.audit.stats import bootstrap, clopper_pearson, paired_difference
 
 TRIES: Final = (1, 10, 100)
@@ -98,6 +100,7 @@ def summarize(run: AuditRun, checks: Sequence[Mapping[str, Any]], seconds: float
         "tickets": ticket_rows(run),
         "transfer": transfer_part(run),
         "comparisons": comparisons(run),
+        "secrecy": secrecy_part(run),
         "universal": universal_part(run),
         "checks": rows,
         "per_image": per_image(run),
@@ -313,6 +316,20 @@ def comparisons(run: AuditRun) -> list[Comparison]:
         sentence = words(robust, randomness=other.name in (baselines.MEAN, baselines.COST))
         rows.append(Comparison(against=other.name, robust=interval(robust), clean=interval(clean), words=sentence))
     return rows
+
+
+def secrecy_part(run: AuditRun) -> Secrecy | None:
+    """None where nothing is secret, or where chosen attacks alone ran."""
+    reading = read_secrecy(run)
+    if reading is None:
+        return None
+    return Secrecy(
+        difference=interval(reading.difference),
+        secret=mean(reading.secret.numpy()),
+        known=interval(reading.known_accuracy),
+        thetas=len(reading.known),
+        images=len(reading.secret),
+    )
 
 
 def words(difference: stats.Interval, *, randomness: bool) -> str:

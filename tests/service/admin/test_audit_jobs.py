@@ -79,13 +79,26 @@ class Plane:
         labels = {"profile": "smoke", "norm": norm, "attack": attack, "epsilon": epsilon}
         return self.metrics.registry.get_sample_value("tombola_audit_accuracy", labels)
 
-    def finished(self, value: float, *, verdict: str = "valid", digest: str | None = None, **fields: Any) -> None:
+    def secrecy(self, bound: str) -> float | None:
+        labels = {"profile": "smoke", "norm": "linf", "bound": bound}
+        return self.metrics.registry.get_sample_value("tombola_audit_secrecy", labels)
+
+    def finished(
+        self,
+        value: float,
+        *,
+        verdict: str = "valid",
+        digest: str | None = None,
+        secrecy: dict[str, float] | None = None,
+        **fields: Any,
+    ) -> None:
         """A finished audit on disk, whose every attack left value."""
         job = self.jobs.store.get(self.submit(**fields))
         point = {"value": value, "low": value, "high": value, "epsilon": 8.0, "images": 128}
         report = json.loads(PUBLISHED.read_text("utf-8"))
         report |= {"verdict": verdict, "audit": {**report["audit"], "profile": "smoke", **fields}}
         report["systems"]["tombola"]["curve"] = [point]
+        report["secrecy"] = {"difference": dict(secrecy)} if secrecy else None
         report["attacks"] = [{**report["attacks"][-1], "system": "tombola", "name": "eot-risk", "epsilon": 8.0}]
         report["attacks"][0]["expected"] = point
         (self.jobs.store.folder / job.id / "report.json").write_text(json.dumps(report))
@@ -212,6 +225,21 @@ def test_only_whole_valid_audits_of_the_served_library_say_what_all_attacks_left
     plane.jobs.gauges.invalidate()
     plane.jobs.refresh()
     assert plane.figure("all") is None
+
+
+def test_what_the_secret_is_worth_is_a_gauge_and_stands_in_the_list(plane: Plane) -> None:
+    plane.finished(0.31)
+    plane.jobs.refresh()
+    assert plane.secrecy("value") is None  # not measured
+    plane.finished(0.31, secrecy={"value": 0.013, "low": 0.005, "high": 0.022})
+    plane.jobs.gauges.invalidate()
+    plane.jobs.refresh()
+    assert [plane.secrecy(bound) for bound in ("value", "low", "high")] == [0.013, 0.005, 0.022]
+    job = plane.jobs.store.all()[0]
+    plane.jobs.store.save(job.model_copy(update={"result": plane.jobs.result(job.id)}))
+    rows = plane.ask("GET", "/admin/audits").json()["audits"]
+    (row,) = [row for row in rows if row["id"] == job.id]
+    assert row["result"]["secrecy"] == {"value": 0.013, "low": 0.005, "high": 0.022}
 
 
 def test_a_finished_audit_shows_its_figures_in_the_list_and_in_other_formats(plane: Plane) -> None:

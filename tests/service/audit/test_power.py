@@ -1,6 +1,7 @@
 """What a check could have seen: limits by hand, power by simulation, and that too few images pass nothing."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def test_a_check_that_sees_nothing_on_too_few_images_has_no_power(tmp_path: Path
 
 def test_checks_attack_images_that_are_right_at_first(tmp_path: Path) -> None:
     run = run_on(undefended(), tmp_path, Audit("standard", images=120), 120)
-    run.data.labels[:5] = (run.data.labels[:5] + 1) % 10  # the first five become wrong
+    labels = run.data.labels.clone()
+    labels[:5] = (labels[:5] + 1) % 10  # the first five become wrong
+    run.data = replace(run.data, labels=labels)
     context = CheckContext(run)
     assert int(context.index.min()) >= 5
     assert context.count == int(right_at_first(run).sum()) < 120
