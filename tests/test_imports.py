@@ -43,6 +43,7 @@ LADDER: Final = (
     "files",
     "code_version",
     "quiet_imports",
+    "arithmetic",
     "labelled_images",
     "structures",
     "ticket",
