@@ -4,7 +4,7 @@
 #   docker build -t tombola:cuda .                                       the default wheels bring CUDA (several GB)
 #   docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -p 8000:8000 tombola:cpu
 #
-# Also: EXTRAS for optional dependencies ("tracing"), VERSION, COMMIT and CREATED for the labels,
+# Also: EXTRAS for optional dependencies ("grpc"; or "grpc tracing"), VERSION, COMMIT and CREATED for the labels,
 # PYTHON_IMAGE for a base pinned by digest.
 # tools/container/prove.py builds and runs this file without a container engine and checks what is promised here.
 ARG PYTHON_IMAGE=python:3.11-slim
@@ -15,7 +15,7 @@ RUN python -m venv /opt/tombola
 WORKDIR /src
 COPY pyproject.toml ./
 # torchvision reads training data; the image only serves.
-ARG EXTRAS=
+ARG EXTRAS=grpc
 RUN python -c 'import os, tomllib; told = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 extras = [told["optional-dependencies"][name] for name in os.environ.get("EXTRAS", "").split()]; \
 print(*told["dependencies"], *sum(extras, []), sep="\n")' \
@@ -73,7 +73,7 @@ ENV PATH=/opt/tombola/bin:$PATH PYTHONPATH=/opt/code PYTHONUNBUFFERED=1 PYTHONDO
 # A number, so that Kubernetes can see that it is not root.
 USER 10001:10001
 WORKDIR /tmp
-EXPOSE 8000
+EXPOSE 8000 8002
 STOPSIGNAL SIGTERM
 # http.client, since urllib and most tools would ask a proxy that the environment names.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \

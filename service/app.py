@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 import uvicorn
@@ -38,6 +38,9 @@ from service.web.auth import AdminAuthMiddleware, ApiKeyStore
 from service.web.http_protocol import HttpProtocol
 from service.web.inference import DataPlane
 from service.web.middleware import ConcurrencyLimitMiddleware, RequestMetricsMiddleware
+
+if TYPE_CHECKING:
+    from service.grpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +194,7 @@ class ServerProcess:
     public_url: str
     admin_url: str
     jobs: AuditQueue
+    grpc: "GrpcServer | None" = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
     delay: bool = True
@@ -248,9 +252,19 @@ def create_service(
     console = (console_files.router(), console_api.router(manager, settings, metrics, jobs))
     admin_app = create_admin_app(manager, settings, metrics, token, (*console, audits.router(jobs), *routers(manager)))
     planes = (create_server(public_app, settings, public_socket), create_server(admin_app, settings, admin_socket))
-    service = ServerProcess(settings, manager, keys, planes, url(public_socket), url(admin_socket), jobs)
+    grpc = create_grpc_server(public_app.state.protocol) if settings.grpc else None
+    service = ServerProcess(settings, manager, keys, planes, url(public_socket), url(admin_socket), jobs, grpc)
     manager.workers.on_broken = service.on_broken
     return service
+
+
+def create_grpc_server(protocol: open_inference.OpenInferenceApi) -> "GrpcServer":
+    """Binds its port. Raises SettingsRejected."""
+    try:
+        from service.grpc.server import GrpcServer
+    except ImportError as error:
+        raise SettingsRejected(f"TOMBOLA_GRPC: {error.name} is not installed; `pip install tombola[grpc]`") from None
+    return GrpcServer(protocol, protocol.data_plane.settings)
 
 
 Announce = Callable[[ServerProcess, LoadedLibrary], None]
@@ -265,6 +279,8 @@ async def serve(settings: Settings, announce: Announce, on_step: Callable[[str],
         loop.add_signal_handler(number, service.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, service.on_sighup)
     running = [asyncio.ensure_future(server.serve_forever()) for server in service.planes]
+    if service.grpc is not None:
+        await service.grpc.start()
     try:
         await wait_for_shutdown(service, announce)
     finally:
@@ -292,6 +308,8 @@ async def wait_for_shutdown(service: ServerProcess, announce: Announce) -> None:
 async def shut_down(service: ServerProcess, running: Sequence[Awaitable[None]]) -> None:
     await service.drain()
     await asyncio.to_thread(service.jobs.stop)
+    if service.grpc is not None:
+        await service.grpc.stop(0.0 if service.hurry.is_set() else service.settings.drain_timeout_s)
     for server, task in zip(service.planes, running, strict=True):
         server.should_exit = True
         await task

@@ -81,6 +81,8 @@ class ErrorMessage(StrEnum):
     )
     V2_OUTPUTS = "outputs must be a list of distinct outputs of this model, as its metadata names them."
     V2_CLASSIFICATION = "classification is a whole number of at least 1, on the output probabilities."
+    GRPC_MESSAGE = "Expected one message ModelInferRequest of the Open Inference Protocol."
+    GRPC_CONTENTS = "The input has either contents or one element of raw_input_contents, not both and not neither."
     NOT_OFFERED = "This server does not offer that extension."
     # access
     KEY_REQUIRED = "An API key is required: Authorization: Bearer <key>."

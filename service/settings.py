@@ -64,6 +64,15 @@ class Settings(BaseSettings):
 
     host: str = setting("127.0.0.1", "address", "Where the public plane listens", "Loopback: exposing it is a decision")
     port: int = setting(8000, "port", "Port of the public plane", "0 takes a free one and prints it", ge=0, le=65535)
+    grpc: bool = setting(
+        False,
+        "yes/no",
+        "Whether the Open Inference Protocol is also served over gRPC (extra `grpc`)",
+        "Off: one port less to expose",
+    )
+    grpc_port: int = setting(
+        8002, "port", "Port of gRPC, on the public plane's address", "0 takes a free one", ge=0, le=65535
+    )
     admin_host: str = setting(
         "127.0.0.1", "address", "Where the admin plane listens", "Anything but loopback needs a token of your own"
     )

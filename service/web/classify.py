@@ -141,8 +141,12 @@ def router(api: ClassifyApi) -> APIRouter:
 
 
 def install(app: FastAPI, data_plane: DataPlane) -> None:
-    """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it."""
+    """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it.
+
+    app.state.protocol: the Open Inference Protocol, for its gRPC form.
+    """
     api, protocol = ClassifyApi(data_plane), open_inference.OpenInferenceApi(data_plane)
+    app.state.protocol = protocol
     app.include_router(router(api))
     app.include_router(open_inference.router(protocol))
     model = {"model": open_inference.MODEL, "version": open_inference.VERSION}

@@ -138,10 +138,16 @@ class DataPlane:
     @asynccontextmanager
     async def open(self, request: Request) -> AsyncIterator[InferenceContext]:
         """Reads a request and admits it. On exit it is counted by its outcome, and its body's memory is released."""
+        with self.counting() as reservation:
+            yield await self.read(request, reservation)
+
+    @contextmanager
+    def counting(self) -> Iterator[BodyReservation]:
+        """Memory for a request's body, released on exit, when the request is counted by its outcome."""
         outcome = "error"
         reservation = BodyReservation(self.bodies)
         try:
-            yield await self.read(request, reservation)
+            yield reservation
             outcome = "ok"
         except ServiceError as error:
             outcome = error.outcome
@@ -157,14 +163,26 @@ class DataPlane:
         loop = asyncio.get_running_loop()
         arrived: float = request.scope.get(ARRIVAL_TIME, loop.time())
         headers = unique_headers(request.scope)
-        client = self.keys.client(request.scope, headers)
-        if b"idempotency-key" in headers:
-            raise BadRequest(ErrorMessage.IDEMPOTENCY)
+        client = self.identify(request.scope, headers)
         serving = self.serving()
         body = await self.bodies.read(request.receive, headers, reservation)
-        deadline = arrived + self.settings.deadline_s
-        serving.scheduler.check(1, client, deadline - loop.time())  # a refusal costs least before all the rest
-        return InferenceContext(headers, body, client, arrived, deadline, serving, request.receive)
+        context = InferenceContext(
+            headers, body, client, arrived, arrived + self.settings.deadline_s, serving, request.receive
+        )
+        self.admit(context)
+        return context
+
+    def identify(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
+        """Who asks. Raises Unauthorized, and BadRequest for what no answer can honour."""
+        client = self.keys.client(scope, headers)
+        if b"idempotency-key" in headers:
+            raise BadRequest(ErrorMessage.IDEMPOTENCY)
+        return client
+
+    def admit(self, context: InferenceContext) -> None:
+        """Once a request has been read: a refusal costs least before all the rest. Raises Overloaded, RateLimited."""
+        left_s = context.deadline - asyncio.get_running_loop().time()
+        context.serving.scheduler.check(1, context.client, left_s)
 
     async def classify(
         self, context: InferenceContext, images: Sequence[bytes] | Pixels, timeout_s: float | None = None

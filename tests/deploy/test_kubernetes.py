@@ -204,7 +204,8 @@ def test_the_inference_service_asks_for_what_the_runtime_offers() -> None:
     assert model["runtime"] == runtime()["metadata"]["name"]
     (offered,) = runtime()["spec"]["supportedModelFormats"]
     assert model["modelFormat"].items() <= offered.items()
-    assert [model["protocolVersion"]] == runtime()["spec"]["protocolVersions"]
+    assert runtime()["spec"]["protocolVersions"] == ["v2", "grpc-v2"]
+    assert model["protocolVersion"] in runtime()["spec"]["protocolVersions"]
     assert inference_service()["metadata"]["name"] == "tombola"
 
 

@@ -42,6 +42,8 @@ def announce(service: Any, serving: Any) -> None:
     print(f"engine   {engine.name} on {engine.device}, {engine.threads} threads; {engine.note}; ", end="")
     print(f"logits within {engine.difference:.0e} of torch's; warm in {engine.warm_up_s:.1f} s")
     print(f"public   {service.public_url}")
+    if service.grpc is not None:
+        print(f"grpc     {service.grpc.address}")
     print(f"admin    {service.admin_url}   token: {token_source(service.settings)}")
     proxied = getproxies().keys() - {"no"}  # curl would ask that proxy for this machine's loopback
     direct = "--noproxy '*' " if proxied else ""

@@ -31,7 +31,7 @@ from service.audit.evaluation.scoring import CERTAIN, failure, pointwise_worst
 from service.audit.profiles import FAR, refine
 from service.audit.secrecy import read_secrecy
 
-GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper", "mora")))
+GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))
 BLACK_BOX: Final = ("square", "square-queries")
 FEW_STATES: Final = (4, 16, 256)  # chance switched on again, step by step
 NEIGHBOURS: Final = 20
@@ -128,7 +128,8 @@ def sampled_attack(context: CheckContext, draws: int) -> Tensor:
 def known_draw(context: CheckContext, rng: random.Random) -> AttackTarget:
     """One theta, known."""
     members = tuple(context.run.candidates.members[index] for index in draw_theta(context.ours.policy, rng).members)
-    return AttackTarget(members, DrawSet.single(len(members), context.run.candidates.device))
+    draws = DrawSet(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), exhaustive=True)
+    return AttackTarget(members, draws.to(context.run.candidates.device))
 
 
 def iterative_below_single_step(context: CheckContext) -> CheckResult:
@@ -341,8 +342,7 @@ def accuracy_left(context: CheckContext, name: str, target: AttackTarget) -> Ten
     """float64 [n]: accuracy of a target under the attack that knows it, on its own draws."""
     result = context.attack(PROBE, name, target)
     pixels = quantize_to_uint8(result.images, context.pixels, context.threat().norm, context.threat().epsilon)
-    logits = logits_of(target.members, pixels, context.run.candidates.device)
-    return 1 - failure(logits, context.labels, target.draws).cpu()
+    return 1 - failure(logits_of(target.members, pixels, context.run.candidates.device), context.labels, target.draws)
 
 
 def baselines_present(context: CheckContext) -> CheckResult:
