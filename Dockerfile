@@ -77,7 +77,7 @@ EXPOSE 8000 8002
 STOPSIGNAL SIGTERM
 # http.client, since urllib and most tools would ask a proxy that the environment names.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('TOMBOLA_PORT', '8000')), timeout=2); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)"]
+    CMD ["python", "-c", "import http.client, os, sys; get = os.environ.get; host, port = get('TOMBOLA_HOST', '').strip('[]'), get('TOMBOLA_PORT', ''); c = http.client.HTTPConnection({'': '127.0.0.1', '0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), int(port) if port.isdigit() else 8000, timeout=2); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)"]
 # No shell in between: the server is process 1 and gets the signals.
 ENTRYPOINT ["python", "-m", "tombola"]
 CMD ["serve"]

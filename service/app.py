@@ -32,12 +32,24 @@ from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability import tracing
 from service.observability.logs import configure_logging
 from service.observability.metrics import Metrics, describe_build
-from service.settings import Settings, SettingsRejected, admin_token, ensure_state_dir, require_folders
+from service.settings import (
+    Settings,
+    SettingsRejected,
+    admin_token,
+    cors_origins,
+    ensure_state_dir,
+    require_folders,
+)
 from service.web import classify, open_inference
 from service.web.auth import AdminAuthMiddleware, ApiKeyStore
 from service.web.http_protocol import HttpProtocol
 from service.web.inference import DataPlane
-from service.web.middleware import ConcurrencyLimitMiddleware, RequestMetricsMiddleware
+from service.web.middleware import (
+    ConcurrencyLimitMiddleware,
+    CrossOriginMiddleware,
+    HeadMiddleware,
+    RequestMetricsMiddleware,
+)
 
 if TYPE_CHECKING:
     from service.grpc.server import GrpcServer
@@ -52,10 +64,12 @@ SWITCH_S: Final = 0.00005  # an engine thread that waits for the interpreter get
 
 
 def create_fastapi(**words: Any) -> FastAPI:
-    """Without pages that load scripts from elsewhere, and without telemetry but our own."""
-    return FastAPI(
+    """Without pages that load scripts from elsewhere, and without telemetry but our own; HEAD wherever GET is."""
+    app = FastAPI(
         docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=tracing.FASTAPI_TELEMETRY_OFF, **words
     )
+    app.add_middleware(HeadMiddleware)
+    return app
 
 
 def create_public_app(manager: LibraryManager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> FastAPI:
@@ -87,6 +101,8 @@ def add_common_middleware(
 ) -> FastAPI:
     """The middlewares that stand around everything else; the last one added is the outermost."""
     errors.install(app)
+    if plane == "public" and settings.cors_origins:
+        app.add_middleware(CrossOriginMiddleware, origins=cors_origins(settings))
     app.add_middleware(
         RequestMetricsMiddleware, manager=manager, metrics=metrics, plane=plane, log_all=settings.log_requests
     )
@@ -171,9 +187,12 @@ def create_server(app: FastAPI, settings: Settings, listener: socket.socket) -> 
 
 
 def bind(host: str, port: int, setting: str) -> socket.socket:
+    """Listens on an address, or on the first one of a name. `::` takes both families where the system can do that."""
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(cast("Any", address), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise SettingsRejected(f"TOMBOLA_{setting} {host}:{port}: cannot listen there ({error.strerror})") from None
 

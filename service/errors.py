@@ -34,6 +34,9 @@ class ErrorMessage(StrEnum):
     BODY_TOO_LARGE = "The body is larger than {limit} bytes, which is this server's limit."
     BODY_SLOW = "The body did not arrive within {limit} s."
     BODY_TYPE = "This content type is not read here; send the image itself, JSON, or application/octet-stream."
+    JSON_TYPE = (
+        "The body looks like JSON, and its content type is another; send the header Content-Type: application/json."
+    )
     BODY_PACKING = "Content-Encoding must be gzip, deflate or identity."
     BODY_INFLATE = "The body cannot be unpacked as its Content-Encoding says."
     BODY_NEITHER = "The body is neither a PNG, JPEG or WebP image nor JSON."
@@ -100,6 +103,7 @@ class ErrorMessage(StrEnum):
     # the rest
     NOT_FOUND = "No such path."
     METHOD = "This path does not accept that method."
+    CROSS_ORIGIN = "Pages of that origin may not send such a request; TOMBOLA_CORS_ORIGINS names those that may."
     BAD_REQUEST = "The request cannot be understood."
     LIBRARY_REFUSED = "The library was refused and the old one keeps serving; the server's log says why."
     SWAP_RUNNING = "A swap of the library is already running."
@@ -263,7 +267,9 @@ def where(error: BaseException) -> str:
 def answer(error: Exception) -> Response:
     """The only place where an exception becomes a status and a body."""
     known = as_service_error(error)
-    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}  # Allow, of a 405
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
     if known.retry_after is not None:
         headers["Retry-After"] = str(known.retry_after)
     if known.status == 401:

@@ -56,3 +56,8 @@ def build(kind: Callable[..., Client], timeout_s: float, proxy: str | None, opti
 def open_url(request: str | urllib.request.Request, timeout_s: float = 60) -> Any:
     """As urllib's urlopen, without a proxy. Raises URLError, HTTPError."""
     return DIRECT.open(request, timeout=timeout_s)
+
+
+def loopback_url(url: str) -> str:
+    """The URL as this machine reaches it, where the service listens on all addresses."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

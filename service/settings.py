@@ -32,6 +32,8 @@ TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random cha
 # Kubernetes sets these for every Service of the namespace whose name begins with "tombola". They are not for us.
 SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*)")
 SERVICE_PORT: Final = re.compile(rf"{PREFIX}(\w+_)?PORT")  # with a value such as tcp://10.0.0.1:8000
+ORIGIN: Final = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?")
+DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 # Variables of the commands that make libraries.
 OTHER_VARIABLES: Final = frozenset({CONFIG_VARIABLE, f"{PREFIX}CACHE", f"{PREFIX}CHECKPOINT_SECONDS"})
 # Names before 0.2.0 and what they became.
@@ -48,6 +50,9 @@ RENAMED: Final = {
 
 class SettingsRejected(TombolaError):
     """A setting that cannot be used: one line that names it, says what was found and what was expected."""
+
+
+TIME: Final[dict[str, float]] = {"gt": 0, "le": 3600}  # what the event loop's clock can surely count
 
 
 def setting(default: Any, unit: str, what: str, reason: str, **limits: Any) -> Any:
@@ -100,6 +105,13 @@ class Settings(BaseSettings):
         "addresses",
         "Proxies whose X-Forwarded-For is believed, separated by commas",
         "None: a client is the address of its connection",
+    )
+
+    cors_origins: str = setting(
+        "",
+        "origins",
+        "Web origins whose pages may use the public plane, separated by commas, such as https://app.example; or *",
+        "None: browsers keep pages of other origins out. Cookies are never asked for, so a key travels in a header",
     )
 
     library: Path | None = setting(None, "path", "Folder of the library to serve", "Unset: the embedded one")
@@ -181,38 +193,41 @@ class Settings(BaseSettings):
         le=4096,
     )
     rate_images_per_s: float = setting(
-        0.0, "images/s", "Images per second of one API key or address; beyond it 429", "0: no limit", ge=0
+        0.0, "images/s", "Images per second of one API key or address; beyond it 429", "0: no limit", ge=0, le=1e9
     )
     rate_burst_images: int = setting(
         512, "images", "Images that one client may send at once before the rate applies", "One full request", ge=1
     )
 
     deadline_s: float = setting(
-        10.0, "s", "Longest wait for an answer; a request may ask for less", "Then 504 and no more work", gt=0, le=3600
+        10.0, "s", "Longest wait for an answer; a request may ask for less", "Then 504 and no more work", **TIME
     )
     header_timeout_s: float = setting(
-        10.0, "s", "From connection to the end of the request's headers", "Ends slowloris connections", gt=0
+        10.0, "s", "From connection to the end of the request's headers", "Ends slowloris connections", **TIME
     )
-    body_timeout_s: float = setting(10.0, "s", "From headers to the end of the body", "Slow bodies hold memory", gt=0)
-    decode_timeout_s: float = setting(5.0, "s", "Decoding the images of a request", "Far above the honest cost", gt=0)
-    keep_alive_s: float = setting(5.0, "s", "An idle connection is kept this long", "Proxies should keep less", gt=0)
+    body_timeout_s: float = setting(10.0, "s", "From headers to the end of the body", "Slow bodies hold memory", **TIME)
+    decode_timeout_s: float = setting(5.0, "s", "Decoding the images of a request", "Far above the honest cost", **TIME)
+    keep_alive_s: float = setting(5.0, "s", "An idle connection is kept this long", "Proxies should keep less", **TIME)
     drain_delay_s: float = setting(
         5.0, "s", "After SIGTERM: not ready, yet answering", "Time for load balancers to notice", ge=0, le=3600
     )
-    drain_timeout_s: float = setting(30.0, "s", "Then: work in flight may take this long", "As Kubernetes' grace", gt=0)
+    drain_timeout_s: float = setting(
+        30.0, "s", "Then: work in flight may take this long", "As Kubernetes' grace", **TIME
+    )
     latency_quantum_ms: float = setting(
         0.0,
         "ms",
         "Answers leave on multiples of this after admission",
         "0: at once. Above, latency reveals less of theta's size",
         ge=0,
+        le=3_600_000,
     )
     engine_timeout_s: float = setting(
         10.0,
         "s",
         "One forward pass of one ticket; beyond it the engine counts as dead",
         "Far above any honest one",
-        gt=0,
+        **TIME,
     )
     engine_restarts: int = setting(
         3, "times", "Dead engines replaced before the process gives up", "Then exit 1: the platform restarts it", ge=0
@@ -235,7 +250,7 @@ class Settings(BaseSettings):
         1, "threads", "Threads of an audit", "It runs beside the service, at the lowest priority", ge=1, le=1024
     )
     audits_max_hours: float = setting(
-        12.0, "h", "Estimated length beyond which an audit is refused", "A night on two cores", gt=0
+        12.0, "h", "Estimated length beyond which an audit is refused", "A night on two cores", gt=0, le=8760
     )
     audits_max_upload_bytes: int = setting(
         256 << 20,
@@ -295,6 +310,16 @@ class Settings(BaseSettings):
             )
         if self.port and self.port == self.admin_port and self.host == self.admin_host:
             raise ValueError(f"TOMBOLA_PORT and TOMBOLA_ADMIN_PORT are both {self.port}; the planes need two ports")
+        if self.latency_quantum_ms > 1000 * self.deadline_s:
+            raise ValueError(
+                f"TOMBOLA_LATENCY_QUANTUM_MS {self.latency_quantum_ms:g}: above TOMBOLA_DEADLINE_S "
+                f"{self.deadline_s:g}, so that no answer would leave in time"
+            )
+        for name, host in (("HOST", self.host), ("ADMIN_HOST", self.admin_host)):
+            if not host.strip("[] "):
+                raise ValueError(f"TOMBOLA_{name}: empty; expected an address, such as 127.0.0.1 or ::")
+        check_proxies(self.trusted_proxies)
+        check_origins(self.cors_origins)
         if self.admin_token is not None and self.admin_token_file is not None:
             raise ValueError("TOMBOLA_ADMIN_TOKEN and TOMBOLA_ADMIN_TOKEN_FILE are both set; choose one")
         return self
@@ -464,6 +489,34 @@ def one_line(problem: Any) -> str:
     name = str(problem["loc"][0])
     shown = "" if name == "admin_token" else f", got {str(problem['input'])[:80]!r}"
     return f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): {text[0].lower()}{text[1:]}{shown}"
+
+
+def cors_origins(settings: Settings) -> list[str]:
+    return [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+
+
+def check_origins(text: str) -> None:
+    """Raises ValueError for an origin that no browser would ever send (RFC 6454, 6.2)."""
+    for origin in (part.strip() for part in text.split(",")):
+        found = ORIGIN.fullmatch(origin)
+        if origin in ("", "*") or (found and (found["port"] or "no") != DEFAULT_PORTS.get(found["scheme"])):
+            continue
+        raise ValueError(
+            f"TOMBOLA_CORS_ORIGINS {origin[:80]!r}: expected * or scheme://host or scheme://host:port, in lower case, "
+            "without a path and without the scheme's own port, as browsers send it"
+        )
+
+
+def check_proxies(text: str) -> None:
+    """Raises ValueError for what is no address: it would never be believed, and its clients would all be one."""
+    for proxy in (part.strip() for part in text.split(",")):
+        try:
+            if proxy not in ("", "*"):
+                ipaddress.ip_network(proxy)
+        except ValueError:
+            raise ValueError(
+                f"TOMBOLA_TRUSTED_PROXIES {proxy[:80]!r}: expected *, addresses or networks such as 10.0.0.0/8"
+            ) from None
 
 
 def is_loopback(host: str) -> bool:

@@ -23,6 +23,7 @@ from service.audit.labelled_data import GENERATED
 from service.audit.report.model import Report
 from service.engine.factory import resolve_device
 from service.observability.metrics import Metrics
+from service.outbound import loopback_url
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -231,8 +232,3 @@ def result_of(report: Report) -> Result:
 
 def absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve())
-
-
-def loopback_url(url: str) -> str:
-    """The URL as this machine reaches it, where the service listens on all addresses."""
-    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

@@ -4,11 +4,12 @@ Nothing here is reachable from the public plane, and AdminGate (service/web/auth
 """
 
 import asyncio
+import gzip
 import logging
 from typing import Any
 
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.exposition import gzip_accepted
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +18,7 @@ from model_store.errors import StoreError
 from model_store.library import Library
 from service.errors import Conflict, ErrorMessage, NotReady, ServiceError
 from service.observability.metrics import Metrics
-from service.web.inference import LibraryManagerProtocol, RawRoute, json_response
+from service.web.inference import LibraryManagerProtocol, RawRoute, json_response, without_refused
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,13 @@ class LibraryApi:
             raise NotReady
         return self.manager.current.library
 
-    async def show_metrics(self, _: Request) -> Response:
-        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+    async def show_metrics(self, request: Request) -> Response:
+        body, content_type = self.metrics.exposition(request.headers.get("accept", ""))
+        headers = {"content-type": content_type, "vary": "Accept, Accept-Encoding"}
+        if gzip_accepted(without_refused(request.headers.get("accept-encoding", ""))):
+            body = await asyncio.to_thread(gzip.compress, body, 1)
+            headers["content-encoding"] = "gzip"
+        return Response(body, headers=headers)
 
     async def live(self, _: Request) -> Response:
         return json_response({"live": True})

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import values as prometheus_values
-from prometheus_client.exposition import generate_latest
+from prometheus_client.exposition import choose_encoder, generate_latest
 
 PREFIX: Final = "tombola_"
 # Images whose draws are published together: scrapes before and after one request then show no theta.
@@ -261,6 +261,11 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The metrics in the format that an Accept header prefers, OpenMetrics or text, and their content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
 
 def describe_build(metrics: Metrics, version: str, commit: str, torch: str) -> None:

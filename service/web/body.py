@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 import zlib
 from collections.abc import Awaitable, Mapping
@@ -34,7 +35,12 @@ SINGLE_VALUE_HEADERS: Final = frozenset(
         b"x-api-key",
     )
 )
-WINDOW_BITS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's: gzip's header, or its own
+GZIP: Final = frozenset((b"gzip", b"x-gzip"))
+CODINGS: Final = GZIP | {b"deflate"}
+GZIP_BITS, ZLIB_BITS, RAW_BITS = 31, 15, -15  # zlib's `wbits`: gzip's header, zlib's own, none
+MAX_MEMBERS: Final = 4096  # of one gzip body: each costs a new decompressor, however little it holds
+PIECES: Final = (1024, 65536)  # bytes fed at once to a member, doubled from the first to the second
+BEGIN_OF_JSON: Final = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*[{\[]")  # after a byte order mark, perhaps
 JSON_ELEMENTS: Final = 1 << 18  # commas in one JSON text: a parsed number takes up to 16 times its text in memory
 Answer = TypeVar("Answer")
 
@@ -104,7 +110,7 @@ class BodyReader:
         coding = headers.get(b"content-encoding", b"identity").strip().lower()
         if coding in (b"", b"identity"):
             return body
-        if coding not in WINDOW_BITS:
+        if coding not in CODINGS:
             raise UnsupportedMediaType(ErrorMessage.BODY_PACKING)
         limit = self.settings.max_body_bytes
         room.take(limit)
@@ -137,22 +143,63 @@ class BodyReservation:
 
 
 def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
-    """What a body of Content-Encoding gzip or deflate holds, at most `limit` bytes. Raises BadRequest, TooLarge."""
-    machine = zlib.decompressobj(wbits=WINDOW_BITS[coding])
+    """What a body of Content-Encoding gzip or deflate holds, at most `limit` bytes. Raises BadRequest, ContentTooLarge.
+
+    gzip may have several members (RFC 1952, 2.2). deflate should have zlib's header, but some clients leave it out (RFC
+    9110, 8.4.1.2).
+    """
+    members, most = window_bits(body, coding), MAX_MEMBERS if coding in GZIP else 1
+    result, rest = bytearray(), memoryview(body)
     try:
-        result = machine.decompress(body, limit + 1)
+        for _ in range(most):
+            rest = inflate_member(rest, members, result, limit)
+            if not rest:
+                return bytes(result)
     except zlib.error:
-        raise BadRequest(ErrorMessage.BODY_INFLATE) from None
-    if len(result) > limit:
-        raise ContentTooLarge(limit=limit)
-    if not machine.eof or machine.unused_data:
-        raise BadRequest(ErrorMessage.BODY_INFLATE)
-    return result
+        pass
+    raise BadRequest(ErrorMessage.BODY_INFLATE)
+
+
+def window_bits(body: bytes, coding: bytes) -> int:
+    if coding in GZIP:
+        return GZIP_BITS
+    begins_as_zlib = body[:1] and body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
+    return ZLIB_BITS if begins_as_zlib else RAW_BITS
+
+
+def inflate_member(body: memoryview, bits: int, result: bytearray, limit: int) -> memoryview:
+    """Appends what one compressed stream holds to `result`; what follows it is returned. Raises zlib.error if the
+    stream is damaged or cut short, ContentTooLarge if the result exceeds `limit`."""
+    machine, at, piece = zlib.decompressobj(wbits=bits), 0, PIECES[0]
+    while not machine.eof:
+        if at >= len(body):
+            raise zlib.error("cut short")
+        result += machine.decompress(body[at : at + piece], limit + 1 - len(result))
+        if len(result) > limit:
+            raise ContentTooLarge(limit=limit)
+        at, piece = at + piece, min(2 * piece, PIECES[1])
+    return body[min(at, len(body)) - len(machine.unused_data) :]
 
 
 def media_type(headers: Mapping[bytes, bytes]) -> bytes:
     """The content type without its parameters, lower case; empty when there is none."""
     return headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+
+def is_unnamed(kind: bytes) -> bool:
+    """Whether a media type says nothing of the content: none, bytes of some kind, or what curl sends unless told."""
+    return kind in (b"", b"application/x-www-form-urlencoded", b"application/binary") or kind.endswith(
+        (b"/octet-stream", b"/x-octet-stream")
+    )
+
+
+def is_json(kind: bytes) -> bool:
+    """Whether a media type is one of JSON's (RFC 8259, RFC 6839; the others are older names of it)."""
+    return kind in (b"application/json", b"text/json", b"application/x-json") or kind.endswith(b"+json")
+
+
+def looks_like_json(body: bytes) -> bool:
+    return BEGIN_OF_JSON.match(body) is not None
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -170,11 +217,14 @@ DECODER: Final = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys, parse
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, no NaN, no key twice, no deep nesting. Raises BadRequest, TooLarge."""
+    """A JSON object: UTF-8, with or without a byte order mark, no NaN, no key twice, no deep nesting.
+
+    Raises BadRequest, ContentTooLarge.
+    """
     if text.count(b",") > JSON_ELEMENTS:
         raise ContentTooLarge(ErrorMessage.JSON_TOO_MANY, limit=JSON_ELEMENTS)
     try:
-        result = DECODER.decode(text.decode("utf-8"))
+        result = DECODER.decode(text.decode("utf-8-sig"))
     except (
         ValueError,
         RecursionError,

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from model_store.library import Library
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, NotReady, UnsupportedMediaType
 from service.web import open_inference
-from service.web.body import media_type, parse_json, whole_number
+from service.web.body import is_json, is_unnamed, looks_like_json, media_type, parse_json, whole_number
 from service.web.decoder import sniff
 from service.web.infer_request import from_base64
 from service.web.inference import (
@@ -26,7 +26,6 @@ from service.web.inference import (
 
 PATH: Final = "/v1/classify"
 TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
-NOT_NAMED: Final = (b"", b"application/octet-stream", b"application/x-www-form-urlencoded")  # curl's defaults
 Json = dict[str, Any]
 CLASSIFY: Final[Json] = {
     "summary": "Classify one image (the body), or several (JSON, base64)",
@@ -107,14 +106,14 @@ def timeout_of(headers: Mapping[bytes, bytes], longest_s: float) -> float | None
 
 
 def parse_body(context: InferenceContext) -> list[bytes]:
-    """The encoded images of a body: the body itself, or the base64 strings of its JSON. The bytes decide which; a
-    content type that promises neither is refused before the body is looked at."""
+    """The encoded images of a body: the body itself, or the base64 strings of its JSON. The bytes decide which, unless
+    the content type promises neither."""
     kind = media_type(context.headers)
-    if kind not in NOT_NAMED and kind != b"application/json" and not kind.startswith(b"image/"):
-        raise UnsupportedMediaType(ErrorMessage.BODY_TYPE)
+    if not is_unnamed(kind) and not is_json(kind) and not kind.startswith(b"image/"):
+        raise UnsupportedMediaType(ErrorMessage.JSON_TYPE if looks_like_json(context.body) else ErrorMessage.BODY_TYPE)
     if not context.body:
         raise BadRequest(ErrorMessage.EMPTY_BODY)
-    if kind == b"application/json" or (kind in NOT_NAMED and context.body.lstrip()[:1] == b"{"):
+    if is_json(kind) or (is_unnamed(kind) and looks_like_json(context.body)):
         return parse_json_images(parse_json(context.body))
     if sniff(context.body) is None:
         raise UnsupportedMediaType(

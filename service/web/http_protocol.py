@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 HEAD_BYTES: Final = 65536  # request line and headers together; nginx passes on at most half of that
 RAW_BYTES: Final = 16 * HEAD_BYTES  # of segments without any progress; one segment has at most a quarter of that
 LINGER_S: Final = 1.0  # a refused connection is read and thrown away this long, so that the client can read why
+MAPPED: Final = "::ffff:"
 VERSIONS: Final = frozenset(("1.0", "1.1"))
 ONCE: Final = frozenset((b"host", b"content-length", b"transfer-encoding"))  # RFC 9112 3.2, 6.3: at most one each
 OBEYED: Final = ONCE | {b"connection", b"expect", b"proxy-connection", b"upgrade"}  # by llhttp in trailers, too
@@ -99,6 +100,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast("asyncio.Transport", WriteCoalescingTransport(transport, self.loop)))
+        if self.client is not None:
+            self.client = (unmapped(self.client[0]), self.client[1])
         self.start_timer(self.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:
@@ -255,6 +258,12 @@ class HttpProtocol(HttpToolsProtocol):
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+def unmapped(address: str) -> str:
+    """An IPv4 client's own address, which a socket of both families shows as ::ffff:192.0.2.1 (RFC 4291, 2.5.5.2)."""
+    own = address.removeprefix(MAPPED)
+    return own if own is not address and "." in own else address
 
 
 def hang_up(cycle: RequestResponseCycle) -> None:

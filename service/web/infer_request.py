@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
@@ -25,6 +26,9 @@ HEADER_LENGTH: Final = b"inference-header-content-length"
 MAX_ID: Final = 256
 MAX_PARAMETERS: Final = 64
 ITEM_BYTES: Final = {"UINT8": 1, "FP32": 4}
+BASE64_STARTS: Final = (b"ivbo", b"/9j/", b"_9j_", b"uklg", b"data:")  # of PNG, JPEG and WebP, in lower case
+URL_SAFE_AS_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
+SPACES: Final = b" \t\r\n"
 INPUT_KEYS: Final = frozenset(("name", "shape", "datatype", "parameters", "data"))
 Json = dict[str, Any]
 
@@ -199,16 +203,34 @@ def split_elements(data: memoryview, count: int) -> list[bytes]:
 
 def as_file(element: bytes) -> bytes:
     """Some clients send the base64 of their JSON as a binary element; no image begins with such characters."""
-    if sniff(element) is None and element[:4] in (b"iVBO", b"/9j/", b"UklG"):
+    if sniff(element) is None and element[:64].lstrip()[:5].lower().startswith(BASE64_STARTS):
         return from_base64(element)
     return element
 
 
 def from_base64(text: str | bytes) -> bytes:
+    """What base64 holds: of either alphabet (RFC 4648), in lines or in one, padded or not, or as a data URL (RFC 2397).
+
+    Raises BadRequest.
+    """
     try:
-        return base64.b64decode(text, validate=True)
+        data = text.encode("ascii") if isinstance(text, str) else text
+        data = data.translate(URL_SAFE_AS_STANDARD, SPACES)
+        if data[:5].lower() == b"data:":
+            data = data_of_url(data)
+        if not data.endswith(b"="):
+            data += b"=" * (-len(data) % 4)
+        return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
         raise BadRequest(ErrorMessage.BASE64) from None
+
+
+def data_of_url(url: bytes) -> bytes:
+    """The base64 of a data URL. Raises ValueError if it is encoded otherwise."""
+    head, comma, data = url.partition(b",")
+    if not comma or not head.lower().endswith(b";base64"):
+        raise ValueError("no base64")
+    return unquote_to_bytes(data).translate(URL_SAFE_AS_STANDARD, SPACES) if b"%" in data else data
 
 
 def read_pixels(tensor: Json, source: Any, model: ModelSpec) -> Pixels:

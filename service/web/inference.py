@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -30,6 +31,7 @@ ARRIVAL_TIME: Final = (
     "tombola.arrived"  # where the scope may hold when the event loop had read its headers, on the loop's clock
 )
 DIGITS: Final = 2  # of a rounded probability
+ZERO_WEIGHT: Final = re.compile(r"[qQ]\s*=\s*0(\.0{0,3})?")
 Probabilities = NDArray[np.float32]
 
 
@@ -103,6 +105,12 @@ ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 def json_response(content: Any, status: int = 200) -> Response:
     return Response(ENCODER.encode(content), status, media_type="application/json")
+
+
+def without_refused(header: str) -> str:
+    """The codings that an Accept-Encoding header names with a weight above 0 (RFC 9110, 12.4.2), without weights."""
+    items = (item.partition(";") for item in header.split(","))
+    return ",".join(name.strip() for name, _, weight in items if not ZERO_WEIGHT.fullmatch(weight.strip()))
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,33 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from typing import Final
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import REQUEST_ID, Overloaded
+from service import errors
+from service.errors import REQUEST_ID, BadRequest, ErrorMessage, Overloaded
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-UNMATCHED = "unmatched"
-CLOSE = (b"connection", b"close")
+UNMATCHED: Final = "unmatched"
+CLOSE: Final = (b"connection", b"close")
+CORS_METHODS: Final = ("GET", "HEAD", "POST")
+CORS_REQUEST_HEADERS: Final = (
+    "Authorization",
+    "Content-Encoding",
+    "Inference-Header-Content-Length",
+    "Tombola-Timeout-Ms",
+    "Traceparent",
+    "X-Api-Key",
+)
+CORS_RESPONSE_HEADERS: Final = ("Inference-Header-Content-Length", "Retry-After", "X-Request-Id")
 
 
 class RequestMetricsMiddleware:
@@ -85,3 +101,55 @@ class ConcurrencyLimitMiddleware:
     def add(self, change: int) -> None:
         self.inside += change
         self.metrics.set("http_requests_in_flight", self.inside)
+
+
+class HeadMiddleware:
+    """The innermost middleware: HEAD is answered as GET without the body, on every route (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        ended = False
+
+        async def reply(message: Message) -> None:
+            nonlocal ended
+            if message["type"] == "http.response.start":
+                scope["route"] = as_get.get("route")
+                await send(message)
+            elif not ended:
+                ended = True
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def read() -> Message:
+            return {"type": "http.disconnect"} if ended else await receive()  # a stream ends with its first piece
+
+        await self.app(as_get, read, reply)
+
+
+class CrossOriginMiddleware(CORSMiddleware):
+    """Around the error middleware: pages of other origins may use the public plane, without cookies."""
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=CORS_REQUEST_HEADERS,
+            allow_credentials=False,
+            expose_headers=CORS_RESPONSE_HEADERS,
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        checked = super().preflight_response(request_headers)
+        vary = {"vary": checked.headers["vary"]}
+        if checked.status_code != 200:
+            refused = errors.answer(BadRequest(ErrorMessage.CROSS_ORIGIN))
+            refused.headers.update(vary)
+            return refused
+        allowed = {name: value for name, value in checked.headers.items() if name.startswith("access-control-")}
+        return Response(status_code=204, headers=allowed | vary)

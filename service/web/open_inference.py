@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import ErrorMessage, NotFound, NotImplementedByServer, NotReady, UnsupportedMediaType
-from service.web.body import media_type
+from service.web.body import is_json, is_unnamed, looks_like_json, media_type
 from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference
 from service.web.inference import (
     ENCODER,
@@ -31,6 +31,7 @@ from service.web.inference import (
     apply_output_detail,
     json_response,
     rank_classes,
+    without_refused,
 )
 
 MODEL: Final = "tombola"
@@ -38,7 +39,6 @@ VERSION: Final = "1"
 PREFIXES: Final = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 INFER_PATHS: Final = tuple(f"{prefix}/infer" for prefix in PREFIXES)
 EXTENSIONS: Final = ["binary_tensor_data", "classification", "model_configuration", "parameters", "statistics"]
-TYPES: Final = (b"", b"application/json", b"application/octet-stream", b"application/x-www-form-urlencoded")
 WORTH_PACKING: Final = 1024  # bytes; below it packing costs more than it saves
 DATATYPES: Final = {"probabilities": "FP32", "index": "INT64", "label": "BYTES"}
 Json = dict[str, Any]
@@ -203,8 +203,10 @@ class OpenInferenceApi:
     async def answer(self, context: InferenceContext) -> Response:
         library = context.serving.library
         kind = media_type(context.headers)
-        if kind not in TYPES and not kind.startswith(b"image/"):
-            raise UnsupportedMediaType(ErrorMessage.V2_TYPE)
+        if not is_unnamed(kind) and not is_json(kind) and not kind.startswith(b"image/"):
+            raise UnsupportedMediaType(
+                ErrorMessage.JSON_TYPE if looks_like_json(context.body) else ErrorMessage.V2_TYPE
+            )
         model = ModelSpec(self.outputs, len(library.classes), self.data_plane.settings.max_images, library.input)
         inference = read_inference(context.body, context.headers, model)
         probabilities = await self.data_plane.classify(context, inference.images, inference.timeout_s)
@@ -301,11 +303,8 @@ def compress(response: Response, headers: Mapping[bytes, bytes]) -> Response:
 
 def negotiate_encoding(header: bytes) -> str | None:
     """gzip or deflate, whichever the header names first with a weight above 0."""
-    for item in header.decode("latin-1").lower().replace(" ", "").split(","):
-        coding, _, weight = item.partition(";q=")
-        if coding in ("gzip", "deflate") and weight not in ("0", "0.0", "0.00", "0.000"):
-            return coding
-    return None
+    codings = without_refused(header.decode("latin-1").lower()).split(",")
+    return next((coding for coding in codings if coding in ("gzip", "deflate")), None)
 
 
 async def not_offered(_: Request) -> Response:

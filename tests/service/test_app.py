@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import http.client
 import io
 import json
 import logging
@@ -11,14 +12,16 @@ import socket
 import sys
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.types import Receive, Scope, Send
 
 from model_store.errors import LibraryRejected, StoreError
 from model_store.library import Library
@@ -31,9 +34,11 @@ from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
+from service.outbound import loopback_url
 from service.settings import Settings, SettingsRejected
 from service.web.auth import ApiKeyStore
 from service.web.http_protocol import WriteCoalescingTransport
+from tests.support.planes import behind_a_port
 from tests.support.serving import TOKEN, tiny_library, until
 from tombola.cli import main
 from tombola.sample_image import draw_sample
@@ -360,6 +365,45 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsRejected, match=rf"TOMBOLA_PORT 127\.0\.0\.1:{port}: cannot listen there"):
             apps.bind("127.0.0.1", port, "PORT")
+
+
+NEEDS_IPV6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6 beside IPv4")
+
+
+def get(address: str, port: int) -> tuple[int, bytes]:
+    with closing(http.client.HTTPConnection(address, port, timeout=30)) as connection:
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+async def who_asks(scope: Scope, _: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": scope["client"][0].encode()})
+
+
+@NEEDS_IPV6
+@pytest.mark.parametrize("host", ["::", "[::]", "0:0:0:0:0:0:0:0"])
+def test_a_port_of_all_addresses_takes_both_families_and_an_ipv4_client_keeps_its_address(host: str) -> None:
+    """Limits, logs and trusted proxies go by that address: ::ffff:127.0.0.1 would be somebody else."""
+    listener = apps.bind(host, 0, "PORT")
+    port = listener.getsockname()[1]
+    assert loopback_url(apps.url(listener)) == f"http://[::1]:{port}"
+    with behind_a_port(cast("Any", who_asks), listener):
+        assert get("127.0.0.1", port) == (200, b"127.0.0.1")
+        assert get("::1", port) == (200, b"::1")
+
+
+@NEEDS_IPV6
+@pytest.mark.parametrize(("host", "other"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1"), ("0.0.0.0", "::1")])
+def test_a_port_of_one_family_takes_no_other(host: str, other: str) -> None:
+    with apps.bind(host, 0, "PORT") as listener, pytest.raises(OSError, match="refused"):
+        socket.create_connection((other, listener.getsockname()[1]), timeout=30).close()
+
+
+def test_a_name_that_leads_nowhere_is_said_in_one_line() -> None:
+    with pytest.raises(SettingsRejected, match=r"TOMBOLA_PORT nowhere\.invalid:0: cannot listen there \("):
+        apps.bind("nowhere.invalid", 0, "PORT")
 
 
 def test_check_measures_a_library(tiny: Library, state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,12 +186,31 @@ def test_a_misspelt_variable_is_refused_and_the_right_one_named(monkeypatch: pyt
         ({"max_body_bytes": str(1 << 30)}, r"TOMBOLA_BODY_MEMORY_BYTES .* below"),
         ({"port": "9000", "admin_port": "9000"}, "two ports"),
         ({"admin_token": "x" * 16, "admin_token_file": "token"}, "both set"),
+        ({"host": ""}, "TOMBOLA_HOST: empty; expected an address"),
+        ({"admin_host": "[]"}, "TOMBOLA_ADMIN_HOST: empty; expected an address"),
+        ({"trusted_proxies": "10.0.0.1, proxy"}, "TOMBOLA_TRUSTED_PROXIES 'proxy': expected"),
+        ({"trusted_proxies": "10.0.0.1/8"}, "TOMBOLA_TRUSTED_PROXIES '10.0.0.1/8': expected"),
+        ({"latency_quantum_ms": "10001"}, "TOMBOLA_LATENCY_QUANTUM_MS 10001: above TOMBOLA_DEADLINE_S 10"),
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_line(given: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsRejected, match=said) as refused:
         read_settings(given)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400", "1e12"])
+def test_no_limit_is_taken_that_no_clock_could_keep(value: str) -> None:
+    names = [name for name, field in Settings.model_fields.items() if field.annotation is float]
+    assert len(names) >= 10
+    for name in names:
+        with pytest.raises(SettingsRejected, match=f"TOMBOLA_{name.upper()} "):
+            read_settings({name: value})
+
+
+def test_proxies_are_addresses_networks_or_all() -> None:
+    for proxies in ("", "*", "127.0.0.1", "::1, 10.0.0.0/8,fd00::/8"):
+        assert read_settings({"trusted_proxies": proxies}).trusted_proxies == proxies
 
 
 def test_the_token_is_masked_wherever_settings_are_shown() -> None:

@@ -165,9 +165,9 @@ def matches(text: str, said: str) -> bool:
 
 
 @contextmanager
-def behind_a_port(app: FastAPI, **knobs: Any) -> Iterator[str]:
-    """The app in a real server on a free port, in a thread; gives host:port."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def behind_a_port(app: FastAPI, listener: socket.socket | None = None, **knobs: Any) -> Iterator[str]:
+    """The app in a real server on a free port, or on the given one, in a thread; gives host:port."""
+    listener = listener or socket.create_server(("127.0.0.1", 0))
     server = create_server(app, Settings(**knobs), listener)
 
     def serve() -> None:

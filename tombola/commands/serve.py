@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 def announce(service: Any, serving: Any) -> None:
     """Prints what a person wants to know once the server is ready, and a line to paste."""
     from model_store.policy import states
+    from service.outbound import loopback_url
     from tombola.sample_image import draw_sample
 
     picture = service.settings.state_dir.resolve() / "sample.png"
@@ -49,7 +50,7 @@ def announce(service: Any, serving: Any) -> None:
     direct = "--noproxy '*' " if proxied else ""
     try:
         write_atomically(picture, draw_sample())
-        print(f"try      curl {direct}{key}--data-binary @{picture} {service.public_url}/v1/classify")
+        print(f"try      curl {direct}{key}--data-binary @{picture} {loopback_url(service.public_url)}/v1/classify")
     except OSError as error:  # no reason for a server that is ready to end
         print(f"try      no sample picture: {os_error_text(error)}")
     print(f"Ready: every image gets one of {states(library.policy):,} ensembles.", flush=True)

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from prometheus_client import parser as text
+from prometheus_client.openmetrics import parser as openmetrics
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library
@@ -23,6 +25,44 @@ PATHS: Final = (
     ("GET", "/admin/policy"),
     ("GET", "/admin/audits"),
 )
+
+
+class TestMetrics:
+    OPEN: Final = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+
+    def test_a_scraper_gets_openmetrics_and_everybody_else_text(self) -> None:
+        app = admin_app()
+        for accept, kind, parse in (
+            (self.OPEN, "application/openmetrics-text; version=1.0.0", openmetrics.text_string_to_metric_families),
+            ("*/*", "text/plain; version=", text.text_string_to_metric_families),
+            ("text/html", "text/plain; version=", text.text_string_to_metric_families),
+            ("text/plain;version=0.0.4", "text/plain; version=0.0.4", text.text_string_to_metric_families),
+        ):
+            response = ask(app, "GET", "/metrics", headers={"accept": accept, "accept-encoding": "identity"})
+            assert response.headers["content-type"].startswith(kind)
+            assert set(response.headers["vary"].split(", ")) == {"Accept", "Accept-Encoding"}
+            families = {family.name for family in parse(response.text)}
+            assert {"tombola_ready", "tombola_http_request_duration_seconds", "process_cpu_seconds"} <= families
+            assert response.text.endswith("# EOF\n") == (accept == self.OPEN)
+
+    @pytest.mark.parametrize(
+        ("accepted", "coding"),
+        [
+            ("gzip", "gzip"),
+            ("deflate, GZIP;q=0.5", "gzip"),
+            ("br, gzip ; q=1.0", "gzip"),
+            ("identity", None),
+            ("", None),
+            ("gzip;q=0", None),
+            ("gzip; q=0.000, deflate", None),
+        ],
+    )
+    def test_the_metrics_are_compressed_for_whom_that_suits(self, accepted: str, coding: str | None) -> None:
+        response = ask(admin_app(), "GET", "/metrics", headers={"accept-encoding": accepted})
+        assert response.headers.get("content-encoding") == coding
+        assert "tombola_ready" in response.text  # unpacked by the client
+        length = int(response.headers["content-length"])
+        assert length < len(response.content) if coding else length == len(response.content)
 
 
 class TestTheGate:

@@ -6,17 +6,28 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from model_store.input_spec import CIFAR10_INPUT
-from service.errors import DeadlineExceeded, Draining, EngineFailed, ErrorMessage, Overloaded, RateLimited, ServiceError
+from service.errors import (
+    ContentTooLarge,
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    ErrorMessage,
+    Overloaded,
+    RateLimited,
+    ServiceError,
+)
 from service.observability.metrics import Metrics
+from service.web.body import inflate
 from service.web.inference import ARRIVAL_TIME
 from tests.support.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
 from tests.support.tickets import CLASSES
@@ -28,6 +39,21 @@ def base64_json(*files: bytes) -> dict[str, Any]:
     return {"images": [base64.b64encode(file).decode() for file in files]}
 
 
+BASE64_FORMS: Final[dict[str, Callable[[bytes], str]]] = {
+    "lines of 76": lambda file: base64.encodebytes(file).decode(),
+    "lines of Windows": lambda file: base64.encodebytes(file).decode().replace("\n", "\r\n"),
+    "other alphabet": lambda file: base64.urlsafe_b64encode(file).decode(),
+    "no padding": lambda file: base64.b64encode(file).decode().rstrip("="),
+    "a token": lambda file: base64.urlsafe_b64encode(file).decode().rstrip("="),
+    "data URL": lambda file: "data:image/png;base64," + base64.b64encode(file).decode(),
+    "data URL without a type": lambda file: "data:;base64," + base64.b64encode(file).decode(),
+    "data URL with parameters": lambda file: (
+        "DATA:image/png;name=a%20b;Base64,\n" + base64.encodebytes(file).decode().rstrip("=\n")
+    ),
+    "data URL in percents": lambda file: "data:image/webp;base64," + quote(base64.b64encode(file).decode(), safe=""),
+}
+
+
 def classify(content: bytes = b"", **request: Any) -> httpx.Response:
     return ask(public_app(), "POST", PATH, content=content or png(110), **request)
 
@@ -36,7 +62,17 @@ class TestAnswers:
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
     @pytest.mark.parametrize(
         "content_type",
-        [None, "image/png", "image/whatever", "application/octet-stream", "application/x-www-form-urlencoded"],
+        [
+            None,
+            "image/png",
+            "image/whatever",
+            "application/octet-stream",
+            "binary/octet-stream",
+            "application/x-octet-stream",
+            "Application/Octet-Stream; charset=binary",
+            "application/binary",
+            "application/x-www-form-urlencoded",
+        ],
     )
     def test_the_bytes_decide_what_an_image_is(self, kind: str, content_type: str | None) -> None:
         headers = {} if content_type is None else {"content-type": content_type}
@@ -61,10 +97,27 @@ class TestAnswers:
 
     def test_json_of_several_images_in_order(self) -> None:
         reds = [235, 10, 60]
-        for headers in ({}, {"content-type": "application/json; charset=utf-8"}):
+        kinds = ("application/json; charset=utf-8", "text/json", "application/vnd.example+json", "binary/octet-stream")
+        for headers in ({}, *({"content-type": kind} for kind in kinds)):
             body = json.dumps(base64_json(*map(png, reds))).encode()
             found = classify(body, headers=headers).json()["predictions"]
             assert [prediction["index"] for prediction in found] == [9, 0, 2]
+
+    @pytest.mark.parametrize("content_type", [None, "application/json"])
+    @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n", b"\n "])
+    def test_json_may_begin_with_a_byte_order_mark(self, start: bytes, content_type: str | None) -> None:
+        headers = {} if content_type is None else {"content-type": content_type}
+        found = classify(start + json.dumps(base64_json(png(110))).encode(), headers=headers)
+        assert found.json()["predictions"][0]["index"] == 4
+
+    @pytest.mark.parametrize("form", BASE64_FORMS)
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+    def test_base64_in_its_usual_forms(self, kind: str, form: str) -> None:
+        for size in (30, 31, 32):  # so that every number of padding characters occurs
+            text = BASE64_FORMS[form](encoded(picture(110, (size, size)), kind))
+            found = classify(json.dumps({"images": [text]}).encode())
+            assert found.status_code == 200, found.text
+            assert found.json()["predictions"][0]["index"] == 4
 
     def test_every_request_has_an_id_of_its_own_whatever_the_client_sends(self) -> None:
         ids = {classify(headers={"x-request-id": "mine"}).headers["x-request-id"] for _ in range(20)}
@@ -139,11 +192,23 @@ class TestRefusals:
             (b'{"images": [1]}', None, 400, ErrorMessage.JSON_IMAGES),
             (b'{"images": ["aaaa"], "seed": 1}', None, 400, ErrorMessage.JSON_IMAGES),
             (b'{"images": ["a*a="]}', None, 400, ErrorMessage.BASE64),
+            (b'{"images": ["aaaaa"]}', None, 400, ErrorMessage.BASE64),
+            (b'{"images": ["aa==aa=="]}', None, 400, ErrorMessage.BASE64),
+            (b'{"images": ["data:image/png,aaaa"]}', None, 400, ErrorMessage.BASE64),
+            (b'{"images": ["data:image/png;base64,%00aaa"]}', None, 400, ErrorMessage.BASE64),
+            (b'{"images": ["data:image/png;base64"]}', None, 400, ErrorMessage.BASE64),
+            (b'{"images": ["data:image/png;base64,"]}', None, 400, ErrorMessage.IMAGE_EMPTY),
             ('{"images": ["aaaé"]}'.encode(), None, 400, ErrorMessage.BASE64),
             (b'{"images": [""]}', None, 400, ErrorMessage.IMAGE_EMPTY),
             (b'{"images": ["aGVsbG8="]}', None, 415, ErrorMessage.IMAGE_FORMAT),
             (png(), "text/plain", 415, ErrorMessage.BODY_TYPE),
             (png(), "multipart/form-data; boundary=x", 415, ErrorMessage.BODY_TYPE),
+            (b"hello", "text/plain", 415, ErrorMessage.BODY_TYPE),
+            (b'{"images": ["aaaa"]}', "text/plain", 415, ErrorMessage.JSON_TYPE),
+            (b'\xef\xbb\xbf {"images": ["aaaa"]}', "text/plain; charset=utf-8", 415, ErrorMessage.JSON_TYPE),
+            (b'\r\n[{"b64": "aaaa"}]', "text/html", 415, ErrorMessage.JSON_TYPE),
+            (b"[1]", None, 400, ErrorMessage.JSON_OBJECT),
+            (b'\xff\xfe{\0"\0', "application/json", 400, ErrorMessage.JSON_MALFORMED),
         ],
     )
     def test_wrong_content(self, content: bytes, content_type: str | None, status: int, text: ErrorMessage) -> None:
@@ -288,6 +353,34 @@ class TestPacking:
     def test_packed_bodies(self, coding: str, pack: Any) -> None:
         assert classify(pack(png(110)), headers={"content-encoding": coding}).json()["predictions"][0]["index"] == 4
 
+    @pytest.mark.parametrize("pieces", [2, 7, 60])
+    def test_gzip_of_several_members_is_one_body(self, pieces: int) -> None:
+        """RFC 1952, 2.2. Empty members, and members with names of files, are members too."""
+        file = png(110)
+        cuts = [file[place : place + len(file) // pieces + 1] for place in range(0, len(file), len(file) // pieces + 1)]
+        packed = gzip.compress(b"") + b"".join(gzip.compress(cut) for cut in cuts) + gzip.compress(b"")
+        found = classify(packed, headers={"content-encoding": "gzip"})
+        assert found.json()["predictions"][0]["index"] == 4
+
+    def test_members_share_one_limit(self) -> None:
+        body = gzip.compress(bytes(600)) + gzip.compress(bytes(600))
+        app = public_app(max_body_bytes=1024)
+        response = ask(app, "POST", PATH, content=body, headers={"content-encoding": "gzip"})
+        refused(response, 413, ErrorMessage.BODY_TOO_LARGE)
+        for sizes in ([1 << 16] * 64, [100_000, 1, 3_000_000, 0]):
+            members = [bytes([number % 256]) * size for number, size in enumerate(sizes)]
+            packed = b"".join(map(gzip.compress, members))
+            assert inflate(packed, b"gzip", sum(sizes)) == b"".join(members)
+            with pytest.raises(ContentTooLarge):
+                inflate(packed, b"gzip", sum(sizes) - 1)
+
+    def test_deflate_is_read_without_zlib_s_header_too(self) -> None:
+        packer = zlib.compressobj(wbits=-15)
+        packed = packer.compress(png(110)) + packer.flush()
+        assert classify(packed, headers={"content-encoding": "deflate"}).json()["predictions"][0]["index"] == 4
+        for damaged in (packed[:-3], packed + b"x", packed + packed):
+            refused(classify(damaged, headers={"content-encoding": "deflate"}), 400, ErrorMessage.BODY_INFLATE)
+
     def test_identity_is_no_packing(self) -> None:
         assert classify(headers={"content-encoding": "identity"}).status_code == 200
 
@@ -301,9 +394,11 @@ class TestPacking:
             b"no gzip",
             gzip.compress(png())[:-5],
             gzip.compress(png()) + b"more",
-            gzip.compress(b"a") + gzip.compress(b"b"),
+            gzip.compress(png()[:50]) + gzip.compress(png()[50:])[:-5],
+            gzip.compress(png()) + gzip.compress(b"") * 4096,
+            b"",
         ],
-        ids=["not packed", "cut short", "more behind it", "two members"],  # not the bytes: gzip's hold the time
+        ids=["not packed", "cut short", "more behind it", "second cut short", "too many members", "nothing"],
     )
     def test_damaged_packing(self, body: bytes) -> None:
         refused(classify(body, headers={"content-encoding": "gzip"}), 400, ErrorMessage.BODY_INFLATE)

@@ -5,6 +5,7 @@ import gzip
 import json
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, Final
 
 import httpx
@@ -36,6 +37,10 @@ def image_tensor(*reds: int, **more: Any) -> Json:
 
 def pixel_tensor(**more: Any) -> Json:
     return {"name": "pixels", "shape": [1, 3, 32, 32], "datatype": "UINT8", "data": [PIXELS.tolist()]} | more
+
+
+def data_url(file: bytes) -> bytes:
+    return b"data:image/png;base64," + base64.b64encode(file)
 
 
 def binary_tensor(data: bytes, **more: Any) -> Json:
@@ -272,8 +277,21 @@ class TestBinary:
         response = infer({"inputs": [binary_tensor(data, name="image", datatype="BYTES", shape=[3])]}, data)
         assert outputs_of(response)["index"] == [0, 4, 9]
 
-    def test_base64_in_a_binary_element_as_some_clients_send_it(self) -> None:
-        data = elements(*(base64.b64encode(encoded(picture(110), kind)) for kind in ("PNG", "JPEG", "WEBP")))
+    @pytest.mark.parametrize("form", [base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes, data_url])
+    def test_base64_in_a_json_element_in_its_usual_forms(self, form: Callable[[bytes], bytes]) -> None:
+        data = [form(encoded(picture(110), kind)).decode() for kind in ("PNG", "JPEG", "WEBP")]
+        tensor = {"name": "image", "shape": [3], "datatype": "BYTES", "data": data}
+        assert outputs_of(infer({"inputs": [tensor]}))["index"] == [4, 4, 4]
+
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    def test_a_byte_order_mark_counts_in_the_header_s_length(self, mark: bytes) -> None:
+        data = elements(png(110))
+        tensor = binary_tensor(data, name="image", datatype="BYTES", shape=[1])
+        assert outputs_of(infer(mark + json.dumps({"inputs": [tensor]}).encode(), data))["index"] == [4]
+
+    @pytest.mark.parametrize("form", [base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes, data_url])
+    def test_base64_in_a_binary_element_as_some_clients_send_it(self, form: Callable[[bytes], bytes]) -> None:
+        data = elements(*(form(encoded(picture(110), kind)) for kind in ("PNG", "JPEG", "WEBP")))
         response = infer({"inputs": [binary_tensor(data, name="image", datatype="BYTES", shape=[3])]}, data)
         assert outputs_of(response)["index"] == [4, 4, 4]
 
@@ -529,9 +547,10 @@ class TestRefusals:
         "kind", ["application/x-pickle", "application/vnd.bentoml+pickle", "multipart/form-data", "text/xml"]
     )
     def test_content_types_of_another_world(self, app: FastAPI, kind: str) -> None:
-        refused(
-            infer({"inputs": [image_tensor(1)]}, headers={"content-type": kind}, app=app), 415, ErrorMessage.V2_TYPE
-        )
+        """JSON among them is told which header it lacks."""
+        headers = {"content-type": kind}
+        refused(infer({"inputs": [image_tensor(1)]}, headers=headers, app=app), 415, ErrorMessage.JSON_TYPE)
+        refused(infer(png(), headers=headers, app=app), 415, ErrorMessage.V2_TYPE)
 
 
 class TestPieces:
