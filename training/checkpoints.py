@@ -23,8 +23,9 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         data = save({name: value.contiguous() for name, value in tensors.items()}, {"format": FORMAT, **metadata})
         write_atomically(path, data)
     except (OSError, SafetensorError) as error:
+        before = "the one before it is kept" if path.exists() else "there is none before it"
         raise SearchFailed(
-            f"{path}: the checkpoint could not be written ({error}); the last one stands. Free some space."
+            f"{path}: the checkpoint could not be written ({error}); {before}. Free some space."
         ) from None
 
 

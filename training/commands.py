@@ -145,12 +145,16 @@ def show_plan(arguments: argparse.Namespace) -> None:
     Console().print(table)
 
 
+def split_of(arguments: argparse.Namespace, cache: Path | None = None) -> Split:
+    return read_split(arguments.data, cache, skip_damaged=arguments.skip_damaged)
+
+
 def spent(flops: float, speed: float) -> tuple[str, str]:
     return f"{flops / 1e15:,.1f}", f"{flops / speed / 3600:,.1f}"
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    split = read_split(arguments.data, arguments.state / CACHE)
+    split = split_of(arguments, arguments.state / CACHE)
     if arguments.start:
         jobs = jobs_from(arguments, len(split.search))
     else:
@@ -160,7 +164,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def run_scratch(arguments: argparse.Namespace) -> None:
-    library, split = open_library(arguments.library), read_split(arguments.data, arguments.state / CACHE)
+    library, split = open_library(arguments.library), split_of(arguments, arguments.state / CACHE)
     jobs = []
     for entry in entries_of(library, arguments.library, arguments.only):
         trained = TrainConfig.from_dict(entry.provenance.recipe)
@@ -171,7 +175,7 @@ def run_scratch(arguments: argparse.Namespace) -> None:
 
 
 def run_baseline(arguments: argparse.Namespace) -> None:
-    split = read_split(arguments.data, arguments.state / CACHE)
+    split = split_of(arguments, arguments.state / CACHE)
     preset = preset_of(arguments)
     recipes = [
         baseline(preset, name, len(split.search), len(split.classes), **changes_of(arguments))
@@ -200,9 +204,17 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
 
 def statuses(jobs: Sequence[Job], arguments: argparse.Namespace) -> Iterator[list[Status]]:
     if arguments.ray is None:
-        return run_local(jobs, arguments.data, arguments.workers, arguments.device)
+        return run_local(jobs, arguments.data, arguments.workers, arguments.device, skip_damaged=arguments.skip_damaged)
     preset = preset_of(arguments)
-    return run_ray(jobs, arguments.data, arguments.ray, arguments.device, cores=preset.cores, gpus=preset.gpus)
+    return run_ray(
+        jobs,
+        arguments.data,
+        arguments.ray,
+        arguments.device,
+        cores=preset.cores,
+        gpus=preset.gpus,
+        skip_damaged=arguments.skip_damaged,
+    )
 
 
 def device_of(name: str, *, local: bool = True) -> torch.device:
@@ -264,7 +276,7 @@ def show_table(arguments: argparse.Namespace) -> None:
 
 def show_differences(arguments: argparse.Namespace) -> None:
     device = device_of(arguments.device)
-    library, split = open_library(arguments.library), read_split(arguments.data)
+    library, split = open_library(arguments.library), split_of(arguments)
     images = split.selection.balanced(arguments.images)
     with Progress(transient=True) as progress:
         task = progress.add_task("attacking each ticket", total=len(library.tickets))
@@ -289,5 +301,5 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    split = read_split(arguments.data, arguments.folder.parent / CACHE)
+    split = split_of(arguments, arguments.folder.parent / CACHE)
     run_job(read_job(arguments.folder), split, device_of(arguments.device))

@@ -23,6 +23,7 @@ from model_store.files import replacing
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.labelled_images import LAYOUTS, LOCAL, DataSet, Part, decode_part, open_data, ordered
 from training.errors import DataRejected
+from training.files import write_text
 
 SELECTION_PER_CLASS: Final = 100
 CACHE: Final = ".images"  # in a --state folder: decoded arrays
@@ -96,7 +97,7 @@ def split_of(classes: tuple[str, ...], train: Images, test: Images, per_class: i
 def read_split(
     path: Path, cache: Path | None = None, spec: InputSpec = CIFAR10_INPUT, *, skip_damaged: bool = False
 ) -> Split:
-    """Reads any layout that model_store.labelled_images knows. What is passed over is said, once, on standard error.
+    """Reads any layout that model_store.labelled_images knows. What is passed over is said on standard error.
 
     Args:
       path: the data set.
@@ -115,18 +116,21 @@ def read_split(
     folder = os.environ.get("TOMBOLA_CACHE") or cache
     stored = Path(folder) / f"{key.hexdigest()}.npz" if folder else None
     if stored and stored.exists():
+        if (said := stored.with_suffix(".txt")).exists():
+            print(said.read_text(encoding="utf-8"), end="", file=sys.stderr)
         return load_arrays(stored)
     try:
         with open_data(path, LOCAL) as data:
             split = split_data(path, data, spec, skip_damaged=skip_damaged)
-            for line in data.notes.lines(spec):
-                print(f"{data.where}: {line}", file=sys.stderr)
+            notes = "".join(f"{data.where}: {line}\n" for line in data.notes.lines(spec))
+            print(notes, end="", file=sys.stderr)
     except DataUnlabelled as error:
         raise DataRejected(f"{path}: 0 classes under train/; {error}") from None
     except ReadRejected as error:
         raise DataRejected(f"{path}: {error}") from None
     if stored:
         save_arrays(stored, split)
+        write_text(stored.with_suffix(".txt"), notes)
     return split
 
 

@@ -59,6 +59,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", help="zip, npz or folder of labelled images; with --admin-url, the name of a data set"
     )
+    parser.add_argument(
+        "--skip-damaged",
+        action="store_true",
+        help="count, list and pass over pictures that cannot be read (the first one ends the command)",
+    )
     parser.add_argument("--attacks", nargs="*", help="only these (all of the profile's)")
     parser.add_argument("--tickets", nargs="*", help="attack these one by one, for the transfer matrix (all)")
     parser.add_argument("--epsilons", nargs="*", type=float, help="in 255ths (0 2 4 8 12 20; l2: 0 32 64 128 192 320)")
@@ -141,8 +146,11 @@ def audit_here(options: argparse.Namespace) -> "Report":
     audit = read_audit({**request_fields(options), "data": options.data and Path(options.data).name})
     subject = open_subject(options)
     outside = open_library(options.outside) if options.outside else None
-    images: LabelledImages = load_images(audit, subject, Path(options.data) if options.data else None, threads)
+    path = Path(options.data) if options.data else None
+    images: LabelledImages = load_images(audit, subject, path, threads, skip_damaged=options.skip_damaged)
     print(f"{describe_subject(subject)}; {len(images)} images: {images.origin}")
+    for note in images.notes:
+        print(f"{images.name}: {note}", file=sys.stderr)
     print(f"device {device}, {threads} cores, seed {audit.seed}, profile {audit.profile}")
     with ProgressBar() as bar:
         return run_audit(
@@ -245,6 +253,10 @@ def audit_remotely(options: argparse.Namespace) -> "Report":
 
     from service.outbound import ProxyRejected, http_client
 
+    if options.skip_damaged:
+        raise AuditRejected(
+            "--skip-damaged is for files read here; a service accepts no data set with damaged pictures"
+        )
     path = options.token_file
     token = path.read_text(encoding="utf-8", errors="replace").strip() if path else ""
     if not token.isascii():

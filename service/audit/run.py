@@ -30,10 +30,12 @@ REPORT: Final = "report.json"
 PAGE: Final = "report.html"
 
 
-def load_images(audit: Audit, library: Library | Target, path: Path | None, threads: int = 1) -> LabelledImages:
+def load_images(
+    audit: Audit, library: Library | Target, path: Path | None, threads: int = 1, *, skip_damaged: bool = False
+) -> LabelledImages:
     """The images to attack. Without a path, generated ones, for a smoke test alone."""
     if path is not None:
-        return sets.read_data(path, library.classes, images_of(audit), library.input)
+        return sets.read_data(path, library.classes, images_of(audit), library.input, skip_damaged=skip_damaged)
     if isinstance(library, Target):
         raise DataRejected("a model of your own needs labelled images: only a library can label generated ones")
     if audit.profile != "smoke":

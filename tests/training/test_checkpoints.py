@@ -66,6 +66,9 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stands(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "write_atomically", full)
-    with pytest.raises(SearchFailed, match="No space left on device"):
+    with pytest.raises(SearchFailed, match=r"No space left on device.*the one before it is kept"):
         Search(TINY, digits(), CPU).save(path)
     assert path.read_bytes() == before
+    path.unlink()  # as `good.safetensors` is once a job is done
+    with pytest.raises(SearchFailed, match=r"No space left on device.*there is none before it"):
+        Search(TINY, digits(), CPU).save(path)

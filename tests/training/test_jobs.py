@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,34 @@ def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
     again = export(tmp_path / "again", [done_state])
     assert main(["scratch", str(again.path), *arguments]) == 2
     assert "before epsilon and resolution were whole" in capsys.readouterr().err
+
+
+def test_every_command_that_reads_pictures_passes_over_damaged_ones_when_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts and lists them each time, from a cache too. Otherwise the first one ends the command in one line."""
+    run_job(job_in(tmp_path / "run", recipe(steps=4, mask_share=0.5)), read_split(data), CPU)
+    base, damaged = str(export(tmp_path / "base", [tmp_path / "run"]).path), tmp_path / "damaged.zip"
+    with zipfile.ZipFile(data) as whole, zipfile.ZipFile(damaged, "w") as out:
+        *others, last = whole.namelist()
+        for name in others:
+            out.writestr(name, whole.read(name))
+        out.writestr(last, whole.read(last)[:-30])
+    quick = ["--workers", "1", "--set", "width=2", "steps=2"]
+    commands = [
+        ["compare", base, "--images", "10"],
+        ["search", "--state", str(tmp_path / "search"), "--only", "resnet18-07", *quick],
+        ["baseline", "--state", str(tmp_path / "baseline"), "--only", "resnet18", *quick],
+        ["scratch", base, "--state", str(tmp_path / "scratch"), "--workers", "1"],
+    ]
+    for command in commands:
+        assert main([*command, "--data", str(damaged)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"damaged.zip: {last}: not a readable image" in line
+        assert main([*command, "--data", str(damaged), "--skip-damaged"]) == 0
+        counted, listed = capsys.readouterr().err.splitlines()
+        assert counted == "damaged.zip: 1 damaged pictures passed over:"
+        assert f"{last}: not a readable image" in listed
 
 
 @pytest.mark.parametrize(

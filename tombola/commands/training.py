@@ -118,6 +118,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     set_command(parser, "show_differences", "Measures how different a library's tickets are: mask overlap, transfer.")
     parser.add_argument("library", type=Path, nargs="?", help="default: the embedded library")
     parser.add_argument("--data", type=Path, required=True, help="the data set that the library was searched on")
+    add_skip_damaged(parser)
     parser.add_argument("--images", type=at_least_one, default=250, help="held-out training images (%(default)s)")
     parser.add_argument("--device", default="cpu", help=DEVICE)
     parser.add_argument("--json", type=Path, help="write the whole matrices here")
@@ -132,6 +133,7 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     set_command(parser, "work", "Runs one job's folder to its end. `search` starts it for each ticket.")
     parser.add_argument("folder", type=Path, help="the job's folder inside a --state folder")
     parser.add_argument("--data", type=Path, required=True, help="the data set, as given to search")
+    add_skip_damaged(parser)
     parser.add_argument("--device", default="cpu", help=DEVICE)
 
 
@@ -173,10 +175,19 @@ def add_only(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these tickets alone: a structure, or resnet18-07")
 
 
+def add_skip_damaged(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-damaged",
+        action="store_true",
+        help="count, list and pass over pictures that cannot be read (default: the first one ends the command)",
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="CIFAR-10 as torchvision keeps it, an image folder, or a zip"
     )
+    add_skip_damaged(parser)
     parser.add_argument("--data-name", help="what claims call the data (default: the name of --data)")
     parser.add_argument("--state", type=Path, required=True, help="where checkpoints and finished tickets go")
     parser.add_argument("--workers", type=at_least_one, default=2, help="processes at once (default: %(default)s)")

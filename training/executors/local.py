@@ -16,7 +16,9 @@ from training.jobs import Job, Status, initialize, status
 MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 
 
-def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Iterator[list[Status]]:
+def run_local(
+    jobs: Sequence[Job], data: Path, workers: int, device: str, *, skip_damaged: bool = False
+) -> Iterator[list[Status]]:
     """Runs the jobs in `workers` processes of one thread each; yields every job's status every few seconds.
 
     A job that fails, or whose process dies, is left with its failed.txt and the others go on. Leaving the iterator ends
@@ -29,7 +31,7 @@ def run_local(jobs: Sequence[Job], data: Path, workers: int, device: str) -> Ite
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                running[start_worker(job, data, device)] = job
+                running[start_worker(job, data, device, skip_damaged=skip_damaged)] = job
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
                 record_crash(running.pop(process), process.returncode)
@@ -54,10 +56,16 @@ def record_crash(job: Job, code: int) -> None:
 
 
 def start_worker(
-    job: Job, data: Path, device: str, environment: Mapping[str, str] | None = None
+    job: Job,
+    data: Path,
+    device: str,
+    environment: Mapping[str, str] | None = None,
+    *,
+    skip_damaged: bool = False,
 ) -> subprocess.Popen[bytes]:
     """A process of its own, so that a crash of any kind is one ticket's and memory is given back."""
     command = [sys.executable, "-m", "tombola", "work", str(job.folder), "--data", str(data), "--device", device]
+    command += ["--skip-damaged"] if skip_damaged else []
     environment = {**MALLOC, **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
     output = (job.folder / "output.txt").open("ab")
     with output:

@@ -26,10 +26,10 @@ CONNECT_S = 5.0
 SMALLEST_GPU_SHARE = 0.1  # of narrow networks, whose searches share a GPU
 
 
-def run_job_task(folder: str, data: str, device: str) -> None:
+def run_job_task(folder: str, data: str, device: str, skip_damaged: bool) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
-    split = read_split(Path(data), Path(folder).parent / CACHE)
+    split = read_split(Path(data), Path(folder).parent / CACHE, skip_damaged=skip_damaged)
     run_job(read_job(Path(folder)), split, torch.device(device))
 
 
@@ -50,7 +50,14 @@ def gpu_share(device: str, gpus: float) -> float:
 
 
 def run_ray(
-    jobs: Sequence[Job], data: Path, address: str, device: str, *, cores: float, gpus: float
+    jobs: Sequence[Job],
+    data: Path,
+    address: str,
+    device: str,
+    *,
+    cores: float,
+    gpus: float,
+    skip_damaged: bool = False,
 ) -> Iterator[list[Status]]:
     """Runs every unfinished job as a Ray task; yields all statuses every few seconds.
 
@@ -60,6 +67,7 @@ def run_ray(
         address: "auto" or host:port of a running cluster, or "local" for one inside this process.
         cores: of a task.
         gpus: of a task, where `device` is one.
+        skip_damaged: whether damaged pictures are passed over.
 
     Raises:
         TrainingError: Ray is not installed, or there is no such cluster.
@@ -68,7 +76,7 @@ def run_ray(
     with cluster(address) as ray:
         task = ray.remote(num_cpus=cores, num_gpus=gpu_share(device, gpus), max_retries=RETRIES)(run_job_task)
         folders = [job.folder.resolve() for job in longest_first(jobs)]
-        waiting = [task.remote(str(folder), str(data.resolve()), device) for folder in folders]
+        waiting = [task.remote(str(folder), str(data.resolve()), device, skip_damaged) for folder in folders]
         try:
             while waiting:
                 _, waiting = ray.wait(waiting, timeout=POLL_SECONDS)  # a failed task is ready; its folder says why
