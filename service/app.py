@@ -28,6 +28,7 @@ from service import errors
 from service.admin import audit_api as audits
 from service.admin import console_api, console_files, library_api
 from service.admin.audit_jobs import AuditQueue
+from service.audit.config import Audit
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability import tracing
 from service.observability.logs import configure_logging
@@ -40,8 +41,15 @@ from service.settings import (
     ensure_state_dir,
     require_folders,
 )
-from service.web import classify, open_inference
-from service.web.auth import AdminAuthMiddleware, ApiKeyStore
+from service.web import classify, docs_files, open_inference
+from service.web.auth import (
+    ADMIN_SCHEMES,
+    ADMIN_SECURITY,
+    KEY_SCHEMES,
+    KEY_SECURITY,
+    AdminAuthMiddleware,
+    ApiKeyStore,
+)
 from service.web.http_protocol import HttpProtocol
 from service.web.inference import DataPlane
 from service.web.middleware import (
@@ -50,12 +58,16 @@ from service.web.middleware import (
     HeadMiddleware,
     RequestMetricsMiddleware,
 )
+from service.web.openapi import DocumentedApp
+from service.web.schemas import ClassifyRequest, InferRequestBody
 
 if TYPE_CHECKING:
     from service.grpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
+PUBLIC_DESCRIPTION: Final = "Classifies images, by a protocol of its own and by the Open Inference Protocol, version 2."
+ADMIN_DESCRIPTION: Final = "Shows and swaps the library, audits it, and publishes metrics. For operators alone."
 BACKLOG: Final = 2048  # connections the kernel holds while the event loop is busy
 SO_ATTACH_FILTER: Final = 26  # <asm-generic/socket.h>
 BPF_RETURN: Final = 0x06  # BPF_RET | BPF_K, <linux/bpf_common.h>
@@ -63,18 +75,30 @@ LINGER_S: Final = 1.0  # between closing a port and closing its idle connections
 SWITCH_S: Final = 0.00005  # an engine thread that waits for the interpreter gets it after so long; Python's own is 5 ms
 
 
-def create_fastapi(**words: Any) -> FastAPI:
-    """Without pages that load scripts from elsewhere, and without telemetry but our own; HEAD wherever GET is."""
-    app = FastAPI(
-        docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=tracing.FASTAPI_TELEMETRY_OFF, **words
+def create_fastapi(**options: Any) -> FastAPI:
+    """Documented by routes and files of our own, and without telemetry but our own; HEAD wherever GET is."""
+    app = DocumentedApp(
+        version=open_inference.product_version(),
+        openapi_url=None,
+        redirect_slashes=False,
+        telemetry=tracing.FASTAPI_TELEMETRY_OFF,
+        **options,
     )
     app.add_middleware(HeadMiddleware)
+    app.include_router(docs_files.router(app.openapi))
     return app
 
 
 def create_public_app(manager: LibraryManager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> FastAPI:
     """Classification, health, and the Open Inference Protocol."""
-    app = create_fastapi(title="Tombola", version=open_inference.product_version())
+    optional: Sequence[Any] = () if settings.api_keys_file else ({},)
+    app = create_fastapi(
+        title="Tombola",
+        description=PUBLIC_DESCRIPTION,
+        schemes=KEY_SCHEMES,
+        security=[*optional, *KEY_SECURITY],
+        requests=(ClassifyRequest, InferRequestBody),
+    )
     classify.install(app, DataPlane(manager, settings, metrics, keys))
     app.add_middleware(
         ConcurrencyLimitMiddleware, limit=settings.max_requests, metrics=metrics
@@ -89,7 +113,13 @@ def create_admin_app(
     manager: LibraryManager, settings: Settings, metrics: Metrics, token: str, routers: Sequence[APIRouter] = ()
 ) -> FastAPI:
     """Metrics and the library, and what `routers` add; all but metrics and health behind the token."""
-    app = create_fastapi(title="Tombola, admin plane")
+    app = create_fastapi(
+        title="Tombola, admin plane",
+        description=ADMIN_DESCRIPTION,
+        schemes=ADMIN_SCHEMES,
+        security=ADMIN_SECURITY,
+        requests=(Audit,),
+    )
     for router in (library_api.router(manager, metrics), *routers):
         app.include_router(router)
     app.add_middleware(AdminAuthMiddleware, token=token, metrics=metrics, metrics_open=settings.metrics_open)

@@ -3,12 +3,13 @@
 import asyncio
 import errno
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from fastapi import APIRouter
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -16,13 +17,24 @@ from model_store.errors import os_error_text
 from model_store.files import create, naming, part_of
 from service.admin.audit_jobs import AuditQueue
 from service.admin.audit_store import PAGE, PENDING, REPORT, Cost, State, Summary, View
-from service.admin.dataset_store import Dataset, StoredDataset
+from service.admin.dataset_store import NAME, Dataset, StoredDataset
 from service.audit.config import Audit
-from service.audit.errors import AuditError, AuditRejected
+from service.audit.errors import (
+    AuditConflict,
+    AuditError,
+    AuditRejected,
+    AuditUnknown,
+    CostRejected,
+    DataRejected,
+    QueueFull,
+)
 from service.audit.events import StateEvent
 from service.audit.report.formats import FORMATS, Format, format_named
 from service.audit.report.model import Report
-from service.web.inference import ERRORS, RawRoute, json_response
+from service.errors import NotReady, ServiceError
+from service.web import openapi
+from service.web.auth import ADMIN_REFUSES as REFUSES
+from service.web.inference import RawRoute, json_response
 
 MAX_REQUEST_BYTES: Final = 65_536
 FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, or of what this user may have of it
@@ -31,7 +43,10 @@ PAGE_HEADERS: Final = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
     "x-content-type-options": "nosniff",
 }
+READ_AS_DATA: Final = "Read a report as data"
+STORE: Final = "Store a labelled data set: a zip or npz file"
 Endpoint = Callable[[Request], Awaitable[Response]]
+Json = dict[str, Any]
 
 
 class SubmittedAudit(BaseModel):
@@ -199,73 +214,69 @@ def map_audit_errors(endpoint: Endpoint) -> Endpoint:
     return run
 
 
-# For the OpenAPI document
-
-REQUEST: Final[dict[str, Any]] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": TypeAdapter(Audit).json_schema()}},
-    }
-}
-UPLOAD: Final[dict[str, Any]] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
-
-
-FORMAT_PARAMETER: Final[dict[str, Any]] = {
-    "name": "format",
-    "in": "query",
-    "schema": {"type": "string", "enum": ["html", *FORMATS], "default": "html"},
-}
-
-
-def path_parameter(name: str) -> dict[str, Any]:
-    return {"parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]}
-
-
-def report_body() -> dict[str, Any]:
-    kinds = ("text/html", *(each.media_type for each in FORMATS.values()))
-    return {"description": "The report", "content": {kind: {"schema": {"type": "string"}} for kind in kinds}}
-
-
-def text_body(media_type: str, description: str) -> dict[str, Any]:
-    return {"description": description, "content": {media_type: {"schema": {"type": "string"}}}}
-
-
 def router(jobs: AuditQueue) -> APIRouter:
     api = AuditApi(jobs)
-    routes = APIRouter(route_class=RawRoute, tags=["Audits"], responses=ERRORS)
-    by_id, by_name = path_parameter("id"), path_parameter("name")
-    accepted = {202: {"model": SubmittedAudit, "description": "Queued"}}
-    stored = {201: {"model": StoredDataset, "description": "Stored"}}
-    page = {200: report_body()}
-    formatted = {"parameters": [*by_id["parameters"], FORMAT_PARAMETER]}
-    stream = {200: text_body("text/event-stream", "Events: cost, step, check, failed, state")}
-
-    def ok(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-        return {200: {"model": model}}
-
-    def add(path: str, endpoint: Endpoint, method: str, responses: Any, extra: dict[str, Any] | None = None) -> None:
-        status = next(iter(responses))
-        routes.add_api_route(
-            path,
-            map_audit_errors(endpoint),
-            methods=[method],
-            status_code=status,
-            responses=responses,
-            openapi_extra=extra,
+    routes = APIRouter(route_class=RawRoute, tags=["Audits"])
+    for route in audit_routes(api):
+        about = openapi.operation(
+            route.name,
+            route.summary,
+            route.answer,
+            refuses=(*REFUSES, *route.refuses),
+            parameters=route.parameters,
+            body=route.body,
         )
-
-    add("/admin/audits", api.submit, "POST", accepted, REQUEST)
-    add("/admin/audits", api.list, "GET", ok(AuditList))
-    add("/admin/audits/{id}", api.get, "GET", ok(View), by_id)
-    add("/admin/audits/{id}", api.cancel, "DELETE", ok(CancelledAudit), by_id)
-    add("/admin/audits/{id}/events", api.events, "GET", stream, by_id)
-    add("/admin/audits/{id}/report", api.report, "GET", page, formatted)
-    add("/admin/audits/{id}/report.json", api.report_json, "GET", ok(Report), by_id)
-    add("/admin/datasets", api.datasets, "GET", ok(DatasetList))
-    add("/admin/datasets/{name}", api.upload, "PUT", stored, {**by_name, **UPLOAD})
+        routes.add_api_route(route.path, map_audit_errors(route.endpoint), methods=[route.method], **about)
     return routes
+
+
+@dataclass(frozen=True)
+class AuditRoute:
+    """One operation on audits or their data sets."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    name: str
+    summary: str
+    answer: openapi.Answer
+    refuses: Sequence[type[AuditError | ServiceError]] = ()
+    parameters: Sequence[Json] = ()
+    body: Mapping[str, Json] | None = None
+
+
+def audit_routes(api: AuditApi) -> tuple[AuditRoute, ...]:
+    json_answer, text_answer = openapi.json_answer, openapi.text_answer
+    audits, audit = "/admin/audits", "/admin/audits/{id}"
+    by_id = (openapi.path_parameter("id", "The audit's id."),)
+    by_name = (openapi.path_parameter("name", "The data set's name.", pattern=f"^{NAME.pattern}$"),)
+    request = {openapi.JSON: openapi.reference(Audit)}
+    queued = json_answer(SubmittedAudit, "The audit is queued.", 202)
+    listed = json_answer(AuditList, "The audits, latest first.")
+    shown = json_answer(View, "The audit, with its last progress.")
+    cancelled = json_answer(CancelledAudit, "The audit is cancelled.")
+    events = text_answer("Server-sent events: cost, step, check, failed, state.", "text/event-stream")
+    page = text_answer("The report.", "text/html", *(each.media_type for each in FORMATS.values()))
+    formats = {"type": "string", "enum": ["html", *FORMATS], "default": "html"}
+    formatted = (*by_id, {"name": "format", "in": "query", "schema": formats, "description": "Of the report."})
+    report = json_answer(Report, "The report.")
+    sets = json_answer(DatasetList, "The data sets, those of the configured folder first.")
+    stored, upload = json_answer(StoredDataset, "The data set is stored.", 201), {openapi.BYTES: openapi.BINARY}
+    unknown, unfinished = (AuditUnknown,), (AuditUnknown, AuditConflict)
+    submitted = (AuditRejected, CostRejected, AuditUnknown, AuditConflict, QueueFull, NotReady)
+    uploaded = (AuditRejected, DataRejected, NotReady)
+    return (
+        AuditRoute("POST", audits, api.submit, "submit_audit", "Queue an audit", queued, submitted, body=request),
+        AuditRoute("GET", audits, api.list, "list_audits", "List the audits", listed),
+        AuditRoute("GET", audit, api.get, "get_audit", "Show an audit", shown, unknown, by_id),
+        AuditRoute("DELETE", audit, api.cancel, "cancel_audit", "Cancel an audit", cancelled, unfinished, by_id),
+        AuditRoute("GET", f"{audit}/events", api.events, "follow_audit", "Follow an audit", events, unknown, by_id),
+        AuditRoute("GET", f"{audit}/report", api.report, "get_report", "Read a report", page, unfinished, formatted),
+        AuditRoute(
+            "GET", f"{audit}/report.json", api.report_json, "get_report_json", READ_AS_DATA, report, unfinished, by_id
+        ),
+        AuditRoute("GET", "/admin/datasets", api.datasets, "list_datasets", "List the data sets", sets),
+        AuditRoute(
+            "PUT", "/admin/datasets/{name}", api.upload, "store_dataset", STORE, stored, uploaded, by_name, upload
+        ),
+    )

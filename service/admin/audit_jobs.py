@@ -14,7 +14,7 @@ from model_store.library import Library
 from service.admin import audit_process
 from service.admin.audit_estimate import CostEstimator
 from service.admin.audit_gauges import AuditGauges
-from service.admin.audit_store import PENDING, REPORT, Cost, Interval, Job, JobStore, Result, State
+from service.admin.audit_store import PENDING, REPORT, Cost, Job, JobStore, Result, State
 from service.admin.dataset_store import DatasetStore
 from service.audit.config import Audit, read_audit
 from service.audit.errors import AuditConflict, QueueFull
@@ -217,16 +217,14 @@ def result_of(report: Report) -> Result:
     """The figures that a list shows."""
     clean, robust = report.ours.clean.expected, report.ours.robust.expected
     ten = report.ours.robust.tries["k10"]
-    worth = [report.secrecy.difference] if report.secrecy is not None else []
-    values = [Interval(value=each.value, low=each.low, high=each.high) for each in (clean, robust, ten, *worth)]
     return Result(
         verdict=report.verdict,
         measurement=report.data.name != GENERATED,
         images=report.data.images,
-        clean=values[0],
-        robust=values[1],
-        ten_tries=values[2],
-        secrecy=values[3] if worth else None,
+        clean=clean,
+        robust=robust,
+        ten_tries=ten,
+        secrecy=None if report.secrecy is None else report.secrecy.difference,
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from model_store.files import write_atomically
 from service.audit.errors import AuditConflict, AuditUnknown
 from service.audit.events import Event, StepEvent, read_events
+from service.audit.report.model import Interval
 
 ID: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 JOB: Final = "job.json"
@@ -31,14 +32,6 @@ class Cost(Record):
     seconds: int = Field(description="on an idle machine")
     cpu_share: float = Field(default=1.0, description="of the cores it may use, what other processes left it lately")
     seconds_now: int | None = Field(default=None, description="seconds at that share")
-
-
-class Interval(Record):
-    """A fraction and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Result(Record):

@@ -16,18 +16,36 @@ from starlette.responses import Response
 from model_store.policy import inclusion_probabilities, size_probabilities
 from service.admin.audit_api import limited, map_audit_errors, read_json
 from service.admin.audit_jobs import AuditQueue
-from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, read_audit
+from service.admin.audit_store import Cost
+from service.admin.schemas import (
+    AuditOptions,
+    ClassVotes,
+    Draws,
+    DrawSummary,
+    EngineState,
+    Latency,
+    LibrarySummary,
+    Overview,
+    ProfileSummary,
+    Queue,
+    TicketDraws,
+    Traffic,
+    TriedImage,
+)
+from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, Audit, read_audit
+from service.audit.errors import AuditConflict, AuditRejected, AuditUnknown, CostRejected
 from service.audit.plan import attacks_of
 from service.audit.profiles import PROFILES, Profile
 from service.errors import ClientDisconnected, NotReady
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import OUTCOMES, PREFIX, PUBLISH_EVERY, REASONS, SECONDS, Metrics
 from service.settings import Settings
-from service.web import open_inference
+from service.web import open_inference, openapi
+from service.web.auth import ADMIN_REFUSES
 from service.web.body import cancel_on_disconnect
 from service.web.classify import PATH
 from service.web.decoder import Decoder
-from service.web.inference import Probabilities, RawRoute, json_response
+from service.web.inference import REFUSES, Probabilities, RawRoute, json_response
 
 DRAWS: Final = 20  # of theta, for a picture that is tried
 CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
@@ -66,7 +84,7 @@ class ConsoleApi:
             }
         )
 
-    def queue(self) -> Json:
+    def queue(self) -> Queue:
         value = self.metrics.value
         return {
             "depth": value("queue_depth"),
@@ -75,7 +93,7 @@ class ConsoleApi:
             "in_flight_limit": self.settings.max_requests,
         }
 
-    def engine(self, serving: LoadedLibrary) -> Json:
+    def engine(self, serving: LoadedLibrary) -> EngineState:
         engine = serving.engine
         return {
             "name": engine.name,
@@ -107,7 +125,7 @@ class ConsoleApi:
         """What an audit can be asked for."""
         return json_response(
             {
-                "profiles": [{"name": name, **summary(profile)} for name, profile in PROFILES.items()],
+                "profiles": [summary(name, profile) for name, profile in PROFILES.items()],
                 "attacks": list(ATTACKS),
                 "epsilons": {norm: list(sizes) for norm, sizes in EPSILONS.items()},
                 "headline": HEADLINE,
@@ -119,9 +137,9 @@ class ConsoleApi:
         """The estimate that submitting the same body would come to; nothing is started."""
         return json_response(await asyncio.to_thread(self.estimate, await read_json(request)))
 
-    def estimate(self, wanted: Any) -> Json:
+    def estimate(self, request: Any) -> Json:
         """Raises AuditRejected, AuditUnknown, CostRejected."""
-        audit = read_audit(wanted)
+        audit = read_audit(request)
         self.jobs.datasets.path(audit.data, audit.profile)
         return self.jobs.cost(audit, self.manager.library()).model_dump(mode="json")
 
@@ -134,12 +152,12 @@ async def received(request: Request, limit: int) -> bytes:
         raise ClientDisconnected from None
 
 
-def summary(profile: Profile) -> Json:
+def summary(name: str, profile: Profile) -> ProfileSummary:
     attacks = {norm: attacks_of(profile, norm) for norm in EPSILONS}
-    return {"about": profile.about, "images": profile.images, "attacks": attacks}
+    return {"name": name, "about": profile.about, "images": profile.images, "attacks": attacks}
 
 
-def traffic(metrics: Metrics) -> Json:
+def traffic(metrics: Metrics) -> Traffic:
     value = metrics.value
     return {
         "outcomes": {name: value("inference_requests_total", outcome=name) for name in OUTCOMES},
@@ -149,7 +167,7 @@ def traffic(metrics: Metrics) -> Json:
     }
 
 
-def latency(metrics: Metrics) -> Json:
+def latency(metrics: Metrics) -> Latency:
     """Of classifications that were answered, on both protocols: how many took at most so many seconds. The last count
     is of all of them."""
     bounds = (*SECONDS, float("inf"))
@@ -167,7 +185,7 @@ def buckets(metrics: Metrics) -> Iterator[tuple[dict[str, str], float]]:
                 yield sample.labels, sample.value
 
 
-def library_summary(serving: LoadedLibrary) -> Json:
+def library_summary(serving: LoadedLibrary) -> LibrarySummary:
     library = serving.library
     return {
         "digest": library.digest,
@@ -177,14 +195,17 @@ def library_summary(serving: LoadedLibrary) -> Json:
     }
 
 
-def draws(serving: LoadedLibrary, metrics: Metrics) -> Json:
+def draws(serving: LoadedLibrary, metrics: Metrics) -> Draws:
     """Members drawn since the process began, against what the law expects, a lot of LOT images at a time."""
     library = serving.library
     rows = []
     for ticket, probability in zip(library.tickets, inclusion_probabilities(library.policy), strict=True):
-        labels = {"structure": ticket.structure.name, "density": f"{ticket.density:g}"}
-        drawn, expected = metrics.value("draws_total", **labels), metrics.value("draws_expected_total", **labels)
-        rows.append({**labels, "probability": probability, "drawn": drawn, "expected": expected})
+        structure, density = ticket.structure.name, f"{ticket.density:g}"
+        drawn = metrics.value("draws_total", structure=structure, density=density)
+        expected = metrics.value("draws_expected_total", structure=structure, density=density)
+        rows.append(
+            TicketDraws(structure=structure, density=density, probability=probability, drawn=drawn, expected=expected)
+        )
     sizes = {str(n): probability for n, probability in size_probabilities(library.policy).items()}
     return {"lot": PUBLISH_EVERY, "tickets": rows, "size_law": sizes, "sizes": drawn_sizes(metrics)}
 
@@ -196,18 +217,20 @@ def drawn_sizes(metrics: Metrics) -> list[float]:
     return [value(f"{PREFIX}ensemble_size_bucket", {"le": f"{float(bound)}"}) or 0.0 for bound in bounds]
 
 
-def summarize_draws(probabilities: Probabilities, classes: tuple[str, ...]) -> Json:
+def summarize_draws(probabilities: Probabilities, classes: tuple[str, ...]) -> DrawSummary:
     """What draws [draws, classes] say of one image. votes: how many draws chose a class.  low, mean, high: of its
     probability over the draws.  agreement: the part of the draws that chose the commonest label."""
     votes = np.bincount(probabilities.argmax(axis=1), minlength=len(classes))
     mean, low, high = probabilities.mean(axis=0), probabilities.min(axis=0), probabilities.max(axis=0)
     order = sorted(range(len(classes)), key=lambda index: (-votes[index], -mean[index]))
     rows = [
-        {
-            "label": classes[index],
-            "votes": int(votes[index]),
-            **{name: round(float(a[index]), DIGITS) for name, a in (("mean", mean), ("low", low), ("high", high))},
-        }
+        ClassVotes(
+            label=classes[index],
+            votes=int(votes[index]),
+            mean=round(float(mean[index]), DIGITS),
+            low=round(float(low[index]), DIGITS),
+            high=round(float(high[index]), DIGITS),
+        )
         for index in order
     ]
     return {
@@ -221,8 +244,21 @@ def router(manager: LibraryManager, settings: Settings, metrics: Metrics, jobs: 
     """Before the audits' router, whose /admin/audits/{id} would take the name `cost` for an audit's."""
     api = ConsoleApi(manager, settings, metrics, jobs)
     routes = APIRouter(route_class=RawRoute, tags=["Console"])
-    routes.add_api_route("/admin/overview", api.overview, methods=["GET"])
-    routes.add_api_route("/admin/try", map_audit_errors(api.try_image), methods=["POST"])
-    routes.add_api_route("/admin/profiles", api.profiles, methods=["GET"])
-    routes.add_api_route("/admin/audits/cost", map_audit_errors(api.cost), methods=["POST"])
+    state = openapi.json_answer(Overview, "Counters since the process began.")
+    overview = openapi.operation("overview", "Show the server's state at a glance", state, refuses=ADMIN_REFUSES)
+    routes.add_api_route("/admin/overview", api.overview, methods=["GET"], **overview)
+    votes = openapi.json_answer(TriedImage, "How the draws voted.")
+    body = {openapi.BYTES: openapi.BINARY}
+    tried = openapi.operation(
+        "try_image", "Classify a picture by many draws", votes, refuses=(AuditRejected, *REFUSES), body=body
+    )
+    routes.add_api_route("/admin/try", map_audit_errors(api.try_image), methods=["POST"], **tried)
+    offered = openapi.json_answer(AuditOptions, "Profiles, attacks and epsilons.")
+    options = openapi.operation("audit_options", "Show what an audit can be", offered, refuses=ADMIN_REFUSES)
+    routes.add_api_route("/admin/profiles", api.profiles, methods=["GET"], **options)
+    refuses = (*ADMIN_REFUSES, AuditRejected, AuditUnknown, CostRejected, AuditConflict, NotReady)
+    request = {openapi.JSON: openapi.reference(Audit)}
+    price = openapi.json_answer(Cost, "The estimate.")
+    priced = openapi.operation("estimate_audit", "Estimate an audit's cost", price, refuses=refuses, body=request)
+    routes.add_api_route("/admin/audits/cost", map_audit_errors(api.cost), methods=["POST"], **priced)
     return routes

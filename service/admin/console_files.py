@@ -7,20 +7,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import NotFound
 from service.web.inference import RawRoute
+from service.web.static_files import NOTHING, find, read_folder
 
 FOLDER: Final = Path(__file__).parent / "console"
 PAGE: Final = "index.html"
 FRAME: Final = "report.html"
-KINDS: Final = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
-HEADERS: Final = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-NOTHING: Final = "default-src 'none'; base-uri 'none'; form-action 'none'"
 POLICIES: Final = {
     PAGE: f"{NOTHING}; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "frame-src 'self'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
@@ -29,31 +21,17 @@ POLICIES: Final = {
 }
 
 
-def read_files() -> dict[str, Response]:
-    """Every file of the folder as its answer, by name."""
-    return {path.name: answer(path) for path in sorted(FOLDER.iterdir()) if path.suffix in KINDS}
-
-
-def answer(path: Path) -> Response:
-    policy = POLICIES.get(path.name, f"{NOTHING}; frame-ancestors 'none'")
-    headers = {"content-type": KINDS[path.suffix], "content-security-policy": policy, **HEADERS}
-    return Response(path.read_bytes(), headers=headers)
-
-
 def router() -> APIRouter:
-    """The files are read once, here. AdminGate lets these paths pass, and Guard adds no-store."""
-    files = read_files()
+    """The files are read once, here. AdminAuthMiddleware lets these paths pass."""
+    files = read_folder(FOLDER, POLICIES)
 
     async def page(_: Request) -> Response:
         return files[PAGE]
 
     async def file(request: Request) -> Response:
-        content = files.get(request.path_params["name"])
-        if content is None:
-            raise NotFound
-        return content
+        return find(files, request)
 
     routes = APIRouter(route_class=RawRoute, tags=["Console"])
-    routes.add_api_route("/", page, methods=["GET"])
-    routes.add_api_route("/console/{name}", file, methods=["GET"])
+    routes.add_api_route("/", page, methods=["GET"], include_in_schema=False)
+    routes.add_api_route("/console/{name}", file, methods=["GET"], include_in_schema=False)
     return routes

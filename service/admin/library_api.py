@@ -6,7 +6,7 @@ Nothing here is reachable from the public plane, and AdminGate (service/web/auth
 import asyncio
 import gzip
 import logging
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
 from prometheus_client.exposition import gzip_accepted
@@ -16,13 +16,18 @@ from starlette.responses import Response
 from model_store import policy as sampling
 from model_store.errors import StoreError
 from model_store.library import Library
+from service.admin.schemas import LibraryDescription, PolicyDescription, Swap
 from service.errors import Conflict, ErrorMessage, NotReady, ServiceError
 from service.observability.metrics import Metrics
+from service.web import openapi
+from service.web.auth import ADMIN_REFUSES, ADMIN_SECURITY
+from service.web.classify import health
 from service.web.inference import LibraryManagerProtocol, RawRoute, json_response, without_refused
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+REFUSES: Final = (*ADMIN_REFUSES, NotReady)
 
 
 class LibraryRefused(ServiceError):
@@ -77,7 +82,8 @@ class LibraryApi:
             except StoreError as error:
                 log.error("library refused, the old one keeps serving: %s", error)  # noqa: TRY400 -- says all there is
                 raise LibraryRefused from None
-        return json_response({"digest": serving.library.digest, "before": before})
+        swap: Swap = {"digest": serving.library.digest, "before": before}
+        return json_response(swap)
 
 
 def describe_library(library: Library) -> Json:
@@ -86,7 +92,7 @@ def describe_library(library: Library) -> Json:
     return {"digest": library.digest, "tickets": len(library.tickets), "baselines": len(library.baselines), **shown}
 
 
-def describe_policy(library: Library) -> Json:
+def describe_policy(library: Library) -> PolicyDescription:
     """The exact law of theta over this library."""
     policy = library.policy
     names = [entry.name for entry in library.entries]
@@ -107,11 +113,23 @@ def describe_policy(library: Library) -> Json:
 
 def router(manager: LibraryManagerProtocol, metrics: Metrics) -> APIRouter:
     api = LibraryApi(manager, metrics)
-    routes = APIRouter(route_class=RawRoute)
-    routes.add_api_route("/metrics", api.show_metrics, methods=["GET"])
-    routes.add_api_route("/health/live", api.live, methods=["GET"])
-    routes.add_api_route("/health/ready", api.ready, methods=["GET"])
-    routes.add_api_route("/admin/library", api.show_library, methods=["GET"])
-    routes.add_api_route("/admin/library", api.swap, methods=["POST"])
-    routes.add_api_route("/admin/policy", api.show_policy, methods=["GET"])
+    routes = APIRouter(route_class=RawRoute, tags=["Library and health"])
+    exposition = openapi.text_answer("The metrics.", "text/plain", "application/openmetrics-text")
+    scraped = openapi.operation("metrics", "Read every metric", exposition, security=[{}, *ADMIN_SECURITY])
+    routes.add_api_route("/metrics", api.show_metrics, methods=["GET"], **scraped)
+    for path, endpoint, about in health(api.live, api.ready):
+        routes.add_api_route(path, endpoint, methods=["GET"], **about)
+    stored = openapi.json_answer(LibraryDescription, "The manifest, with the library's digest.")
+    shown = openapi.operation("get_library", "Show the library that is served", stored, refuses=REFUSES)
+    routes.add_api_route("/admin/library", api.show_library, methods=["GET"], **shown)
+    swapped = openapi.operation(
+        "swap_library",
+        "Open the configured library again and serve it",
+        openapi.json_answer(Swap, "The new library is served."),
+        refuses=(*REFUSES, Conflict, LibraryRefused),
+    )
+    routes.add_api_route("/admin/library", api.swap, methods=["POST"], **swapped)
+    law = openapi.json_answer(PolicyDescription, "Every ticket's probability, and every size's.")
+    policy = openapi.operation("get_policy", "Show the sampling policy of the library", law, refuses=REFUSES)
+    routes.add_api_route("/admin/policy", api.show_policy, methods=["GET"], **policy)
     return routes

@@ -5,9 +5,9 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -24,8 +24,20 @@ CREDENTIAL_PARAMS: Final = frozenset(("access_token", "api_key", "api-key", "api
 FAILURES: Final = 10  # wrong credentials from one address at once, then one every PAUSE_S
 PAUSE_S: Final = 6.0
 ADDRESSES: Final = 1024  # remembered
-OPEN_PATHS: Final = ("/health/live", "/health/ready", "/")  # of the admin plane; the console asks for the token itself
-OPEN_FOLDER: Final = "/console/"
+# Of the admin plane. The console asks for the token itself; the OpenAPI document is the same on every server.
+OPEN_PATHS: Final = ("/health/live", "/health/ready", "/", "/docs", "/openapi.json")
+OPEN_FOLDERS: Final = ("/console/", "/docs/")
+# For the OpenAPI documents.
+KEY_SCHEMES: Final[Mapping[str, dict[str, Any]]] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, where this server requires one."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key", "description": "The same key."},
+}
+KEY_SECURITY: Final[Sequence[dict[str, Any]]] = ({"bearer": []}, {"header": []})
+ADMIN_SCHEMES: Final[Mapping[str, dict[str, Any]]] = {
+    "adminToken": {"type": "http", "scheme": "bearer", "description": "The admin token."}
+}
+ADMIN_SECURITY: Final[Sequence[dict[str, Any]]] = ({"adminToken": []},)
+ADMIN_REFUSES: Final = (Unauthorized, RateLimited)
 
 
 def digest(secret: str) -> str:
@@ -128,8 +140,8 @@ class FailedLoginLimiter:
 
 
 class AdminAuthMiddleware:
-    """Middleware of the admin plane: nothing passes without the token, but the health probes, the console's own
-    files, and /metrics where the settings say so."""
+    """Middleware of the admin plane: nothing passes without the token, but the health probes, the files of the console
+    and of /docs, and /metrics where the settings say so."""
 
     def __init__(self, app: ASGIApp, *, token: str, metrics: Metrics, metrics_open: bool) -> None:
         self.app = app
@@ -141,7 +153,7 @@ class AdminAuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             refuse_credentials_in_url(scope)
-            if scope["path"] not in self.open_paths and not scope["path"].startswith(OPEN_FOLDER):
+            if scope["path"] not in self.open_paths and not scope["path"].startswith(OPEN_FOLDERS):
                 self.check(scope)
         await self.app(scope, receive, send)
 

@@ -1,6 +1,6 @@
 """The public plane: classification, health, and the Open Inference Protocol beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI
@@ -9,13 +9,13 @@ from starlette.responses import Response
 
 from model_store.library import Library
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, NotReady, UnsupportedMediaType
-from service.web import open_inference
+from service.web import open_inference, openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type, parse_json, whole_number
 from service.web.decoder import sniff
 from service.web.infer_request import from_base64
 from service.web.inference import (
     DIGITS,
-    ERRORS,
+    REFUSES,
     DataPlane,
     FastPathMiddleware,
     InferenceContext,
@@ -27,31 +27,10 @@ from service.web.inference import (
 PATH: Final = "/v1/classify"
 TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
 Json = dict[str, Any]
-CLASSIFY: Final[Json] = {
-    "summary": "Classify one image (the body), or several (JSON, base64)",
-    "parameters": [
-        {
-            "name": "Tombola-Timeout-Ms",
-            "in": "header",
-            "schema": {"type": "integer", "minimum": 1},
-            "description": "How long to wait for the answer; then 504. At most the server's own deadline.",
-        }
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/png": {"schema": {"type": "string", "format": "binary"}},
-            "image/jpeg": {"schema": {"type": "string", "format": "binary"}},
-            "image/webp": {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["images"],
-                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "byte"}}},
-                },
-            },
-        },
-    },
+Endpoint = Callable[[Request], Awaitable[Response]]
+BODY: Final[Mapping[str, Json]] = {
+    **dict.fromkeys((openapi.BYTES, "image/png", "image/jpeg", "image/webp"), openapi.BINARY),
+    openapi.JSON: openapi.reference(schemas.ClassifyRequest),
 }
 
 
@@ -71,16 +50,21 @@ class ClassifyApi:
 
     def respond(self, request_id: str, library: Library, probabilities: Probabilities) -> Response:
         predictions = [self.prediction(row, library.classes) for row in probabilities.tolist()]
-        return json_response({"request_id": request_id, "library": library.digest, "predictions": predictions})
+        answer: schemas.Classification = {
+            "request_id": request_id,
+            "library": library.digest,
+            "predictions": predictions,
+        }
+        return json_response(answer)
 
-    def prediction(self, row: list[float], classes: Sequence[str]) -> Json:
+    def prediction(self, row: list[float], classes: Sequence[str]) -> schemas.Prediction:
         """As much as DETAIL allows: nothing but the label, or with it the likeliest classes and their probabilities.
         Of equals the first class, as argmax has it."""
         order = sorted(range(len(row)), key=row.__getitem__, reverse=True)
         if self.settings.output_detail == "label":
             return {"label": classes[order[0]], "index": order[0]}
         values = row if self.settings.output_detail == "full" else [round(value, DIGITS) for value in row]
-        likeliest = [
+        likeliest: list[schemas.Candidate] = [
             {"label": classes[index], "index": index, "probability": values[index]}
             for index in order[: self.settings.top_k]
         ]
@@ -132,11 +116,40 @@ def parse_json_images(content: Json) -> list[bytes]:
 
 
 def router(api: ClassifyApi) -> APIRouter:
-    routes = APIRouter(route_class=RawRoute, tags=["Classification and health"], responses=ERRORS)
-    routes.add_api_route(PATH, api.classify, methods=["POST"], openapi_extra=CLASSIFY)
-    routes.add_api_route("/health/live", api.live, methods=["GET"])
-    routes.add_api_route("/health/ready", api.ready, methods=["GET"])
+    routes = APIRouter(route_class=RawRoute, tags=["Classification and health"])
+    timeout = openapi.header_parameter(
+        "Tombola-Timeout-Ms",
+        "How long to wait for the answer, at most the server's own deadline; then 504.",
+        type="integer",
+        minimum=1,
+    )
+    routes.add_api_route(
+        PATH,
+        api.classify,
+        methods=["POST"],
+        **openapi.operation(
+            "classify",
+            "Classify one image, which is the body, or several in JSON",
+            openapi.json_answer(schemas.Classification, "One prediction for each image."),
+            refuses=REFUSES,
+            parameters=[timeout, openapi.header_parameter("Content-Encoding", "gzip or deflate.", type="string")],
+            body=BODY,
+        ),
+    )
+    for path, endpoint, about in health(api.live, api.ready):
+        routes.add_api_route(path, endpoint, methods=["GET"], **about)
     return routes
+
+
+def health(live: Endpoint, ready: Endpoint) -> Iterator[tuple[str, Endpoint, dict[str, Any]]]:
+    """The probes of either plane: path, endpoint, description."""
+    alive = openapi.json_answer(schemas.Live, "The process runs.")
+    is_ready = openapi.json_answer(schemas.Ready, "A verified library is warm.")
+    yield "/health/live", live, openapi.operation("live", "Tell whether the process runs", alive, security=[])
+    about = openapi.operation(
+        "ready", "Tell whether the server can classify", is_ready, refuses=[NotReady], security=[]
+    )
+    yield "/health/ready", ready, about
 
 
 def install(app: FastAPI, data_plane: DataPlane) -> None:

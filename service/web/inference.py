@@ -18,7 +18,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.images import Pixels
 from model_store.library import Library
-from service.errors import BadRequest, ClientDisconnected, ContentTooLarge, ErrorMessage, NotReady, ServiceError
+from service.errors import (
+    BadRequest,
+    ClientDisconnected,
+    ContentTooLarge,
+    DeadlineExceeded,
+    ErrorMessage,
+    NotReady,
+    Overloaded,
+    RateLimited,
+    RequestTimeout,
+    ServiceError,
+    Unauthorized,
+    UnsupportedMediaType,
+)
 from service.observability.metrics import Metrics
 from service.observability.tracing import stage
 from service.settings import Settings
@@ -69,17 +82,18 @@ class RawRoute(APIRoute):
         return endpoint
 
 
-ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    "default": {
-        "description": "No answer, and why.",
-        "content": {
-            "application/json": {
-                "schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
-            }
-        },
-    }
-}
-"""For the OpenAPI document: what every route answers instead of an answer."""
+REFUSES: Final = (
+    BadRequest,
+    Unauthorized,
+    RequestTimeout,
+    ContentTooLarge,
+    UnsupportedMediaType,
+    RateLimited,
+    Overloaded,
+    NotReady,
+    DeadlineExceeded,
+)
+"""For the OpenAPI document: what a classification may end with, on both protocols."""
 
 
 class FastPathMiddleware:

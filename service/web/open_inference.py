@@ -8,7 +8,7 @@ import gzip
 import struct
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -18,12 +18,20 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import ErrorMessage, NotFound, NotImplementedByServer, NotReady, UnsupportedMediaType
+from service.errors import (
+    ErrorMessage,
+    NotFound,
+    NotImplementedByServer,
+    NotReady,
+    ServiceError,
+    UnsupportedMediaType,
+)
+from service.web import openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type
 from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference
 from service.web.inference import (
     ENCODER,
-    ERRORS,
+    REFUSES,
     DataPlane,
     InferenceContext,
     Probabilities,
@@ -37,24 +45,29 @@ from service.web.inference import (
 MODEL: Final = "tombola"
 VERSION: Final = "1"
 PREFIXES: Final = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+SUFFIXES: Final = ("", "_version")  # of operations, by prefix
+READY: Final = "Tell whether the server can classify"
 INFER_PATHS: Final = tuple(f"{prefix}/infer" for prefix in PREFIXES)
 EXTENSIONS: Final = ["binary_tensor_data", "classification", "model_configuration", "parameters", "statistics"]
 WORTH_PACKING: Final = 1024  # bytes; below it packing costs more than it saves
 DATATYPES: Final = {"probabilities": "FP32", "index": "INT64", "label": "BYTES"}
 Json = dict[str, Any]
-INFER: Final[Json] = {
-    "summary": "Classify images (inputs: image, or pixels)",
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"type": "object", "required": ["inputs"]},
-                "example": {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["<base64>"]}]},
-            },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
+INFER_BODY: Final[Mapping[str, Json]] = {
+    openapi.JSON: openapi.reference(schemas.InferRequestBody),
+    openapi.BYTES: openapi.BINARY,
 }
+INFER_ANSWER: Final = openapi.Answer(
+    "Tensors in the order of the request; those in binary follow the JSON.",
+    {openapi.JSON: schemas.InferAnswer, openapi.BYTES: openapi.BINARY},
+    headers={"Inference-Header-Content-Length": {"schema": {"type": "integer"}, "description": "Bytes of the JSON."}},
+)
+INFER_HEADERS: Final = (
+    openapi.header_parameter(
+        "Inference-Header-Content-Length", "Bytes of the JSON, before binary tensors.", type="integer", minimum=0
+    ),
+    openapi.header_parameter("Content-Encoding", "gzip or deflate.", type="string"),
+    openapi.header_parameter("Accept-Encoding", "gzip or deflate, for large answers.", type="string"),
+)
 
 
 def product_version() -> str:
@@ -262,16 +275,14 @@ class OpenInferenceApi:
         return np.array(texts, dtype=object)
 
 
-def path_parameters(path: str) -> Json:
+def path_parameters(path: str) -> list[Json]:
     """The path's parameters for the OpenAPI document, each with the only value it can have."""
     only = {"model": MODEL, "version": VERSION}
-    return {
-        "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [value]}}
-            for name, value in only.items()
-            if f"{{{name}}}" in path
-        ]
-    }
+    return [
+        openapi.path_parameter(name, f"The only {name} there is.", enum=[value])
+        for name, value in only.items()
+        if f"{{{name}}}" in path
+    ]
 
 
 def require_model(request: Request) -> None:
@@ -323,20 +334,76 @@ UNSUPPORTED_PATHS: Final = (
 
 
 def router(api: OpenInferenceApi) -> APIRouter:
-    routes = APIRouter(route_class=RawRoute, tags=["Open Inference Protocol v2"], responses=ERRORS)
-    for path in INFER_PATHS:
-        routes.add_api_route(path, api.infer, methods=["POST"], openapi_extra=INFER | path_parameters(path))
-    for path in ("/v2", "/v2/"):
-        routes.add_api_route(path, api.server, methods=["GET"])
-    routes.add_api_route("/v2/health/live", api.live, methods=["GET"])
-    routes.add_api_route("/v2/health/ready", api.ready, methods=["GET"])
-    routes.add_api_route("/v2/models", api.models, methods=["GET"])
-    routes.add_api_route("/v2/models/stats", api.stats, methods=["GET"])
-    routes.add_api_route("/v2/repository/index", api.index, methods=["POST"])
-    views = {"": api.model, "/ready": api.model_ready, "/config": api.config, "/stats": api.stats}
-    for prefix in PREFIXES:
-        for rest, endpoint in views.items():
-            routes.add_api_route(prefix + rest, endpoint, methods=["GET"], openapi_extra=path_parameters(prefix))
+    routes = APIRouter(route_class=RawRoute, tags=["Open Inference Protocol v2"])
+    for path, suffix in zip(INFER_PATHS, SUFFIXES, strict=True):
+        about = openapi.operation(
+            f"infer{suffix}",
+            "Classify images: one input, image or pixels",
+            INFER_ANSWER,
+            refuses=(NotFound, *REFUSES),
+            parameters=[*path_parameters(path), *INFER_HEADERS],
+            body=INFER_BODY,
+        )
+        routes.add_api_route(path, api.infer, methods=["POST"], **about)
+    for view in views(api):
+        parameters = path_parameters(view.path)
+        answer = openapi.json_answer(view.model, view.answer)
+        about = openapi.operation(
+            view.name, view.summary, answer, refuses=view.refuses, parameters=parameters, security=[]
+        )
+        routes.add_api_route(view.path, view.endpoint, methods=[view.method], **about)
+    routes.add_api_route("/v2/", api.server, methods=["GET"], include_in_schema=False)
     for path in UNSUPPORTED_PATHS:
         routes.add_api_route(path, not_offered, methods=["GET", "POST"], include_in_schema=False)
     return routes
+
+
+@dataclass(frozen=True)
+class View:
+    """One call of the protocol that reads no body."""
+
+    path: str
+    endpoint: Callable[[Request], Awaitable[Response]]
+    name: str
+    summary: str
+    model: Any
+    answer: str
+    refuses: Sequence[type[ServiceError]] = ()
+    method: str = "GET"
+
+
+def views(api: OpenInferenceApi) -> Iterator[View]:
+    live, ready = "The process runs.", "A verified library is warm."
+    yield View("/v2", api.server, "server_metadata", "Name the server", schemas.ServerMetadata, "Its extensions.")
+    yield View("/v2/health/live", api.live, "server_live", "Tell whether the process runs", schemas.Live, live)
+    yield View("/v2/health/ready", api.ready, "server_ready", READY, schemas.LiveAndReady, ready, refuses=(NotReady,))
+    yield View("/v2/models", api.models, "models", "List the models", schemas.ModelNames, "The only one.")
+    yield View(
+        "/v2/models/stats", api.stats, "statistics", "Count inference requests", schemas.Statistics, "Of this process."
+    )
+    index = "List the models with their state"
+    yield View(
+        "/v2/repository/index",
+        api.index,
+        "repository_index",
+        index,
+        list[schemas.ModelState],
+        "The only one.",
+        method="POST",
+    )
+    unready, known = (NotFound, NotReady), (NotFound,)
+    for prefix, suffix in zip(PREFIXES, SUFFIXES, strict=True):
+        metadata, config = schemas.ModelMetadata, schemas.ModelConfig
+        yield View(
+            prefix, api.model, f"model_metadata{suffix}", "Describe the tensors", metadata, "Inputs, outputs.", unready
+        )
+        yield View(
+            f"{prefix}/config", api.config, f"model_config{suffix}", "As Triton describes it", config, "Dims.", unready
+        )
+        yield View(
+            f"{prefix}/ready", api.model_ready, f"model_ready{suffix}", READY, schemas.ModelReady, ready, unready
+        )
+        counts = "Count inference requests of the model"
+        yield View(
+            f"{prefix}/stats", api.stats, f"model_statistics{suffix}", counts, schemas.Statistics, "Of it.", known
+        )

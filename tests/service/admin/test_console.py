@@ -20,6 +20,7 @@ from service.admin import console_files
 from service.errors import ErrorMessage, install
 from service.observability.metrics import Metrics
 from service.web.auth import AdminAuthMiddleware
+from service.web.static_files import KINDS
 from tests.support.planes import TOKEN, ask, refused
 from tests.support.serving import Process, serving, tiny_library
 from tombola.sample_image import draw_sample
@@ -85,7 +86,7 @@ class TestFiles:
         for path in named:
             response = ask(console_app(), "GET", path)
             assert response.status_code == 200, path
-            assert response.headers["content-type"] == console_files.KINDS[Path(path).suffix]
+            assert response.headers["content-type"] == KINDS[Path(path).suffix]
 
     def test_other_names_are_not_found_and_nothing_outside_the_folder_is_served(self) -> None:
         for path in ("/console/none.js", "/console/..%2fauth.py", "/console/%2e%2e/auth.py", "/console/"):

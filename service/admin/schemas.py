@@ -1,0 +1,148 @@
+"""What the admin plane answers about the library and to the console, as types: for mypy, and for OpenAPI."""
+
+from typing import Annotated
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from model_store.attacks import Norm
+from model_store.manifest import Manifest
+
+# The library
+
+
+class LibraryDescription(Manifest):
+    """A manifest, with its library's size."""
+
+    tickets: int = Field(description="that may be drawn")
+    baselines: int = Field(description="that are there to be compared with")
+
+
+class Swap(TypedDict):
+    """Digests of the library that is served now, and of the one before."""
+
+    digest: str
+    before: str
+
+
+class PolicyDescription(TypedDict):
+    """The exact sampling policy of theta over the library."""
+
+    library: Annotated[str, Field(description="its digest")]
+    groups: Annotated[list[list[str]], Field(description="tickets by name")]
+    sizes: Annotated[list[float], Field(description="weights of the sizes 1, 2, ...")]
+    every: bool
+    replacement: bool
+    states: Annotated[int, Field(description="how many thetas there are")]
+    entropy_bits: float
+    expected_size: float
+    size_probabilities: dict[str, float]
+    inclusion_probabilities: Annotated[dict[str, float], Field(description="by ticket")]
+
+
+# The console
+
+
+class Latency(TypedDict):
+    """How many classifications took at most so many seconds; the last count is of all."""
+
+    bounds: list[float]
+    counts: list[float]
+
+
+class Traffic(TypedDict):
+    outcomes: dict[str, float]
+    shed: dict[str, float]
+    images: float
+    latency: Latency
+
+
+class Queue(TypedDict):
+    depth: float
+    limit: int
+    in_flight: float
+    in_flight_limit: int
+
+
+class EngineState(TypedDict):
+    name: str
+    device: str
+    threads: int
+    note: str
+    restarts: float
+
+
+class LibrarySummary(TypedDict):
+    digest: str
+    tickets: int
+    baselines: int
+    classes: int
+
+
+class TicketDraws(TypedDict):
+    """Draws of the tickets of one structure and density, beside their probability."""
+
+    structure: str
+    density: str
+    probability: float
+    drawn: float
+    expected: float
+
+
+class Draws(TypedDict):
+    lot: Annotated[int, Field(description="images whose draws are published together")]
+    tickets: list[TicketDraws]
+    size_law: Annotated[dict[str, float], Field(description="probability of each ensemble size")]
+    sizes: Annotated[list[float], Field(description="images whose ensemble had at most 1, 2, ... members")]
+
+
+class Overview(TypedDict):
+    """The state at a glance; null before a library is served."""
+
+    ready: bool
+    reason: str
+    version: str
+    commit: str
+    uptime_s: float
+    traffic: Traffic
+    queue: Queue
+    engine: EngineState | None
+    library: LibrarySummary | None
+    draws: Draws | None
+
+
+class ClassVotes(TypedDict):
+    """A class, the draws that chose it, and its probability over the draws."""
+
+    label: str
+    votes: int
+    mean: float
+    low: float
+    high: float
+
+
+class DrawSummary(TypedDict):
+    label: str
+    agreement: float
+    classes: list[ClassVotes]
+
+
+class TriedImage(DrawSummary):
+    library: str
+    draws: int
+    seconds: float
+
+
+class ProfileSummary(TypedDict):
+    name: str
+    about: str
+    images: int
+    attacks: Annotated[dict[Norm, list[str]], Field(description="by norm")]
+
+
+class AuditOptions(TypedDict):
+    profiles: list[ProfileSummary]
+    attacks: list[str]
+    epsilons: Annotated[dict[Norm, list[float]], Field(description="by norm, in 255ths")]
+    headline: dict[Norm, float]
+    max_images: int
