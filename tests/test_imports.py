@@ -44,6 +44,7 @@ LADDER: Final = (
     "files",
     "code_version",
     "quiet_imports",
+    "arithmetic",
     "labelled_images",
     "structures",
     "ticket",

@@ -1,10 +1,8 @@
-"""What a device can do: bfloat16, and equal bits on GPUs."""
+"""What a device can do: bfloat16."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-
-import torch
 
 from training.recipes import TrainConfig
 
@@ -29,14 +27,3 @@ def resolve_precision(recipe: TrainConfig, device: str) -> TrainConfig:
     kind = device.partition(":")[0]
     fast = kind == "cuda" or (kind == "cpu" and has_bfloat16())
     return replace(recipe, precision="bfloat16" if fast else "float32")
-
-
-def use_reproducible_arithmetic() -> None:
-    """IEEE float32 instead of TF32 on GPUs, and cuDNN's deterministic algorithms. For the whole process.
-
-    Claims are measured in float32, and Muon's iteration goes astray in TF32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False

@@ -5,13 +5,13 @@ from typing import Final
 
 import torch
 
+from model_store.arithmetic import use_reproducible_arithmetic
 from model_store.code_version import code_commit
 from model_store.manifest import Provenance
 from model_store.ticket import load_ticket, save_ticket
 from training import search
 from training.checkpoints import delete_checkpoints
 from training.data import Split
-from training.device import use_reproducible_arithmetic
 from training.evaluation import measure
 from training.files import remove_partial_files, write_text
 from training.jobs import Job, JobLog, Result, initialize, lock_folder, status

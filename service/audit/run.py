@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from model_store.arithmetic import use_reproducible_arithmetic
 from model_store.ensemble import combine, predictions
 from model_store.files import write_atomically
 from model_store.library import Library
@@ -77,6 +78,7 @@ def run_audit(
     int8_images: what the service is calibrated on, if it runs in 8 bits.  floor: the least lower bound of robust
     accuracy that is enough, for the page alone.
     """
+    use_reproducible_arithmetic()
     torch.set_num_threads(1)  # members run in threads of their own: results do not depend on the number of cores
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

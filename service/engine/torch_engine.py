@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_store.arithmetic import use_ieee_float32
 from model_store.structures import Network
 from service.engine.base import (
     HALF_TOLERANCE,
@@ -27,7 +28,7 @@ MAX_BATCH: Final = 512  # images of one forward pass; beyond it activations cost
 def build(tickets: Sequence[FoldedTicket], *, device: torch.device) -> Backend:
     """float16 on CUDA where the logits stay close enough for every ticket, else float32."""
     if device.type == "cuda":
-        use_ieee_float32()
+        use_ieee_float32()  # TF32 would fail TOLERANCE
         half = on_device(tickets, device, torch.float16)
         worst = max(half_difference(half, index, ticket) for index, ticket in enumerate(tickets))
         if worst <= HALF_TOLERANCE:
@@ -39,12 +40,6 @@ def build(tickets: Sequence[FoldedTicket], *, device: torch.device) -> Backend:
             f"float32: float16 would change logits by {worst:.1e}",
         )
     return Backend(on_device(tickets, device, torch.float32).forward, TOLERANCE, "float32")
-
-
-def use_ieee_float32() -> None:
-    """Turns TF32 off. torch uses it for convolutions by default, and its 10-bit mantissa would fail TOLERANCE."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def rerun_overflow(forward: Forward, tickets: Sequence[FoldedTicket]) -> Forward:

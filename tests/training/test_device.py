@@ -1,16 +1,12 @@
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from tests.support.searches import TINY
 from training import device
-from training.device import has_bfloat16, resolve_precision, use_reproducible_arithmetic
+from training.device import has_bfloat16, resolve_precision
 
-matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 OPEN = replace(TINY, precision="auto")
 
 
@@ -51,26 +47,3 @@ def test_an_open_precision_becomes_what_the_device_is_fast_in(
     monkeypatch.setattr(device, "has_bfloat16", lambda: cpu_has_it)
     assert resolve_precision(OPEN, name).precision == expected
     assert resolve_precision(TINY, name) is TINY
-
-
-@pytest.fixture
-def fast_gpus() -> Iterator[None]:
-    """The flags at their fast values; afterwards as they were. (monkeypatch cannot restore matmul's.)"""
-    flags: tuple[tuple[Any, str, bool], ...] = (
-        (matmul, "allow_tf32", True),
-        (cudnn, "allow_tf32", True),
-        (cudnn, "deterministic", False),
-    )
-    before = [getattr(owner, name) for owner, name, _ in flags]
-    for owner, name, value in flags:
-        setattr(owner, name, value)
-    yield
-    for (owner, name, _), value in zip(flags, before, strict=True):
-        setattr(owner, name, value)
-
-
-@pytest.mark.usefixtures("fast_gpus")
-def test_gpus_calculate_in_ieee_float32_and_in_the_same_bits() -> None:
-    use_reproducible_arithmetic()
-    assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
-    assert (cudnn.deterministic, cudnn.benchmark) == (True, False)

@@ -128,8 +128,7 @@ def sampled_attack(context: CheckContext, draws: int) -> Tensor:
 def known_draw(context: CheckContext, rng: random.Random) -> AttackTarget:
     """One theta, known."""
     members = tuple(context.run.candidates.members[index] for index in draw_theta(context.ours.policy, rng).members)
-    draws = DrawSet(torch.ones(1, len(members)), torch.ones(1, dtype=torch.float64), exhaustive=True)
-    return AttackTarget(members, draws.to(context.run.candidates.device))
+    return AttackTarget(members, DrawSet.single(len(members), context.run.candidates.device))
 
 
 def iterative_below_single_step(context: CheckContext) -> CheckResult:
@@ -342,7 +341,8 @@ def accuracy_left(context: CheckContext, name: str, target: AttackTarget) -> Ten
     """float64 [n]: accuracy of a target under the attack that knows it, on its own draws."""
     result = context.attack(PROBE, name, target)
     pixels = quantize_to_uint8(result.images, context.pixels, context.threat().norm, context.threat().epsilon)
-    return 1 - failure(logits_of(target.members, pixels, context.run.candidates.device), context.labels, target.draws)
+    logits = logits_of(target.members, pixels, context.run.candidates.device)
+    return 1 - failure(logits, context.labels, target.draws).cpu()
 
 
 def baselines_present(context: CheckContext) -> CheckResult:

@@ -6,8 +6,10 @@ import secrets
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +25,13 @@ from service.audit.checks.base import Check, CheckContext, CheckResult, judged, 
 from service.audit.checks.power import Effect
 from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget, Member, as_floats
-from service.audit.evaluation.scoring import failure
+from service.audit.evaluation.scoring import failure, scores
 from service.audit.target import Target
 
 PROBE: Final = PgdConfig("mean-loss", steps=20, step=0.125, momentum=0.75)
 STAGE: Final = Stage(scale=1.0, progress=0.0)
+COMPARED: Final = 64  # images on which networks are compared
+SAME: Final = 1e-5  # of the largest logit: float32 sums in another order
 SIGMAS: Final = 5.0  # of a binomial count: a false alarm in less than a million
 
 
@@ -51,45 +55,81 @@ def deliverable(context: CheckContext) -> CheckResult:
 
 
 def same_model(context: CheckContext) -> CheckResult:
-    """Against the store's own calibrated tickets, and from `standard` on against the engine that serves."""
-    library, pixels = context.run.library, context.run.data.pixels[:64]
+    """Against the store's own calibrated tickets, and from `standard` on against the engine, in float32.
+
+    A service that runs in another precision is a warning, which says what that changes.
+    """
+    library, pixels = context.run.library, context.run.data.pixels[:COMPARED]
     if isinstance(library, Target):
         return CheckResult(None, "needs a library's stored tickets and the engine that serves them")
     images, worst = as_floats(pixels, context.run.candidates.device), 0.0
     for member, ticket in zip(context.run.candidates.members, library.tickets, strict=False):
         with torch.no_grad():
             worst = max(worst, relative(member(images), calibrated(ticket, context.run.candidates.device)(images)))
-    engine = "not compared" if context.run.audit.profile == "smoke" else against_engine(context, library, pixels)
-    shown = f"{engine:.1e}" if isinstance(engine, float) else engine
-    text = f"largest relative difference {worst:.1e} over {len(pixels)} images; engine {shown}"
-    if context.run.int8_images is not None and isinstance(engine, float) and worst <= 1e-5:
-        return CheckResult(False, f"{text}: the service runs in 8 bits, these figures are of float32", warn=True)
-    worst = max(worst, engine) if isinstance(engine, float) else worst
-    return CheckResult(worst <= 1e-5, text)
+    text = f"largest relative difference {worst:.1e} over {len(pixels)} images"
+    if context.run.audit.profile == "smoke":
+        return CheckResult(worst <= SAME, f"{text}; engine not compared")
+    exact = engine_logits(context, library, pixels, device="cpu")
+    if isinstance(exact, str):
+        return CheckResult(worst <= SAME, f"{text}; engine {exact}")
+    worst_of_engine = relative(exact, context.run.candidates.logits(pixels)[: len(exact)])
+    text = f"{text}; engine {worst_of_engine:.1e}"
+    if max(worst, worst_of_engine) > SAME:
+        return CheckResult(False, text)
+    effect = served_precision(context, library)
+    return CheckResult(True, text) if effect is None else CheckResult(False, f"{text}; {effect}", warn=True)
 
 
 def relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / second.abs().max().clamp_min(1.0))
 
 
-def against_engine(context: CheckContext, library: Library, pixels: Tensor) -> float | str:
+def engine_logits(
+    context: CheckContext, library: Library, pixels: Tensor, *, device: str, int8_images: Path | None = None
+) -> Tensor | str:
+    """[tickets, N, classes] by the engine that serves, on that device; or why it cannot be opened."""
     from service.engine.base import EngineRejected
     from service.engine.factory import open_engine
     from service.settings import Settings
 
+    settings = Settings(state_dir=context.run.folder, threads=1, device=device, int8_images=int8_images)
     try:
-        engine = open_engine(
-            library, Settings(state_dir=context.run.folder, threads=1, int8_images=context.run.int8_images)
-        )
+        engine = open_engine(library, settings)
     except EngineRejected as error:
         return f"refused: {error!s:.80}"
-    images = as_floats(pixels, context.run.candidates.device)
-    worst = 0.0
-    for index, member in enumerate(context.run.candidates.members[: context.run.candidates.tickets]):
-        with torch.no_grad():
-            ours = member(images).cpu()
-        worst = max(worst, relative(torch.from_numpy(engine.forward(index, pixels.numpy())), ours))
-    return worst
+    each = [engine.forward(index, pixels.numpy()) for index in range(len(library.tickets))]
+    return torch.from_numpy(np.stack(each))
+
+
+def served_precision(context: CheckContext, library: Library) -> str | None:
+    """What the precision of the service changes: logits, and accuracy on clean and on attacked images.
+
+    None where it serves in float32, which is what was audited.
+    """
+    run, eight_bits = context.run, context.run.int8_images is not None
+    if not eight_bits and run.candidates.device.type == "cpu":
+        return None
+    name, device = ("8 bits", "cpu") if eight_bits else ("float16", str(run.candidates.device))
+    attacked = min(context.attacks(), key=lambda o: float(run.scores(context.ours, o).right.mean()), default=None)
+    images = {"clean": run.data.pixels[:COMPARED]}
+    if attacked is not None:
+        images["attacked"] = attacked.pixels[:COMPARED]
+    pixels = torch.cat(list(images.values()))
+    served = engine_logits(context, library, pixels, device=device, int8_images=run.int8_images)
+    if isinstance(served, str):
+        return f"served in {name}: {served}"
+    ours = run.candidates.logits(pixels)
+    theirs = torch.cat([served, ours[len(served) :]])  # members beyond the tickets are not served
+    sizes, changes = [len(part) for part in images.values()], []
+    halves = (torch.split(logits, sizes, dim=1) for logits in (ours, theirs))
+    for kind, size, exact, rounded in zip(images, sizes, *halves, strict=True):
+        before, after = (
+            scores(logits, run.data.labels[:size], run.scoring(context.ours)).right.mean()
+            for logits in (exact, rounded)
+        )
+        changes.append(f"{100 * float(after - before):+.2f} points on {size} {kind} images")
+    difference = f"logits within {relative(theirs, ours):.1e}, accuracy {', '.join(changes)}"
+    return f"served in {name}, audited in float32: {difference}"
 
 
 def no_side_effects(context: CheckContext) -> CheckResult:
