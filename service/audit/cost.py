@@ -32,10 +32,12 @@ def multiply_adds_of(library: Library, outside: Library | None = None) -> list[i
 def forwards(step: Step, drawn: float, members: int) -> float:
     """Forwards of one image through each member that the attack asks for. drawn: members of a draw."""
     match step.settings:
-        case PgdConfig(steps=steps, restarts=restarts, ends_early=ends_early):
-            return 2 + (OPEN if ends_early else 1) * GRADIENT * (steps + 1) * (restarts + step.warm)
-        case ArcConfig(sweeps=sweeps, candidates=candidates):
-            return OPEN * sweeps * (1 + candidates * (2 + GRADIENT * drawn / members))
+        case PgdConfig(steps=steps, restarts=restarts, ends_early=ends_early, targets=targets):
+            ascents = (restarts + step.warm) * max(1, targets)
+            return 2 + (OPEN if ends_early else 1) * GRADIENT * ((steps + 1) * ascents + 2 * targets)
+        case ArcConfig(sweeps=sweeps, candidates=candidates, classes=classes, restarts=restarts):
+            each = 1 + candidates * (3 + (1 + classes * (GRADIENT - 1)) * drawn / members)
+            return OPEN * sweeps * (restarts + 1) * each
         case AutoAttackConfig(method=method, iterations=iterations, restarts=restarts, targets=targets):
             each = 1 if method == "square" else GRADIENT + (method == "fab-t")
             return OPEN * each * iterations * restarts * (targets if method.endswith("-t") else 1)

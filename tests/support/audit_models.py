@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model_store.attacks import ThreatModel, pgd
 from model_store.library import Library, write_library
 from model_store.policy import Policy
 from service.audit.attack_runner import AuditRun
@@ -63,6 +64,29 @@ def undefended() -> nn.Sequential:
         parameter.requires_grad_(False)
         parameter.grad = None
     return network.eval()
+
+
+@cache
+def trained_on_the_others_images() -> tuple[nn.Sequential, nn.Sequential]:
+    """A random pair that looks robust and is not (Dbouk and Shanbhag, 2022, on boosted adversarial training): the
+    second network is trained on adversarial images of the undefended first, at 6/255."""
+    first = undefended()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        second = small_cnn()
+    data, generator, threat = digits().search, torch.Generator().manual_seed(1), ThreatModel("linf", 6 / 255)
+    optimiser = torch.optim.Adam(second.parameters(), 3e-3)
+    for _ in range(120):
+        index = torch.randint(len(data), (48,), generator=generator)
+        images, labels = faint(data.pixels[index]) / 255, data.labels[index]
+        moved = pgd(first, images, labels, threat, steps=3, step_size=3 / 255, generator=generator)
+        optimiser.zero_grad()
+        functional.cross_entropy(second(moved), labels).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    for parameter in second.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return first, second.eval()
 
 
 class Scaled(nn.Module):

@@ -11,8 +11,8 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from model_store.attacks import ThreatModel, l1_unit, per_image, project, random_start, steepest_direction
-from service.audit.attacks.losses import LOSSES, Loss, Stage, typical_margin
+from model_store.attacks import EPS, ThreatModel, l1_unit, per_image, project, random_start, steepest_direction
+from service.audit.attacks.losses import LOSSES, Loss, Stage, member_shares, typical_margin
 from service.audit.evaluation.members import AttackTarget
 from service.audit.evaluation.scoring import CERTAIN, failure
 
@@ -28,6 +28,7 @@ class PgdConfig:
     constant steps (Dong et al., 2018).  restarts: random starts, after the warm starts if any are given."""
 
     loss: str = "mean-loss"
+    targets: int = 0  # wrong classes that a targeted loss tries one by one, the nearest by linearised distance first
     steps: int = 20
     step: float = 0.25
     restarts: int = 1
@@ -113,22 +114,67 @@ def attack(
       known: images of earlier attacks. Those that all draws misread already are not attacked again.
     """
     scale = typical_margin(target.logits(images[:SCALED_ON]), labels[:SCALED_ON], target.draws)
+    begin, passes = Stage(scale, 0.0), len(images) * (1 + len(known))
+    aims: Sequence[Tensor | None] = [None]
+    if ascent.targets:
+        aims, cost = nearest_classes(target, images, labels, threat, ascent.targets)
+        begin, passes = replace(begin, targets=aims[0]), passes + cost
     loss = loss_of(ascent)
-    best = score_clean(target, images, labels, loss, Stage(scale, 0.0))
+    best = score_clean(target, images, labels, loss, begin)
     clean = best.risk.clone(), best.loss.clone()
     for earlier in known:
         inside = project(earlier, images, threat)
-        tried = score_clean(target, inside, labels, loss, Stage(scale, 0.0))
+        tried = score_clean(target, inside, labels, loss, begin)
         best.take(torch.arange(len(images), device=images.device), inside, tried.risk, tried.loss)
-    traces, passes = [], len(images) * (1 + len(known))
-    for start in [*(project(start, images, threat) for start in warm), *[None] * ascent.restarts]:
-        fresh = random_start(images, threat, generator) if start is None else start  # drawn even if nothing is left
-        trace, cost = run_restart(target, images, labels, threat, ascent, fresh, best, scale)
-        traces.append(trace)
-        passes += cost
+    traces = []
+    for aim in aims:
+        for start in [*(project(start, images, threat) for start in warm), *[None] * ascent.restarts]:
+            fresh = random_start(images, threat, generator) if start is None else start  # drawn even if nothing is left
+            stage = replace(begin, targets=aim)
+            trace, cost = run_restart(target, images, labels, threat, ascent, fresh, best, stage)
+            traces.append(trace)
+            passes += cost
     risks, losses = traces[0]
     risks[0], losses[0] = clean
     return AttackResult(best.images, best.risk, risks, losses, passes=passes)
+
+
+def nearest_classes(
+    target: AttackTarget, images: Tensor, labels: Tensor, threat: ThreatModel, count: int
+) -> tuple[list[Tensor], int]:
+    """The wrong classes of each image, int64 [N], the nearest first; and the passes that it took to order them.
+
+    Distance is linearised: the lead of the right class in the mean over theta, over the dual norm of its gradient
+    (MALT, Melamed et al., 2024). Of the classes that the logits put first, twice as many as are taken are measured.
+    """
+    classes = target.logits(images[:1]).shape[2]
+    count = min(count, classes - 1)
+    shares = member_shares(target.draws, images)
+    mean = torch.einsum("m,mnc->nc", shares, target.logits(images))
+    rivals = mean.scatter(1, labels[:, None], -torch.inf).topk(min(2 * count, classes - 1), dim=1).indices
+    measured = []
+    for place in range(rivals.shape[1]):
+        parts = [lead_over(target, *part) for part in target.parts(images, labels, rivals[:, place])]
+        lead, gradient = (torch.cat(values) for values in zip(*parts, strict=True))
+        measured.append(lead / dual_norm(gradient, threat).clamp_min(EPS))
+    order = torch.stack(measured, dim=1).argsort(dim=1)[:, :count]
+    return list(rivals.gather(1, order).T), len(images) * rivals.shape[1]
+
+
+def lead_over(target: AttackTarget, images: Tensor, labels: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the right class leads one other in the mean logits over theta, [N], and the gradient in the images."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_(True)
+        mean = torch.einsum("m,mnc->nc", member_shares(target.draws, images), target(images))
+        lead = (mean.gather(1, labels[:, None]) - mean.gather(1, rivals[:, None])).squeeze(1)
+        (gradient,) = torch.autograd.grad(lead.sum(), images)
+    return lead.detach(), gradient
+
+
+def dual_norm(gradient: Tensor, threat: ThreatModel) -> Tensor:
+    """[N]: what a step of length 1 in the threat model's norm can change along the gradient."""
+    flat = gradient.flatten(1)
+    return flat.abs().sum(dim=1) if threat.norm == "linf" else flat.norm(dim=1)
 
 
 def loss_of(ascent: PgdConfig) -> Loss:
@@ -144,10 +190,11 @@ def loss_of(ascent: PgdConfig) -> Loss:
 @torch.no_grad()
 def score_clean(target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
     risks, losses = [], []
-    for some, right in target.parts(images, labels):
+    rows = torch.arange(len(images), device=images.device)
+    for some, right, index in target.parts(images, labels, rows):
         logits = target(some)
         risks.append(failure(logits, right, target.draws))
-        losses.append(loss(logits, right, target.draws, stage))
+        losses.append(loss(logits, right, target.draws, stage.of(index)))
     return Best(images.clone(), torch.cat(risks), torch.cat(losses))
 
 
@@ -156,7 +203,7 @@ def gradients_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as gradient_of, for as many images as there are: in even parts, each of which fits into memory."""
     parts = torch.arange(len(images), device=images.device).tensor_split(-(-len(images) // target.batch(images)))
-    parts_of = [gradient_of(target, images[part], labels[part], loss, stage) for part in parts]
+    parts_of = [gradient_of(target, images[part], labels[part], loss, stage.of(part)) for part in parts]
     risk, losses, gradient = (torch.cat(values) for values in zip(*parts_of, strict=True))
     return risk, losses, gradient
 
@@ -181,10 +228,10 @@ def run_restart(
     ascent: PgdConfig,
     start: Tensor,
     best: Best,
-    scale: float,
+    stage: Stage,
 ) -> tuple[tuple[Tensor, Tensor], int]:
     """One start, updating `best`. Returns the trace of best risk and loss so far, and the image-steps it cost."""
-    loss, stage = loss_of(ascent), Stage(scale, 0.0)
+    loss = loss_of(ascent)
     state = initial_state(clean, labels, start, threat, ascent)
     checks = checkpoints(ascent.steps)
     risks, losses, passes = [best.risk.clone()], [best.loss.clone()], 0
@@ -193,7 +240,8 @@ def run_restart(
             state.keep(best.risk[state.rows] < CERTAIN)
         if len(state.rows):
             stage = stage.at(step / max(1, ascent.steps))
-            risk, now, gradient = gradients_of(target, state.images, state.labels, loss, stage)
+            some = stage.of(state.rows)
+            risk, now, gradient = gradients_of(target, state.images, state.labels, loss, some)
             passes += len(state.rows)
             best.take(state.rows, state.images, risk, now)
             record(state, now, gradient, step)

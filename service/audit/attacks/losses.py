@@ -23,13 +23,26 @@ SMOOTH_FROM, SMOOTH_TO = 1.0, 0.05  # the sigmoid's width at the first and the l
 
 @dataclass(frozen=True)
 class Stage:
-    """Where the attack stands. scale: a typical margin of the clean images' draws.  progress: 0 to 1."""
+    """Where the attack stands. scale: a typical margin of the clean images' draws.  progress: 0 to 1.
+
+    targets: int64 [N], the wrong class that a targeted loss raises.
+    """
 
     scale: float
     progress: float
+    targets: Tensor | None = None
 
     def at(self, progress: float) -> "Stage":
         return replace(self, progress=progress)
+
+    def of(self, index: Tensor) -> "Stage":
+        """For some of the images."""
+        return self if self.targets is None else replace(self, targets=self.targets[index])
+
+    @property
+    def width(self) -> float:
+        """Of the sigmoid that smooths the risk: it falls geometrically."""
+        return float(self.scale * SMOOTH_FROM ** (1 - self.progress) * SMOOTH_TO**self.progress)
 
 
 Loss = Callable[[Tensor, Tensor, DrawSet, Stage], Tensor]
@@ -92,14 +105,69 @@ def hinge(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tenso
 
 def risk(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
     """(e) E[sigmoid(-margin / tau)], tau falling geometrically: towards the failure probability itself."""
-    tau = stage.scale * SMOOTH_FROM ** (1 - stage.progress) * SMOOTH_TO**stage.progress
-    return expectation(torch.sigmoid(per_draw(margin, ensemble_logits(logits, draws), labels) / tau), draws)
+    return expectation(torch.sigmoid(per_draw(margin, ensemble_logits(logits, draws), labels) / stage.width), draws)
 
 
 def mean_logits(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
     """The margin of the mean logits: deterministic, and blind to which draws it fools."""
     mean = torch.einsum("r,rnc->nc", draws.weights.to(logits), ensemble_logits(logits, draws))
     return margin(mean, labels)
+
+
+def targeted(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
+    """E[sigmoid((z_t - z_y) / tau)]: the smoothed chance that one wrong class overtakes the right one. Without targets
+    it is the wrong class that leads in the mean over theta."""
+    outputs = ensemble_logits(logits, draws)
+    aims = leading_wrong(logits, labels, draws) if stage.targets is None else stage.targets
+    ahead, behind = (
+        outputs.gather(2, index.expand(len(outputs), -1)[..., None]).squeeze(2) for index in (aims, labels)
+    )
+    return expectation(torch.sigmoid((ahead - behind) / stage.width), draws)
+
+
+def probability_margin(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
+    """E[max_c p_c - p_y] over wrong classes c: the margin of probabilities (Xie et al., 2024)."""
+    return expectation(per_draw(margin, torch.softmax(ensemble_logits(logits, draws), dim=-1), labels), draws)
+
+
+def difference_of_logits_ratio(outputs: Tensor, labels: Tensor) -> Tensor:
+    """DLR (Croce and Hein, 2020), [N]; with fewer than three classes the margin."""
+    if outputs.shape[1] < 3:
+        return margin(outputs, labels)
+    top = outputs.topk(3, dim=1).values
+    return margin(outputs, labels) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
+
+
+def alternating(logits: Tensor, labels: Tensor, draws: DrawSet, stage: Stage) -> Tensor:
+    """Cross-entropy, the margin and DLR, each for a third of the steps (Antoniou et al., 2022)."""
+    criteria = (cross_entropies, margin, difference_of_logits_ratio)
+    criterion = criteria[min(2, int(3 * stage.progress))]
+    return expectation(per_draw(criterion, ensemble_logits(logits, draws), labels), draws)
+
+
+def member_shares(draws: DrawSet, like: Tensor) -> Tensor:
+    """[M]: each member's weight in the mean of the logits over theta."""
+    return draws.weights.to(like) @ (draws.rows / draws.sizes[:, None]).to(like)
+
+
+def leading_wrong(logits: Tensor, labels: Tensor, draws: DrawSet) -> Tensor:
+    """int64 [N]: the wrong class with the highest mean logit over theta."""
+    mean = torch.einsum("m,mnc->nc", member_shares(draws, logits), logits.detach())
+    return mean.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+
+
+def reweighted(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
+    """The margin of the mean logits with members weighted by how far each can still move the ensemble's softmax from
+    the right class to its rival: MORA (Yu et al., 2022), for sums of logits."""
+    shares = member_shares(draws, logits)
+    mean = torch.einsum("m,mnc->nc", shares, logits)
+    rival = leading_wrong(logits, labels, draws)
+    softmax = torch.softmax(logits.detach(), dim=-1)
+    right, wrong = (softmax.gather(2, index.expand(len(logits), -1)[..., None]).squeeze(2) for index in (labels, rival))
+    all_right, all_wrong = ((shares @ each).clamp_min(1e-12) for each in (right, wrong))
+    pull = shares[:, None] * wrong * (right / all_right + (1 - wrong) / all_wrong)
+    weights = pull / pull.sum(dim=0).clamp_min(1e-12)
+    return margin((mean + torch.einsum("mn,mnc->nc", weights, logits)) / 2, labels)
 
 
 LOSSES: Final[dict[str, Loss]] = {
@@ -110,10 +178,14 @@ LOSSES: Final[dict[str, Loss]] = {
     "mean-logits": mean_logits,
     "hinge": hinge,
     "risk": risk,
+    "targeted": targeted,
+    "probability-margin": probability_margin,
+    "alternating": alternating,
+    "reweighted": reweighted,
 }
 
 
-STAGED: Final = ("risk",)  # losses that change on the way: their values at two steps do not compare
+STAGED: Final = ("risk", "targeted", "alternating")  # these change on the way: two steps do not compare
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from service.audit.evaluation.scoring import CERTAIN, failure, pointwise_worst
 from service.audit.profiles import FAR, refine
 from service.audit.secrecy import read_secrecy
 
-GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper")))
+GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper", "mora")))
 BLACK_BOX: Final = ("square", "square-queries")
 FEW_STATES: Final = (4, 16, 256)  # chance switched on again, step by step
 NEIGHBOURS: Final = 20

@@ -1,4 +1,4 @@
-"""All thirty-four checks, in order, each finished one kept on disk; from Carlini et al. (2019), Pintor et al. (2022),
+"""All thirty-five checks, in order, each finished one kept on disk; from Carlini et al. (2019), Pintor et al. (2022),
 AutoAttack's flags and Athalye et al. (2018). The list is neither necessary nor sufficient."""
 
 import json
@@ -7,12 +7,12 @@ from typing import Final
 
 from model_store.files import write_atomically
 from service.audit.attack_runner import AuditRun, Json
-from service.audit.checks import attacks, model, report
+from service.audit.checks import attacks, model, planted, report
 from service.audit.checks.base import Check, CheckContext, evaluate_check
 from service.audit.config import digest_of
 from service.audit.events import CheckEvent
 
-CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS)
+CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS, *planted.CHECKS)
 
 
 def run_checks(run: AuditRun) -> list[Json]:

@@ -22,7 +22,7 @@ from service.audit.evaluation import members as evaluation
 from service.audit.evaluation.draws import DrawSet, draws_of
 from service.audit.evaluation.members import AttackTarget, Member, as_floats
 from service.audit.evaluation.scoring import failure
-from tests.support.audit_models import alone, faint_digits, small_cnn, undefended
+from tests.support.audit_models import alone, faint_digits, small_cnn, trained_on_the_others_images, undefended
 
 EIGHT = ThreatModel("linf", 8 / 255)
 THREE = ThreatModel("linf", 3 / 255)  # where the undefended network keeps about a third: good to compare attacks at
@@ -79,6 +79,86 @@ def test_the_smoothed_risk_chooses_a_member_where_averages_cannot() -> None:
         target, images, labels, threat, PgdConfig("risk", steps=100, step=0.1, momentum=0.75), generator()
     )
     assert float(found.risk) == 0.5
+
+
+def test_a_trained_pair_that_averaged_cross_entropy_misjudges_is_broken_by_arc_and_by_the_hinge() -> None:
+    """Its authors' attack leaves it far more than the worst member; attacks that let go of fooled draws do not."""
+    pair, threat = alone(*trained_on_the_others_images()), ThreatModel("linf", 6 / 255)
+    _, images, labels = some(80)
+
+    def left(loss: str) -> float:
+        config = PgdConfig(loss, steps=25, schedule="adaptive")
+        return 1 - float(eot.attack(pair, images, labels, threat, config, generator()).risk.mean())
+
+    averaged = left("mean-loss")
+    assert averaged >= 0.3
+    assert left("hinge") <= averaged - 0.2
+    assert left("probability-margin") <= averaged - 0.2
+    assert 1 - float(arc.attack(pair, images, labels, threat, ArcConfig(4, 2), generator())[1].mean()) <= averaged - 0.2
+
+
+def far_in_logits_near_in_pixels() -> tuple[AttackTarget, Tensor, Tensor, ThreatModel]:
+    """Class 1 has the second highest logit and a boundary 2.5 epsilon away; class 2 the least, 0.5 epsilon away."""
+    weights = torch.tensor([[0.0, 0.0, 0.0], [0.4, 0.0, 0.0], [0.0, 4.0, 0.0]])
+
+    class Three(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return (images - 0.5).flatten(1) @ weights.T + torch.tensor([0.2, 0.1, 0.0])
+
+    return alone(Three()), torch.full((1, 3, 1, 1), 0.5), torch.zeros(1, dtype=torch.int64), ThreatModel("linf", 0.1)
+
+
+def test_targets_are_ordered_by_linearised_distance_not_by_logit() -> None:
+    target, images, labels, threat = far_in_logits_near_in_pixels()
+    (nearest, second), _ = eot.nearest_classes(target, images, labels, threat, 2)
+    assert (int(nearest), int(second)) == (2, 1)
+    for ordered, risk in ((1, 1.0), (0, 0.0)):  # 0: whichever wrong class leads
+        once = PgdConfig("targeted", targets=ordered, steps=10, restarts=0)
+        assert float(eot.attack(target, images, labels, threat, once, generator(), [images]).risk) == risk
+
+
+def test_arc_goes_over_the_nearest_boundary_not_towards_the_highest_logit() -> None:
+    """The old one looked at the highest wrong logit alone, whose boundary lies 2.5 epsilon away."""
+    target, images, labels, threat = far_in_logits_near_in_pixels()
+    away, gradient = arc.nearest_boundary(target, torch.ones(1), images, labels, threat, 2)
+    assert float(away) == pytest.approx(0.05)
+    assert gradient.flatten().tolist() == pytest.approx([0, -4, 0])
+    assert float(arc.attack(target, images, labels, threat, ArcConfig(1, 1, restarts=0), generator())[1]) == 1
+    blind = ArcConfig(1, 1, classes=1, restarts=0)
+    assert float(arc.attack(target, images, labels, threat, blind, generator())[1]) == 0
+
+
+def test_a_protected_step_keeps_what_an_earlier_one_gained() -> None:
+    """l2: the first boundary is crossed along x. A full step along y, scaled into the ball, would fall far back."""
+    threat, first = ThreatModel("l2", 0.1), torch.tensor([0.05, 0.0, 0.0]).view(1, 3, 1, 1)
+    gradient, away = torch.tensor([0.0, -1.0, 0.0]).view(1, 3, 1, 1), torch.tensor([0.01])
+    moved = arc.protected_step(first, away, gradient, threat, first=False).flatten()
+    plain = (first - 0.05 * gradient).flatten()
+    plain = plain * 0.05 / plain.norm()
+    assert float(moved.norm()) == pytest.approx(0.05)
+    assert float(moved[1]) > 0.01  # over the second boundary
+    assert float(moved[0]) > float(plain[0])  # and less far back from the first
+
+
+def test_the_nearest_draws_are_attacked_first() -> None:
+    near, far = Linear(torch.tensor([1.0, 0.0, 0.0]), -0.45), Linear(torch.tensor([1.0, 0.0, 0.0]), 0.4)
+    target, images = linear_target(far, near), torch.full((1, 3, 1, 1), 0.5)
+    rows = arc.nearest_rows(target, images, torch.zeros(1, dtype=torch.int64), 1, generator())
+    assert next(rows).tolist() == [0, 1]
+
+
+def test_reweighting_is_blind_to_no_member() -> None:
+    """MORA by hand for two members of equal shares: the weight follows each one's pull on the mean softmax."""
+    logits = torch.tensor([[[2.0, 0.0, -1.0]], [[0.5, 0.4, -1.0]]])
+    labels, draws = torch.tensor([0]), DrawSet(torch.ones(1, 2), torch.ones(1).double(), True)
+    soft = logits.softmax(dim=-1)
+    right, wrong = soft[:, 0, 0], soft[:, 0, 1]
+    pull = wrong * (right / right.mean() + (1 - wrong) / wrong.mean())
+    weights = pull / pull.sum()
+    expected = (logits.mean(dim=0) + (weights[:, None, None] * logits).sum(dim=0)) / 2
+    found = LOSSES["reweighted"](logits, labels, draws, Stage(1.0, 0.0))
+    assert weights[1] > 0.6  # the one that is nearly undecided
+    assert found.tolist() == pytest.approx((expected[:, 1] - expected[:, 0]).tolist(), abs=1e-6)
 
 
 def test_pgd_is_eot_with_one_member() -> None:

@@ -18,7 +18,7 @@ from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome, converged
 from service.audit.attacks import eot
 from service.audit.attacks.eot import PgdConfig
-from service.audit.checks import attacks, base, model, run
+from service.audit.checks import attacks, base, model, planted, run
 from service.audit.checks.base import CheckContext, CheckResult
 from service.audit.command import BELOW, INVALID, conclude
 from service.audit.config import Audit, Step
@@ -83,8 +83,8 @@ def without_timings(report: Json) -> Json:
 
 def test_a_smoke_audit_is_whole(report: Json) -> None:
     assert digest_holds(report)
-    assert len(report["checks"]) == 34
-    assert [row["id"] for row in report["checks"]] == list(range(1, 35))
+    assert len(report["checks"]) == 35
+    assert [row["id"] for row in report["checks"]] == list(range(1, 36))
     assert not report["failed"], [row for row in report["checks"] if row["outcome"] == "fail"]
     assert {"tombola", "mean-of-all", "best-ticket", "fixed-equal-cost", "r2s resnet18", "r2s resnet34"} == set(
         report["systems"]
@@ -556,6 +556,12 @@ def test_a_loss_that_changes_on_the_way_is_judged_by_its_risk() -> None:
     assert converged(still, PgdConfig("risk")) == 1
 
 
+def test_planted_examples_are_found_unless_gradients_are_masked(tmp_path: Path) -> None:
+    assert planted.planted_examples(lab_of(undefended(), tmp_path / "open")).ok
+    masked = planted.planted_examples(lab_of(Quantised(undefended(), 64), tmp_path / "masked"))
+    assert masked.ok is False, masked.value
+
+
 def test_small_random_steps_move_the_loss_of_a_ragged_network_most(tmp_path: Path) -> None:
     moves = []
     for name, network in (("flat", Scaled(undefended(), 0.0)), ("smooth", undefended()), ("ragged", ragged())):
@@ -616,8 +622,8 @@ def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
     assert judged(False, True, least="full") == "skipped"
 
 
-def test_all_thirty_four_checks_are_there_once() -> None:
-    assert [check.id for check in run.CHECKS] == list(range(1, 35))
+def test_all_thirty_five_checks_are_there_once() -> None:
+    assert [check.id for check in run.CHECKS] == list(range(1, 36))
 
 
 def test_a_warm_start_comes_from_earlier_stages_alone(library: Any, folder: Path) -> None:
