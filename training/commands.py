@@ -17,7 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from model_store.files import write_atomically
-from model_store.library import Library, open_library
+from model_store.input_spec import CIFAR10_INPUT, InputSpec, Interpolation, Resize
+from model_store.library import EMBEDDED, Library, open_library
 from model_store.manifest import Entry
 from model_store.quiet_imports import import_dataset
 from model_store.structures import STRUCTURES
@@ -85,10 +86,18 @@ def read_field(item: str, kind: Any, text: str, *, least: int) -> Any:
     return value
 
 
-def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list[TrainConfig]:
+def size_of(arguments: argparse.Namespace) -> InputSpec:
+    """What --size, --resize and --interpolation ask for, with CIFAR-10's statistics until others are measured."""
+    height, width = arguments.size or (CIFAR10_INPUT.height, CIFAR10_INPUT.width)
+    resize: Resize = arguments.resize or "squash"
+    interpolation: Interpolation = arguments.interpolation or "bilinear"
+    return replace(CIFAR10_INPUT, height=height, width=width, resize=resize, interpolation=interpolation)
+
+
+def recipes_of(arguments: argparse.Namespace, images: int, classes: int, spec: InputSpec) -> list[TrainConfig]:
     preset, changes = preset_of(arguments), changes_of(arguments)
     every = [
-        preset.recipe(structure, density, images, classes, **changes)
+        preset.recipe(structure, density, images, classes, spec, **changes)
         for structure in STRUCTURES
         for density in DENSITIES
     ]
@@ -100,15 +109,26 @@ def recipes_of(arguments: argparse.Namespace, images: int, classes: int) -> list
     return chosen
 
 
-def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
+def split_for(library: Library, given: Path, arguments: argparse.Namespace) -> Split:
+    """The data set at a library's size and with its statistics. given: where the library was asked for."""
+    for option in ("size", "resize", "interpolation"):
+        if getattr(arguments, option, None):
+            raise TrainingError(f"--{option}: settled by the tickets of {given}, which take {library.input}")
+    split = split_of(arguments, cache_of(arguments), library.input)
+    if split.classes != library.classes:
+        found, expected = (", ".join(classes)[:100] for classes in (split.classes, library.classes))
+        raise TrainingError(f"{arguments.data}: classes {found}; the library {given} has {expected}")
+    return replace(split, input=library.input)
+
+
+def cache_of(arguments: argparse.Namespace) -> Path | None:
+    return arguments.state / CACHE if "state" in arguments else None
+
+
+def jobs_from(arguments: argparse.Namespace, library: Library, images: int) -> list[Job]:
     """Jobs that train an exported library's tickets further."""
-    library = open_library(arguments.start)
     changes = changes_of(arguments)
     changes.pop("epochs", None)
-    for name in ("mask_share", "steps", *SHAPE):
-        if name in changes:
-            option = "--scratch" if name == "mask_share" and arguments.scratch else f"--set {name}"
-            raise TrainingError(f"{option}: settled by the tickets of {arguments.start}, which --from goes on with")
     jobs = []
     for entry in entries_of(library, arguments.start, arguments.only):
         before = TrainConfig.from_dict(entry.provenance.recipe)
@@ -117,6 +137,15 @@ def jobs_from(arguments: argparse.Namespace, images: int) -> list[Job]:
         recipe = continued_from(before, parent=entry.sha256, steps=steps, rate=arguments.rate, **changes)
         jobs.append(Job(recipe, arguments.state / recipe.name, start=library.path / entry.file))
     return jobs
+
+
+def refuse_settled(arguments: argparse.Namespace) -> None:
+    """Raises TrainingError for what a library's tickets have settled already."""
+    changes = changes_of(arguments)
+    for name in ("mask_share", "steps", *SHAPE):
+        if name in changes:
+            option = "--scratch" if name == "mask_share" and arguments.scratch else f"--set {name}"
+            raise TrainingError(f"{option}: settled by the tickets of {arguments.start}, which --from goes on with")
 
 
 def entries_of(library: Library, given: Path, only: Sequence[str] | None) -> list[Entry]:
@@ -133,8 +162,9 @@ def show_plan(arguments: argparse.Namespace) -> None:
     table = Table("ticket", "structure", "kind", "steps", "PFLOP", unit, title=preset.about)
     table.caption = SPEEDS
     costs: dict[str, float] = {}
-    for recipe in recipes_of(arguments, images=49_000, classes=10):
-        costs[recipe.name] = cost(recipe)
+    spec = size_of(arguments)
+    for recipe in recipes_of(arguments, 49_000, 10, spec):
+        costs[recipe.name] = cost(recipe, spec)
         steps = f"{recipe.steps:,}"
         table.add_row(recipe.name, str(recipe.structure), recipe.kind, steps, *spent(costs[recipe.name], speed))
     table.add_section()
@@ -145,8 +175,8 @@ def show_plan(arguments: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def split_of(arguments: argparse.Namespace, cache: Path | None = None) -> Split:
-    return read_split(arguments.data, cache, skip_damaged=arguments.skip_damaged)
+def split_of(arguments: argparse.Namespace, cache: Path | None, spec: InputSpec) -> Split:
+    return read_split(arguments.data, cache, spec, skip_damaged=arguments.skip_damaged)
 
 
 def spent(flops: float, speed: float) -> tuple[str, str]:
@@ -154,19 +184,24 @@ def spent(flops: float, speed: float) -> tuple[str, str]:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    split = split_of(arguments, arguments.state / CACHE)
     if arguments.start:
-        jobs = jobs_from(arguments, len(split.search))
+        library = open_library(arguments.start)
+        refuse_settled(arguments)
+        split = split_for(library, arguments.start, arguments)
+        jobs = jobs_from(arguments, library, len(split.search))
     else:
-        recipes = recipes_of(arguments, len(split.search), len(split.classes))
+        split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
+        recipes = recipes_of(arguments, len(split.search), len(split.classes), split.input)
         jobs = [Job(recipe, arguments.state / recipe.name) for recipe in recipes]
     run_jobs(jobs, arguments, split)
 
 
 def run_scratch(arguments: argparse.Namespace) -> None:
-    library, split = open_library(arguments.library), split_of(arguments, arguments.state / CACHE)
+    library = open_library(arguments.library)
+    entries = entries_of(library, arguments.library, arguments.only)
+    split = split_for(library, arguments.library, arguments)
     jobs = []
-    for entry in entries_of(library, arguments.library, arguments.only):
+    for entry in entries:
         trained = TrainConfig.from_dict(entry.provenance.recipe)
         recipe, spent = mask_phase(trained), trained.mask_share * entry.provenance.seconds
         folder, masks = arguments.state / recipe.name, library.path / entry.file
@@ -175,10 +210,10 @@ def run_scratch(arguments: argparse.Namespace) -> None:
 
 
 def run_baseline(arguments: argparse.Namespace) -> None:
-    split = split_of(arguments, arguments.state / CACHE)
+    split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
     preset = preset_of(arguments)
     recipes = [
-        baseline(preset, name, len(split.search), len(split.classes), **changes_of(arguments))
+        baseline(preset, name, len(split.search), len(split.classes), split.input, **changes_of(arguments))
         for name in ("resnet18", "wideresnet32")
         if wanted(name, arguments.only)
     ]
@@ -188,7 +223,7 @@ def run_baseline(arguments: argparse.Namespace) -> None:
 def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -> None:
     device_of(arguments.device, local=arguments.ray is None)
     name = arguments.data_name or arguments.data.name
-    jobs = [replace(job, data=name, classes=split.classes) for job in jobs]
+    jobs = [replace(job, data=name, classes=split.classes, input=split.input) for job in jobs]
     console = Console()
     rows: list[Status] = []
     with Live(console=console, auto_refresh=False) as live:
@@ -276,7 +311,8 @@ def show_table(arguments: argparse.Namespace) -> None:
 
 def show_differences(arguments: argparse.Namespace) -> None:
     device = device_of(arguments.device)
-    library, split = open_library(arguments.library), split_of(arguments)
+    library = open_library(arguments.library)
+    split = split_for(library, arguments.library or EMBEDDED, arguments)
     images = split.selection.balanced(arguments.images)
     with Progress(transient=True) as progress:
         task = progress.add_task("attacking each ticket", total=len(library.tickets))
@@ -301,5 +337,5 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    split = split_of(arguments, arguments.folder.parent / CACHE)
-    run_job(read_job(arguments.folder), split, device_of(arguments.device))
+    job = read_job(arguments.folder)
+    run_job(job, split_of(arguments, arguments.folder.parent / CACHE, job.input), device_of(arguments.device))

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.structures import multiply_adds
 from training.recipes import LOW_RESOLUTION, TrainConfig
 
@@ -16,9 +17,11 @@ SPEEDS: Final = (
 )
 
 
-def cost(recipe: TrainConfig) -> float:
+def cost(recipe: TrainConfig, spec: InputSpec = CIFAR10_INPUT) -> float:
     """Floating-point operations of the whole search: the attack's passes and the update's, forward and backward."""
-    low, high = (multiply_adds(recipe.structure, size) for size in ((LOW_RESOLUTION,) * 2, (32, 32)))
+    shrink = max(1, min(spec.height, spec.width) // LOW_RESOLUTION)  # as Search.make_batch has it
+    sizes = (spec.height // shrink, spec.width // shrink), (spec.height, spec.width)
+    low, high = (multiply_adds(recipe.structure, size) for size in sizes)
     low_steps = recipe.low_resolution_until * recipe.steps
     passes = 3 + 2 * recipe.attack_steps  # backward costs two forwards for weights and input, one for the input alone
     return 2 * passes * recipe.batch * (low * low_steps + high * (recipe.steps - low_steps))

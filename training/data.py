@@ -1,34 +1,60 @@
 """Labelled images from disk, split so that search, selection and test images never overlap.
 
-model_store.labelled_images reads them. Decoded once, the arrays are kept in a cache.
+model_store.labelled_images reads them. Decoded once, the arrays are kept in a cache, and mapped from there: however
+many pictures there are, a search holds a batch of them in memory.
 """
 
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
+from pydantic import TypeAdapter
 from rich.progress import track
 from torch import Tensor
 
 from model_store.errors import DataRejected as ReadRejected
 from model_store.errors import DataUnlabelled
 from model_store.files import replacing
-from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.images import Pixels
+from model_store.input_spec import CIFAR10_INPUT, InputSpec, Three
 from model_store.labelled_images import LAYOUTS, LOCAL, DataSet, Part, decode_part, open_data, ordered
 from training.errors import DataRejected
 from training.files import write_text
 
 SELECTION_PER_CLASS: Final = 100
+SELECTION_SHARE: Final = 5  # one training image of so many is for selection, where a class has fewer than 500
 CACHE: Final = ".images"  # in a --state folder: decoded arrays
 HELD_OUT_SHARE: Final = 10  # one image of so many is a test image, where the data set has no part for it
-KEY_VERSION: Final = 2  # of the cache: another decoder gives other pixels
+KEY_VERSION: Final = 3  # of the cache: another decoder or another layout
+UNBALANCED: Final = 5  # times as many images in one class as in another, from which a person is warned
+LONGEST_CLASS: Final = 200  # characters of a class's name, as a library's manifest holds it
+COPIED: Final = 256  # images in memory while arrays are copied
+MEASURED_BYTES: Final = 2**28  # of pixels that the statistics are measured on; of more, every second or third image
+BATCH_NUMBERS: Final = 2**23  # of one forward pass of images, 32 MiB of floats; 250 images of 64x64 are fewer
+CIFAR10_CLASSES: Final = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 
 @dataclass(frozen=True)
@@ -56,19 +82,27 @@ class Images:
 
 @dataclass(frozen=True)
 class Split:
-    """search: what masks and weights see.  selection: held-out training images.  test: for reported figures alone."""
+    """search: what masks and weights see.  selection: held-out training images.  test: for reported figures alone.
+
+    input: the images' size, and their statistics.  stored_digest: what `digest` is, where a cache knows it.
+    """
 
     classes: tuple[str, ...]
     search: Images
     selection: Images
     test: Images
+    input: InputSpec = CIFAR10_INPUT
+    stored_digest: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over classes, pixels and labels of all three parts: what provenance names as the data."""
+        if self.stored_digest is not None:
+            return self.stored_digest
         state = hashlib.sha256("\n".join(self.classes).encode())
         for part in (self.search, self.selection, self.test):
-            state.update(part.pixels.numpy().tobytes())
+            for chunk in torch.split(part.pixels, COPIED):
+                state.update(chunk.numpy().tobytes())
             state.update(part.labels.numpy().tobytes())
         return state.hexdigest()
 
@@ -78,20 +112,32 @@ def as_floats(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32) / 255
 
 
-def split_of(classes: tuple[str, ...], train: Images, test: Images, per_class: int = SELECTION_PER_CLASS) -> Split:
-    """Sets aside the first `per_class` training images of each class, by file name, for selection."""
-    order = sorted(range(len(train)), key=lambda i: train.names[i])
+def split_of(classes: tuple[str, ...], train: Images, test: Images, per_class: int | None = None) -> Split:
+    """Sets aside the first images of each class, by file name, for selection: see `selection_places`."""
+    kept, chosen = selection_places(classes, train.labels, train.names, per_class)
+    return Split(classes, train.pick(kept), train.pick(chosen), test)
+
+
+def selection_places(
+    classes: Sequence[str], labels: Tensor, names: Sequence[str], per_class: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Where the search images and the selection images lie among training images, each class's by file name.
+
+    per_class: how many of each are for selection; None for SELECTION_PER_CLASS, or a fifth where there are few.
+    """
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    share = [per_class or max(1, min(SELECTION_PER_CLASS, count // SELECTION_SHARE)) for count in counts]
+    for name, count, most in zip(classes, counts, share, strict=True):
+        if count <= most:
+            raise DataRejected(f"class {name!r}: {count} training images; expected more than {most}")
     taken: dict[int, int] = {}
     chosen: list[int] = []
     kept: list[int] = []
-    for i in order:
-        label = int(train.labels[i])
+    for i in sorted(range(len(names)), key=lambda i: names[i]):
+        label = int(labels[i])
         taken[label] = taken.get(label, 0) + 1
-        (chosen if taken[label] <= per_class else kept).append(i)
-    for label, name in enumerate(classes):
-        if taken.get(label, 0) <= per_class:
-            raise DataRejected(f"class {name!r}: {taken.get(label, 0)} training images; expected more than {per_class}")
-    return Split(classes, train.pick(torch.tensor(kept)), train.pick(torch.tensor(chosen)), test)
+        (chosen if taken[label] <= share[label] else kept).append(i)
+    return torch.tensor(kept), torch.tensor(chosen)
 
 
 def read_split(
@@ -102,7 +148,7 @@ def read_split(
     Args:
       path: the data set.
       cache: the folder that decoded arrays are kept in, unless TOMBOLA_CACHE names another; None for nowhere.
-      spec: the size of the pictures, and how others become it.
+      spec: the size of the pictures, and how others become it. Its statistics are not used: they are measured.
       skip_damaged: whether damaged pictures are passed over and listed.
 
     Raises:
@@ -114,44 +160,119 @@ def read_split(
     key = hashlib.sha256(repr((KEY_VERSION, spec.shape, spec.resize, spec.interpolation, skip_damaged)).encode())
     key.update(path.read_bytes() if path.is_file() else folder_key(path).encode())
     folder = os.environ.get("TOMBOLA_CACHE") or cache
-    stored = Path(folder) / f"{key.hexdigest()}.npz" if folder else None
-    if stored and stored.exists():
-        if (said := stored.with_suffix(".txt")).exists():
-            print(said.read_text(encoding="utf-8"), end="", file=sys.stderr)
+    stored = Path(folder) / key.hexdigest() if folder else None
+    if stored and (stored / INDEX).exists():
+        print((stored / NOTES).read_text(encoding="utf-8"), end="", file=sys.stderr)
         return load_arrays(stored)
     try:
-        with open_data(path, LOCAL) as data:
-            split = split_data(path, data, spec, skip_damaged=skip_damaged)
-            notes = "".join(f"{data.where}: {line}\n" for line in data.notes.lines(spec))
+        with open_data(path, LOCAL) as data, ExitStack() as stack:
+            decoded = decode_parts(path, data, spec, scratch_file(stored, stack) if stored else None, skip_damaged)
+            lines = (*data.notes.lines(spec), *decoded.remarks)
+            notes = "".join(f"{data.where}: {line}\n" for line in lines)
             print(notes, end="", file=sys.stderr)
+            if stored:
+                write_text(stored / NOTES, notes)
+                save_arrays(stored, decoded)
+                return load_arrays(stored)
+            search, selection, test = (images.pick(rows) for images, rows in decoded.parts)
+            return Split(decoded.classes, search, selection, test, decoded.input)
     except DataUnlabelled as error:
         raise DataRejected(f"{path}: 0 classes under train/; {error}") from None
     except ReadRejected as error:
         raise DataRejected(f"{path}: {error}") from None
-    if stored:
-        save_arrays(stored, split)
-        write_text(stored.with_suffix(".txt"), notes)
-    return split
 
 
-def split_data(path: Path, data: DataSet, spec: InputSpec, *, skip_damaged: bool) -> Split:
+@dataclass(frozen=True)
+class Decoded:
+    """A data set before its parts are copied apart: of each part the images that it lies in, and where."""
+
+    classes: tuple[str, ...]
+    parts: tuple[tuple[Images, Tensor], tuple[Images, Tensor], tuple[Images, Tensor]]  # in the order of PARTS
+    input: InputSpec
+    own_test: bool  # whether the data set has a part for it
+
+    @property
+    def remarks(self) -> Iterator[str]:
+        """What a person should know before hours are spent on it."""
+        if not self.own_test:
+            apart = len(self.parts[2][1])
+            yield f"no test/ and no val/: a tenth of each class, {apart} images, is kept apart as test images"
+        labels = torch.cat([images.labels[rows] for images, rows in self.parts[:2]])
+        counts = labels.bincount(minlength=len(self.classes)).tolist()
+        fewest, most = min(counts), max(counts)
+        if most >= UNBALANCED * fewest:
+            rare, common = self.classes[counts.index(fewest)], self.classes[counts.index(most)]
+            yield (
+                f"unbalanced classes: {fewest} training images of {rare!r}, {most} of {common!r}; accuracy counts "
+                "images, so it says little of the rare ones"
+            )
+
+
+Allocate = Callable[[tuple[int, ...]], Pixels]
+"""Room for an array of this shape."""
+
+
+def scratch_file(stored: Path, stack: ExitStack) -> Allocate:
+    """Room on the disk that nobody else sees, and that is free again once the stack is closed, or the process ends."""
+    stored.mkdir(parents=True, exist_ok=True)
+
+    def allocate(shape: tuple[int, ...]) -> Pixels:
+        return np.memmap(stack.enter_context(tempfile.TemporaryFile(dir=stored)), np.uint8, "w+", shape=shape)
+
+    return allocate
+
+
+def decode_parts(path: Path, data: DataSet, spec: InputSpec, allocate: Allocate | None, skip_damaged: bool) -> Decoded:
+    """allocate: for the decoded pictures; None for memory."""
     train = data.parts.get("train") or data.parts.get("all")
     test = data.parts.get("test") or data.parts.get("val")
     classes = classes_of(data, train)
     if train is None or len(classes) < 2:
         names = ", ".join(sorted(data.parts))
         raise DataRejected(f"{path}: {len(classes)} classes under train/ (parts: {names}); {LAYOUTS}")
-    everything = decode_images(data, train, classes, spec, skip_damaged=skip_damaged)
-    if test is None:
-        everything, held_out = hold_out(everything)
-        text = f"no test/ and no val/: a tenth of each class, {len(held_out)} images, is kept apart as test images"
-        print(f"{data.where}: {text}", file=sys.stderr)
-        return split_of(classes, everything, held_out)
-    if strange := sorted(set(test.labels) - set(train.labels)):
+    for name in classes:
+        if len(name) > LONGEST_CLASS:
+            raise DataRejected(f"{path}: class {name[:40]!r}...: {len(name)} characters; at most {LONGEST_CLASS}")
+    if test is not None and (strange := sorted(set(test.labels) - set(train.labels))):
         raise DataRejected(
             f"{path}: test/{strange[0]} has no counterpart under train/; expected the same classes in both"
         )
-    return split_of(classes, everything, decode_images(data, test, classes, spec, skip_damaged=skip_damaged))
+    everything = decode_images(data, train, classes, spec, allocate, skip_damaged=skip_damaged)
+    if test is None:
+        rest, apart = held_out_places(everything)
+        held_out = everything
+    else:
+        held_out = decode_images(data, test, classes, spec, allocate, skip_damaged=skip_damaged)
+        rest, apart = torch.arange(len(everything)), torch.arange(len(held_out))
+    ids = [everything.names[place] for place in rest.tolist()]
+    kept, chosen = (rest[places] for places in selection_places(classes, everything.labels[rest], ids))
+    parts = (everything, kept), (everything, chosen), (held_out, apart)
+    return Decoded(classes, parts, measured_input(classes, everything.pixels, rest, spec), test is not None)
+
+
+def measured_input(classes: tuple[str, ...], pixels: Tensor, rows: Tensor, spec: InputSpec) -> InputSpec:
+    """The input with the mean and the deviation of training images, to four decimals.
+
+    pixels: uint8 [N, 3, H, W].  rows: which of them are training images.
+
+    CIFAR-10 at its own size keeps its published statistics, however its files were made.
+    """
+    if classes == CIFAR10_CLASSES and replace(spec, mean=CIFAR10_INPUT.mean, std=CIFAR10_INPUT.std) == CIFAR10_INPUT:
+        return CIFAR10_INPUT
+    step = -(-len(rows) * spec.numel // MEASURED_BYTES)
+    counts = np.zeros((3, 256), np.int64)
+    for chunk in torch.split(rows[::step], COPIED):
+        for channel, values in enumerate(pixels[chunk].unbind(1)):
+            counts[channel] += np.bincount(values.numpy().ravel(), minlength=256)
+    levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ levels
+    std = np.sqrt(np.maximum(shares @ levels**2 - mean**2, 0))
+    return replace(spec, mean=three(mean), std=three(np.maximum(std, 1e-3)))
+
+
+def three(values: np.ndarray) -> Three:
+    red, green, blue = (round(float(value), 4) for value in values)
+    return red, green, blue
 
 
 def classes_of(data: DataSet, train: Part | None) -> tuple[str, ...]:
@@ -160,24 +281,33 @@ def classes_of(data: DataSet, train: Part | None) -> tuple[str, ...]:
     return ordered(data.where, train.labels) if train is not None else ()
 
 
-def decode_images(data: DataSet, part: Part, classes: Sequence[str], spec: InputSpec, *, skip_damaged: bool) -> Images:
+def decode_images(
+    data: DataSet,
+    part: Part,
+    classes: Sequence[str],
+    spec: InputSpec,
+    allocate: Allocate | None,
+    *,
+    skip_damaged: bool,
+) -> Images:
     index = {name: label for label, name in enumerate(classes)}
-    pixels = np.empty((len(part), *spec.shape), np.uint8)
+    shape = (len(part), *spec.shape)
+    pixels = np.empty(shape, np.uint8) if allocate is None else allocate(shape)
     shown = track(range(len(part)), description="decoding images", transient=True, disable=len(part) < 5_000)
     read = decode_part(data, part, shown, spec, pixels, skip_damaged=skip_damaged)
     labels = torch.tensor([index[part.labels[place]] for place in read], dtype=torch.int64)
     return Images(torch.from_numpy(pixels[: len(read)]), labels, tuple(part.ids[place] for place in read))
 
 
-def hold_out(everything: Images) -> tuple[Images, Images]:
-    """A tenth of each class, the last by name, apart from the rest."""
+def held_out_places(everything: Images) -> tuple[Tensor, Tensor]:
+    """Where the rest lies, and a tenth of each class, the last by name."""
     order = sorted(range(len(everything)), key=lambda place: everything.names[place])
     members: dict[int, list[int]] = {}
     for place in order:
         members.setdefault(int(everything.labels[place]), []).append(place)
     apart = {place for places in members.values() for place in places[-max(1, len(places) // HELD_OUT_SHARE) :]}
     rest = [place for place in range(len(everything)) if place not in apart]
-    return everything.pick(torch.tensor(rest, dtype=torch.int64)), everything.pick(torch.tensor(sorted(apart)))
+    return torch.tensor(rest, dtype=torch.int64), torch.tensor(sorted(apart))
 
 
 def folder_key(root: Path) -> str:
@@ -191,33 +321,57 @@ def folder_key(root: Path) -> str:
 
 
 PARTS: Final = ("search", "selection", "test")
+NOTES: Final = "notes.txt"  # what was said of the data set when it was decoded
+INDEX: Final = "index.npz"  # written last: once it is there, the others are
 
 
-def save_arrays(path: Path, split: Split) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, np.ndarray] = {"classes": np.array(split.classes)}
-    for part in PARTS:
-        images: Images = getattr(split, part)
-        arrays |= {
-            f"{part}_pixels": images.pixels.numpy(),
-            f"{part}_labels": images.labels.numpy(),
-            f"{part}_names": np.array(images.names),
-        }
-    with replacing(path) as file:
+def save_arrays(folder: Path, decoded: Decoded) -> None:
+    """A file of pixels for each part, that can be mapped, and one of all the rest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {"classes": np.array(decoded.classes)}
+    state = hashlib.sha256("\n".join(decoded.classes).encode())  # as Split.digest has it
+    for part, (images, rows) in zip(PARTS, decoded.parts, strict=True):
+        with replacing(folder / f"{part}.npy") as file:
+            shape = (len(rows), *decoded.input.shape)
+            pixels = npy.open_memmap(file.name, "w+", np.uint8, shape)
+            for start in range(0, len(rows), COPIED):
+                chunk = images.pixels[rows[start : start + COPIED]].numpy()
+                pixels[start : start + len(chunk)] = chunk
+                state.update(chunk.tobytes())
+            pixels.flush()
+        labels = images.labels[rows].numpy()
+        state.update(labels.tobytes())
+        names = np.array([images.names[place] for place in rows.tolist()])
+        arrays |= {f"{part}_labels": labels, f"{part}_names": names}
+    arrays |= {"digest": np.array(state.hexdigest()), "input": np.array(json.dumps(asdict(decoded.input)))}
+    with replacing(folder / INDEX) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def load_arrays(path: Path) -> Split:
-    with np.load(path, allow_pickle=False) as arrays:
-        parts = (
+def load_arrays(folder: Path) -> Split:
+    with np.load(folder / INDEX, allow_pickle=False) as arrays:
+        search, selection, test = (
             Images(
-                torch.from_numpy(arrays[f"{part}_pixels"]),
+                mapped(folder / f"{part}.npy"),
                 torch.from_numpy(arrays[f"{part}_labels"]),
                 tuple(arrays[f"{part}_names"].tolist()),
             )
             for part in PARTS
         )
-        return Split(tuple(arrays["classes"].tolist()), *parts)
+        spec = TypeAdapter(InputSpec).validate_json(str(arrays["input"]))
+        return Split(tuple(arrays["classes"].tolist()), search, selection, test, spec, str(arrays["digest"]))
+
+
+def mapped(path: Path) -> Tensor:
+    """A file's array, read from the disk where it is used."""
+    with warnings.catch_warnings():  # torch has no tensors that cannot be written, and warns; nobody writes into these
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def batch_of(images: Images, most: int = 250) -> int:
+    """How many images to run at once: fewer of large ones, so that memory does not grow with the size."""
+    return max(2, min(most, BATCH_NUMBERS // images.pixels[0].numel()))
 
 
 def batches(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:

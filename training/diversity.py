@@ -10,7 +10,7 @@ from torch import Tensor
 from model_store.library import Library
 from model_store.structures import fold
 from model_store.ticket import Ticket
-from training.data import Images, batches
+from training.data import Images, batch_of, batches
 from training.evaluation import BATCH, PGD20, SEED, attack_images
 from training.seeding import make_generator
 from training.sparsity import overlap
@@ -60,7 +60,7 @@ def target_accuracies(
 ) -> list[float]:
     """Each target's accuracy on the images, after PGD-20 against `source` if there is one."""
     counts = [0] * len(targets)
-    for index, (pixels, labels) in enumerate(batches(images, BATCH)):
+    for index, (pixels, labels) in enumerate(batches(images, batch_of(images, BATCH))):
         inputs, expected = pixels.to(device, memory_format=torch.channels_last), labels.to(device)
         if source is not None:
             inputs = attack_images(source, inputs, expected, PGD20, make_generator(SEED, index))

@@ -19,7 +19,7 @@ from model_store.code_version import code_commit
 from model_store.manifest import Attack, Claim, wilson
 from model_store.structures import fold
 from model_store.ticket import Ticket
-from training.data import Images, Split, batches
+from training.data import Images, Split, batch_of, batches
 from training.files import write_text
 from training.seeding import make_generator
 
@@ -68,7 +68,7 @@ def measure(ticket: Ticket, split: Split, data: str, device: torch.device, memo:
         part: Images = getattr(split, measurement.split)
         images = part.balanced(measurement.images)
         done = counts.setdefault(measurement.key, [])
-        for index, (pixels, labels) in enumerate(batches(images, BATCH)):
+        for index, (pixels, labels) in enumerate(batches(images, batch_of(images, BATCH))):
             if index >= len(done):
                 done.append(count_correct(network, pixels.to(device), labels.to(device), measurement.attack, index))
                 write_text(memo, json.dumps(counts))
@@ -129,7 +129,8 @@ def digest_of(images: Images) -> str:
 @torch.no_grad()
 def accuracy(classifier: Callable[[Tensor], Tensor], images: Images, device: torch.device) -> float:
     right = sum(
-        int((classifier(part.to(device)).argmax(1) == labels.to(device)).sum()) for part, labels in batches(images, 250)
+        int((classifier(part.to(device)).argmax(1) == labels.to(device)).sum())
+        for part, labels in batches(images, batch_of(images))
     )
     return right / len(images)
 
@@ -147,7 +148,7 @@ def robust_accuracy(
     """Accuracy on PGD images (l-infinity, cross-entropy, one random start, best iterate)."""
     threat, right = ThreatModel("linf", epsilon), 0
     generator = make_generator(seed, 6)
-    for part, labels in batches(images, 250):
+    for part, labels in batches(images, batch_of(images)):
         part, labels = part.to(device, memory_format=torch.channels_last), labels.to(device)
         moved = pgd(classifier, part, labels, threat, steps=steps, step_size=step_size, generator=generator)
         with torch.no_grad():
@@ -159,7 +160,7 @@ def robust_accuracy(
 def with_temperature(ticket: Ticket, images: Images, device: torch.device) -> Ticket:
     """The ticket with the temperature that minimises cross-entropy on held-out images (convex in 1/T)."""
     network = ticket.network().to(device)
-    logits = torch.cat([network(part.to(device)).cpu() for part, _ in batches(images, 250)])
+    logits = torch.cat([network(part.to(device)).cpu() for part, _ in batches(images, batch_of(images))])
     low, high = math.log(0.02), math.log(50.0)  # of 1/T
     for _ in range(60):
         third = (high - low) / 3

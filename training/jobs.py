@@ -8,10 +8,13 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from pydantic import TypeAdapter
+
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.manifest import Claim, Provenance
 from model_store.ticket import StrictModel, Ticket, load_ticket
 from training.device import resolve_precision
@@ -20,6 +23,7 @@ from training.files import write_text
 from training.recipes import TrainConfig
 from training.search import OverfitCheck, Step
 
+INPUT: Final = TypeAdapter(InputSpec)
 State = Literal["waiting", "running", "interrupted", "failed", "done"]
 
 
@@ -29,6 +33,7 @@ class Job:
 
     masks: the ticket file that has this ticket's masks already, so that nothing is searched; search_seconds: what
     finding them took.  data: the data set's name in words, for the claims.  classes: labels in the order of the logits.
+    input: the pictures, and the statistics that the networks take.
     """
 
     recipe: TrainConfig
@@ -39,6 +44,7 @@ class Job:
     search_seconds: float = 0.0
     data: str = ""
     classes: tuple[str, ...] = ()
+    input: InputSpec = CIFAR10_INPUT
 
     @property
     def name(self) -> str:
@@ -96,6 +102,8 @@ def job_fields(job: Job) -> dict[str, Any]:
         "data": job.data,
         "classes": job.classes,
     }
+    if job.input != CIFAR10_INPUT:
+        fields["input"] = asdict(job.input)
     return fields | ({"masks": str(job.masks), "search_seconds": job.search_seconds} if job.masks else {})
 
 
@@ -110,6 +118,7 @@ def read_job(folder: Path) -> Job:
         search_seconds=fields.get("search_seconds", 0.0),
         data=fields["data"],
         classes=tuple(fields["classes"]),
+        input=INPUT.validate_json(json.dumps(fields["input"])) if "input" in fields else CIFAR10_INPUT,
     )
 
 

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, Self
 
-from model_store.structures import STRUCTURES, Structure, StructureName
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.structures import POOLS, STRUCTURES, Structure, StructureName
 from training.errors import TrainingError
 
 Attack = Literal["n-fgsm", "fgsm-rs", "pgd"]
-SHAPE: Final = ("width", "stem_stride")  # of a structure, where a preset's is changed
+SHAPE: Final = ("width", "stem_stride", "stem_pool")  # of a structure, where a preset's is changed
 Allocation = Literal["uniform", "dense-ends", "erk"]  # how a density is spread: sparsity.layer_densities
 Precision = Literal["auto", "float32", "bfloat16"]  # auto: see device.resolve_precision
 
@@ -71,7 +73,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
-        return {**asdict(self), "milestones": list(self.milestones)}
+        return {**asdict(self), "structure": self.structure.as_dict(), "milestones": list(self.milestones)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -84,11 +86,26 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
 
+def stem_of_size(spec: InputSpec, stride: int) -> tuple[int, int]:
+    """Stride and pooling of a stem, by the power of two that brings a picture nearest to what the stages see at 32x32.
+
+    So a picture of any size costs between half and twice of one of 32x32 behind the stem. Half of the reduction is the
+    stride, up to 4; pooling is the rest.
+
+    stride: the stem's at 32x32.
+    """
+    ratio = math.sqrt(spec.height * spec.width) * stride / CIFAR10_INPUT.height
+    reduction = 2 ** max(0, round(math.log2(ratio)))
+    strides = min(reduction, 2 if reduction <= 4 else 4)
+    return strides, min(reduction // strides, POOLS[-1])
+
+
 @dataclass(frozen=True)
 class Preset:
     """A whole library: the four structures at their widths, ten densities each, one recipe.
 
     epochs: passes over the search images.  base: what differs from Recipe's defaults.  cores, gpus: of one ticket.
+    stem_stride: of pictures of 32x32; see stem_of_size for others.
     """
 
     name: str
@@ -100,15 +117,21 @@ class Preset:
     cores: float = 1
     gpus: float = 0
 
-    def structure(self, name: StructureName, classes: int = 10) -> Structure:
-        return Structure(name, self.widths[name], classes, self.stem_stride)
+    def structure(self, name: StructureName, classes: int = 10, spec: InputSpec = CIFAR10_INPUT) -> Structure:
+        return Structure(name, self.widths[name], classes, *stem_of_size(spec, self.stem_stride))
 
     def recipe(
-        self, name: StructureName, density: float, images: int, classes: int = 10, **changes: Any
+        self,
+        name: StructureName,
+        density: float,
+        images: int,
+        classes: int = 10,
+        spec: InputSpec = CIFAR10_INPUT,
+        **changes: Any,
     ) -> TrainConfig:
         """The job of one ticket on `images` search images; its seed follows from structure and density alone.
 
-        changes: fields of Recipe, `epochs` for steps, and `width` or `stem_stride` of the structure.
+        changes: fields of Recipe, `epochs` for steps, and the structure's `width`, `stem_stride` or `stem_pool`.
         """
         fields = {**self.base, **changes}
         shape = {field: fields.pop(field) for field in SHAPE if field in fields}
@@ -116,7 +139,7 @@ class Preset:
         fields.setdefault("seed", 1 + STRUCTURES.index(name) * 1000 + round(density * 100))
         batch = fields.setdefault("batch", 128)
         fields.setdefault("steps", max(1, round(epochs * images / batch)))
-        return TrainConfig(replace(self.structure(name, classes), **shape), density, **fields)
+        return TrainConfig(replace(self.structure(name, classes, spec), **shape), density, **fields)
 
 
 PRESETS: Final[dict[str, Preset]] = {
@@ -194,6 +217,13 @@ def mask_phase(recipe: TrainConfig) -> TrainConfig:
     return replace(recipe, steps=recipe.mask_steps, mask_share=1.0, guards=guards, **stretched)
 
 
-def baseline(preset: Preset, name: StructureName, images: int, classes: int = 10, **changes: Any) -> TrainConfig:
+def baseline(
+    preset: Preset,
+    name: StructureName,
+    images: int,
+    classes: int = 10,
+    spec: InputSpec = CIFAR10_INPUT,
+    **changes: Any,
+) -> TrainConfig:
     """A dense network, every weight adversarially trained from the start: the rows to compare with in Table 2."""
-    return preset.recipe(name, 1.0, images, classes, **{**changes, "mask_share": 0.0})
+    return preset.recipe(name, 1.0, images, classes, spec, **{**changes, "mask_share": 0.0})

@@ -1,5 +1,6 @@
 """One job, from wherever it stands to its ticket with the claims that were measured."""
 
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Final
 
@@ -29,6 +30,7 @@ def run_job(job: Job, split: Split, device: torch.device) -> None:
         if (job.folder / "done.json").exists():
             delete_checkpoints(job.folder)  # of a process that ended between its last two steps
             return
+        split = replace(split, input=job.input)  # of --from and scratch: the library's own statistics
         (job.folder / "failed.txt").unlink(missing_ok=True)
         remove_partial_files(job.folder)
         try:

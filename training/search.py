@@ -23,7 +23,7 @@ from model_store.structures import Structure, calibrate, convs
 from model_store.ticket import Ticket, pack, unpack
 from training.augmentation import augment
 from training.checkpoints import CHECKPOINT, GOOD, load_checkpoint, save_checkpoint
-from training.data import Split, as_floats, batches
+from training.data import Split, as_floats, batch_of, batches
 from training.device import resolve_precision
 from training.errors import SearchFailed
 from training.evaluation import accuracy, robust_accuracy, with_temperature
@@ -43,6 +43,7 @@ from training.sparsity import (
 Phase = Literal["mask", "weights"]
 CHECKPOINT_SECONDS: Final = float(os.environ.get("TOMBOLA_CHECKPOINT_SECONDS", "45"))
 CALIBRATION_IMAGES: Final = 5_000
+CALIBRATION_BYTES: Final = 2**27  # of pixels in memory: fewer images from 95x95 on
 GUARD_IMAGES: Final = 256
 SAME_SIGN_SHARE: Final = 0.65  # of signs alike, see scratch_of: 0.76 and more in the embedded library
 
@@ -94,7 +95,7 @@ class Search:
     def __init__(self, recipe: TrainConfig, split: Split, device: torch.device, start: Ticket | None = None) -> None:
         self.recipe, self.split, self.device = resolve_precision(recipe, device.type), split, device
         self.memory_format = memory_format(recipe.structure)
-        self.network = recipe.structure.blank().to(memory_format=self.memory_format).to(device)
+        self.network = recipe.structure.blank(split.input).to(memory_format=self.memory_format).to(device)
         self.densities = layer_densities(self.network, recipe)
         self.step = 0
         self.seconds = 0.0
@@ -215,7 +216,7 @@ class Search:
         images = as_floats(self.split.search.pixels[indices])
         images = augment(images, make_generator(self.recipe.seed, step, 4))
         if step < self.recipe.low_resolution_until * self.recipe.steps:
-            images = functional.avg_pool2d(images, images.shape[-1] // LOW_RESOLUTION)
+            images = functional.avg_pool2d(images, max(1, min(images.shape[2:]) // LOW_RESOLUTION))
         images = images.to(self.device, memory_format=self.memory_format)
         return images, self.split.search.labels[indices].to(self.device)
 
@@ -311,8 +312,9 @@ class Search:
 
     def calibrate(self, count: int = CALIBRATION_IMAGES) -> None:
         """Norm statistics of the present mask, on clean search images. Leaves eval mode, parameters frozen."""
-        images = self.split.search.balanced(count)
-        calibrate(self.network, (part.to(self.device) for part, _ in batches(images, 250)))
+        images = self.split.search.balanced(min(count, CALIBRATION_BYTES // self.split.input.numel))
+        parts = batches(images, batch_of(images))  # of one image alone a variance may be unknown
+        calibrate(self.network, (part.to(self.device) for part, _ in parts if len(part) > 1))
         self.network.requires_grad_(False)
 
     def check_overfit(self) -> tuple[float, float]:
@@ -345,6 +347,7 @@ class Search:
             statistics=statistics,
             temperature=1.0,
             kind=self.recipe.kind,
+            input=self.split.input,
         )
         return with_temperature(bare, self.split.selection, self.device)
 

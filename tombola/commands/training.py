@@ -61,12 +61,14 @@ def set_command(parser: argparse.ArgumentParser, name: str, about: str) -> None:
 def add_plan(parser: argparse.ArgumentParser) -> None:
     set_command(parser, "show_plan", "Shows the jobs of a library and what each should cost.")
     add_recipe_options(parser)
+    add_size_options(parser)
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
     set_command(parser, "run_search", "Searches tickets, in processes of one thread each. The same command resumes it.")
     parser.epilog = SEARCH_EXAMPLES
     add_recipe_options(parser)
+    add_size_options(parser)
     add_run_options(parser)
     add_start_options(parser)
 
@@ -74,6 +76,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 def add_baseline(parser: argparse.ArgumentParser) -> None:
     set_command(parser, "run_baseline", "Trains the dense networks to compare with: the same adversary, data and cost.")
     add_recipe_options(parser)
+    add_size_options(parser)
     add_run_options(parser)
 
 
@@ -169,6 +172,28 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="any other field of the recipe, such as noise=0.5, width=24 or precision=bfloat16",
     )
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", type=size, metavar="SIDE|HxW", help="what pictures become: 64, or 48x64 for rows by columns (32)"
+    )
+    parser.add_argument(
+        "--resize",
+        choices=("squash", "cover", "contain"),
+        help="how: stretched, cut to the largest centred part, or whole with white beside it (squash)",
+    )
+    parser.add_argument(
+        "--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"), help="of the resizing (bilinear)"
+    )
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width."""
+    sides = [int(part) for part in text.split("x") if part.isdecimal()]
+    if len(sides) != text.count("x") + 1 or len(sides) > 2 or not all(8 <= side <= 1024 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text}: expected a side such as 64, or 48x64, each from 8 to 1024")
+    return sides[0], sides[-1]
 
 
 def add_only(parser: argparse.ArgumentParser) -> None:

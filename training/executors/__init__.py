@@ -11,7 +11,7 @@ POLL_SECONDS: Final = 3
 
 def remaining_cost(job: Job) -> float:
     now = status(job)
-    return cost(job.recipe) * (1 - now.step / job.recipe.steps)
+    return cost(job.recipe, job.input) * (1 - now.step / job.recipe.steps)
 
 
 def longest_first(jobs: Sequence[Job]) -> list[Job]:

@@ -29,8 +29,9 @@ SMALLEST_GPU_SHARE = 0.1  # of narrow networks, whose searches share a GPU
 def run_job_task(folder: str, data: str, device: str, skip_damaged: bool) -> None:
     """What a task runs: one job's folder, to its end."""
     torch.set_num_threads(1)
-    split = read_split(Path(data), Path(folder).parent / CACHE, skip_damaged=skip_damaged)
-    run_job(read_job(Path(folder)), split, torch.device(device))
+    job = read_job(Path(folder))
+    split = read_split(Path(data), Path(folder).parent / CACHE, job.input, skip_damaged=skip_damaged)
+    run_job(job, split, torch.device(device))
 
 
 def check_reachable(address: str) -> None:

@@ -1,0 +1,109 @@
+"""Searches on pictures of other sizes than CIFAR's, from a folder to a library."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model_store.input_spec import CIFAR10_INPUT
+from model_store.library import EMBEDDED, open_library
+from model_store.structures import STRUCTURES
+from tests.support.searches import CPU
+from tombola.cli import main
+from training.data import read_split
+from training.jobs import find_jobs
+from training.recipes import PRESETS
+from training.search import Search
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of twelve pictures of 80x60, by colour."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "pictures"
+    for label, kind in enumerate(("blue", "green", "red")):
+        (folder / kind).mkdir(parents=True)
+        for number in range(12):
+            pixels = rng.integers(0, 120, (60, 80, 3), np.uint8)
+            pixels[..., 2 - label] += 100
+            Image.fromarray(pixels).save(folder / kind / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOMBOLA_CACHE", raising=False)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (48, 64), (96, 96), (224, 224)])
+def test_every_structure_takes_steps_at_every_size_and_leaves_a_ticket_that_is_itself(
+    size: tuple[int, int], pictures: Path
+) -> None:
+    split = read_split(pictures, spec=replace(CIFAR10_INPUT, height=size[0], width=size[1]))
+    for name in STRUCTURES:
+        fields = {"width": 8 if name.startswith("resnet") else 1, "steps": 4, "batch": 8}
+        recipe = PRESETS["compact"].recipe(
+            name, 0.3, len(split.search), 3, split.input, mask_share=1.0, precision="float32", **fields
+        )
+        search = Search(recipe, split, CPU)
+        losses = [search.train_step()[0] for _ in range(4)]
+        assert all(0 < loss < 20 for loss in losses)
+        ticket = search.ticket()
+        images = split.test.pixels.float() / 255
+        assert ticket.input == split.input
+        with torch.no_grad():
+            expected = search.network.cpu().eval()(images)
+            found = ticket.network()(images)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_becomes_a_library_of_its_own_size_and_goes_on(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, library = tmp_path / "run", tmp_path / "library"
+    search = ["search", "--data", str(pictures), "--state", str(state), "--size", "48x64", "--resize", "cover"]
+    search += ["--only", "resnet18-30", "--workers", "1", "--set", "width=4", "steps=3", "batch=8"]
+    assert main(search) == 0
+    assert main(search) == 0
+    (job,) = find_jobs(state)
+    assert (job.recipe.structure.stem_stride, job.recipe.structure.stem_pool) == (2, 2)
+    assert main(["export", str(library), "--state", str(state)]) == 0
+    opened = open_library(library)
+    assert opened.manifest.version == 2
+    assert opened.classes == ("blue", "green", "red")
+    assert opened.input == job.input
+    assert (opened.input.height, opened.input.width, opened.input.resize) == (48, 64, "cover")
+    assert 0.2 < min(opened.input.mean) < max(opened.input.mean) < 0.4
+
+    more = ["search", "--data", str(pictures), "--state", str(tmp_path / "more"), "--from", str(library)]
+    assert main([*more, "--size", "64"]) == 2
+    assert "--size: settled by the tickets of" in capsys.readouterr().err
+    assert main([*more, "--workers", "1", "--epochs", "1", "--set", "batch=8"]) == 0
+    (again,) = find_jobs(tmp_path / "more")
+    assert again.input == opened.input
+    both = tmp_path / "both"
+    assert main(["export", str(both), "--state", str(tmp_path / "more"), "--base", str(library)]) == 0
+    assert open_library(both).input == opened.input
+
+
+def test_a_data_set_of_another_size_or_of_other_classes_is_no_reason_for_nonsense(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = tmp_path / "arrays.npz"
+    pixels, labels = np.zeros((40, 64, 64, 3), np.uint8), np.arange(40) % 2
+    np.savez(arrays, images=pixels, labels=labels)
+    state = ["--state", str(tmp_path / "run")]
+    assert main(["search", "--data", str(arrays), *state]) == 2
+    assert "images are uint8 [40, 64, 64, 3]; expected uint8 [N, 32, 32, 3]" in capsys.readouterr().err
+    assert main(["search", "--data", str(pictures), *state, "--from", str(EMBEDDED)]) == 2
+    assert f"classes blue, green, red; the library {EMBEDDED} has airplane" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["7", "1025", "64x", "x64", "64x64x3", "large", "-64", "6.4"])
+def test_a_size_that_no_network_takes_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", f"--size={size}"])
+    assert ended.value.code == 2
+    assert f"{size}: expected a side such as 64, or 48x64, each from 8 to 1024" in capsys.readouterr().err
