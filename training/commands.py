@@ -22,7 +22,7 @@ from model_store.library import EMBEDDED, Library, open_library
 from model_store.manifest import Entry
 from model_store.quiet_imports import import_dataset
 from model_store.structures import STRUCTURES
-from training import export
+from training import export, trial
 from training.cost import GPU_SPEED, SPEEDS, THREAD_SPEED, cost
 from training.data import CACHE, Split, read_split
 from training.diversity import differences, summary
@@ -163,6 +163,9 @@ def show_plan(arguments: argparse.Namespace) -> None:
     table.caption = SPEEDS
     costs: dict[str, float] = {}
     spec = size_of(arguments)
+    if arguments.data is not None:
+        show_trial(arguments, spec)
+        return
     for recipe in recipes_of(arguments, 49_000, 10, spec):
         costs[recipe.name] = cost(recipe, spec)
         steps = f"{recipe.steps:,}"
@@ -177,6 +180,47 @@ def show_plan(arguments: argparse.Namespace) -> None:
 
 def split_of(arguments: argparse.Namespace, cache: Path | None, spec: InputSpec) -> Split:
     return read_split(arguments.data, cache, spec, skip_damaged=arguments.skip_damaged)
+
+
+def show_trial(arguments: argparse.Namespace, spec: InputSpec) -> None:
+    """Measures what `search` with the same options would take on this machine."""
+    device = device_of(arguments.device)
+    sample = listed, split, _ = trial.sample_of(arguments.data, spec)
+    sizes = listed.sizes()
+    recipes = recipes_of(arguments, sizes["search"], len(listed.classes), split.input)
+    result = trial.measure(sample, recipes, device, arguments.seconds)
+    hours, table = 0.0, Table("tickets", "steps", "ms a step", "minutes each", "hours for all")
+    for name, timed in result.structures.items():
+        mine = [recipe for recipe in recipes if recipe.structure.name == name]
+        minutes = timed.ticket_s(mine[0], sizes) / 60
+        hours += minutes * len(mine) / 60
+        row = f"{mine[0].steps:,}", f"{1000 * timed.step_s:,.0f}", f"{minutes:,.1f}", f"{minutes * len(mine) / 60:,.2f}"
+        table.add_row(f"{len(mine)} {timed.structure}", *row)
+    Console().print(table)
+    for line in summary_of(arguments, result, recipes, sizes, hours):
+        print(line)
+
+
+def summary_of(
+    arguments: argparse.Namespace,
+    result: trial.Trial,
+    recipes: Sequence[TrainConfig],
+    sizes: dict[str, int],
+    hours: float,
+) -> Iterator[str]:
+    """What there is, then what it takes; the last line is the one to quote. hours: of one process."""
+    listed, decode_s, workers = result.listed, result.decode_s, arguments.workers
+    of_all = f"{listed.pictures:,} pictures of {len(listed.classes):,} classes"
+    decoded, rest = result.cache_bytes / 1e9, trial.state_bytes(recipes, workers) / 1e9
+    yield f"data    {of_all}: " + ", ".join(f"{count:,} for {part}" for part, count in sizes.items())
+    yield f"input   {result.input}, mean {result.input.mean}, deviation {result.input.std} (of a sample)"
+    yield f"decode  {1000 * decode_s:.1f} ms a picture, {listed.pictures * decode_s / 60:,.1f} minutes, once"
+    yield f"memory  {result.memory_bytes / 1e9:.1f} GB a process, {workers} at once"
+    yield f"disk    {decoded:.2f} GB of decoded arrays, twice that on the way; {rest:.2f} GB of tickets and checkpoints"
+    yield (
+        f"{len(recipes)} tickets: {hours / workers:,.1f} hours in {workers} processes of one thread on "
+        f"{arguments.device}, measured on this machine, as busy as it is."
+    )
 
 
 def spent(flops: float, speed: float) -> tuple[str, str]:

@@ -222,8 +222,32 @@ def scratch_file(stored: Path, stack: ExitStack) -> Allocate:
     return allocate
 
 
-def decode_parts(path: Path, data: DataSet, spec: InputSpec, allocate: Allocate | None, skip_damaged: bool) -> Decoded:
-    """allocate: for the decoded pictures; None for memory."""
+@dataclass(frozen=True)
+class ListedParts:
+    """A data set's parts before anything is decoded. test: None where it has none of its own."""
+
+    classes: tuple[str, ...]
+    train: Part
+    test: Part | None
+
+    @property
+    def pictures(self) -> int:
+        return len(self.train) + (len(self.test) if self.test is not None else 0)
+
+    def sizes(self) -> dict[str, int]:
+        """How many images each of PARTS will have."""
+        index = {name: label for label, name in enumerate(self.classes)}
+        labels, names = torch.tensor([index[label] for label in self.train.labels]), self.train.ids
+        tests = len(self.test) if self.test is not None else 0
+        if self.test is None:
+            rest, apart = held_out_places(labels, names)
+            labels, names, tests = labels[rest], tuple(names[place] for place in rest.tolist()), len(apart)
+        search, selection = selection_places(self.classes, labels, names)
+        return {"search": len(search), "selection": len(selection), "test": tests}
+
+
+def list_parts(path: Path, data: DataSet) -> ListedParts:
+    """Raises DataRejected for parts that nothing can be searched on."""
     train = data.parts.get("train") or data.parts.get("all")
     test = data.parts.get("test") or data.parts.get("val")
     classes = classes_of(data, train)
@@ -237,9 +261,16 @@ def decode_parts(path: Path, data: DataSet, spec: InputSpec, allocate: Allocate 
         raise DataRejected(
             f"{path}: test/{strange[0]} has no counterpart under train/; expected the same classes in both"
         )
+    return ListedParts(classes, train, test)
+
+
+def decode_parts(path: Path, data: DataSet, spec: InputSpec, allocate: Allocate | None, skip_damaged: bool) -> Decoded:
+    """allocate: for the decoded pictures; None for memory."""
+    listed = list_parts(path, data)
+    train, test, classes = listed.train, listed.test, listed.classes
     everything = decode_images(data, train, classes, spec, allocate, skip_damaged=skip_damaged)
     if test is None:
-        rest, apart = held_out_places(everything)
+        rest, apart = held_out_places(everything.labels, everything.names)
         held_out = everything
     else:
         held_out = decode_images(data, test, classes, spec, allocate, skip_damaged=skip_damaged)
@@ -299,14 +330,13 @@ def decode_images(
     return Images(torch.from_numpy(pixels[: len(read)]), labels, tuple(part.ids[place] for place in read))
 
 
-def held_out_places(everything: Images) -> tuple[Tensor, Tensor]:
+def held_out_places(labels: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Where the rest lies, and a tenth of each class, the last by name."""
-    order = sorted(range(len(everything)), key=lambda place: everything.names[place])
     members: dict[int, list[int]] = {}
-    for place in order:
-        members.setdefault(int(everything.labels[place]), []).append(place)
+    for place in sorted(range(len(names)), key=lambda place: names[place]):
+        members.setdefault(int(labels[place]), []).append(place)
     apart = {place for places in members.values() for place in places[-max(1, len(places) // HELD_OUT_SHARE) :]}
-    rest = [place for place in range(len(everything)) if place not in apart]
+    rest = [place for place in range(len(names)) if place not in apart]
     return torch.tensor(rest, dtype=torch.int64), torch.tensor(sorted(apart))
 
 

@@ -63,7 +63,7 @@ Emit = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished attack. pixels: uint8 [n, 3, 32, 32], inside the threat model.  logits: float32 [M, n, classes].
+    """One finished attack. pixels: uint8 [n, 3, H, W], inside the threat model.  logits: float32 [M, n, classes].
 
     trace: curves by step (mean best risk and loss so far).  extra: what only this attack says.  passes: image-steps.
     """

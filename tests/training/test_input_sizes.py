@@ -1,5 +1,6 @@
 """Searches on pictures of other sizes than CIFAR's, from a folder to a library."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import torch
 from PIL import Image
 
 from model_store.input_spec import CIFAR10_INPUT
+from model_store.labelled_images import LOCAL, open_data
 from model_store.library import EMBEDDED, open_library
 from model_store.structures import STRUCTURES
 from tests.support.searches import CPU
 from tombola.cli import main
-from training.data import read_split
+from training.data import list_parts, read_split
 from training.jobs import find_jobs
 from training.recipes import PRESETS
 from training.search import Search
@@ -107,3 +109,24 @@ def test_a_size_that_no_network_takes_is_refused(size: str, capsys: pytest.Captu
         main(["plan", f"--size={size}"])
     assert ended.value.code == 2
     assert f"{size}: expected a side such as 64, or 48x64, each from 8 to 1024" in capsys.readouterr().err
+
+
+def test_a_plan_measures_a_data_set_on_this_machine(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--data", str(pictures), "--size", "48x64", "--seconds", "0.01", "--workers", "3"]
+    assert main([*words, "--epochs", "200", "--set", "width=4", "batch=8"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("│ 10 ") == 4
+    assert "36 pictures of 3 classes: 27 for search, 6 for selection, 3 for test" in shown
+    assert "input   3x48x64, squash, bilinear, mean (0." in shown
+    assert "GB of decoded arrays" in shown
+    assert re.search(r"\n40 tickets: [0-9.]+ hours in 3 processes of one thread on cpu, measured", shown)
+    assert main(["plan", "--data", "/nowhere"]) == 2
+    assert "/nowhere: no such file or folder" in capsys.readouterr().err
+
+
+def test_what_a_plan_counts_is_what_a_search_gets(pictures: Path) -> None:
+    split = read_split(pictures)
+    with open_data(pictures, LOCAL) as data:
+        listed = list_parts(pictures, data)
+    assert listed.sizes() == {"search": len(split.search), "selection": len(split.selection), "test": len(split.test)}
+    assert listed.pictures == sum(listed.sizes().values()) == 36

@@ -112,7 +112,7 @@ def attack(
     seed: int,
     known: Sequence[Tensor] = (),
 ) -> Tensor:
-    """float [N, 3, 32, 32]: the riskiest of all images that the library tried; the clean one if none was riskier.
+    """float [N, 3, H, W]: the riskiest of all images that the library tried; the clean one if none was riskier.
 
     known: images of earlier attacks. Those that all draws misread already are kept, and not attacked again.
     """

@@ -29,7 +29,6 @@ from service.audit.evaluation.members import Member, as_floats, forward_no_grad
 from service.audit.evaluation.threads import WorkerThreads
 from service.outbound import http_client
 
-SIZE: Final = 32
 REQUEST_IMAGES: Final = 128
 TIMEOUT_S: Final = 60.0
 PATIENCE: Final = 60  # times the service may be busy before the attack gives up
@@ -50,7 +49,7 @@ class QueryAttackConfig:
 
 
 class Oracle(Protocol):
-    """uint8 [N, 3, 32, 32] -> probabilities as shown, float64 [N, classes]. `queries` counts images answered."""
+    """uint8 [N, 3, H, W] -> probabilities as shown, float64 [N, classes]. `queries` counts images answered."""
 
     queries: int
 
@@ -108,7 +107,7 @@ class HttpOracle:
 
 
 def as_png(pixels: Tensor) -> bytes:
-    """uint8 [3, 32, 32] -> an image file."""
+    """uint8 [3, H, W] -> an image file."""
     stream = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
@@ -215,7 +214,7 @@ def square(
 ) -> list[Snapshot]:
     epsilon = int(threat.epsilon * 255 + 1e-6)
     clean = pixels.numpy().astype(np.int16)
-    stripes = rng.choice([-epsilon, epsilon], (len(clean), 3, 1, SIZE))
+    stripes = rng.choice([-epsilon, epsilon], (len(clean), 3, 1, clean.shape[3]))
     current = np.clip(clean + stripes, 0, 255)
     best = margins(average_answers(oracle, as_bytes(current), settings.averages), labels)
     answers, stops = np.ones(len(clean)), []  # how often q answers were added up in `best`
@@ -224,7 +223,7 @@ def square(
             again = margins(average_answers(oracle, as_bytes(current), settings.averages), labels)
             best, answers = (best * answers + again) / (answers + 1), answers + 1
         else:
-            side = side_of(probe, settings.probes)
+            side = side_of(probe, settings.probes, clean.shape[2:])
             tried = np.stack(
                 [place_square(image, at, epsilon, side, rng) for image, at in zip(current, clean, strict=True)]
             )
@@ -240,17 +239,17 @@ def as_bytes(images: NDArray[np.int16]) -> Tensor:
     return torch.from_numpy(images.astype(np.uint8))
 
 
-def side_of(probe: int, probes: int) -> int:
+def side_of(probe: int, probes: int, size: tuple[int, ...]) -> int:
+    """Of the square that changes its share of a picture. size: (height, width)."""
     halvings = sum(probe * 10_000 / probes > mark for mark in SCHEDULE)
-    return max(1, round(math.sqrt(P_INIT / 2**halvings) * SIZE))
+    return max(1, min(round(math.sqrt(P_INIT / 2**halvings) * math.sqrt(math.prod(size))), min(size) - 1))
 
 
 def place_square(
     image: NDArray[np.int16], clean: NDArray[np.int16], epsilon: int, side: int, rng: np.random.Generator
 ) -> NDArray[np.int16]:
     """One square window set to a corner of the ball."""
-    side = min(side, SIZE - 1)
-    top, left = rng.integers(0, SIZE - side, 2)
+    top, left = (rng.integers(0, length - side) for length in image.shape[1:])
     region = np.s_[:, top : top + side, left : left + side]
     tried = image.copy()
     tried[region] = np.clip(clean[region] + rng.choice([-epsilon, epsilon], (3, 1, 1)), 0, 255)
@@ -346,7 +345,7 @@ def hop(votes: Votes, classes: int) -> None:
         return  # misread as it is
     attack_type, classifier_type = import_hop_skip_jump()
     clean, start = ((image.numpy() / 255).astype(np.float32)[None] for image in (votes.clean, votes.best))
-    classifier = classifier_type(votes, (3, SIZE, SIZE), classes, clip_values=(0.0, 1.0))
+    classifier = classifier_type(votes, tuple(votes.clean.shape), classes, clip_values=(0.0, 1.0))
     attack = attack_type(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
     with suppress(QueryBudgetExceeded), seeded_random_states():
         attack.generate(clean, np.array([votes.label]), x_adv_init=start)

@@ -48,7 +48,7 @@ class Reach(PgdConfig):
 
 @dataclass(frozen=True)
 class AttackResult:
-    """images: the riskiest met, float [N, 3, 32, 32].  risk: float64 [N] on the attacker's draws.
+    """images: the riskiest met, float [N, 3, H, W].  risk: float64 [N] on the attacker's draws.
     risks, losses: [steps + 1, N], the best so far at each step of the first start; the clean images come first."""
 
     images: Tensor
@@ -109,7 +109,7 @@ def attack(
     """Ascends from each start and keeps the riskiest image met.
 
     Args:
-      images: float [N, 3, 32, 32] in [0, 1].
+      images: float [N, 3, H, W] in [0, 1].
       warm: starts of the same shape, tried before the random ones.
       known: images of earlier attacks. Those that all draws misread already are not attacked again.
     """

@@ -114,7 +114,7 @@ def universal(
     settings: UniversalPerturbation,
     generator: torch.Generator,
 ) -> Tensor:
-    """The images with one perturbation [1, 3, 32, 32] added, which has seen only the first half of them."""
+    """The images with one perturbation [1, 3, H, W] added, which has seen only the first half of them."""
     seen = max(1, len(images) // 2)
     shift = random_start(torch.full_like(images[:1], 0.5), threat, generator) - 0.5
     velocity = torch.zeros_like(shift)
@@ -142,7 +142,7 @@ def within(shift: Tensor, threat: ThreatModel) -> Tensor:
 def shared_gradient(
     target: AttackTarget, images: Tensor, labels: Tensor, shift: Tensor, loss: str, scale: float
 ) -> Tensor:
-    """[1, 3, 32, 32]: of the summed loss, in parts that fit into memory."""
+    """[1, 3, H, W]: of the summed loss, in parts that fit into memory."""
     total = torch.zeros_like(shift)
     for some, right in target.parts(images, labels):
         with torch.enable_grad():

@@ -92,7 +92,7 @@ class CheckContext:
 
     @property
     def pixels(self) -> Tensor:
-        """uint8 [count, 3, 32, 32]."""
+        """uint8 [count, 3, H, W]."""
         return self.run.data.pixels[self.index]
 
     @property

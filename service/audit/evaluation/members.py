@@ -24,7 +24,7 @@ CUDA_FREE_SHARE: Final = 0.25  # of a GPU's free memory, for activations
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One ticket or baseline on a device. images [N, 3, 32, 32] in [0, 1] -> calibrated logits [N, classes]."""
+    """One ticket or baseline on a device. images [N, 3, H, W] in [0, 1] -> calibrated logits [N, classes]."""
 
     name: str
     network: nn.Module
@@ -35,7 +35,7 @@ class Member:
         return cast("Tensor", self.network(images)) / self.temperature
 
     def graph_bytes(self, image: Tensor) -> int:
-        """Bytes that one image's forward pass keeps for the backward pass, weights apart. image: [1, 3, 32, 32]."""
+        """Bytes that one image's forward pass keeps for the backward pass, weights apart. image: [1, 3, H, W]."""
         if image.shape not in self.measured:
             self.measured[image.shape] = measure_graph(self, image)
         return self.measured[image.shape]
@@ -96,7 +96,7 @@ class CandidateSet:
         return tuple(member.name for member in self.members)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Of images on the uint8 grid: uint8 [N, 3, 32, 32] -> float32 [M, N, classes] on the CPU."""
+        """Of images on the uint8 grid: uint8 [N, 3, H, W] -> float32 [M, N, classes] on the CPU."""
         return logits_of(self.members, pixels, self.device, self.threads)
 
 
@@ -217,7 +217,7 @@ def target_of(candidates: CandidateSet, system: Defense, seed: str) -> AttackTar
 def logits_of(
     members: Sequence[Member], pixels: Tensor, device: torch.device, threads: WorkerThreads | None = None
 ) -> Tensor:
-    """Of images on the uint8 grid: uint8 [N, 3, 32, 32] -> float32 [M, N, classes] on the CPU."""
+    """Of images on the uint8 grid: uint8 [N, 3, H, W] -> float32 [M, N, classes] on the CPU."""
     size = PASS_IMAGES if device.type == "cpu" else CUDA_PASS_IMAGES
     parts = [as_floats(part, device) for part in torch.split(pixels, size)]
 

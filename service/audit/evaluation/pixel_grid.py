@@ -10,7 +10,7 @@ BISECTIONS: Final = 12
 
 
 def quantize_to_uint8(images: Tensor, clean: Tensor, norm: str, epsilon: float) -> Tensor:
-    """uint8 [N, 3, 32, 32]: the nearest images an 8-bit file can hold that are still inside the threat model.
+    """uint8 [N, 3, H, W]: the nearest images an 8-bit file can hold that are still inside the threat model.
 
     images: floats in [0, 1].  clean: uint8.
     """
@@ -25,7 +25,7 @@ def quantize_to_uint8(images: Tensor, clean: Tensor, norm: str, epsilon: float) 
 
 
 def longest_rounding(offset: Tensor, most: float) -> Tensor:
-    """offset: [N, 3, 32, 32] in 255ths. Rounded, once it is scaled down by no more than its l2 length needs."""
+    """offset: [N, 3, H, W] in 255ths. Rounded, once it is scaled down by no more than its l2 length needs."""
     low, high = torch.zeros(len(offset)), torch.ones(len(offset))
     for scale in (high, *[None] * BISECTIONS):
         tried = (low + high) / 2 if scale is None else scale.clone()
