@@ -328,7 +328,8 @@ def fit(image: Image.Image, size: tuple[int, int], spec: InputSpec) -> Image.Ima
         return image.resize(size, method)
     scale = (size[0] / image.width, size[1] / image.height)
     if spec.resize == "cover":
-        width, height = size[0] / max(scale), size[1] / max(scale)
+        # One of the two is the whole side, and rounding must not make it longer.
+        width, height = min(size[0] / max(scale), image.width), min(size[1] / max(scale), image.height)
         left, top = (image.width - width) / 2, (image.height - height) / 2
         return image.resize(size, method, box=(left, top, left + width, top + height))
     inner = (max(1, round(image.width * min(scale))), max(1, round(image.height * min(scale))))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from model_store import images
 from model_store.errors import ImageDamaged, ImageEmpty, ImageFormatUnknown, ImageRejected, ImageTooLarge
-from model_store.images import DATA_FORMATS, Format, decode, render
+from model_store.images import DATA_FORMATS, Format, decode, fit, render
 from model_store.input_spec import CIFAR10_INPUT, MAX_PIXELS, InputSpec, Interpolation, Resize
 from service.settings import Settings
 from tools.console.browser import CHROMIUM, chromium
@@ -150,6 +150,17 @@ def test_other_proportions_become_the_input_s(resize: Resize, expected: tuple[in
     assert (pixels[0, 0], pixels[0, 15]) == expected
     assert pixels[8].tolist() == [0] * 8 + [255] * 8
     assert (pixels[0] == 255).all() == (resize == "contain")
+
+
+@pytest.mark.parametrize("resize", ["squash", "cover", "contain"])
+def test_pictures_of_any_proportions_become_the_input_s_size_whatever_rounding_does(resize: Resize) -> None:
+    for spec in (spec_of(64, 64, resize), spec_of(48, 64, resize), spec_of(37, 91, resize)):
+        for width in range(10, 200, 7):
+            for height in range(11, 200, 5):
+                assert fit(Image.new("RGB", (width, height)), (spec.width, spec.height), spec).size == (
+                    spec.width,
+                    spec.height,
+                )
 
 
 @pytest.mark.parametrize("resize", ["squash", "cover", "contain"])
