@@ -45,12 +45,12 @@ def test_every_structure_takes_steps_at_every_size_and_leaves_a_ticket_that_is_i
 ) -> None:
     split = read_split(pictures, spec=replace(CIFAR10_INPUT, height=size[0], width=size[1]))
     for name in STRUCTURES:
-        fields = {"width": 8 if name.startswith("resnet") else 1, "steps": 4, "batch": 8}
+        fields = {"width": 8 if name.startswith("resnet") else 1, "steps": 2, "batch": 4}
         recipe = PRESETS["compact"].recipe(
             name, 0.3, len(split.search), 3, split.input, mask_share=1.0, precision="float32", **fields
         )
         search = Search(recipe, split, CPU)
-        losses = [search.train_step()[0] for _ in range(4)]
+        losses = [search.train_step()[0] for _ in range(2)]
         assert all(0 < loss < 20 for loss in losses)
         ticket = search.ticket()
         images = split.test.pixels.float() / 255
