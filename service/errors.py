@@ -40,6 +40,7 @@ class ErrorMessage(StrEnum):
     BODY_PACKING = "Content-Encoding must be gzip, deflate or identity."
     BODY_INFLATE = "The body cannot be unpacked as its Content-Encoding says."
     BODY_NEITHER = "The body is neither a PNG, JPEG or WebP image nor JSON."
+    MULTIPART = "The multipart body is damaged or empty; expected multipart/form-data with one image in each part."
     LENGTH_HEADER = "Content-Length is not a number."
     HEADER_TWICE = "A header that may be given once was given twice."
     TIMEOUT_HEADER = "Tombola-Timeout-Ms must be a whole number of milliseconds, at least 1."

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from model_store.library import Library
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, NotReady, UnsupportedMediaType
-from service.web import open_inference, openapi, schemas
+from service.web import form_data, index_page, open_inference, openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type, parse_json, whole_number
 from service.web.decoder import sniff
 from service.web.infer_request import from_base64
@@ -31,6 +31,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 BODY: Final[Mapping[str, Json]] = {
     **dict.fromkeys((openapi.BYTES, "image/png", "image/jpeg", "image/webp"), openapi.BINARY),
     openapi.JSON: openapi.reference(schemas.ClassifyRequest),
+    form_data.MEDIA_TYPE.decode(): {
+        "type": "object",
+        "properties": {"image": {"type": "array", "items": openapi.BINARY}},
+    },
 }
 
 
@@ -44,7 +48,9 @@ class ClassifyApi:
     async def classify(self, request: Request) -> Response:
         async with self.data_plane.open(request) as context:
             timeout_s = timeout_of(context.headers, self.settings.deadline_s)
-            probabilities = await self.data_plane.classify(context, parse_body(context), timeout_s)
+            probabilities = await self.data_plane.classify(
+                context, parse_body(context, self.settings.max_images), timeout_s
+            )
             with self.data_plane.encoding():
                 return self.respond(request.scope[REQUEST_ID], context.serving.library, probabilities)
 
@@ -89,10 +95,12 @@ def timeout_of(headers: Mapping[bytes, bytes], longest_s: float) -> float | None
     return min(timeout_ms / 1000, longest_s)
 
 
-def parse_body(context: InferenceContext) -> list[bytes]:
-    """The encoded images of a body: the body itself, or the base64 strings of its JSON. The bytes decide which, unless
-    the content type promises neither."""
+def parse_body(context: InferenceContext, max_images: int) -> list[bytes]:
+    """The encoded images of a body: the body itself, the parts of a form, or the base64 strings of its JSON. The bytes
+    decide which, unless the content type promises neither."""
     kind = media_type(context.headers)
+    if kind == form_data.MEDIA_TYPE:
+        return form_data.read_parts(context.body, context.headers[b"content-type"], max_images)
     if not is_unnamed(kind) and not is_json(kind) and not kind.startswith(b"image/"):
         raise UnsupportedMediaType(ErrorMessage.JSON_TYPE if looks_like_json(context.body) else ErrorMessage.BODY_TYPE)
     if not context.body:
@@ -136,6 +144,7 @@ def router(api: ClassifyApi) -> APIRouter:
             body=BODY,
         ),
     )
+    routes.add_api_route(PATH, api.classify, methods=["PUT"], include_in_schema=False)  # curl -T
     for path, endpoint, about in health(api.live, api.ready):
         routes.add_api_route(path, endpoint, methods=["GET"], **about)
     return routes
@@ -159,6 +168,7 @@ def install(app: FastAPI, data_plane: DataPlane) -> None:
     """
     api, protocol = ClassifyApi(data_plane), open_inference.OpenInferenceApi(data_plane)
     app.state.protocol = protocol
+    app.include_router(index_page.router())
     app.include_router(router(api))
     app.include_router(open_inference.router(protocol))
     model = {"model": open_inference.MODEL, "version": open_inference.VERSION}

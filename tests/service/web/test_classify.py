@@ -202,7 +202,7 @@ class TestRefusals:
             (b'{"images": [""]}', None, 400, ErrorMessage.IMAGE_EMPTY),
             (b'{"images": ["aGVsbG8="]}', None, 415, ErrorMessage.IMAGE_FORMAT),
             (png(), "text/plain", 415, ErrorMessage.BODY_TYPE),
-            (png(), "multipart/form-data; boundary=x", 415, ErrorMessage.BODY_TYPE),
+            (png(), "multipart/form-data; boundary=x", 400, ErrorMessage.MULTIPART),
             (b"hello", "text/plain", 415, ErrorMessage.BODY_TYPE),
             (b'{"images": ["aaaa"]}', "text/plain", 415, ErrorMessage.JSON_TYPE),
             (b'\xef\xbb\xbf {"images": ["aaaa"]}', "text/plain; charset=utf-8", 415, ErrorMessage.JSON_TYPE),

@@ -1,6 +1,7 @@
 """The page /docs of both planes: its files, and the page itself in a real Chromium before a real server."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -77,3 +78,11 @@ def test_the_page_shows_every_operation_runs_one_and_calls_nobody_else(
     assert complained == []
     assert {url for url in requested if not url.startswith(("data:", f"{origin}/"))} == set()
     assert f"{origin}/openapi.json" in requested
+
+
+def test_the_first_page_s_links_lead_somewhere(process: Process) -> None:
+    status, page = process.get(f"{process.public}/")
+    links = re.findall(r'href="([^"]+)"', page.decode())
+    assert status == 200
+    assert "docs" in links
+    assert all(process.get(f"{process.public}/{link}")[0] == 200 for link in links)
