@@ -60,6 +60,9 @@ def setting(default: Any, unit: str, what: str, reason: str, **limits: Any) -> A
     return Field(default=default, description=f"{what}. {reason}.", json_schema_extra={"unit": unit}, **limits)
 
 
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+
+
 class Settings(BaseSettings):
     """The service's settings. Times are in seconds and sizes in bytes, unless the name says otherwise."""
 
@@ -121,11 +124,17 @@ class Settings(BaseSettings):
     engine: Literal["auto", "torch", "openvino"] = setting(
         "auto", "name", "What runs the tickets", "auto: openvino on a CPU where it is installed, else torch"
     )
+    precision: PrecisionChoice = setting(
+        "auto",
+        "name",
+        "Arithmetic of the tickets on a CPU",
+        "auto: bfloat16 where the processor multiplies in it and OpenVINO runs the tickets, else float32",
+    )
     int8_images: Path | None = setting(
         None,
         "path",
         "Images to calibrate 8-bit tickets on (OpenVINO): a zip, an npz or a folder",
-        "Unset: float32, which is what audits attack. Take other images than you audit with",
+        "Unset: what PRECISION says. Audits attack float32. Take other images than you audit with",
     )
     threads: int = setting(
         0,

@@ -45,6 +45,7 @@ LADDER: Final = (
     "code_version",
     "quiet_imports",
     "arithmetic",
+    "processor",
     "labelled_images",
     "structures",
     "ticket",

@@ -98,6 +98,7 @@ class AuditQueue:
             library=absolute(self.settings.library),
             data=absolute(data),
             outside=absolute(self.settings.audit_surrogate_library),
+            precision=self.settings.precision,
             int8_images=absolute(self.settings.int8_images),
             threads=self.settings.audits_threads,
             device=str(resolve_device(self.settings.device)),

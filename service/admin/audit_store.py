@@ -10,6 +10,7 @@ from model_store.files import write_atomically
 from service.audit.errors import AuditConflict, AuditUnknown
 from service.audit.events import Event, StepEvent, read_events
 from service.audit.report.model import Interval
+from service.settings import PrecisionChoice
 
 ID: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 JOB: Final = "job.json"
@@ -68,6 +69,7 @@ class Job(Summary):
     library: str | None = None
     data: str | None = None
     outside: str | None = None
+    precision: PrecisionChoice = "auto"
     int8_images: str | None = None
     threads: int = 1
     device: str = "cpu"

@@ -65,6 +65,7 @@ def run(folder: Path, job: "Job", emit: "Callable[[Event], None]") -> None:
         device=job.device,
         url=job.url,
         outside=open_library(Path(job.outside)) if job.outside else None,
+        precision=job.precision,
         int8_images=Path(job.int8_images) if job.int8_images else None,
         emit=emit,
         threads=job.threads,

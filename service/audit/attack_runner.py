@@ -55,6 +55,7 @@ from service.audit.plan import plan
 from service.audit.profiles import PROFILES, SHARED
 from service.audit.target import Target
 from service.outbound import ProxyRejected, http_client
+from service.settings import PrecisionChoice
 
 CODE: Final = 5  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
@@ -103,19 +104,21 @@ class AuditRun:
         emit: Emit = lambda _: None,
         proxy: str | None = None,
         outside: Library | None = None,
+        precision: PrecisionChoice = "auto",
         int8_images: Path | None = None,
         candidates: CandidateSet | None = None,
         threads: int = 1,
     ) -> None:
-        """outside: a library of the attacker's own, of the same classes, to transfer from.  int8_images: what the
-        service is calibrated on, if it runs in 8 bits.  bench: other networks than the library's, to try the checks on.
-        Raises AuditRejected."""
+        """outside: a library of the attacker's own, of the same classes, to transfer from.
+        precision: of the service.  int8_images: what it is calibrated on, if it runs in 8 bits.
+        candidates: other networks than the library's, to try the checks on.  Raises AuditRejected."""
         self.folder = folder
         self.audit = audit
         self.library = library
         self.outside = outside
         self.data = data
-        self.url, self.key, self.int8_images = url, key, int8_images
+        self.url, self.key = url, key
+        self.precision, self.int8_images = precision, int8_images
         self.proxy = proxy
         self.emit = emit
         self.candidates = candidates or candidates_of_subject(library, device, outside, threads)

@@ -26,6 +26,7 @@ from service.audit.plan import images_of
 from service.audit.report import html_report, plots, summary
 from service.audit.report.model import Report
 from service.audit.target import Target
+from service.settings import PrecisionChoice
 
 REPORT: Final = "report.json"
 PAGE: Final = "report.html"
@@ -66,6 +67,7 @@ def run_audit(
     key: str | None = None,
     proxy: str | None = None,
     outside: Library | None = None,
+    precision: PrecisionChoice = "auto",
     int8_images: Path | None = None,
     emit: Emit = lambda _: None,
     threads: int = 1,
@@ -75,8 +77,8 @@ def run_audit(
 
     url, key: of a service of the same library, for black-box attacks.  proxy: on the way to it.
     outside: a library to transfer from.
-    int8_images: what the service is calibrated on, if it runs in 8 bits.  floor: the least lower bound of robust
-    accuracy that is enough, for the page alone.
+    precision: of the service.  int8_images: what it is calibrated on, if it runs in 8 bits.
+    floor: the least lower bound of robust accuracy that is enough, for the page alone.
     """
     use_reproducible_arithmetic()
     torch.set_num_threads(1)  # members run in threads of their own: results do not depend on the number of cores
@@ -94,6 +96,7 @@ def run_audit(
         emit=emit,
         threads=threads,
         outside=outside,
+        precision=precision,
         int8_images=int8_images,
     )
     emit(cost_event(run))

@@ -1,4 +1,4 @@
-"""Runs `tombola bench`: the engine alone, what an answer's time and digits reveal, 8 bits, and a server's cost."""
+"""Runs `tombola bench`: the engine alone, what an answer's time and digits reveal, rounding, and a server's cost."""
 
 import argparse
 import asyncio
@@ -24,7 +24,7 @@ from model_store.policy import Theta, draw_theta
 from model_store.structures import Network
 from service.audit.errors import DataRejected
 from service.audit.labelled_data import read_data
-from service.benchmarks import SETTINGS, capacity, output_leakage, quantization, timing_leakage
+from service.benchmarks import SETTINGS, capacity, output_leakage, rounding, timing_leakage
 from service.benchmarks.timing_leakage import scheduling
 from service.engine.base import Engine, EngineRejected, Images
 from service.engine.factory import engine_threads, open_engine, open_for_serving
@@ -203,22 +203,28 @@ def answer_precision(
     return figures | {"data": data.name}, f"two decimals tell theta in {100 * rate:.0f} % of answers"
 
 
-# What 8 bits change
+# What rounding changes
 
 
-def eight_bits(
-    given: argparse.Namespace,
-    settings: Settings,
-    library: Library,
-    engine: Engine,
-) -> tuple[dict[str, Any], str]:
+def open_float32(library: Library, settings: Settings) -> Engine:
+    """Raises EngineRejected."""
     if settings.int8_images is not None:
-        raise SettingsRejected("TOMBOLA_INT8_IMAGES: unset it; what 8 bits change is measured against float32")
-    data, others = quantization.measured_images(given.data, library, given.images)
-    figures = quantization.compare(library, engine, open_engine(library, settings, others), data)
-    mean = figures["mean"]
-    summary = f"8 bits: {mean['clean_of_tickets']:+.2f} points clean, {mean['pgd_of_tickets']:+.2f} under PGD-20"
-    return figures, f"{summary}, {mean['speed']:.2f} times as fast"
+        raise EngineRejected("TOMBOLA_INT8_IMAGES: unset it; what rounding changes is measured against float32")
+    return open_engine(library, settings.model_copy(update={"precision": "float32"}))
+
+
+def what_rounding_changes(
+    given: argparse.Namespace, settings: Settings, library: Library, engine: Engine
+) -> tuple[dict[str, Any], str]:
+    data, others = rounding.measured_images(given.data, library, given.images)
+    engines = {
+        name: open_engine(library, settings, others)
+        if name == "int8"
+        else open_engine(library, settings.model_copy(update={"precision": name}))
+        for name in given.to
+    }
+    figures = rounding.compare(library, engine, engines, data)
+    return figures, " ".join(rounding.sentence(name, figures) for name in engines)
 
 
 # What a whole server costs
@@ -251,5 +257,5 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     "latency": Benchmark(latency_information, open_for_serving, timing_leakage.table),
     "capacity": Benchmark(server_capacity, open_engine, capacity.table),
     "precision": Benchmark(answer_precision, open_engine, output_leakage.table),
-    "int8": Benchmark(eight_bits, open_engine, quantization.table),
+    "rounding": Benchmark(what_rounding_changes, open_float32, rounding.table),
 }

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ Jobs = Sequence[tuple[int, Sequence[int]]]
 """(ticket's index, indices of its images in a batch), one job a ticket."""
 JobResult = tuple[Logits, float]
 """A job's logits, and its seconds."""
+Precision = Literal["float32", "bfloat16", "int8"]
+"""The arithmetic that tickets run in on a CPU."""
 Heartbeat = Callable[[], None]
 """Called between jobs, so that the watchdog knows that nothing hangs."""
 
 TOLERANCE: Final = 1e-4  # of logits, relative to the largest (or to 1, if that is smaller): float32 in another order
 HALF_TOLERANCE: Final = 2e-2  # the same for float16
-INT8_TOLERANCE: Final = 1.0  # the same for 8 bits: only nonsense is refused; `bench int8` says what rounding costs
+BFLOAT16_TOLERANCE: Final = 1e-1  # the same for bfloat16, which rounds eight times as coarsely
+INT8_TOLERANCE: Final = 1.0  # the same for 8 bits: only nonsense is refused; `bench rounding` says what it costs
 
 
 class EngineRejected(TombolaError):

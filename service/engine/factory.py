@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
 
 from model_store.library import Library
 from model_store.policy import Policy, draw_theta
+from model_store.processor import has_bfloat16
 from model_store.structures import multiply_adds
 from service.cpu import usable_cores
 from service.engine.base import (
@@ -26,6 +27,7 @@ from service.engine.base import (
     EngineRejected,
     FoldedTicket,
     Images,
+    Precision,
     fold_ticket,
     max_relative_error,
     random_images,
@@ -60,17 +62,18 @@ def open_engine(
     name = resolve_backend(settings.engine, device)
     if calibration is None:
         calibration = calibration_images(name, library, settings)
+    precision = resolve_precision(settings.precision, name, device) if calibration is None else "int8"
     threads = engine_threads(settings)
     torch.set_num_threads(1)  # tickets run beside each other, one core each
     with ThreadPoolExecutor(threads, "fold") as pool:
         tickets = tuple(pool.map(fold_ticket, library.tickets))
-    *first, last = fallbacks(name, settings, eight_bits=calibration is not None)
-    for attempt, cached in first:
+    *first, last = fallbacks(name, settings, precision)
+    for attempt in first:
         try:
-            return build_engine(attempt, library, tickets, settings, device, cached, calibration, on_step)
+            return build_engine(attempt, library, tickets, settings, device, calibration, on_step)
         except EngineRejected as error:
             log.warning("engine refused, another is tried: %s", error)
-    return build_engine(last[0], library, tickets, settings, device, last[1], calibration, on_step)
+    return build_engine(last, library, tickets, settings, device, calibration, on_step)
 
 
 def open_for_serving(
@@ -195,15 +198,39 @@ def engine_threads(settings: Settings) -> int:
     return settings.threads or (usable_cores() if on_cpu else 1)
 
 
-def fallbacks(name: str, settings: Settings, *, eight_bits: bool) -> list[tuple[str, bool]]:
-    """(backend, whether its compiled models may come from disk), in the order to try.
+class Attempt(NamedTuple):
+    """A way to run the tickets. cached: whether compiled models may come from disk."""
 
-    A damaged cache is no reason to refuse a library. Where the setting is `auto`, torch runs everywhere.
+    backend: str
+    precision: Precision
+    cached: bool
+
+
+def fallbacks(name: str, settings: Settings, precision: Precision) -> list[Attempt]:
+    """What to try, in this order.
+
+    A damaged cache is no reason to refuse a library. Where the settings are `auto`, a library whose logits bfloat16
+    would change too much runs in float32, and torch runs everywhere.
     """
+    exact = Attempt("torch", "float32", cached=False)
     if name == "torch":
-        return [("torch", False)]
-    fallback = [("torch", False)] if settings.engine == "auto" and not eight_bits else []
-    return [(name, True), (name, False), *fallback]
+        return [exact]
+    precisions: list[Precision] = [precision]
+    if precision == "bfloat16" and settings.precision == "auto":
+        precisions.append("float32")
+    attempts = [Attempt(name, kind, cached) for kind in precisions for cached in (True, False)]
+    return [*attempts, *([exact] if settings.engine == "auto" and precision != "int8" else [])]
+
+
+def resolve_precision(requested: str, name: str, device: torch.device) -> Precision:
+    """Raises EngineRejected where bfloat16 cannot be had."""
+    if requested == "bfloat16" and name != "openvino":
+        raise EngineRejected(f"TOMBOLA_PRECISION bfloat16: is for OpenVINO on a CPU; the engine is {name} on {device}")
+    if requested == "bfloat16" and not has_bfloat16():
+        raise EngineRejected("TOMBOLA_PRECISION bfloat16: this processor does not multiply in it; choose auto")
+    if requested == "float32" or name != "openvino" or not has_bfloat16():
+        return "float32"
+    return "bfloat16"
 
 
 def calibration_images(name: str, library: Library, settings: Settings) -> Images | None:
@@ -243,24 +270,29 @@ def resolve_backend(requested: str, device: torch.device) -> str:
     return requested
 
 
+def precision_on_cpu(settings: Settings) -> Precision:
+    """What tickets run in on this machine's CPU, if their logits allow it. Raises EngineRejected."""
+    cpu = torch.device("cpu")
+    return resolve_precision(settings.precision, resolve_backend(settings.engine, cpu), cpu)
+
+
 def build_engine(
-    name: str,
+    attempt: Attempt,
     library: Library,
     tickets: tuple[FoldedTicket, ...],
     settings: Settings,
     device: torch.device,
-    cached: bool,
     calibration: Images | None,
     on_step: Step,
 ) -> Engine:
-    started_at, threads = time.perf_counter(), engine_threads(settings)
-    cache = cache_dir(library, settings) if cached else None
+    started_at, threads, name = time.perf_counter(), engine_threads(settings), attempt.backend
+    cache = cache_dir(library, settings) if attempt.cached else None
     on_step(
         f"compiling {len(tickets)} tickets for {name}"
         if name == "openvino"
         else f"moving {len(tickets)} tickets to {device}"
     )
-    backend = build_backend(name, tickets, cache, device, threads, calibration)
+    backend = build_backend(attempt, tickets, cache, device, threads, calibration)
     on_step("comparing logits with torch's")
     difference = verify(name, backend, tickets, threads, None if calibration is None else calibration[-PROBES:])
     return Engine(
@@ -299,7 +331,7 @@ def cache_dir(library: Library, settings: Settings) -> Path | None:
 
 
 def build_backend(
-    name: str,
+    attempt: Attempt,
     tickets: tuple[FoldedTicket, ...],
     cache: Path | None,
     device: torch.device,
@@ -307,10 +339,12 @@ def build_backend(
     calibration: Images | None,
 ) -> Backend:
     """Imports a backend where it is used: OpenVINO is not installed everywhere."""
-    if name == "openvino":
+    if attempt.backend == "openvino":
         from service.engine import openvino_engine
 
-        return openvino_engine.build(tickets, cache=cache, threads=threads, calibration=calibration)
+        return openvino_engine.build(
+            tickets, cache=cache, threads=threads, precision=attempt.precision, calibration=calibration
+        )
     from service.engine import torch_engine
 
     return torch_engine.build(tickets, device=device)

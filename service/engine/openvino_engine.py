@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from model_store.quiet_imports import import_openvino
 from model_store.structures import BasicBlock, Norm, WideBlock
-from service.engine.base import INT8_TOLERANCE, TOLERANCE, Backend, EngineRejected, FoldedTicket, Images, Logits
+from service.engine.base import (
+    BFLOAT16_TOLERANCE,
+    INT8_TOLERANCE,
+    TOLERANCE,
+    Backend,
+    EngineRejected,
+    FoldedTicket,
+    Images,
+    Logits,
+    Precision,
+)
 from service.engine.int8 import quantize
 
 openvino = import_openvino()
@@ -29,29 +39,41 @@ ops = openvino.opset13
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
 
 BATCHES: Final = (1, 2)
-# float32: OpenVINO would choose bfloat16 by itself on processors that have it.
 ONE_CORE: Final[dict[str, Any]] = {
     "INFERENCE_NUM_THREADS": 1,
     "NUM_STREAMS": 1,
-    "INFERENCE_PRECISION_HINT": "f32",
+    "INFERENCE_PRECISION_HINT": "f32",  # never left to OpenVINO, which would choose by the processor
     "ENABLE_CPU_PINNING": False,
+}
+TOLERANCES: Final[Mapping[Precision, float]] = {
+    "float32": TOLERANCE,
+    "bfloat16": BFLOAT16_TOLERANCE,
+    "int8": INT8_TOLERANCE,
 }
 
 
 def build(
-    tickets: Sequence[FoldedTicket], *, cache: Path | None, threads: int, calibration: Images | None = None
+    tickets: Sequence[FoldedTicket],
+    *,
+    cache: Path | None,
+    threads: int,
+    precision: Precision = "float32",
+    calibration: Images | None = None,
 ) -> Backend:
     """Compiles every ticket.
 
     cache: a folder of compiled models, read and added to. OpenVINO tells them apart by weights, options and version.
         A model from there is checked like any other.
-    calibration: images to choose the ranges of 8 bits by; None for float32.
+    calibration: images to choose the ranges of 8 bits by; needed for int8 alone.
     """
     core = openvino.Core()
+    options = ONE_CORE | ({"INFERENCE_PRECISION_HINT": "bf16"} if precision == "bfloat16" else {})
+    if cache is not None:
+        options["CACHE_DIR"] = str(cache)
     with ThreadPoolExecutor(threads, "compile") as pool:
-        models = list(pool.map(lambda ticket: Compiled(core, ticket, cache, calibration), tickets))
-    bits, tolerance = ("float32", TOLERANCE) if calibration is None else ("int8", INT8_TOLERANCE)
-    return Backend(lambda member, images: models[member].forward(images), tolerance, f"{bits}, OpenVINO {version()}")
+        models = list(pool.map(lambda ticket: Compiled(core, ticket, options, calibration), tickets))
+    note = f"{precision}, OpenVINO {version()}"
+    return Backend(lambda member, images: models[member].forward(images), TOLERANCES[precision], note)
 
 
 def version() -> str:
@@ -61,8 +83,7 @@ def version() -> str:
 class Compiled:
     """One ticket, compiled for each of BATCHES. Its lock is contended only when two batches run the same ticket."""
 
-    def __init__(self, core: Any, ticket: FoldedTicket, cache: Path | None, calibration: Images | None) -> None:
-        options = ONE_CORE if cache is None else ONE_CORE | {"CACHE_DIR": str(cache)}
+    def __init__(self, core: Any, ticket: FoldedTicket, options: dict[str, Any], calibration: Images | None) -> None:
         model = graph(ticket)
         try:
             if calibration is not None:

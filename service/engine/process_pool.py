@@ -28,7 +28,7 @@ from service.engine.base import Engine, EngineDied, EngineRejected, Heartbeat, I
 from service.engine.ipc import ERROR, HEARTBEAT, READY, WORD, decode_result, encode_request
 from service.settings import PREFIX, Settings
 
-FORWARDED_SETTINGS: Final = ("engine", "device", "threads", "state_dir", "int8_images", "log_level")
+FORWARDED_SETTINGS: Final = ("engine", "device", "threads", "state_dir", "precision", "int8_images", "log_level")
 """The settings that the fork server needs."""
 
 

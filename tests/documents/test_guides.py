@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model_store.policy import expected_size
-from service.benchmarks import capacity, output_leakage, quantization, timing_leakage
+from service.benchmarks import capacity, output_leakage, rounding, timing_leakage
 from service.benchmarks.command import replace_section
 from service.observability.metrics import PREFIX, TABLE
 from service.settings import OTHER_VARIABLES, SettingsRejected, setting_docs
@@ -28,7 +28,7 @@ ALL: Final = [ROOT / "README.md", *GUIDES]
 TABLES: Final = {
     "capacity.json": ("OPERATING.md", capacity.table),
     "latency.json": ("THREATS.md", timing_leakage.table),
-    "int8.json": ("OPERATING.md", quantization.table),
+    "rounding.json": ("OPERATING.md", rounding.table),
     "precision.json": ("THREATS.md", output_leakage.table),
 }
 
@@ -111,16 +111,16 @@ def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_eight_bits_change_is_measured_on_images_that_chose_no_range(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quantization, "CALIBRATION_IMAGES", 30)
+    monkeypatch.setattr(rounding, "CALIBRATION_IMAGES", 30)
     library = tiny_library(tmp_path / "library")
     np.savez(tmp_path / "data.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
-    measured, others = quantization.measured_images(tmp_path / "data.npz", library, 10)
+    measured, others = rounding.measured_images(tmp_path / "data.npz", library, 10)
     assert (len(measured), len(others)) == (10, 30)
     assert not {row.tobytes() for row in measured.pixels.numpy()} & {row.tobytes() for row in others}
     figures = tmp_path / "figures.json"
     command = [
         "bench",
-        "int8",
+        "rounding",
         "--library",
         str(library.path),
         "--state-dir",
@@ -134,8 +134,8 @@ def test_what_eight_bits_change_is_measured_on_images_that_chose_no_range(
     assert [row["ticket"] for row in found["tickets"]] == [entry.name for entry in library.entries]
     for row in found["tickets"]:
         for kind in ("clean", "pgd"):
-            change = row[kind]["int8"] - row[kind]["float32"]
-            assert row[kind]["difference"]["value"] == pytest.approx(change, abs=0.002)
+            change = row[kind]["int8"]["accuracy"] - row[kind]["float32"]
+            assert row[kind]["int8"]["difference"]["value"] == pytest.approx(change, abs=0.002)
 
 
 def test_a_server_s_cost_is_measured_on_a_real_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

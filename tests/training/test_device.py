@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from model_store.processor import has_bfloat16
 from tests.support.searches import TINY
 from training import device
-from training.device import has_bfloat16, resolve_precision
+from training.device import resolve_precision
 
 OPEN = replace(TINY, precision="auto")
 

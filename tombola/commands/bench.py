@@ -8,7 +8,7 @@ from service.benchmarks import SETTINGS
 from service.settings import add_flags
 
 DESCRIPTION: Final = """\
-Measures the engine alone, what an answer's time and digits reveal, what 8 bits change, and what an image costs.
+Measures the engine alone, what an answer's time and digits reveal, what rounding changes, and what an image costs.
 The comparison over HTTP with other servers is `make bench`.
 """
 
@@ -30,10 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_data(precision)
     precision.add_argument("--images", type=int, default=40, help="of them (40)")
     precision.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    int8 = add_kind(kinds, "int8", "what 8 bits cost in accuracy and save in time")
-    add_data(int8)
-    int8.add_argument("--images", type=int, default=500, help="of them; 256 more are to calibrate on (500)")
-    for kind in (latency, capacity, precision, int8):
+    rounding = add_kind(kinds, "rounding", "what bfloat16 and 8 bits change in accuracy and save in time")
+    add_data(rounding)
+    rounding.add_argument(
+        "--to", nargs="+", choices=("bfloat16", "int8"), default=["int8"], help="precisions to compare with float32"
+    )
+    rounding.add_argument("--images", type=int, default=500, help="of them; 256 more give the ranges of 8 bits (500)")
+    for kind in (latency, capacity, precision, rounding):
         kind.add_argument("--into", type=Path, help="page in which the table of these results is replaced")
 
 

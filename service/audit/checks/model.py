@@ -6,7 +6,6 @@ import secrets
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -27,6 +26,9 @@ from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget, Member, as_floats
 from service.audit.evaluation.scoring import failure, scores
 from service.audit.target import Target
+from service.engine.base import EngineRejected
+from service.engine.factory import open_engine, precision_on_cpu
+from service.settings import Settings
 
 PROBE: Final = PgdConfig("mean-loss", steps=20, step=0.125, momentum=0.75)
 STAGE: Final = Stage(scale=1.0, progress=0.0)
@@ -69,7 +71,9 @@ def same_model(context: CheckContext) -> CheckResult:
     text = f"largest relative difference {worst:.1e} over {len(pixels)} images"
     if context.run.audit.profile == "smoke":
         return CheckResult(worst <= SAME, f"{text}; engine not compared")
-    exact = engine_logits(context, library, pixels, device="cpu")
+    exact = engine_logits(
+        library, pixels, Settings(state_dir=context.run.folder, threads=1, device="cpu", precision="float32")
+    )
     if isinstance(exact, str):
         return CheckResult(worst <= SAME, f"{text}; engine {exact}")
     worst_of_engine = relative(exact, context.run.candidates.logits(pixels)[: len(exact)])
@@ -84,15 +88,8 @@ def relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / second.abs().max().clamp_min(1.0))
 
 
-def engine_logits(
-    context: CheckContext, library: Library, pixels: Tensor, *, device: str, int8_images: Path | None = None
-) -> Tensor | str:
-    """[tickets, N, classes] by the engine that serves, on that device; or why it cannot be opened."""
-    from service.engine.base import EngineRejected
-    from service.engine.factory import open_engine
-    from service.settings import Settings
-
-    settings = Settings(state_dir=context.run.folder, threads=1, device=device, int8_images=int8_images)
+def engine_logits(library: Library, pixels: Tensor, settings: Settings) -> Tensor | str:
+    """[tickets, N, classes] by an engine of these settings; or why it cannot be opened."""
     try:
         engine = open_engine(library, settings)
     except EngineRejected as error:
@@ -107,15 +104,19 @@ def served_precision(context: CheckContext, library: Library) -> str | None:
     None where it serves in float32, which is what was audited.
     """
     run, eight_bits = context.run, context.run.int8_images is not None
-    if not eight_bits and run.candidates.device.type == "cpu":
+    device = torch.device("cpu") if eight_bits else run.candidates.device
+    served_as = Settings(
+        state_dir=run.folder, threads=1, device=str(device), precision=run.precision, int8_images=run.int8_images
+    )
+    name = "8 bits" if eight_bits else "float16" if device.type == "cuda" else precision_on_cpu(served_as)
+    if name == "float32":
         return None
-    name, device = ("8 bits", "cpu") if eight_bits else ("float16", str(run.candidates.device))
     attacked = min(context.attacks(), key=lambda o: float(run.scores(context.ours, o).right.mean()), default=None)
     images = {"clean": run.data.pixels[:COMPARED]}
     if attacked is not None:
         images["attacked"] = attacked.pixels[:COMPARED]
     pixels = torch.cat(list(images.values()))
-    served = engine_logits(context, library, pixels, device=device, int8_images=run.int8_images)
+    served = engine_logits(library, pixels, served_as)
     if isinstance(served, str):
         return f"served in {name}: {served}"
     ours = run.candidates.logits(pixels)

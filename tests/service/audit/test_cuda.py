@@ -13,6 +13,7 @@ import torch
 
 from model_store.library import Library
 from model_store.policy import Policy
+from model_store.processor import has_bfloat16
 from service.audit import plan
 from service.audit.attack_runner import AuditRun, Json
 from service.audit.checks import attacks, model, report
@@ -24,6 +25,7 @@ from service.audit.evaluation.members import CandidateSet, Member
 from service.audit.evaluation.scoring import score_exactly, scores
 from service.audit.profiles import PROFILES, REACH, Profile
 from service.audit.run import run_audit
+from service.settings import Settings
 from tests.support.audit_models import faint_digits, small_cnn, tiny, undefended
 from tests.support.pretend_cuda import pretend_cuda
 
@@ -130,7 +132,7 @@ def attacked(library: Library, folder: Path, device: str, **options: Any) -> Che
 
 def test_a_gpu_s_half_precision_is_a_warning_that_says_what_it_changes(library: Library, tmp_path: Path) -> None:
     """The audit is compared with the float32 engine; the difference of what is served is measured, not failed."""
-    on_cpu = model.same_model(attacked(library, tmp_path / "cpu", "cpu"))
+    on_cpu = model.same_model(attacked(library, tmp_path / "cpu", "cpu", precision="float32"))
     assert on_cpu.ok, on_cpu.value
     with pretend_cuda():
         result = model.same_model(attacked(library, tmp_path / "cuda", "cuda"))
@@ -142,11 +144,18 @@ def test_a_gpu_s_half_precision_is_a_warning_that_says_what_it_changes(library: 
     )
 
 
+@pytest.mark.skipif(not has_bfloat16(), reason="needs a processor that multiplies in bfloat16")
+def test_a_processor_s_bfloat16_is_such_a_warning_too(library: Library, tmp_path: Path) -> None:
+    result = model.same_model(attacked(library, tmp_path, "cpu"))
+    assert (result.ok, result.warn) == (False, True)
+    assert "served in bfloat16, audited in float32: logits within" in result.value
+
+
 def test_an_engine_that_differs_in_float32_fails_the_audit(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = attacked(library, tmp_path, "cpu")
-    logits = model.engine_logits(context, library, context.pixels, device="cpu")
+    logits = model.engine_logits(library, context.pixels, Settings(state_dir=tmp_path, precision="float32"))
     assert isinstance(logits, torch.Tensor)
     monkeypatch.setattr(model, "engine_logits", lambda *_, **__: logits * (1 + 1e-4))
     result = model.same_model(context)

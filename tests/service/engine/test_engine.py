@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from model_store.ensemble import calibrated
 from model_store.library import Library
+from model_store.processor import has_bfloat16
 from model_store.structures import multiply_adds
 from service.cpu import affinity, usable_cores
 from service.engine import base, int8, torch_engine
@@ -35,7 +36,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["torch", "openvino"])
 def engine(request: pytest.FixtureRequest, small_library: Library, state: Path) -> base.Engine:
     """Both backends over all four structures."""
-    return open_engine(small_library, Settings(engine=request.param, state_dir=state, threads=2))
+    settings = Settings(engine=request.param, precision="float32", state_dir=state, threads=2)
+    return open_engine(small_library, settings)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_compiled_models_are_kept_on_disk(engine: base.Engine, state: Path) -> N
 
 
 def test_compiled_models_are_found_again_by_the_same_library(tiny: Library, tmp_path: Path) -> None:
-    settings = Settings(engine="openvino", state_dir=tmp_path, threads=2)
+    settings = Settings(engine="openvino", precision="float32", state_dir=tmp_path, threads=2)
     open_engine(tiny, settings)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "engine").rglob("*.blob")}
     again = open_engine(tiny, settings)
@@ -153,7 +155,7 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 
 
 def wrong_once(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path | None]:
-    """OpenVINO's first `times` backends give logits that are a little off."""
+    """OpenVINO's first `times` backends give logits that are off."""
     build = openvino.build
     caches: list[Path | None] = []
 
@@ -162,7 +164,7 @@ def wrong_once(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path | None]
         backend: base.Backend = build(tickets, cache=cache, **other)
         if len(caches) > times:
             return backend
-        return backend._replace(forward=lambda member, images: backend.forward(member, images) + np.float32(0.01))
+        return backend._replace(forward=lambda member, images: backend.forward(member, images) + np.float32(0.5))
 
     monkeypatch.setattr(openvino, "build", spoiled)
     return caches
@@ -170,9 +172,56 @@ def wrong_once(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path | None]
 
 def test_a_damaged_cache_is_passed_by(monkeypatch: pytest.MonkeyPatch, tiny: Library, tmp_path: Path) -> None:
     caches = wrong_once(monkeypatch, times=1)
-    logits = open_engine(tiny, Settings(engine="openvino", state_dir=tmp_path))
-    assert logits.name == "openvino"
+    engine = open_engine(tiny, Settings(engine="openvino", state_dir=tmp_path))
+    assert engine.name == "openvino"
     assert caches == [tmp_path / "engine" / tiny.digest, None]
+
+
+def test_a_library_that_bfloat16_would_change_too_much_runs_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tiny: Library, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: True)
+    wrong_once(monkeypatch, times=2)  # with compiled models from disk, and without
+    assert open_engine(tiny, Settings(engine="openvino", state_dir=tmp_path)).note.startswith("float32")
+
+
+@pytest.mark.parametrize(
+    ("requested", "backend", "processor_has_it", "expected"),
+    [
+        ("auto", "openvino", True, "bfloat16"),
+        ("auto", "openvino", False, "float32"),
+        ("auto", "torch", True, "float32"),
+        ("float32", "openvino", True, "float32"),
+        ("bfloat16", "openvino", True, "bfloat16"),
+    ],
+)
+def test_the_precision_follows_processor_and_backend(
+    requested: str, backend: str, processor_has_it: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: processor_has_it)
+    assert engines.resolve_precision(requested, backend, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "processor_has_it", "message"),
+    [("torch", True, "the engine is torch on cpu"), ("openvino", False, "this processor does not multiply in it")],
+)
+def test_bfloat16_that_cannot_be_had_is_refused(
+    backend: str, processor_has_it: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: processor_has_it)
+    with pytest.raises(EngineRejected, match=f"TOMBOLA_PRECISION bfloat16: .*{message}"):
+        engines.resolve_precision("bfloat16", backend, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="needs a processor that multiplies in bfloat16")
+def test_bfloat16_is_near_float32_and_really_another_arithmetic(small_library: Library, state: Path) -> None:
+    exact, rounded = (
+        open_engine(small_library, Settings(engine="openvino", precision=precision, state_dir=state, threads=2))
+        for precision in ("float32", "bfloat16")
+    )
+    assert (exact.note[:7], rounded.note[:8]) == ("float32", "bfloat16")
+    assert exact.difference < base.TOLERANCE < rounded.difference < base.BFLOAT16_TOLERANCE
 
 
 def test_auto_falls_back_to_torch_when_logits_differ(
@@ -212,7 +261,7 @@ def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_eight_bits_are_near_float_and_really_eight(small_library: Library, state: Path, labelled_file: Path) -> None:
-    exact = open_engine(small_library, Settings(engine="openvino", state_dir=state, threads=2))
+    exact = open_engine(small_library, Settings(engine="openvino", precision="float32", state_dir=state, threads=2))
     rounded = open_engine(small_library, Settings(int8_images=labelled_file, state_dir=state, threads=2))
     assert rounded.note.startswith("int8")
     assert rounded.name == "openvino"
