@@ -39,6 +39,7 @@ GROUPS: Final[dict[str, tuple[Command, ...]]] = {
     ),
     "Audit": (
         Command("audit", "service.audit.command:add_options", "attack a library, and check the attacks"),
+        Command("explore", "service.audit.explore_command:add_options", "compare laws on an audit's stored attacks"),
         Command("gate", "service.audit.command:add_gate_options", "hold an audit's report against requirements"),
     ),
     "Make libraries": (

@@ -30,9 +30,10 @@ class CostEstimator:
     def cost(self, audit: Audit, library: Library) -> Cost:
         """Raises CostRejected beyond the configured hours, AuditRejected for a plan that cannot be made."""
         candidates = candidates_of(library, outside=self.outside, build=planning_stub)
-        compared = baselines.compared_systems(candidates, baselines.strengths(library))
+        each = multiply_adds_of(library, self.outside)
+        compared = baselines.compared_systems(candidates, baselines.strengths(library), each)
         known = baselines.known_draws(candidates, audit.seed, PROFILES[audit.profile].thetas)
-        steps, each = plan(audit, candidates, compared, known), multiply_adds_of(library, self.outside)
+        steps = plan(audit, candidates, compared, known)
         singles = (baselines.single(candidates, index) for index in range(len(candidates.members)))
         by_name = {system.name: system for system in (*compared, *singles, *known)}
         giga = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)

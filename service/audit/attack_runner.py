@@ -124,14 +124,14 @@ class AuditRun:
         self.candidates = candidates or candidates_of_subject(library, device, outside, threads)
         self.fingerprint = fingerprint(self.candidates.members)
         self.strength = baselines.strengths(library) or [0.0] * self.candidates.tickets
-        self.systems = baselines.compared_systems(self.candidates, self.strength)
+        self.multiply_adds = (
+            library.multiply_adds() if isinstance(library, Target) else multiply_adds_of(library, outside)
+        )
+        self.systems = baselines.compared_systems(self.candidates, self.strength, self.multiply_adds)
         self.known = baselines.known_draws(self.candidates, audit.seed, PROFILES[audit.profile].thetas)
         singles = [baselines.single(self.candidates, index) for index in range(len(self.candidates.members))]
         self.by_name = {system.name: system for system in (*singles, *self.systems, *self.known)}
         self.steps = plan(audit, self.candidates, self.systems, self.known)
-        self.multiply_adds = (
-            library.multiply_adds() if isinstance(library, Target) else multiply_adds_of(library, outside)
-        )
         self.costs = [self.cost(step) for step in self.steps]
         self.exact: dict[tuple[str, int, bool, bool], Scores] = {}
         self.keys: dict[Step, str] = {}
@@ -385,7 +385,7 @@ class AuditRun:
         """What was tried within epsilon, the clean images first, with the logits behind each."""
         reached = [Tried(self.clean(system).pick(torch.arange(images)), self.clean_logits, None)]
         for outcome in self.outcomes:
-            if outcome.step.epsilon <= epsilon and not (shared and outcome.step.stage > SHARED):
+            if outcome.step.epsilon <= epsilon and not (shared and not is_shared(outcome.step)):
                 own = self.scores(system, outcome)
                 count = min(images, outcome.step.images)
                 scored = pad(own.pick(torch.arange(count)), images)
@@ -404,6 +404,12 @@ class Tried:
     def aims_at(self, system: Defense, image: int) -> bool:
         """Whether the attack made this image for this system."""
         return self.step is not None and self.step.system == system.name and image < self.step.images
+
+
+def is_shared(step: Step) -> bool:
+    """Whether an attack counts in comparisons. FGSM and PGD on one network are aimed at some systems and not at others:
+    they would give those more attacks of their own."""
+    return step.stage <= SHARED and not isinstance(step.settings, SingleModelPgd)
 
 
 def builds_on_others(step: Step) -> bool:

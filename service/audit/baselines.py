@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Final
 
 from model_store.library import Library
-from model_store.policy import Policy, draw_theta, expected_size, states
+from model_store.policy import Policy, draw_theta, expected_size, inclusion_probabilities, states
 from service.audit.evaluation.draws import Defense, widen
 from service.audit.evaluation.members import CandidateSet
 from service.audit.target import Target
@@ -18,6 +18,8 @@ COST: Final = "fixed-equal-cost"
 TICKET: Final = "ticket "
 DENSE: Final = "dense "
 OUTSIDE: Final = "outside "
+DENSE_COST: Final = "dense-equal-cost"
+OVER_BUDGET: Final = 1.1  # of a draw's cost, that a rival of equal cost may take
 R2S: Final = "r2s "
 THETA: Final = "theta "
 
@@ -99,9 +101,32 @@ def strengths(library: Library | Target) -> list[float]:
     return values
 
 
-def compared_systems(candidates: CandidateSet, strength: Sequence[float]) -> list[Defense]:
-    """All that face the same attacks: ours first."""
+def dense_at_equal_cost(candidates: CandidateSet, multiply_adds: Sequence[int]) -> list[Defense]:
+    """The dense networks that together come nearest to what one draw costs on average; none where one alone does.
+
+    multiply_adds: of each member.
+    """
+    inclusion = inclusion_probabilities(candidates.policy)
+    budget = sum(p * multiply_adds[index] for index, p in enumerate(inclusion))
+    dense = range(candidates.tickets, candidates.own)
+    groups = [some for count in range(1, len(dense) + 1) for some in combinations(dense, count)]
+    fitting = [some for some in groups if sum(multiply_adds[j] for j in some) <= OVER_BUDGET * budget]
+    chosen = max(fitting, key=lambda some: sum(multiply_adds[j] for j in some), default=())
+    if len(chosen) < 2:
+        return []
+    cost = sum(multiply_adds[j] for j in chosen)
+    names = " + ".join(candidates.names[j] for j in chosen)
+    about = f"{names}, always: dense adversarial training at {100 * cost / budget:.0f} % of what one draw costs"
+    return [Defense(DENSE_COST, about, fixed(candidates, chosen))]
+
+
+def compared_systems(
+    candidates: CandidateSet, strength: Sequence[float], multiply_adds: Sequence[int] = ()
+) -> list[Defense]:
+    """All that face the same attacks: ours first. multiply_adds: of each member, for a rival of equal cost."""
     dense = [single(candidates, index) for index in range(candidates.tickets, candidates.own)]
+    if multiply_adds:
+        dense += dense_at_equal_cost(candidates, multiply_adds)
     return [
         ours(candidates),
         mean_of_all(candidates),

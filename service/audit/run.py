@@ -21,6 +21,7 @@ from service.audit.errors import DataRejected
 from service.audit.evaluation.draws import scoring_draws
 from service.audit.evaluation.members import candidates_of
 from service.audit.events import CostEvent
+from service.audit.explore import INDEX, write_index
 from service.audit.labelled_data import LabelledImages
 from service.audit.plan import images_of
 from service.audit.report import html_report, plots, summary
@@ -103,6 +104,7 @@ def run_audit(
     run.attack()
     checks = run_checks(run)
     report = summary.summarize(run, checks, time.monotonic() - began)
+    write_index(run, folder / INDEX)
     write_atomically(folder / REPORT, report.as_bytes())
     text = html_report.render(report, plots.all_figures(report), plots.choose_examples(run), floor)
     write_atomically(folder / PAGE, text.encode())

@@ -123,6 +123,7 @@ class Comparison(Part):
     robust: Interval
     clean: Interval
     words: str
+    p: float | None = Field(default=None, description="of no difference in robust accuracy, Holm-corrected")
 
 
 class Secrecy(Part):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from service.audit.explore import LawFigures
+
 matplotlib = import_matplotlib()
 
 INK: Final = "#1b2126"  # of text and axes; a page replaces it by the colour of its own text
@@ -237,3 +239,22 @@ def data_uri(pixels: Tensor) -> str:
     size = (image.width * ZOOM, image.height * ZOOM)
     image.resize(size, Image.Resampling.NEAREST).save(stream, format="PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def plot_frontier(laws: Sequence["LawFigures"], bound: float) -> str:
+    """SVG: robust accuracy against cost. Laws that no cheaper one beats are joined; a line is what none exceeds."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(6.4, 3.6)
+        others = [law for law in laws if not law.frontier]
+        axes.scatter([law.cost for law in others], [100 * law.robust.value for law in others], s=9, color=MINOR)
+        best = sorted((law for law in laws if law.frontier), key=lambda law: law.cost)
+        axes.plot([law.cost for law in best], [100 * law.robust.value for law in best], "o-", ms=4, color=COLOURS[0])
+        served = laws[0]
+        axes.scatter([served.cost], [100 * served.robust.value], s=40, color=COLOURS[1], zorder=3)
+        axes.annotate("served", (served.cost, 100 * served.robust.value), textcoords="offset points", xytext=(6, 6))
+        axes.axhline(100 * bound, color=INK, linestyle=":", linewidth=1)
+        axes.annotate("no law over the menu", (0.02, 100 * bound), xycoords=("axes fraction", "data"), va="bottom")
+        axes.set_xscale("log")
+        axes.set_xlabel("multiply-adds of an image, as a share of the served law's")
+        axes.set_ylabel("robust accuracy, %")
+        return svg(figure, themed=False)

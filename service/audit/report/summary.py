@@ -51,11 +51,14 @@ from service.audit.report.model import (
     digest_of_report,
 )
 from service.audit.secrecy import read_secrecy
-from service.audit.stats import bootstrap, clopper_pearson, paired_difference
+from service.audit.stats import bootstrap, clopper_pearson, holm, paired_difference, sign_flip_p
 
 TRIES: Final = (1, 10, 100)
 PACKAGES: Final = ("torch", "numpy", "pyautoattack", "adversarial-robustness-toolbox", "tombola")
 DIGITS: Final = 6
+SIGNIFICANT: Final = 0.05
+FIXED_DRAW: Final = "average fixed draw"  # of the served law, known to its attacker
+RANDOMNESS: Final = (baselines.MEAN, baselines.COST, FIXED_DRAW)  # what is compared for the randomness alone
 
 
 def interval(estimate: stats.Interval) -> Interval:
@@ -304,18 +307,32 @@ def blocks(structures: Sequence[str], matrix: Tensor) -> dict[str, Any]:
 
 
 def comparisons(run: AuditRun) -> list[Comparison]:
-    """Ours less each other system: same images, same attacks, paired. Words only where the interval allows them."""
+    """Ours less each other system: same images, same attacks, paired. Words only where the interval and Holm's
+    correction for the number of comparisons allow them."""
     count = len(run.data)
     ours, *others = run.systems
     own = run.reported(ours, count, shared=True).right.numpy()
     own_clean = run.reported(ours, count, clean=True).right.numpy()
-    rows = []
-    for other in others:
-        robust = paired_difference(own, run.reported(other, count, shared=True).right.numpy())
-        clean = paired_difference(own_clean, run.clean(other).right.numpy())
-        sentence = words(robust, randomness=other.name in (baselines.MEAN, baselines.COST))
-        rows.append(Comparison(against=other.name, robust=interval(robust), clean=interval(clean), words=sentence))
-    return rows
+    pairs = {
+        other.name: (run.reported(other, count, shared=True).right.numpy(), run.clean(other).right.numpy())
+        for other in others
+    }
+    robust = {name: paired_difference(own, theirs) for name, (theirs, _) in pairs.items()}
+    if (reading := read_secrecy(run)) is not None:
+        clean_known = torch.stack([run.clean(theta).right for theta in run.known]).mean(dim=0)
+        pairs[FIXED_DRAW] = (reading.known.mean(dim=0).numpy(), clean_known.numpy())
+        robust[FIXED_DRAW] = reading.difference
+    corrected = holm([sign_flip_p(own, theirs) for theirs, _ in pairs.values()])
+    return [
+        Comparison(
+            against=name,
+            robust=interval(robust[name]),
+            clean=interval(paired_difference(own_clean, clean)),
+            words=words(robust[name], p, randomness=name in RANDOMNESS),
+            p=round(p, DIGITS),
+        )
+        for (name, (_, clean)), p in zip(pairs.items(), corrected, strict=True)
+    ]
 
 
 def secrecy_part(run: AuditRun) -> Secrecy | None:
@@ -332,13 +349,14 @@ def secrecy_part(run: AuditRun) -> Secrecy | None:
     )
 
 
-def words(difference: stats.Interval, *, randomness: bool) -> str:
+def words(difference: stats.Interval, p: float, *, randomness: bool) -> str:
+    """p: corrected for the number of comparisons."""
     what = "randomisation" if randomness else "the served law"
-    if difference.low > 0:
-        return f"{what} helps"
-    if difference.high < 0:
-        return f"{what} does not help: it loses"
-    return "no difference shown: the interval holds 0"
+    if difference.low <= 0 <= difference.high:
+        return "no difference shown: the interval holds 0"
+    if p > SIGNIFICANT:
+        return f"no difference shown: p = {p:.2f} after Holm's correction"
+    return f"{what} helps" if difference.low > 0 else f"{what} does not help: it loses"
 
 
 def universal_part(run: AuditRun) -> Universal | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats as reference
 from scipy.stats import binomtest
 from torch import nn
 
@@ -18,7 +19,7 @@ from service.audit.evaluation.members import GRAPH_BYTES, PASS_IMAGES, AttackTar
 from service.audit.evaluation.pixel_grid import distance, quantize_to_uint8
 from service.audit.evaluation.scoring import Scores, failure, pointwise_worst, riskiest, score_exactly, scores
 from service.audit.evaluation.threads import WorkerThreads
-from service.audit.stats import bootstrap, clopper_pearson, paired_difference, resampled_means
+from service.audit.stats import bootstrap, clopper_pearson, holm, paired_difference, resampled_means, sign_flip_p
 from tests.support.audit_models import alone, system
 
 GROUPS = ["a", "a", "a", "b", "b", "c"]
@@ -207,3 +208,30 @@ def test_a_tie_never_goes_to_the_clean_image() -> None:
     assert riskiest(rights, leads).tolist() == [1, 0, 1]
     everywhere = torch.full((2, 1), torch.inf, dtype=torch.float64)
     assert riskiest(torch.ones(2, 1, dtype=torch.float64), everywhere).tolist() == [0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_of_few_images_are_scipys_bca(seed: int) -> None:
+    """Ten skewed values in a hundred: percentiles lean towards 0."""
+    values = np.zeros(100)
+    values[:8] = np.random.default_rng(seed).random(8)
+    found = bootstrap(values, seed)
+    theirs = reference.bootstrap((values,), np.mean, n_resamples=4000, method="BCa", rng=seed).confidence_interval
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+    percentile = np.quantile(resampled_means(values, seed), [0.025, 0.975])
+    assert found.high > percentile[1]
+    assert paired_difference(values, np.zeros(100), seed).high == pytest.approx(found.high)
+    many = np.tile(values, 3)
+    assert bootstrap(many, seed).high == pytest.approx(np.quantile(resampled_means(many, seed), 0.975))
+
+
+def test_holms_correction_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+
+
+def test_a_sign_flip_test_of_six_equal_differences() -> None:
+    """2 of the 64 choices of signs reach the sum."""
+    assert sign_flip_p(np.ones(6), np.zeros(6)) == pytest.approx(2 / 64, abs=0.006)
+    assert sign_flip_p(np.ones(6), np.ones(6)) == 1

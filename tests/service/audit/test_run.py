@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from model_store.library import write_library
-from model_store.policy import inclusion_probabilities
+from model_store.policy import expected_size, inclusion_probabilities
 from service.audit import baselines, stats
-from service.audit.attack_runner import AuditRun, Outcome, converged
+from service.audit.attack_runner import AuditRun, Outcome, converged, is_shared
 from service.audit.attacks import eot
 from service.audit.attacks.eot import PgdConfig
 from service.audit.checks import attacks, base, model, planted, run
 from service.audit.checks.base import CheckContext, CheckResult
 from service.audit.command import BELOW, INVALID, conclude
 from service.audit.config import Audit, Step
+from service.audit.cost import multiply_adds_of
 from service.audit.errors import AuditRejected, DataRejected
 from service.audit.evaluation import draws
 from service.audit.evaluation.members import candidates_of
@@ -35,7 +36,7 @@ from service.audit.report.plots import Example, all_figures
 from service.audit.report.summary import compare, verdict, words
 from service.audit.report.verdicts import headline
 from service.audit.run import load_images, run_audit
-from tests.support.audit_models import Quantised, Scaled, faint_digits, run_on, tiny, undefended
+from tests.support.audit_models import DIGITS, Quantised, Scaled, faint_digits, run_on, tiny, undefended
 from tests.support.serving import some_rows
 from tests.support.tickets import items, make_ticket
 from tombola.cli import main
@@ -210,9 +211,10 @@ def test_two_reports_compare(report: Json) -> None:
 
 
 def test_words_are_said_only_where_the_interval_says_them() -> None:
-    assert words(stats.Interval(0.1, 0.01, 0.2), randomness=True) == "randomisation helps"
-    assert words(stats.Interval(-0.1, -0.2, -0.01), randomness=True).startswith("randomisation does not help")
-    assert words(stats.Interval(0.1, -0.01, 0.2), randomness=True).startswith("no difference shown")
+    assert words(stats.Interval(0.1, 0.01, 0.2), 0.01, randomness=True) == "randomisation helps"
+    assert words(stats.Interval(-0.1, -0.2, -0.01), 0.01, randomness=True).startswith("randomisation does not help")
+    assert words(stats.Interval(0.1, -0.01, 0.2), 0.2, randomness=True).startswith("no difference shown")
+    assert words(stats.Interval(0.1, 0.01, 0.2), 0.2, randomness=True).endswith("p = 0.20 after Holm's correction")
 
 
 # The command
@@ -356,6 +358,31 @@ def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, li
     bench = candidates_of(library)
     steps = plan(Audit(name, norm=norm), bench, baselines.compared_systems(bench, baselines.strengths(library)))
     assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
+
+
+def test_single_network_attacks_count_for_no_comparison(library: Any, folder: Path) -> None:
+    """FGSM and PGD-20 are aimed at the best ticket and at dense networks, and at none of the random systems."""
+    run = AuditRun(folder / "unused", Audit("standard"), library, faint_digits(2))
+    counted = [step for step in run.steps if is_shared(step) and step.epsilon == 8]
+    best = run.system("best-ticket").used
+    alone = {baselines.single(run.candidates, index).name for index in best}
+    assert {step.name for step in run.steps if step.system in alone} == {"fgsm", "pgd-20"}
+    assert not [step for step in counted if step.system in alone]
+    aimed = {system.name: sum(step.system == system.name for step in counted) for system in run.systems}
+    assert len(set(aimed.values())) == 1
+
+
+def test_a_dense_rival_costs_what_a_draw_costs(tmp_path: Path) -> None:
+    tickets = [make_ticket("resnet18", density, seed=place) for place, density in enumerate((0.2, 0.3, 0.4, 0.5))]
+    dense = [make_ticket("resnet18", 1.0, seed=5), make_ticket("resnet34", 1.0, seed=6)]
+    path = tmp_path / "library"
+    both = write_library(path, classes=DIGITS, data="random", tickets=items(tickets), baselines=items(dense))
+    bench, each = candidates_of(both), multiply_adds_of(both)
+    draw = expected_size(both.policy)
+    (rival,) = baselines.dense_at_equal_cost(bench, [each[0]] * 4 + [int(each[0] * draw / 2)] * 2)
+    assert rival.used == (4, 5)
+    assert "at 100 % of what one draw costs" in rival.about
+    assert baselines.dense_at_equal_cost(bench, [each[0]] * 4 + [each[0] * 5] * 2) == []
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
