@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from model_store.policy import Policy, Theta, draw_matrix, draw_theta, expected_size
     from model_store.structures import Structure
     from model_store.ticket import Ticket, load_ticket, save_ticket
+    from service.audit.api import audit
+    from service.audit.target import Target
     from service.settings import Settings, read_settings
     from tombola.client import (
         AsyncClient,
@@ -54,11 +56,13 @@ __all__ = [
     "StablePrediction",
     "StoreError",
     "Structure",
+    "Target",
     "Theta",
     "ThreatModel",
     "Ticket",
     "TicketRejected",
     "TombolaError",
+    "audit",
     "calibrated",
     "draw_matrix",
     "draw_theta",
@@ -91,6 +95,8 @@ MODULES: Final = {
     "model_store.policy": ("Policy", "Theta", "draw_matrix", "draw_theta", "expected_size"),
     "model_store.structures": ("Structure",),
     "model_store.ticket": ("Ticket", "load_ticket", "save_ticket"),
+    "service.audit.api": ("audit",),
+    "service.audit.target": ("Target",),
     "service.settings": ("Settings", "read_settings"),
     "tombola.client": (
         "AsyncClient",

@@ -22,12 +22,20 @@ from service.audit import baselines
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.autoattack import AutoAttackConfig
-from service.audit.attacks.black_box import TIMEOUT_S, HttpOracle, LocalOracle, QueryAttackConfig
+from service.audit.attacks.black_box import (
+    BATCH_PROBES,
+    TIMEOUT_S,
+    HttpOracle,
+    LocalOracle,
+    QueryAttackConfig,
+    snapshot_points,
+)
 from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.losses import STAGED
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.config import Audit, Step, digest_of
 from service.audit.cost import giga_multiply_adds, multiply_adds_of
+from service.audit.endpoint import PROBES, Endpoint, EndpointOracle
 from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import Defense, DrawSet, is_countable, scoring_draws
 from service.audit.evaluation.members import (
@@ -51,12 +59,13 @@ from service.audit.evaluation.scoring import (
 )
 from service.audit.events import Event, StepEvent
 from service.audit.labelled_data import LabelledImages
-from service.audit.plan import plan
+from service.audit.plan import endpoint_steps, plan
 from service.audit.profiles import PROFILES, SHARED
 from service.audit.target import Target
 from service.outbound import ProxyRejected, http_client
 from service.settings import PrecisionChoice
 
+AVERAGES: Final = 5  # answers to each probe of an endpoint whose answers are random
 CODE: Final = 5  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
 Emit = Callable[[Event], None]
@@ -124,14 +133,24 @@ class AuditRun:
         self.candidates = candidates or candidates_of_subject(library, device, outside, threads)
         self.fingerprint = fingerprint(self.candidates.members)
         self.strength = baselines.strengths(library) or [0.0] * self.candidates.tickets
+        self.endpoint = library.endpoint if isinstance(library, Target) else None
         self.multiply_adds = (
             library.multiply_adds() if isinstance(library, Target) else multiply_adds_of(library, outside)
         )
-        self.systems = baselines.compared_systems(self.candidates, self.strength, self.multiply_adds)
-        self.known = baselines.known_draws(self.candidates, audit.seed, PROFILES[audit.profile].thetas)
+        self.systems = (
+            baselines.compared_systems(self.candidates, self.strength, self.multiply_adds)
+            if self.endpoint is None
+            else [baselines.ours(self.candidates)]
+        )
+        thetas = PROFILES[audit.profile].thetas if self.endpoint is None else 0  # an endpoint's chance is its own
+        self.known = baselines.known_draws(self.candidates, audit.seed, thetas)
         singles = [baselines.single(self.candidates, index) for index in range(len(self.candidates.members))]
         self.by_name = {system.name: system for system in (*singles, *self.systems, *self.known)}
-        self.steps = plan(audit, self.candidates, self.systems, self.known)
+        self.steps = (
+            plan(audit, self.candidates, self.systems, self.known)
+            if self.endpoint is None
+            else begin_endpoint(self.endpoint, audit, len(data), folder)
+        )
         self.costs = [self.cost(step) for step in self.steps]
         self.exact: dict[tuple[str, int, bool, bool], Scores] = {}
         self.keys: dict[Step, str] = {}
@@ -142,6 +161,8 @@ class AuditRun:
         self.scored_clean: dict[str, Scores] = {}
         self.viewed: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.clean_logits = self.candidates.logits(data.pixels)
+        if self.endpoint is not None:
+            refuse_chance(self.endpoint, self.clean_logits, data.labels)
 
     def system(self, name: str) -> Defense:
         return self.by_name[name]
@@ -295,7 +316,7 @@ class AuditRun:
         with self.oracle(step) as oracle:
             stops = black_box.attack(oracle, part.pixels, part.labels, step.threat, settings, seed)
         curve = [[stop.queries, float(self.rights(system, stop.pixels, part.labels).mean())] for stop in stops]
-        where = "service" if isinstance(oracle, HttpOracle) else "in-process"
+        where = "in-process" if isinstance(oracle, LocalOracle) else "service"
         extra: Json = {"oracle": where, "averages": settings.averages, "queries": oracle.queries, "curve": curve}
         if (nearest := stops[-1].unclipped) is not None:
             away = (nearest.int() - part.pixels.int()).flatten(1).abs().amax(dim=1).tolist()
@@ -303,7 +324,9 @@ class AuditRun:
             extra["nearest"] = [[size, round(share, 6)] for size, share in zip(away, right, strict=True)]
         return RawResult(stops[-1].pixels.float() / 255, extra=extra)
 
-    def oracle(self, step: Step) -> HttpOracle | LocalOracle:
+    def oracle(self, step: Step) -> HttpOracle | LocalOracle | EndpointOracle:
+        if self.endpoint is not None:
+            return EndpointOracle(self.endpoint)
         system = self.system(step.system)
         if self.url is not None and step.system == baselines.OURS:
             try:
@@ -415,6 +438,42 @@ def is_shared(step: Step) -> bool:
 def builds_on_others(step: Step) -> bool:
     """Whether an attack starts from images of earlier stages, or leaves out those that they broke for good."""
     return step.stage > 0 and isinstance(step.settings, PgdConfig | ArcConfig | AutoAttackConfig)
+
+
+def begin_endpoint(endpoint: Endpoint, audit: Audit, images: int, folder: Path) -> list[Step]:
+    """The attacks on an endpoint, whose ledger goes on in the folder. Raises AuditRejected: too small a budget."""
+    averages = 1 if endpoint.repeats == 1 else AVERAGES
+    steps = endpoint_steps(audit, scores=endpoint.feedback == "score", averages=averages)
+    endpoint.keep_in(folder)
+    each = endpoint.repeats + sum(queries_an_image(step, endpoint.repeats) for step in steps)
+    if (needed := images * each + 2 * PROBES) > endpoint.budget:
+        fitting = (endpoint.budget - 2 * PROBES) // each
+        smaller = f", or --images {fitting}" if fitting >= 2 else ""
+        raise AuditRejected(
+            f"budget {endpoint.budget}: this audit asks about up to {needed} images, {each} for each of {images}; "
+            f"expected --budget {needed}{smaller}"
+        )
+    return steps
+
+
+def queries_an_image(step: Step, repeats: int) -> int:
+    """The most images that one attack and its scoring ask about, for each attacked one."""
+    settings = step.settings
+    if not isinstance(settings, QueryAttackConfig):
+        return 0
+    scored = len(snapshot_points(settings.probes)) + 1
+    beyond = BATCH_PROBES if settings.method == "hopskipjump" else 0  # its last batch may go over its limit
+    return settings.averages * (settings.probes + beyond) + repeats * scored
+
+
+def refuse_chance(endpoint: Endpoint, logits: Tensor, labels: Tensor) -> None:
+    """Raises AuditRejected where clean images are classified no better than by chance."""
+    right = float((logits.argmax(dim=2) == labels).double().mean())
+    if right <= 1 / len(endpoint.classes):
+        raise AuditRejected(
+            f"{endpoint.url}: {100 * right:.0f} % of {len(labels)} clean images are right, no more than by chance; "
+            "are its classes in another order, or its pixels of another kind?"
+        )
 
 
 def candidates_of_subject(

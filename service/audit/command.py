@@ -36,6 +36,7 @@ examples:
   tombola audit my/library --data cifar10.zip --profile standard --out audit
   tombola audit my/library --data test.npz --fail-under 0.25     exit code 3 below it, 4 if a check fails
   tombola audit --admin-url http://127.0.0.1:8001 --token-file state/admin-token --profile standard
+  tombola audit --endpoint http://host/v2/models/cat --budget 20000 --data test.npz --classes classes.txt
   tombola audit --compare old/report.json new/report.json
   tombola audit --tables service/audit/results/report.json --out service/audit/results --into docs/RESULTS.md
 """
@@ -51,6 +52,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="instead of a library: an ONNX file")
     parser.add_argument("--timm", metavar="NAME", help="instead of a library: a timm model, with --weights")
+    parser.add_argument("--endpoint", metavar="URL", help="instead of a library: a model behind HTTP, as a black box")
+    parser.add_argument("--protocol", default="oip", help="of --endpoint: oip (Open Inference Protocol) or v1 (oip)")
+    parser.add_argument("--budget", type=int, metavar="N", help="the most images that --endpoint is asked about")
+    parser.add_argument("--feedback", help="of --endpoint: score or decision (what it gives)")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file for --timm")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="the model's class names, one a line (0 to 9)")
     parser.add_argument("--mean", nargs=3, type=float, metavar="M", help="of the model's normalised channels (none)")
@@ -75,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--threads", type=int, default=0, help="cores to use (those of this container)")
     parser.add_argument("--target-url", help="public URL of a service of the same library, for black-box attacks")
-    parser.add_argument("--key", help="API key for --target-url")
+    parser.add_argument("--key", help="API key for --target-url or --endpoint")
     parser.add_argument("--outside", type=Path, help="folder of an attacker's own library, to transfer from")
     parser.add_argument("--format", metavar="NAMES", help="write the report in other formats, too: junit,sarif,md,card")
     parser.add_argument(
@@ -88,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--proxy",
         metavar="URL",
-        help="proxy on the way to --admin-url or --target-url (none: the environment's is not used)",
+        help="proxy on the way to --admin-url, --target-url or --endpoint (none: the environment's is not used)",
     )
     parser.add_argument("--token-file", type=Path, help="file with the admin token, for --admin-url")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="two report.json: what changed")
@@ -175,7 +180,7 @@ def open_subject(options: argparse.Namespace) -> "Library | Target":
     from service.audit.target import Target
     from service.settings import read_settings
 
-    chosen = [name for name in ("library", "model", "onnx", "timm") if getattr(options, name) is not None]
+    chosen = [name for name in ("library", "model", "onnx", "timm", "endpoint") if getattr(options, name) is not None]
     if len(chosen) > 1:
         raise AuditRejected(f"{' and '.join(chosen)} were given; expected one thing to audit")
     if chosen in ([], ["library"]):
@@ -185,6 +190,18 @@ def open_subject(options: argparse.Namespace) -> "Library | Target":
         return Target.from_factory(options.model, classes, **normalise)
     if options.onnx:
         return Target.from_onnx(options.onnx, classes, **normalise)
+    if options.endpoint:
+        if options.budget is None:
+            raise AuditRejected("--endpoint needs --budget: the most images that it may be asked about")
+        return Target.from_endpoint(
+            options.endpoint,
+            classes,
+            budget=options.budget,
+            protocol=options.protocol,
+            feedback=options.feedback,
+            key=options.key,
+            proxy=options.proxy,
+        )
     if options.weights is None:
         raise AuditRejected("--timm needs --weights: a safetensors file on this machine; nothing is downloaded")
     return Target.from_timm(options.timm, options.weights, classes, **normalise)
@@ -206,6 +223,9 @@ def read_classes(path: Path | None) -> tuple[str, ...]:
 def describe_subject(subject: "Library | Target") -> str:
     from service.audit.target import Target
 
+    if isinstance(subject, Target) and (endpoint := subject.endpoint) is not None:
+        kind = "the same to equal images" if endpoint.repeats == 1 else "random"
+        return f"endpoint {endpoint.url}, {endpoint.feedback} feedback, answers {kind}, budget {endpoint.budget} images"
     if isinstance(subject, Target):
         return f"model {subject.name}, digest {subject.digest[:12]}, {len(subject.networks)} networks"
     return f"library {subject.digest[:12]}, {len(subject.tickets)} tickets"

@@ -250,6 +250,13 @@ def threat_model(audit: Audit) -> dict[str, str]:
     }
 
 
+BLACK_BOX: Final = {
+    "knowledge": "answers alone: neither weights, nor gradients, nor the law of chance",
+    "order": "the attacker chooses the image before it is answered; scoring asks anew",
+    "queries": "every image that the endpoint is asked about is counted against the budget",
+}
+"""What differs in the threat model of an endpoint."""
+
 NOT_COVERED: Final = (
     "Changes outside the norm ball: rotations, crops, patches, corruptions, other images of the class.",
     "Attackers who see theta, the latency of single requests, or the memory of the server.",

@@ -47,6 +47,10 @@ class OracleFailed(AuditError):
     status = 502
 
 
+class BudgetSpent(AuditError):
+    """An endpoint may be asked about no more images. What was measured before is kept."""
+
+
 class ModelFailed(AuditError, ValueError):
     """A model that gave no usable answer while it was attacked. What was measured before is kept."""
 

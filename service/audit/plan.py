@@ -11,7 +11,7 @@ from service.audit.config import ATTACKS, LARGEST, Audit, Step
 from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import Defense
 from service.audit.evaluation.members import CandidateSet
-from service.audit.profiles import FAR, PROFILES, REACH, Named, Profile
+from service.audit.profiles import FAR, PROFILES, REACH, SMOKE_QUERIES, Named, Profile
 
 SHARED: Final = 2  # the last stage of what every compared system faces alike
 CHEAP: Final = ("fgsm", "pgd-20", "eot-mean-loss")  # of stage 0
@@ -51,6 +51,30 @@ def plan(
     steps += headline_steps(audit, profile, count)
     steps += large_epsilon_steps(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
+
+
+def endpoint_steps(audit: Audit, *, scores: bool, averages: int) -> list[Step]:
+    """What answers alone allow, at the headline epsilon.
+
+    scores: whether the answers have probabilities.  averages: answers to each probe.
+
+    Raises:
+      AuditRejected: the norm, or an attack that needs more than answers.
+    """
+    if audit.norm != "linf":
+        raise AuditRejected(f"norm {audit.norm}: an endpoint is attacked in linf alone")
+    attacks: Named = tuple(
+        (name, replace(settings, averages=averages))
+        for name, settings in PROFILES[audit.profile].queries or SMOKE_QUERIES
+        if isinstance(settings, QueryAttackConfig)
+        and settings.averages == 1
+        and (scores or settings.method == "hopskipjump")
+    )
+    there = [name for name, _ in attacks]
+    for name in audit.attacks:
+        if name not in there:
+            raise AuditRejected(f"attacks {name!r}: needs more than an endpoint answers; expected {', '.join(there)}")
+    return steps_for(audit, attacks, [OURS], audit.headline, images_of(audit))
 
 
 def attacks_of(profile: Profile, norm: Norm) -> list[str]:

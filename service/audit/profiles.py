@@ -65,6 +65,10 @@ def query_attacks(method: Literal["square", "hopskipjump"], probes: int) -> Name
 
 
 EACH: Final[Named] = (("fgsm", SingleModelPgd(steps=0)), ("pgd-20", SingleModelPgd(steps=20)))
+SMOKE_QUERIES: Final[Named] = (  # on an endpoint, where there is nothing else
+    ("square-queries", QueryAttackConfig("square", 1, 30)),
+    ("hopskipjump-queries", QueryAttackConfig("hopskipjump", 1, 60)),
+)
 SMOKE: Final = Profile(
     about="a minute: whether the attacks run and bite, no figure to quote",
     images=8,

@@ -1,4 +1,4 @@
-"""Models to audit that are not libraries of ours: torch modules, ONNX files, timm models."""
+"""Models to audit that are not libraries of ours: torch modules, ONNX files, timm models, endpoints."""
 
 import hashlib
 import importlib
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model_store.input_spec import InputSpec
 from model_store.policy import Policy
+from service.audit.endpoint import AnswersOf, Endpoint, Feedback, Protocol
 from service.audit.errors import AuditRejected, ModelFailed
 from service.audit.evaluation.members import CandidateSet, Member
 from service.audit.evaluation.threads import WorkerThreads
@@ -32,7 +33,8 @@ class Target:
     classes: tuple[str, ...]
     size: tuple[int, int]  # height and width of its images
     policy: Policy
-    digest: str  # SHA-256 of weights and statistics
+    digest: str  # SHA-256 of weights and statistics; of the address where weights are not known
+    endpoint: Endpoint | None = None  # what the networks ask, if they are answers over HTTP
 
     # What an audit reads of a library, and a model does not have.
     tickets: tuple[()] = ()
@@ -139,9 +141,49 @@ class Target:
             raise AuditRejected(f"timm {model}: cannot be built ({one_line(error)})") from None
         return cls.from_torch(network.eval(), classes, name=model, **options)
 
+    @classmethod
+    def from_endpoint(
+        cls,
+        url: str,
+        classes: Sequence[str] | int,
+        *,
+        budget: int,
+        protocol: Protocol = "oip",
+        feedback: Feedback | None = None,
+        key: str | None = None,
+        proxy: str | None = None,
+        size: tuple[int, int] = (32, 32),
+    ) -> "Target":
+        """Takes a model behind HTTP as a black box. It is asked about eight random images.
+
+        Args:
+          url: of the model under the Open Inference Protocol, or of a service with /v1/classify.
+          classes: their names in the order of the answers, or how many there are.
+          budget: the most images that it may be asked about.
+          protocol: "oip" or "v1".
+          feedback: what attacks use, "score" or "decision"; what the endpoint gives if None.
+          key: sent as a bearer token.
+          proxy: on the way to it; the environment's is not used.
+          size: height and width of its images.
+
+        Raises:
+          AuditRejected: it takes no such images, or its labels are not in the classes' order.
+          OracleFailed: it does not answer as it should.
+        """
+        names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+        endpoint = Endpoint(url, names, size, budget, protocol, feedback, key, proxy)
+        endpoint.accept()
+        networks = tuple(AnswersOf(endpoint, place) for place in range(endpoint.repeats))
+        law = Policy.switching(list(range(len(networks))), len(networks))
+        return cls(endpoint.url, networks, names, size, law, endpoint.digest, endpoint)
+
     def candidates(self, device: torch.device | str, threads: int = 1) -> CandidateSet:
         """Its networks as an audit attacks them."""
         place = torch.device(device)
+        if self.endpoint is not None:
+            answers = tuple(Member(f"answer {i}", network, 1.0) for i, network in enumerate(self.networks, 1))
+            kinds = tuple("endpoint" for _ in answers)
+            return CandidateSet(answers, len(answers), kinds, self.policy, torch.device("cpu"))
         names = [self.name] if len(self.networks) == 1 else [f"{self.name}[{i}]" for i in range(len(self.networks))]
         members = tuple(
             Member(name, OneLineErrors(network.to(place), name), 1.0)
@@ -151,7 +193,9 @@ class Target:
         return CandidateSet(members, len(members), kinds, self.policy, place, threads=WorkerThreads(threads))
 
     def multiply_adds(self) -> list[int]:
-        """Of one image through each network."""
+        """Of one image through each network; 1 for an endpoint's, which are not known."""
+        if self.endpoint is not None:
+            return [1] * len(self.networks)
         return [count_multiply_adds(network, self.size) for network in self.networks]
 
 

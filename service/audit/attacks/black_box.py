@@ -29,6 +29,7 @@ from service.audit.evaluation.members import Member, as_floats, forward_no_grad
 from service.audit.evaluation.threads import WorkerThreads
 from service.outbound import http_client
 
+BATCH_PROBES: Final = 200  # the most that HopSkipJump asks about at once
 REQUEST_IMAGES: Final = 128
 TIMEOUT_S: Final = 60.0
 PATIENCE: Final = 60  # times the service may be busy before the attack gives up
@@ -346,7 +347,7 @@ def hop(votes: Votes, classes: int) -> None:
     attack_type, classifier_type = import_hop_skip_jump()
     clean, start = ((image.numpy() / 255).astype(np.float32)[None] for image in (votes.clean, votes.best))
     classifier = classifier_type(votes, tuple(votes.clean.shape), classes, clip_values=(0.0, 1.0))
-    attack = attack_type(classifier, norm=np.inf, max_iter=1000, max_eval=200, init_eval=20, verbose=False)
+    attack = attack_type(classifier, norm=np.inf, max_iter=1000, max_eval=BATCH_PROBES, init_eval=20, verbose=False)
     with suppress(QueryBudgetExceeded), seeded_random_states():
         attack.generate(clean, np.array([votes.label]), x_adv_init=start)
 

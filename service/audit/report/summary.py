@@ -18,7 +18,7 @@ from model_store.code_version import code_commit
 from model_store.ticket import ZERO_DIGEST
 from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome
-from service.audit.config import NOT_COVERED, digest_of, threat_model
+from service.audit.config import BLACK_BOX, NOT_COVERED, digest_of, threat_model
 from service.audit.evaluation.draws import Defense, is_countable
 from service.audit.evaluation.scoring import Scores
 from service.audit.plan import skipped_attacks
@@ -93,7 +93,7 @@ def summarize(run: AuditRun, checks: Sequence[Mapping[str, Any]], seconds: float
         **verdict(rows, partial=bool(run.audit.attacks)),
         "audit": audit_part(run),
         "profile": ProfilePart(about=PROFILES[run.audit.profile].about, left_out=skipped_attacks(run.steps)),
-        "threat_model": threat_model(run.audit),
+        "threat_model": {**threat_model(run.audit), **(BLACK_BOX if run.endpoint else {})},
         "not_covered": list(NOT_COVERED),
         "library": library_part(run),
         "data": data_part(run),
