@@ -6,6 +6,7 @@ Nothing here is reachable from the public plane, and AdminGate (service/web/auth
 import asyncio
 import gzip
 import logging
+from dataclasses import asdict
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -87,9 +88,10 @@ class LibraryApi:
 
 
 def describe_library(library: Library) -> Json:
-    """The manifest with its digest: tickets, claims and provenance, as stored."""
+    """The manifest with its digest: tickets, claims and provenance, as stored; and the input, in every version."""
     shown = library.manifest.model_dump(mode="json")
-    return {"digest": library.digest, "tickets": len(library.tickets), "baselines": len(library.baselines), **shown}
+    counts = {"tickets": len(library.tickets), "baselines": len(library.baselines)}
+    return {"digest": library.digest, **counts, **shown, "input": asdict(library.input)}
 
 
 def describe_policy(library: Library) -> PolicyDescription:

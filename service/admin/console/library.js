@@ -20,10 +20,17 @@ function summary(library, policy) {
   const pairs = [
     ["Digest", h("code", { class: "break", id: "digest" }, library.digest)],
     ["Holds", `${library.tickets} tickets, ${library.baselines} baselines, ${library.classes.length} classes`],
+    ["Pictures", picture(library.input)],
     ["Searched on", library.data],
     ["Ensembles", `${whole(policy.states)} (${policy.entropy_bits.toFixed(1)} bits); ${policy.expected_size.toFixed(2)} members on average`],
   ];
   return h("dl", { class: "pairs" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+}
+
+// What becomes of a picture of another size: "64×48 pixels (width × height), cut to the centre, bilinear".
+function picture({ width, height, resize, interpolation }) {
+  const how = { squash: "stretched", cover: "cut to the centre", contain: "whole, on white" }[resize];
+  return `${width}×${height} pixels (width × height); others are ${how}, ${interpolation}`;
 }
 
 function tickets(library) {

@@ -202,6 +202,8 @@ class TestLibrary:
         entry = found["entries"][0]
         assert entry["sha256"] == small_library.entries[0].sha256
         assert {"provenance", "claims", "density", "structure", "kind"} <= set(entry)
+        assert found["version"] == 1
+        assert (found["input"]["height"], found["input"]["width"], found["input"]["resize"]) == (32, 32, "squash")
 
     def test_the_law_of_theta_is_exact(self, manager: StandIn, small_library: Library) -> None:
         found = ask(admin_app(manager), "GET", "/admin/policy", headers=BEARER).json()
