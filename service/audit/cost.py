@@ -20,7 +20,8 @@ from service.audit.profiles import PROFILES
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
 GMACS_PER_SECOND: Final = 25.0  # one core, measured on the compact library's structures
 OPEN: Final = 0.5  # images that can still get riskier, mean over an attack's steps: measured between 0.41 and 0.54
-CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 500, "full": 900}  # of all members, an image
+# Of all members for one image, in the checks.
+CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 700, "full": 1_400}
 
 
 def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:

@@ -85,7 +85,7 @@ SMOKE: Final = Profile(
     sweep=False,
 )
 STANDARD: Final = Profile(
-    about="under an hour on two cores with the compact library",
+    about="over an hour on two cores with the compact library",
     images=128,
     swept_images=48,
     few_images=32,
