@@ -447,7 +447,7 @@ class Client(Connections):
         """Queues an audit of the served library.
 
         Args:
-          profile: smoke, standard or full.
+          profile: smoke, standard, full or reference.
           request: other fields of an audit's request, such as images, attacks, epsilons and data.
 
         Raises:

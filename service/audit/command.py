@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=Path, metavar="FILE", help="the model's class names, one a line (0 to 9)")
     parser.add_argument("--mean", nargs=3, type=float, metavar="M", help="of the model's normalised channels (none)")
     parser.add_argument("--std", nargs=3, type=float, metavar="S", help="their deviations (none)")
-    parser.add_argument("--profile", default="standard", help="smoke, standard or full (standard)")
+    parser.add_argument("--profile", default="standard", help="smoke, standard, full or reference (standard)")
     parser.add_argument(
         "--data", help="zip, npz or folder of labelled images; with --admin-url, the name of a data set"
     )

@@ -27,7 +27,7 @@ from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.errors import AuditRejected
 
-ProfileName = Literal["smoke", "standard", "full"]
+ProfileName = Literal["smoke", "standard", "full", "reference"]
 Settings = (
     PgdConfig
     | ArcConfig

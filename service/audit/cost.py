@@ -21,7 +21,7 @@ GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured:
 GMACS_PER_SECOND: Final = 25.0  # one core, measured on the compact library's structures
 OPEN: Final = 0.5  # images that can still get riskier, mean over an attack's steps: measured between 0.41 and 0.54
 # Of all members for one image, in the checks.
-CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 700, "full": 1_400}
+CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 700, "full": 1_400, "reference": 700}
 
 
 def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:

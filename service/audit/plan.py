@@ -6,7 +6,7 @@ from typing import Final
 
 from model_store.attacks import Norm
 from service.audit.attacks.black_box import QueryAttackConfig
-from service.audit.baselines import OURS, single
+from service.audit.baselines import DENSE, OURS, single
 from service.audit.config import ATTACKS, LARGEST, Audit, Step
 from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import Defense
@@ -49,6 +49,9 @@ def plan(
         steps += steps_for(audit, profile.shared if main else profile.swept, targets, epsilon, images)
     steps += steps_for(audit, profile.shared, [theta.name for theta in known], audit.headline, count)
     steps += headline_steps(audit, profile, count)
+    dense = [name for name in targets if name.startswith(DENSE)]
+    there = [name for name in profile.published_systems if name in targets]
+    steps += steps_for(audit, profile.published, [*there, *dense], audit.headline, count, after=AIMED)
     steps += large_epsilon_steps(audit, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
 
@@ -79,7 +82,15 @@ def endpoint_steps(audit: Audit, *, scores: bool, averages: int) -> list[Step]:
 
 def attacks_of(profile: Profile, norm: Norm) -> list[str]:
     """The names of all attacks that a profile runs."""
-    groups = (profile.each, profile.shared, profile.ours, profile.few, profile.universal, queries_of(profile, norm))
+    groups = (
+        profile.each,
+        profile.shared,
+        profile.ours,
+        profile.few,
+        profile.universal,
+        profile.published,
+        queries_of(profile, norm),
+    )
     return list(dict.fromkeys(name for group in groups for name, _ in group))
 
 

@@ -9,7 +9,7 @@ from service.audit.attacks.autoattack import AutoAttackConfig
 from service.audit.attacks.black_box import QueryAttackConfig
 from service.audit.attacks.eot import PgdConfig, Reach
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
-from service.audit.baselines import BEST, COST, MEAN, OURS
+from service.audit.baselines import BEST, COST, DENSE_COST, MEAN, OURS
 from service.audit.config import ProfileName, Settings
 
 Named = tuple[tuple[str, Settings], ...]
@@ -41,6 +41,8 @@ class Profile:
     universal: Named = ()  # one perturbation for all images
     universal_systems: tuple[str, ...] = (OURS, MEAN, COST, BEST)  # a perturbation is made against each
     sweep: bool = True
+    published: Named = ()  # AutoAttack with its authors' settings, on fixed systems
+    published_systems: tuple[str, ...] = (BEST, DENSE_COST, MEAN)
 
 
 def apgd(loss: str, steps: int, restarts: int = 1) -> PgdConfig:
@@ -161,5 +163,36 @@ FULL: Final = Profile(
     queried_systems=(COST, MEAN),
     universal=(("universal", UniversalPerturbation(epochs=20)),),
 )
-PROFILES: Final[dict[ProfileName, Profile]] = {"smoke": SMOKE, "standard": STANDARD, "full": FULL}
+AUTOATTACK: Final[Named] = (
+    ("apgd-ce", AutoAttackConfig("apgd-ce", "mean-logits", 100)),
+    ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", 100, targets=9)),
+    ("fab-t", AutoAttackConfig("fab-t", "mean-logits", 100, targets=9)),
+    ("square", AutoAttackConfig("square", "mean-logits", 5_000)),
+)
+RAND: Final[Named] = (
+    ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 100)),
+    ("apgd-dlr", AutoAttackConfig("apgd-dlr", "mean-logits", 100)),
+)
+REFERENCE: Final = Profile(
+    about="AutoAttack as published: standard on fixed systems, rand's two attacks on the exact expectation of ours",
+    images=250,
+    swept_images=100,
+    few_images=48,
+    queried_images=16,
+    far_images=10,
+    check_images=200,
+    shared=(("eot-mean-loss", apgd("mean-loss", 50)),),
+    swept=(),
+    each=EACH,
+    thetas=0,
+    ours=RAND,
+    published=AUTOATTACK,
+    sweep=False,
+)
+PROFILES: Final[dict[ProfileName, Profile]] = {
+    "smoke": SMOKE,
+    "standard": STANDARD,
+    "full": FULL,
+    "reference": REFERENCE,
+}
 SHARED: Final = 2  # the last stage of what every compared system faces alike

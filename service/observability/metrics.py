@@ -157,7 +157,7 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
         "audit_runs_total",
         "counter",
         "Audits by profile and outcome.",
-        (("kind", ("smoke", "standard", "full")), ("outcome", AUDIT_OUTCOMES)),
+        (("kind", ("smoke", "standard", "full", "reference")), ("outcome", AUDIT_OUTCOMES)),
     ),
     MetricSpec(
         "audit_accuracy",

@@ -21,7 +21,7 @@ from service.audit.profiles import PROFILES, Profile
 
 Result = Literal["pass", "warn", "fail", "skipped", "no power"]
 OF_ANSWERS: Final = frozenset((1, 28, 29, 30, 31, 33, 34))  # checks that need no network
-RANK: Final[dict[ProfileName, int]] = {"smoke": 0, "standard": 1, "full": 2}
+RANK: Final[dict[ProfileName, int]] = {"smoke": 0, "standard": 1, "full": 2, "reference": 1}
 
 
 @dataclass(frozen=True)

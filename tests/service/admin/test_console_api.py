@@ -170,7 +170,7 @@ def test_the_cost_of_an_audit_is_told_before_it_starts_and_nothing_starts(tiny: 
 def test_every_profile_names_its_attacks(tiny: Library, tmp_path: Path) -> None:
     async def ask(plane: Plane) -> None:
         found = (await plane.admin.get("/admin/profiles")).json()
-        assert [profile["name"] for profile in found["profiles"]] == ["smoke", "standard", "full"]
+        assert [profile["name"] for profile in found["profiles"]] == ["smoke", "standard", "full", "reference"]
         for norm, sizes in found["epsilons"].items():
             assert sizes == sorted(sizes)
             assert found["headline"][norm] in sizes

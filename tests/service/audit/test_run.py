@@ -17,6 +17,7 @@ from model_store.policy import expected_size, inclusion_probabilities
 from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome, converged, is_shared
 from service.audit.attacks import eot
+from service.audit.attacks.autoattack import AutoAttackConfig
 from service.audit.attacks.eot import PgdConfig
 from service.audit.checks import attacks, base, model, planted, run
 from service.audit.checks.base import CheckContext, CheckResult
@@ -271,7 +272,7 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--profile", "quick"], "expected one of smoke, standard, full"),
+        (["--profile", "quick"], "expected one of smoke, standard, full, reference"),
         (["--profile", "standard"], "needs labelled images"),
         (["--profile", "smoke", "--epsilons", "0.03"], "8 is 8/255"),
         (["--profile", "smoke", "--data", "nothing.zip"], "no such file"),
@@ -311,7 +312,7 @@ def test_generated_images_are_for_smoke_alone(library: Any) -> None:
 
 def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> None:
     costs = []
-    for profile in PROFILES:
+    for profile in ("smoke", "standard", "full"):
         asked = Audit(profile)
         bench = candidates_of(library)
         steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
@@ -338,7 +339,7 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
     bench = candidates_of(library)
     compared = baselines.compared_systems(bench, baselines.strengths(library))
     for profile in PROFILES:
-        if profile != "smoke":
+        if profile in ("standard", "full"):
             margins = [s for _, s in PROFILES[profile].shared if isinstance(s, PgdConfig) and s.loss == "hinge"]
             assert margins
             assert all(each.restarts >= 2 for each in margins)  # starts of their own, before the refinement
@@ -353,7 +354,7 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", ["smoke", "standard", "full"])
+@pytest.mark.parametrize("name", ["smoke", "standard", "full", "reference"])
 def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
     bench = candidates_of(library)
     steps = plan(Audit(name, norm=norm), bench, baselines.compared_systems(bench, baselines.strengths(library)))
@@ -383,6 +384,24 @@ def test_a_dense_rival_costs_what_a_draw_costs(tmp_path: Path) -> None:
     assert rival.used == (4, 5)
     assert "at 100 % of what one draw costs" in rival.about
     assert baselines.dense_at_equal_cost(bench, [each[0]] * 4 + [each[0] * 5] * 2) == []
+
+
+def test_the_reference_profile_runs_autoattack_as_its_authors_publish_it(library: Any) -> None:
+    """Standard: APGD-CE and APGD-T of 100 steps, FAB-T with nine targets, Square with 5,000 queries. Rand: CE, DLR."""
+    bench = candidates_of(library)
+    compared = baselines.compared_systems(bench, baselines.strengths(library))
+    steps = plan(Audit("reference"), bench, compared)
+    for system in ("best-ticket", "mean-of-all"):
+        ran = {s.name: s.settings for s in steps if s.system == system and isinstance(s.settings, AutoAttackConfig)}
+        assert {name: (each.iterations, each.restarts) for name, each in ran.items()} == {
+            "apgd-ce": (100, 1),
+            "apgd-t": (100, 1),
+            "fab-t": (100, 1),
+            "square": (5000, 1),
+        }
+        assert ran["apgd-t"].targets == ran["fab-t"].targets == 9
+    rand = {s.name for s in steps if s.system == "tombola" and isinstance(s.settings, AutoAttackConfig)}
+    assert rand == {"apgd-ce", "apgd-dlr"}
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
