@@ -22,6 +22,7 @@ from service.engine.factory import open_for_serving, start_ahead
 from service.engine.gpu import gpu_usage
 from service.engine.process_pool import ForkServer
 from service.errors import NotReady
+from service.library_source import local_library
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import AdmissionController, Scheduler
 from service.scheduling.worker_pool import WorkerPool
@@ -98,8 +99,8 @@ class LibraryManager:
 
         The fork server is started from a normal-priority thread, because children inherit priority permanently.
         """
-        settings, path = self.settings, self.settings.library or EMBEDDED
-        loop = asyncio.get_running_loop()
+        settings, loop = self.settings, asyncio.get_running_loop()
+        path = await asyncio.to_thread(local_library, settings, self.on_step) or EMBEDDED
         pool = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,))
         fork_server: ForkServer | None = None
         try:

@@ -10,9 +10,9 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self, cast
+from typing import Annotated, Any, Final, Literal, Self, cast
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -61,6 +61,11 @@ def setting(default: Any, unit: str, what: str, reason: str, **limits: Any) -> A
 
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+
+
+def read_library(value: Any) -> Any:
+    """A location stays text, since a path would lose one of its slashes."""
+    return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
 class Settings(BaseSettings):
@@ -117,7 +122,12 @@ class Settings(BaseSettings):
         "None: browsers keep pages of other origins out. Cookies are never asked for, so a key travels in a header",
     )
 
-    library: Path | None = setting(None, "path", "Folder of the library to serve", "Unset: the embedded one")
+    library: Annotated[Path | str | None, BeforeValidator(read_library)] = setting(
+        None,
+        "path or location",
+        "Folder of the library to serve, or https://, s3:// or hf:// with #sha256= and its digest",
+        "Unset: the embedded one. From elsewhere it is fetched into STATE_DIR and verified before it is opened",
+    )
     device: str = setting(
         "auto", "torch device", "Where tickets run: auto, cpu, cuda, cuda:1", "auto: CUDA if there is a GPU"
     )

@@ -109,9 +109,10 @@ async def classify_locally(arguments: argparse.Namespace, sources: Sequence[Sour
 
     settings = read_settings({**vars(arguments), "log_level": "error"})
     configure_logging(settings.log_level)
-    from model_store.library import EMBEDDED, open_library
+    from model_store.library import open_library
+    from service.library_source import local_library
 
-    digest = open_library(settings.library or EMBEDDED).digest
+    digest = open_library(local_library(settings)).digest
     with ResultsFile(arguments.out, {"draws": arguments.draws, "library": digest}) as results:
         manager = LibraryManager(settings, Metrics())
         manager.on_step = lambda _: None

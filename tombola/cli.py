@@ -50,6 +50,7 @@ GROUPS: Final[dict[str, tuple[Command, ...]]] = {
         Command("scratch", "tombola.commands.training:add_scratch", "make the pure scratch tickets of a library"),
         Command("status", "tombola.commands.training:add_status", "show the progress of a search"),
         Command("export", "tombola.commands.training:add_export", "write finished tickets as a library"),
+        Command("library", "tombola.commands.library:add_options", "show, compare, fetch and publish libraries"),
         Command("table", "tombola.commands.training:add_table", "print a library's reported accuracy"),
         Command("compare", "tombola.commands.training:add_compare", "measure how different the tickets are"),
         Command("figures", "tombola.commands.training:add_figures", "plot a search's loss and accuracy"),

@@ -95,7 +95,7 @@ class AuditQueue:
             request={**request, "profile": audit.profile},
             cost=cost,
             digest=library.digest,
-            library=absolute(self.settings.library),
+            library=None if self.settings.library is None else absolute(library.path),
             data=absolute(data),
             outside=absolute(self.settings.audit_surrogate_library),
             precision=self.settings.precision,

@@ -45,7 +45,7 @@ examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = run.__doc__, EPILOG
     parser.add_argument(
-        "library", nargs="?", type=Path, help="folder of the library (TOMBOLA_LIBRARY, or the embedded one)"
+        "library", nargs="?", help="the library's folder or location (TOMBOLA_LIBRARY, or the embedded one)"
     )
     parser.add_argument(
         "--model", metavar="MODULE:FACTORY", help="instead of a library: a function that returns a torch module"
@@ -178,13 +178,15 @@ def open_subject(options: argparse.Namespace) -> "Library | Target":
     """The library, or the model that stands in its place. Raises AuditRejected, StoreError."""
     from model_store.library import open_library
     from service.audit.target import Target
+    from service.library_source import local_library
     from service.settings import read_settings
 
     chosen = [name for name in ("library", "model", "onnx", "timm", "endpoint") if getattr(options, name) is not None]
     if len(chosen) > 1:
         raise AuditRejected(f"{' and '.join(chosen)} were given; expected one thing to audit")
     if chosen in ([], ["library"]):
-        return open_library(options.library or read_settings({}).library)
+        settings = read_settings({} if options.library is None else {"library": options.library})
+        return open_library(local_library(settings))
     classes, normalise = read_classes(options.classes), {"mean": options.mean, "std": options.std}
     if options.model:
         return Target.from_factory(options.model, classes, **normalise)

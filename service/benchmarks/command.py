@@ -28,6 +28,7 @@ from service.benchmarks import SETTINGS, capacity, output_leakage, rounding, tim
 from service.benchmarks.timing_leakage import scheduling
 from service.engine.base import Engine, EngineRejected, Images
 from service.engine.factory import engine_threads, open_engine, open_for_serving
+from service.library_source import local_library
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, SettingsRejected, read_settings
 
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Raises SettingsRejected for a device, an engine or data that cannot be used."""
     benchmark = BENCHMARKS[arguments.benchmark]
     settings = read_settings({name: value for name, value in vars(arguments).items() if name in SETTINGS})
-    library = open_library(settings.library)
+    library = open_library(local_library(settings))
     try:
         engine = benchmark.start(library, settings)
         results, line = benchmark.measure(arguments, settings, library, engine)

@@ -16,6 +16,7 @@ from model_store.library import Library, open_library
 from model_store.policy import Policy, Theta, draw_theta, expected_size, size_probabilities, states
 from service.engine.base import Engine, EngineRejected, Images
 from service.engine.factory import open_engine
+from service.library_source import local_library
 from service.settings import Settings
 
 REPEATS: Final = 30  # answers timed for each size of ensemble
@@ -26,7 +27,7 @@ MOST_DRAWS: Final = 100_000  # of theta, in search of one of a given size
 def figures(settings: Settings) -> dict[str, Any]:
     """Raises StoreError, LibraryRejected among them where the engine refuses a ticket."""
     begun = time.perf_counter()
-    library = open_library(settings.library)
+    library = open_library(local_library(settings))
     loaded = time.perf_counter()
     try:
         engine = open_engine(library, settings)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Final
 
 from service.settings import add_flags, read_settings
@@ -13,7 +12,7 @@ SETTINGS: Final = ("device", "engine", "threads", "state_dir")
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = "Verifies a library, warms it up, compares its logits with torch's and measures it."
     parser.add_argument(
-        "library", nargs="?", type=Path, help="folder of the library (TOMBOLA_LIBRARY, or the embedded one)"
+        "library", nargs="?", help="the library's folder or location (TOMBOLA_LIBRARY, or the embedded one)"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     add_flags(parser, SETTINGS)

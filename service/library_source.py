@@ -1,0 +1,202 @@
+"""Libraries from elsewhere: fetched into STATE_DIR, pinned by digest, verified whole before they are opened.
+
+A location is `https://HOST/PATH#sha256=DIGEST`, or `s3://` and `hf://` by fsspec. What lies there is a library's folder
+as it is: manifest.json and the tickets that it names. DIGEST is the library's, as `tombola check` prints it.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from model_store import manifest as manifests
+from model_store.errors import LibraryRejected
+from model_store.files import sync_folder
+from model_store.library import MANIFEST, Library, open_library
+from model_store.ticket import MAX_FILE_BYTES
+from service.outbound import http_client
+from service.settings import Settings, ensure_state_dir
+
+WEB: Final = ("http", "https")
+STORES: Final = {"s3": "s3fs", "hf": "huggingface_hub"}
+"""Schemes of fsspec and the package that each needs."""
+PIN: Final = re.compile(r"sha256=([0-9a-f]{64})")
+TIMEOUT_S: Final = 60.0  # of each wait for bytes
+CHUNK: Final = 1 << 20
+FOLDER: Final = "libraries"
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a library is. url: without the digest. digest: None where any library will do."""
+
+    url: str
+    digest: str | None
+
+    @property
+    def scheme(self) -> str:
+        return urlsplit(self.url).scheme
+
+
+def parse_location(text: str, *, pinned: bool = True) -> Location:
+    """Raises LibraryRejected: an unknown scheme, a secret in it, or no digest where one is needed."""
+    url, _, fragment = text.partition("#")
+    parts = urlsplit(url)
+    if parts.scheme not in (*WEB, *STORES):
+        raise LibraryRejected(f"{parts.scheme}://: expected a folder, or {', '.join((*WEB, *STORES))}")
+    if parts.username or parts.password or parts.query:
+        raise LibraryRejected(f"{parts.scheme}://{parts.hostname}: no credentials and no query in a library's location")
+    pin = PIN.fullmatch(fragment)
+    if pin is None and (pinned or fragment):
+        raise LibraryRejected(f"{url}: expected #sha256= and the library's digest after it, 64 hex digits")
+    return Location(url.rstrip("/"), pin[1] if pin else None)
+
+
+def local_library(settings: Settings, on_step: Step = lambda _: None) -> Path | None:
+    """The folder of the settings' library, fetched first if it is elsewhere; None for the embedded one.
+
+    Raises LibraryRejected.
+    """
+    if not isinstance(settings.library, str):
+        return settings.library
+    location = parse_location(settings.library)
+    folder = ensure_state_dir(settings) / FOLDER / str(location.digest)
+    if not folder.is_dir():
+        on_step(f"fetching the library from {location.url}")
+        fetch(location, folder)
+    return folder
+
+
+def fetch(location: Location, folder: Path) -> Library:
+    """Fetches a library into a folder that is not there yet: whole and verified, or not at all.
+
+    Raises LibraryRejected: unreachable, damaged, or of another digest.
+    """
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
+    try:
+        (part / "tickets").mkdir(parents=True)
+        with reader(location) as read:
+            data = read(MANIFEST, manifests.MAX_MANIFEST_BYTES)
+            manifest = parse_manifest(location, data)
+            (part / MANIFEST).write_bytes(data)
+            for entry in manifest.entries:
+                ticket = read(entry.file, MAX_FILE_BYTES)
+                if hashlib.sha256(ticket).hexdigest() != entry.sha256:
+                    raise LibraryRejected(f"{location.url}/{entry.file}: other bytes than the manifest says")
+                (part / entry.file).write_bytes(ticket)
+        open_library(part)
+        install(part, folder)
+    except OSError as error:
+        raise LibraryRejected(f"{folder}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return open_library(folder)
+
+
+def parse_manifest(location: Location, data: bytes) -> manifests.Manifest:
+    try:
+        manifest = manifests.parse(data)
+    except LibraryRejected as error:
+        raise LibraryRejected(f"{location.url}/{MANIFEST}: {error}") from None
+    if location.digest not in (None, manifest.digest):
+        raise LibraryRejected(f"{location.url}: digest {manifest.digest}; expected {location.digest}")
+    return manifest
+
+
+def install(part: Path, folder: Path) -> None:
+    """Gives the folder its name. Of two processes that fetch the same library, either may win."""
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    sync_folder(folder.parent)
+
+
+Read = Callable[[str, int], bytes]
+"""(file in the library's folder, most bytes) -> its bytes. Raises LibraryRejected."""
+
+
+@contextmanager
+def reader(location: Location) -> Iterator[Read]:
+    if location.scheme not in WEB:
+        store = open_store(location)
+        yield lambda name, most: read_store(store, f"{location.url}/{name}", most)
+        return
+    with http_client(timeout_s=TIMEOUT_S) as client:
+        yield lambda name, most: read_web(client, f"{location.url}/{name}", most)
+
+
+def read_web(client: Any, url: str, most: int) -> bytes:
+    import httpx
+
+    data = bytearray()
+    try:
+        with client.stream("GET", url) as response:
+            if response.is_redirect:
+                raise LibraryRejected(f"{url}: leads to {response.headers.get('location')}; name that instead")
+            if response.status_code != 200:
+                raise LibraryRejected(f"{url}: status {response.status_code}")
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > most:
+                    raise LibraryRejected(f"{url}: more than {most} bytes, which is the limit")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise LibraryRejected(f"{url}: {type(error).__name__}: {error}") from None
+    return bytes(data)
+
+
+def open_store(location: Location) -> Any:
+    """A file system of fsspec. Credentials are those of its own variables, such as AWS_ACCESS_KEY_ID.
+
+    Neither a proxy of the environment nor a cloud's metadata service is asked, unless its variable says so.
+    """
+    os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+    try:
+        import fsspec
+
+        options: dict[str, Any] = {"config_kwargs": {"proxies": {}}} if location.scheme == "s3" else {}
+        return fsspec.filesystem(location.scheme, skip_instance_cache=True, **options)
+    except ImportError:
+        package = STORES[location.scheme]
+        raise LibraryRejected(f"{location.url}: needs {package}; `pip install tombola[{location.scheme}]`") from None
+
+
+def read_store(store: Any, url: str, most: int) -> bytes:
+    try:
+        with store.open(url, "rb") as file:
+            data: bytes = file.read(most + 1)
+    except Exception as error:  # noqa: BLE001 -- each file system has errors of its own
+        raise LibraryRejected(f"{url}: {type(error).__name__}: {error!s:.200}") from None
+    if len(data) > most:
+        raise LibraryRejected(f"{url}: more than {most} bytes, which is the limit")
+    return data
+
+
+def push(library: Library, location: Location) -> str:
+    """Puts a library where a store is; the manifest last, so that readers see the old library or the new one.
+
+    Returns:
+      The location with its digest, for TOMBOLA_LIBRARY.
+
+    Raises:
+      LibraryRejected: a place that cannot be written to.
+    """
+    if location.scheme in WEB:
+        raise LibraryRejected(f"{location.url}: only {', '.join(STORES)} can be written to; copy the folder instead")
+    store = open_store(location)
+    names = [*(entry.file for entry in library.manifest.entries), MANIFEST]
+    try:
+        for name in names:
+            store.pipe_file(f"{location.url}/{name}", (library.path / name).read_bytes())
+    except Exception as error:  # noqa: BLE001 -- each file system has errors of its own
+        raise LibraryRejected(f"{location.url}: {type(error).__name__}: {error!s:.200}") from None
+    return f"{location.url}#sha256={library.digest}"
