@@ -1,7 +1,8 @@
-"""The commit of the code that runs, for provenance."""
+"""The commit and the version of the code that runs, for provenance."""
 
 import os
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -15,3 +16,11 @@ def code_commit() -> str:
     except OSError:
         return "unknown"
     return git.stdout.strip() if git.returncode == 0 else "unknown"
+
+
+def product_version() -> str:
+    """Of the installed package; "unknown" where it was not installed."""
+    try:
+        return version("tombola")
+    except PackageNotFoundError:
+        return "unknown"

@@ -10,9 +10,9 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NoReturn
 
+from model_store.code_version import product_version
 from model_store.errors import TombolaError, os_error_text
 
 Run = Callable[[argparse.Namespace], int]
@@ -137,13 +137,6 @@ def overview() -> str:
     for title, group in GROUPS.items():
         lines += [f"{title.lower()}:", *(f"  {each.name:10s} {each.help}" for each in group if each.help), ""]
     return "\n".join(lines)
-
-
-def product_version() -> str:
-    try:
-        return version("tombola")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import cast
 
 from fastapi import FastAPI
 
-from service.app import create_service
+from service.lifecycle import create_service
 from service.observability.metrics import PREFIX, TABLE
 from service.settings import Settings, setting_docs
 

@@ -34,7 +34,7 @@ from service.audit.report.model import Report
 from service.errors import NotReady, ServiceError
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES as REFUSES
-from service.web.inference import RawRoute, json_response
+from service.web.routing import RawRoute, json_response
 
 MAX_REQUEST_BYTES: Final = 65_536
 FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, or of what this user may have of it

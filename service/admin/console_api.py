@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from model_store.code_version import product_version
 from model_store.policy import inclusion_probabilities, size_probabilities
 from service.admin.audit_api import limited, map_audit_errors, read_json
 from service.admin.audit_jobs import AuditQueue
@@ -45,7 +46,8 @@ from service.web.auth import ADMIN_REFUSES
 from service.web.body import cancel_on_disconnect
 from service.web.classify import PATH
 from service.web.decoder import Decoder
-from service.web.inference import REFUSES, Probabilities, RawRoute, json_response
+from service.web.inference import REFUSES, Probabilities
+from service.web.routing import RawRoute, json_response
 
 DRAWS: Final = 20  # of theta, for a picture that is tried
 CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
@@ -73,7 +75,7 @@ class ConsoleApi:
             {
                 "ready": self.manager.ready,
                 "reason": self.manager.reason,
-                "version": open_inference.product_version(),
+                "version": product_version(),
                 "commit": self.settings.commit,
                 "uptime_s": round(time.monotonic() - self.began, 3),
                 "traffic": traffic(self.metrics),

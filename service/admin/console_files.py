@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.web.inference import RawRoute
+from service.web.routing import RawRoute
 from service.web.static_files import NOTHING, find, read_folder
 
 FOLDER: Final = Path(__file__).parent / "console"

@@ -1,6 +1,6 @@
 """The admin plane: metrics, and what is being served. Audits and the console have routers of their own.
 
-Nothing here is reachable from the public plane, and AdminGate (service/web/auth.py) stands before all of it.
+Nothing here is reachable from the public plane, and AdminAuthMiddleware stands before all of it.
 """
 
 import asyncio
@@ -19,11 +19,12 @@ from model_store.errors import StoreError
 from model_store.library import Library
 from service.admin.schemas import LibraryDescription, PolicyDescription, Swap
 from service.errors import Conflict, ErrorMessage, NotReady, ServiceError
+from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES, ADMIN_SECURITY
 from service.web.classify import health
-from service.web.inference import LibraryManagerProtocol, RawRoute, json_response, without_refused
+from service.web.routing import RawRoute, json_response, without_refused
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class LibraryRefused(ServiceError):
 class LibraryApi:
     """One method per route."""
 
-    def __init__(self, manager: LibraryManagerProtocol, metrics: Metrics) -> None:
+    def __init__(self, manager: LibraryManager, metrics: Metrics) -> None:
         self.manager = manager
         self.metrics = metrics
         self.swapping = asyncio.Lock()
@@ -113,7 +114,7 @@ def describe_policy(library: Library) -> PolicyDescription:
     }
 
 
-def router(manager: LibraryManagerProtocol, metrics: Metrics) -> APIRouter:
+def router(manager: LibraryManager, metrics: Metrics) -> APIRouter:
     api = LibraryApi(manager, metrics)
     routes = APIRouter(route_class=RawRoute, tags=["Library and health"])
     exposition = openapi.text_answer("The metrics.", "text/plain", "application/openmetrics-text")

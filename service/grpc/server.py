@@ -20,13 +20,14 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from model_store.code_version import product_version
 from model_store.input_spec import InputSpec
-from service import errors
 from service.errors import BadRequest, ErrorMessage, NotFound, Overloaded, RequestTimeout, ServiceError
 from service.grpc import infer_message
 from service.grpc import open_inference_pb2 as messages
 from service.settings import Settings, SettingsRejected
 from service.web.body import BodyReservation
+from service.web.error_handling import as_service_error
 from service.web.infer_request import ModelSpec
 from service.web.inference import InferenceContext
 from service.web.open_inference import (
@@ -36,7 +37,6 @@ from service.web.open_inference import (
     VERSION,
     OpenInferenceApi,
     as_bytes,
-    product_version,
 )
 
 SERVICE: Final = "inference.GRPCInferenceService"
@@ -148,7 +148,7 @@ class GrpcServer:
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # noqa: BLE001 -- the last resort, as for HTTP
-                known = errors.as_service_error(error)
+                known = as_service_error(error)
                 code = CODES.get(known.status, grpc.StatusCode.INTERNAL)
                 await refuse(context, code, known)
             else:

@@ -10,7 +10,7 @@ A trace leaves the admin plane, so it must not reveal a draw. Every answered req
 thetas. No attribute comes from a theta, a ticket or a task. `queue` ends before the first draw. `batch` ends when the
 answer leaves, after TOMBOLA_LATENCY_QUANTUM_MS: it reveals no more than the client's own wait for the answer.
 
-What sends traces is imported by `install` alone: without the setting it need not be there. FastAPI's own telemetry,
+What sends traces is imported by `provider` alone: without the setting it need not be there. FastAPI's own telemetry,
 which starts by itself beside any global provider, is off (SILENT): it tells paths, queries and exceptions.
 """
 
@@ -20,7 +20,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import REQUEST_ID
@@ -148,9 +147,9 @@ def carrier(scope: Scope) -> dict[str, str]:
     return {"traceparent": parents[0].decode("latin-1")} if len(parents) == 1 else {}
 
 
-def install(app: FastAPI, version: str, proxy: str = "") -> None:
-    """Traces the app's requests to where OTEL_* says. Raises SettingsRejected without the extra `tracing`."""
-    app.add_middleware(TracingMiddleware, tracer=provider(version, proxy).get_tracer("tombola", version))
+def create_tracer(version: str, proxy: str = "") -> "Tracer":
+    """Sends spans to where OTEL_* says. Raises SettingsRejected without the extra `tracing`."""
+    return provider(version, proxy).get_tracer("tombola", version)
 
 
 def provider(version: str, proxy: str = "") -> "TracerProvider":

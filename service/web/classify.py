@@ -3,26 +3,18 @@
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.library import Library
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, NotReady, UnsupportedMediaType
-from service.web import form_data, index_page, open_inference, openapi, schemas
+from service.web import form_data, openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type, parse_json, whole_number
 from service.web.decoder import sniff
 from service.web.infer_request import from_base64
-from service.web.inference import (
-    DIGITS,
-    REFUSES,
-    DataPlane,
-    FastPathMiddleware,
-    InferenceContext,
-    Probabilities,
-    RawRoute,
-    json_response,
-)
+from service.web.inference import DIGITS, REFUSES, DataPlane, InferenceContext, Probabilities
+from service.web.routing import FastRoute, RawRoute, json_response
 
 PATH: Final = "/v1/classify"
 TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
@@ -39,7 +31,7 @@ BODY: Final[Mapping[str, Json]] = {
 
 
 class ClassifyApi:
-    """One method per route, over one Front."""
+    """One method per route, over one data plane."""
 
     def __init__(self, data_plane: DataPlane) -> None:
         self.data_plane = data_plane
@@ -161,22 +153,5 @@ def health(live: Endpoint, ready: Endpoint) -> Iterator[tuple[str, Endpoint, dic
     yield "/health/ready", ready, about
 
 
-def install(app: FastAPI, data_plane: DataPlane) -> None:
-    """Every route of the public plane. errors.install(app) comes after it, so that the Guard stands around it.
-
-    app.state.protocol: the Open Inference Protocol, for its gRPC form.
-    """
-    api, protocol = ClassifyApi(data_plane), open_inference.OpenInferenceApi(data_plane)
-    app.state.protocol = protocol
-    app.include_router(index_page.router())
-    app.include_router(router(api))
-    app.include_router(open_inference.router(protocol))
-    model = {"model": open_inference.MODEL, "version": open_inference.VERSION}
-    endpoints = {PATH: api.classify} | dict.fromkeys(open_inference.INFER_PATHS, protocol.infer)
-    app.add_middleware(
-        FastPathMiddleware,
-        routes={
-            path.format(**model): (RawRoute(path, endpoint, methods=["POST"]), model)
-            for path, endpoint in endpoints.items()
-        },
-    )
+def fast_routes(api: ClassifyApi) -> dict[str, FastRoute]:
+    return {PATH: (RawRoute(PATH, api.classify, methods=["POST"]), {})}

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.web.inference import RawRoute, json_response
+from service.web.routing import RawRoute, json_response
 from service.web.static_files import NOTHING, find, read_folder
 
 FOLDER: Final = Path(__file__).parent / "docs"

@@ -15,9 +15,9 @@ from typing import Any, Final, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service import errors
 from service.errors import BadRequest, ErrorMessage, RequestHeaderFieldsTooLarge
-from service.web.inference import ARRIVAL_TIME
+from service.web import error_handling
+from service.web.routing import ARRIVAL_TIME
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +128,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     def parse(self, data: bytes | memoryview) -> None:
         while data:
-            data = self.feed(data)
+            data = self.parse_part(data)
         if self.raw_bytes > RAW_BYTES:
             raise RequestHeaderFieldsTooLarge(limit=HEAD_BYTES)
 
-    def feed(self, data: bytes | memoryview) -> bytes | memoryview:
+    def parse_part(self, data: bytes | memoryview) -> bytes | memoryview:
         """Gives the parser these bytes; what it returns is still to be given."""
         try:
             self.parser.feed_data(data)
@@ -280,7 +280,7 @@ def refusal(error: Exception) -> bytes:
     cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
     if not isinstance(cause, Exception) or isinstance(cause, httptools.HttpParserError | UnicodeDecodeError):
         cause = BadRequest()
-    response = errors.answer(cause)
+    response = error_handling.answer(cause)
     log.info("connection refused with %d: %s", response.status_code, error)
     lines = [*response.raw_headers, (b"cache-control", b"no-store"), (b"connection", b"close")]
     head = b"".join(b"%s: %s\r\n" % line for line in lines)

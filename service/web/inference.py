@@ -1,23 +1,18 @@
 """What both public protocols share: a request's way to the scheduler and back, and how much of the answer is shown."""
 
 import asyncio
-import json
-import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal
 
 import numpy as np
-from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from model_store.images import Pixels
-from model_store.library import Library
 from service.errors import (
     BadRequest,
     ClientDisconnected,
@@ -32,54 +27,18 @@ from service.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import Metrics
 from service.observability.tracing import stage
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
 from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, unique_headers
 from service.web.decoder import Decoder
+from service.web.routing import ARRIVAL_TIME
 
 Detail = Literal["rounded", "label", "full"]
-ARRIVAL_TIME: Final = (
-    "tombola.arrived"  # where the scope may hold when the event loop had read its headers, on the loop's clock
-)
 DIGITS: Final = 2  # of a rounded probability
-ZERO_WEIGHT: Final = re.compile(r"[qQ]\s*=\s*0(\.0{0,3})?")
 Probabilities = NDArray[np.float32]
-
-
-class SchedulerProtocol(Protocol):
-    def check(self, size: int, client: str, left_s: float) -> None: ...
-    async def submit(self, images: Pixels, *, client: str, deadline: float | None) -> Probabilities: ...
-
-
-class LoadedLibraryProtocol(Protocol):
-    """A library with what runs it. A request keeps the one it began with."""
-
-    @property
-    def library(self) -> Library: ...
-    @property
-    def scheduler(self) -> SchedulerProtocol: ...
-
-
-class LibraryManagerProtocol(Protocol):
-    """What is being served now; None before the first library is verified and warm."""
-
-    @property
-    def current(self) -> LoadedLibraryProtocol | None: ...
-    @property
-    def ready(self) -> bool: ...
-    async def reload(self) -> LoadedLibraryProtocol:
-        """Opens LIBRARY again, warms it up beside the old one, and swaps. Raises StoreError; the old one then stays."""
-
-
-class RawRoute(APIRoute):
-    """A documented route whose endpoint takes the request and returns the response, without FastAPI's machinery of
-    parameters: bodies are read raw, since no client sends the content type that a declared body insists on."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return endpoint
 
 
 REFUSES: Final = (
@@ -96,37 +55,6 @@ REFUSES: Final = (
 """For the OpenAPI document: what a classification may end with, on both protocols."""
 
 
-class FastPathMiddleware:
-    """Middleware that takes the busiest paths past the framework's routing, which costs a quarter of such a request.
-    The endpoints are those of the routes; other methods go the usual way, to the usual 405."""
-
-    def __init__(self, app: ASGIApp, *, routes: Mapping[str, tuple[RawRoute, Mapping[str, str]]]) -> None:
-        self.app = app
-        self.routes = routes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self.routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if route is None:
-            await self.app(scope, receive, send)
-            return
-        scope["route"], scope["path_params"] = route
-        response: Response = await route[0].endpoint(Request(scope, receive))
-        await response(scope, receive, send)
-
-
-ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
-
-
-def json_response(content: Any, status: int = 200) -> Response:
-    return Response(ENCODER.encode(content), status, media_type="application/json")
-
-
-def without_refused(header: str) -> str:
-    """The codings that an Accept-Encoding header names with a weight above 0 (RFC 9110, 12.4.2), without weights."""
-    items = (item.partition(";") for item in header.split(","))
-    return ",".join(name.strip() for name, _, weight in items if not ZERO_WEIGHT.fullmatch(weight.strip()))
-
-
 @dataclass(frozen=True)
 class InferenceContext:
     """One classification request, read and admitted. deadline: in loop time, the latest this server allows."""
@@ -136,14 +64,12 @@ class InferenceContext:
     client: str
     arrived: float
     deadline: float
-    serving: LoadedLibraryProtocol
+    serving: LoadedLibrary
     receive: Receive
 
 
 class DataPlane:
-    def __init__(
-        self, manager: LibraryManagerProtocol, settings: Settings, metrics: Metrics, keys: ApiKeyStore
-    ) -> None:
+    def __init__(self, manager: LibraryManager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
         self.manager = manager
         self.settings = settings
         self.metrics = metrics
@@ -151,7 +77,7 @@ class DataPlane:
         self.bodies = BodyReader(settings, metrics)
         self.decoder = Decoder(settings, metrics)
 
-    def serving(self) -> LoadedLibraryProtocol:
+    def serving(self) -> LoadedLibrary:
         serving = self.manager.current
         if serving is None:
             raise NotReady

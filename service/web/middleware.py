@@ -10,10 +10,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import errors
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, Overloaded
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
+from service.web.error_handling import answer
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class CrossOriginMiddleware(CORSMiddleware):
         checked = super().preflight_response(request_headers)
         vary = {"vary": checked.headers["vary"]}
         if checked.status_code != 200:
-            refused = errors.answer(BadRequest(ErrorMessage.CROSS_ORIGIN))
+            refused = answer(BadRequest(ErrorMessage.CROSS_ORIGIN))
             refused.headers.update(vary)
             return refused
         allowed = {name: value for name, value in checked.headers.items() if name.startswith("access-control-")}

@@ -10,7 +10,6 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +17,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from model_store.code_version import product_version
 from service.errors import (
     ErrorMessage,
     NotFound,
@@ -29,18 +29,8 @@ from service.errors import (
 from service.web import openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type
 from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference
-from service.web.inference import (
-    ENCODER,
-    REFUSES,
-    DataPlane,
-    InferenceContext,
-    Probabilities,
-    RawRoute,
-    apply_output_detail,
-    json_response,
-    rank_classes,
-    without_refused,
-)
+from service.web.inference import REFUSES, DataPlane, InferenceContext, Probabilities, apply_output_detail, rank_classes
+from service.web.routing import ENCODER, FastRoute, RawRoute, json_response, without_refused
 
 MODEL: Final = "tombola"
 VERSION: Final = "1"
@@ -68,13 +58,6 @@ INFER_HEADERS: Final = (
     openapi.header_parameter("Content-Encoding", "gzip or deflate.", type="string"),
     openapi.header_parameter("Accept-Encoding", "gzip or deflate, for large answers.", type="string"),
 )
-
-
-def product_version() -> str:
-    try:
-        return version("tombola")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @dataclass
@@ -114,7 +97,7 @@ class Statistics:
 
 
 class OpenInferenceApi:
-    """One method per call of the protocol, over one Front."""
+    """One method per call of the protocol, over one data plane."""
 
     def __init__(self, data_plane: DataPlane) -> None:
         self.data_plane = data_plane
@@ -407,3 +390,9 @@ def views(api: OpenInferenceApi) -> Iterator[View]:
         yield View(
             f"{prefix}/stats", api.stats, f"model_statistics{suffix}", counts, schemas.Statistics, "Of it.", known
         )
+
+
+def fast_routes(api: OpenInferenceApi) -> dict[str, FastRoute]:
+    """The paths of inference with the model's only name and version in place."""
+    only = {"model": MODEL, "version": VERSION}
+    return {path.format(**only): (RawRoute(path, api.infer, methods=["POST"]), only) for path in INFER_PATHS}

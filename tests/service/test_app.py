@@ -26,7 +26,8 @@ from starlette.types import Receive, Scope, Send
 from model_store.errors import LibraryRejected, StoreError
 from model_store.library import Library
 from model_store.ticket import Ticket
-from service import app as apps
+from service.admin.audit_jobs import AuditQueue
+from service.app import create_admin_app, create_public_app
 from service.benchmarks.library_check import figures, lines
 from service.cpu import NICE_LOADING
 from service.engine.base import EngineRejected, FoldedTicket, fold_ticket
@@ -36,6 +37,7 @@ from service.observability.logs import JsonLines
 from service.observability.metrics import Metrics
 from service.outbound import loopback_url
 from service.settings import Settings, SettingsRejected
+from service.web import server
 from service.web.auth import ApiKeyStore
 from service.web.http_protocol import WriteCoalescingTransport
 from tests.support.planes import behind_a_port
@@ -75,8 +77,8 @@ def with_planes(
     async def run() -> Answer:
         settings, metrics = Settings(library=library, state_dir=state, engine="torch", **knobs), Metrics()
         manager = LibraryManager(settings, metrics)
-        public = apps.create_public_app(manager, settings, metrics, ApiKeyStore(None, metrics))
-        admin = apps.create_admin_app(manager, settings, metrics, TOKEN)
+        public = create_public_app(manager, settings, metrics, ApiKeyStore(None, metrics))
+        admin = create_admin_app(manager, settings, metrics, TOKEN, AuditQueue(settings, metrics, manager.library))
         if load:
             await manager.start()
         authorised = {"authorization": f"Bearer {TOKEN}"}
@@ -148,10 +150,10 @@ def test_who_comes_while_the_port_is_being_closed_is_neither_served_nor_reset() 
     listener = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listener.getsockname(), timeout=5) as before:
         before.sendall(b"before")
-        apps.drop_new_connections(listener)
+        server.drop_new_connections(listener)
         with pytest.raises(TimeoutError):
             socket.create_connection(listener.getsockname(), timeout=0.2)
-        (found,) = apps.drain_accept_backlog(listener)
+        (found,) = server.drain_accept_backlog(listener)
         with found:
             found.settimeout(5)
             assert found.recv(6) == b"before"
@@ -364,7 +366,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsRejected, match=rf"TOMBOLA_PORT 127\.0\.0\.1:{port}: cannot listen there"):
-            apps.bind("127.0.0.1", port, "PORT")
+            server.bind("127.0.0.1", port, "PORT")
 
 
 NEEDS_IPV6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6 beside IPv4")
@@ -386,9 +388,9 @@ async def who_asks(scope: Scope, _: Receive, send: Send) -> None:
 @pytest.mark.parametrize("host", ["::", "[::]", "0:0:0:0:0:0:0:0"])
 def test_a_port_of_all_addresses_takes_both_families_and_an_ipv4_client_keeps_its_address(host: str) -> None:
     """Limits, logs and trusted proxies go by that address: ::ffff:127.0.0.1 would be somebody else."""
-    listener = apps.bind(host, 0, "PORT")
+    listener = server.bind(host, 0, "PORT")
     port = listener.getsockname()[1]
-    assert loopback_url(apps.url(listener)) == f"http://[::1]:{port}"
+    assert loopback_url(server.url(listener)) == f"http://[::1]:{port}"
     with behind_a_port(cast("Any", who_asks), listener):
         assert get("127.0.0.1", port) == (200, b"127.0.0.1")
         assert get("::1", port) == (200, b"::1")
@@ -397,13 +399,13 @@ def test_a_port_of_all_addresses_takes_both_families_and_an_ipv4_client_keeps_it
 @NEEDS_IPV6
 @pytest.mark.parametrize(("host", "other"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1"), ("0.0.0.0", "::1")])
 def test_a_port_of_one_family_takes_no_other(host: str, other: str) -> None:
-    with apps.bind(host, 0, "PORT") as listener, pytest.raises(OSError, match="refused"):
+    with server.bind(host, 0, "PORT") as listener, pytest.raises(OSError, match="refused"):
         socket.create_connection((other, listener.getsockname()[1]), timeout=30).close()
 
 
 def test_a_name_that_leads_nowhere_is_said_in_one_line() -> None:
     with pytest.raises(SettingsRejected, match=r"TOMBOLA_PORT nowhere\.invalid:0: cannot listen there \("):
-        apps.bind("nowhere.invalid", 0, "PORT")
+        server.bind("nowhere.invalid", 0, "PORT")
 
 
 def test_check_measures_a_library(tiny: Library, state: Path, capsys: pytest.CaptureFixture[str]) -> None:

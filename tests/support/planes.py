@@ -21,13 +21,14 @@ from starlette.types import ASGIApp
 from model_store.images import Pixels
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from service import errors
-from service.admin import library_api
-from service.app import create_server, loop_factory
+from service.admin.audit_jobs import AuditQueue
+from service.app import create_admin_app, create_public_app
+from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.web import classify
-from service.web.auth import AdminAuthMiddleware, ApiKeyStore
-from service.web.inference import DataPlane, LibraryManagerProtocol, Probabilities
+from service.web.auth import ApiKeyStore
+from service.web.inference import Probabilities
+from service.web.server import create_server, loop_factory
 from tests.support.tickets import CLASSES
 
 DIGEST: Final = "ab" * 32
@@ -93,6 +94,7 @@ class StandIn:
     scheduler: Oracle = field(default_factory=Oracle)
     ready: bool = True
     loaded: bool = True
+    draining: bool = False
     library: Any = field(default_factory=lambda: SimpleNamespace(classes=CLASSES, digest=DIGEST, input=CIFAR10_INPUT))
     on_reload: Callable[[], None] = lambda: None
 
@@ -111,24 +113,24 @@ def stand_in_of(spec: InputSpec) -> StandIn:
     return StandIn(Oracle(shape=spec.shape), library=library)
 
 
-def public_app(manager: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, **knobs: Any) -> FastAPI:
-    settings, metrics = Settings(**knobs), metrics or Metrics()
-    app = FastAPI(redirect_slashes=False)
-    front = DataPlane(manager or StandIn(), settings, metrics, ApiKeyStore(settings.api_keys_file, metrics))
-    classify.install(app, front)
-    errors.install(app)
-    return app
+def public_app(manager: StandIn | None = None, metrics: Metrics | None = None, **overrides: Any) -> FastAPI:
+    """The public plane over a stand-in."""
+    settings, metrics = Settings(**overrides), metrics or Metrics()
+    served = cast("LibraryManager", manager or StandIn())
+    return create_public_app(served, settings, metrics, ApiKeyStore(settings.api_keys_file, metrics))
 
 
 def admin_app(
-    manager: LibraryManagerProtocol | None = None, metrics: Metrics | None = None, *, metrics_open: bool = True
+    manager: StandIn | None = None,
+    metrics: Metrics | None = None,
+    *,
+    jobs: AuditQueue | None = None,
+    metrics_open: bool = True,
 ) -> FastAPI:
-    metrics = metrics or Metrics()
-    app = FastAPI(redirect_slashes=False)
-    app.include_router(library_api.router(manager or StandIn(), metrics))
-    app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=metrics, metrics_open=metrics_open)
-    errors.install(app)
-    return app
+    """The admin plane over a stand-in."""
+    settings, metrics, served = Settings(metrics_open=metrics_open), metrics or Metrics(), manager or StandIn()
+    queue = jobs or AuditQueue(settings, metrics, lambda: served.library)
+    return create_admin_app(cast("LibraryManager", served), settings, metrics, TOKEN, queue)
 
 
 def ask(app: ASGIApp, method: str, path: str, **request: Any) -> httpx.Response:

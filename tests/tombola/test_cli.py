@@ -9,7 +9,7 @@ import pytest
 
 import service
 import training
-from tombola import cli
+from model_store.code_version import product_version
 from tombola.cli import GROUPS, main
 
 COMMANDS = [command for group in GROUPS.values() for command in group]
@@ -66,7 +66,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
     assert exit_.value.code == 0
-    assert capsys.readouterr().out == f"tombola {cli.product_version()}\n"
+    assert capsys.readouterr().out == f"tombola {product_version()}\n"
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import pytest
 from service.admin import audit_process
 from service.audit.events import CheckEvent, StepEvent
 from service.errors import ErrorMessage, Overloaded
-from tests.service.admin.test_audit_jobs import SMOKE, TOKEN, Plane
+from tests.service.admin.test_audit_jobs import SMOKE, Plane
 from tests.support.audit_models import tiny
-from tests.support.planes import StandIn, behind_a_port, picture, png, public_app
+from tests.support.planes import TOKEN, StandIn, behind_a_port, picture, png, public_app
 from tests.support.serving import serving, tiny_library
 from tests.support.tickets import CLASSES
 from tombola import (

@@ -25,9 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments))
-    from service import app
+    from service import lifecycle
 
-    return app.run(settings, announce, lambda step: print(f"start    {step}", flush=True))
+    return lifecycle.run(settings, announce, lambda step: print(f"start    {step}", flush=True))
 
 
 def announce(service: Any, serving: Any) -> None:

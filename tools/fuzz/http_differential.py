@@ -36,8 +36,8 @@ from typing import Any, Final, cast
 
 from starlette.types import Receive, Scope, Send
 
-from service.app import create_server, loop_factory
 from service.settings import Settings
+from service.web.server import create_server, loop_factory
 from tests.support.http_wire import Answer, chunked, random_cuts, read_answers
 
 WEBSOCKET: Final = "proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection upgrade;"

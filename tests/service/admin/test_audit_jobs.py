@@ -16,12 +16,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
 
 from model_store.library import Library, write_library
-from service import errors
 from service.admin import audit_process
-from service.admin.audit_api import router
 from service.admin.audit_jobs import AuditQueue
 from service.admin.audit_process import LEAST_SHARE, SMOOTHING, CpuShare
 from service.admin.audit_store import Job
@@ -31,15 +28,13 @@ from service.audit.errors import AuditConflict
 from service.audit.events import StepEvent
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.web.auth import AdminAuthMiddleware
 from tests.support.audit_models import tiny
-from tests.support.planes import behind_a_port
+from tests.support.planes import TOKEN, StandIn, admin_app, behind_a_port
 from tests.support.tickets import items, make_ticket
 from tombola.cli import main
 
 Json = dict[str, Any]
 PUBLISHED = Path("service/audit/results/report.json")
-TOKEN = "a-token-for-the-tests-alone"
 SMOKE: Json = {"profile": "smoke", "images": 2, "attacks": ["paper-eot"], "epsilons": [8]}
 PATIENCE_S = 120.0
 
@@ -56,10 +51,7 @@ class Plane:
         self.settings = Settings(library=library.path, state_dir=state, **settings)
         self.metrics = Metrics()
         self.jobs = AuditQueue(self.settings, self.metrics, lambda: library)
-        self.app = FastAPI()
-        self.app.include_router(router(self.jobs))
-        self.app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=self.metrics, metrics_open=True)
-        errors.install(self.app)
+        self.app = admin_app(StandIn(library=library), self.metrics, jobs=self.jobs)
 
     def ask(self, method: str, path: str, token: str | None = TOKEN, **body: Any) -> httpx.Response:
         async def send() -> httpx.Response:

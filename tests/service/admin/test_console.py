@@ -10,18 +10,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 
 from service.admin import console_files
-from service.errors import ErrorMessage, install
-from service.observability.metrics import Metrics
-from service.web.auth import AdminAuthMiddleware
+from service.errors import ErrorMessage
 from service.web.static_files import KINDS
-from tests.support.planes import TOKEN, ask, refused
+from tests.support.planes import admin_app, ask, refused
 from tests.support.serving import Process, serving, tiny_library
 from tombola.sample_image import draw_sample
 from tools.console.browser import CHROMIUM, chromium, complaints, sign_in
@@ -47,19 +45,9 @@ PAIRS: Final = (
 )
 
 
-def console_app() -> Any:
-    from fastapi import FastAPI
-
-    app = FastAPI(redirect_slashes=False)
-    app.include_router(console_files.router())
-    app.add_middleware(AdminAuthMiddleware, token=TOKEN, metrics=Metrics(), metrics_open=True)
-    install(app)
-    return app
-
-
 class TestFiles:
     def test_the_page_needs_no_token_and_its_policy_allows_nothing_foreign_and_nothing_inline(self) -> None:
-        response = ask(console_app(), "GET", "/")
+        response = ask(admin_app(), "GET", "/")
         assert response.status_code == 200
         policy = dict(part.strip().split(" ", 1) for part in response.headers["content-security-policy"].split(";"))
         assert policy["default-src"] == "'none'"
@@ -72,7 +60,7 @@ class TestFiles:
         assert response.headers["cache-control"] == "no-store"
 
     def test_the_report_s_frame_may_have_styles_but_no_script(self) -> None:
-        policy = ask(console_app(), "GET", "/console/report.html").headers["content-security-policy"]
+        policy = ask(admin_app(), "GET", "/console/report.html").headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "script-src" not in policy
         assert "sandbox allow-same-origin" in policy
@@ -84,14 +72,14 @@ class TestFiles:
         }
         assert {f"/console/{path.name}" for path in SCRIPTS} <= named
         for path in named:
-            response = ask(console_app(), "GET", path)
+            response = ask(admin_app(), "GET", path)
             assert response.status_code == 200, path
             assert response.headers["content-type"] == KINDS[Path(path).suffix]
 
     def test_other_names_are_not_found_and_nothing_outside_the_folder_is_served(self) -> None:
         for path in ("/console/none.js", "/console/..%2fauth.py", "/console/%2e%2e/auth.py", "/console/"):
-            assert ask(console_app(), "GET", path).status_code in (401, 404), path
-        refused(ask(console_app(), "GET", "/console/none.js"), 404, ErrorMessage.NOT_FOUND)
+            assert ask(admin_app(), "GET", path).status_code in (401, 404), path
+        refused(ask(admin_app(), "GET", "/console/none.js"), 404, ErrorMessage.NOT_FOUND)
 
     def test_nothing_comes_from_elsewhere(self) -> None:
         for path in FOLDER.iterdir():

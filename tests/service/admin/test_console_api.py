@@ -12,10 +12,9 @@ import pytest
 
 from model_store.library import Library
 from model_store.policy import inclusion_probabilities
-from service import app as apps
-from service.admin import console_api, console_files
 from service.admin.audit_jobs import AuditQueue
 from service.admin.console_api import DRAWS, latency, summarize_draws
+from service.app import create_admin_app, create_public_app
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.metrics import PUBLISH_EVERY, Metrics
@@ -34,16 +33,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 class Plane:
-    """Both planes in process, as app.build puts them together."""
+    """Both planes in process, as they are served."""
 
     def __init__(self, library: Path, state: Path, **knobs: Any) -> None:
         settings = Settings(library=library, state_dir=state, engine="torch", **knobs)
         self.metrics = Metrics()
         self.manager = LibraryManager(settings, self.metrics)
         jobs = AuditQueue(settings, self.metrics, self.manager.library)
-        routers = (console_files.router(), console_api.router(self.manager, settings, self.metrics, jobs))
-        admin = apps.create_admin_app(self.manager, settings, self.metrics, TOKEN, routers)
-        public = apps.create_public_app(self.manager, settings, self.metrics, ApiKeyStore(None, self.metrics))
+        admin = create_admin_app(self.manager, settings, self.metrics, TOKEN, jobs)
+        public = create_public_app(self.manager, settings, self.metrics, ApiKeyStore(None, self.metrics))
         self.admin = client(admin, authorization=f"Bearer {TOKEN}")
         self.stranger = client(admin)
         self.public = client(public)

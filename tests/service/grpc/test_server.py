@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 import numpy as np
@@ -18,15 +18,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from service.app import loop_factory
 from service.errors import DeadlineExceeded, ErrorMessage, Overloaded, RateLimited
 from service.grpc import open_inference_pb2 as messages
 from service.grpc.server import GrpcServer, address
+from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings, SettingsRejected
 from service.web.auth import ApiKeyStore
 from service.web.inference import DataPlane
 from service.web.open_inference import OpenInferenceApi
+from service.web.server import loop_factory
 from tests.support.planes import StandIn, picture, png, until
 from tests.support.serving import serving, tiny_library
 from tests.support.tickets import CLASSES
@@ -77,7 +78,7 @@ def running(manager: StandIn | None = None, **settings: Any) -> Iterator[Running
     async def serve() -> None:
         chosen = Settings(grpc_port=0, **settings)
         keys = ApiKeyStore(chosen.api_keys_file, metrics)
-        server = GrpcServer(OpenInferenceApi(DataPlane(manager, chosen, metrics, keys)), chosen)
+        server = GrpcServer(OpenInferenceApi(DataPlane(cast("LibraryManager", manager), chosen, metrics, keys)), chosen)
         await server.start()
         channel = grpc.insecure_channel(server.address, options=[("grpc.enable_http_proxy", 0)])
         found.append(Running(server.address, channel, manager, metrics, server, asyncio.get_running_loop()))

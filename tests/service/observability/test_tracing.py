@@ -203,9 +203,9 @@ def test_without_the_setting_nothing_of_the_extra_is_imported(tmp_path: Path) ->
     """FastAPI itself brings OpenTelemetry's interfaces, behind which nothing stands."""
     program = f"""
 import sys
-from service import app
+from service import lifecycle
 from service.settings import Settings
-app.create_service(Settings(port=0, admin_port=0, state_dir={str(tmp_path)!r}))
+lifecycle.create_service(Settings(port=0, admin_port=0, state_dir={str(tmp_path)!r}))
 print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter"))])
 """
     assert output_of(program) == "[]"
@@ -227,9 +227,7 @@ from service.web.auth import ApiKeyStore
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.planes import StandIn, png
-from dataclasses import dataclass
 manager = StandIn()
-manager.draining = False
 app = create_public_app(manager, Settings(), Metrics(), ApiKeyStore(None, Metrics()))
 async def ask():
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tombola") as client:

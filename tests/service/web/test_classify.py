@@ -28,7 +28,7 @@ from service.errors import (
 )
 from service.observability.metrics import Metrics
 from service.web.body import inflate
-from service.web.inference import ARRIVAL_TIME
+from service.web.routing import ARRIVAL_TIME
 from tests.support.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
 from tests.support.tickets import CLASSES
 

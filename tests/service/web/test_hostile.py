@@ -29,6 +29,7 @@ from tritonclient.utils import InferenceServerException
 
 from model_store.images import Pixels
 from model_store.library import Library
+from service.admin.audit_jobs import AuditQueue
 from service.app import create_admin_app, create_public_app
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
@@ -580,7 +581,8 @@ class Story:
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://tombola", timeout=60) as client:
                 await self.ask(client)
-            admin = httpx.ASGITransport(create_admin_app(manager, self.settings, self.metrics, TOKEN))
+            jobs = AuditQueue(self.settings, self.metrics, manager.library)
+            admin = httpx.ASGITransport(create_admin_app(manager, self.settings, self.metrics, TOKEN, jobs))
             async with httpx.AsyncClient(transport=admin, base_url="http://admin") as client:
                 return (await client.get("/metrics")).text
         finally:
