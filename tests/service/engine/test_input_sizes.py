@@ -38,7 +38,7 @@ def test_both_engines_give_the_tickets_own_logits_at_every_size(size: tuple[int,
     with torch.inference_mode():
         expected = [calibrated(ticket)(torch.from_numpy(images).float() / 255).numpy() for ticket in library.tickets]
     for name in ("torch", "openvino"):
-        engine = open_engine(library, Settings(engine=name, state_dir=tmp_path, threads=1))
+        engine = open_engine(library, Settings(engine=name, precision="float32", state_dir=tmp_path, threads=1))
         assert engine.input_shape == (3, *size)
         for member, logits in enumerate(expected):
             scale = max(1.0, float(np.abs(logits).max()))
@@ -47,7 +47,7 @@ def test_both_engines_give_the_tickets_own_logits_at_every_size(size: tuple[int,
 
 def test_a_process_of_its_own_takes_pictures_of_the_library_s_size_alone(tmp_path: Path) -> None:
     library, images = library_of(tmp_path / "library", (64, 64)), images_of((64, 64))
-    settings = Settings(engine="openvino", state_dir=tmp_path, threads=1)
+    settings = Settings(engine="openvino", precision="float32", state_dir=tmp_path, threads=1)
     near, apart = open_engine(library, settings), open_in_processes(library, settings)
     assert apart.input_shape == (3, 64, 64)
     assert apart.macs == near.macs
