@@ -166,14 +166,28 @@ def open_png(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
         width, height = struct.unpack_from(">II", data, 16)
         check_size(width, height, max_pixels)
     png = read_png(data)
-    with Image.open(io.BytesIO(png.pixels), formats=("PNG",)) as image:
-        check_size(*image.size, max_pixels)
-        image.load()
-        mode, size, shown = image.mode, image.size, samples_of(image, png)
+    image = open_usual(data, png) or open_with_pillow(png, max_pixels)
+    mode, size, shown = image.mode, image.size, samples_of(image, png)
     profile = png_profile(png)
     rgb = on_white(shown if profile is None else with_profile(shown, profile))
     rgb.info |= {"mode": mode, "size": size}
     return rgb, orientation(png.meaning.get(b"eXIf", b""))
+
+
+def open_usual(data: bytes, png: PngFile) -> Image.Image | None:
+    """The commonest kind of PNG, by the decoder that Pillow's plugin would choose, without the plugin: its start takes
+    half of the time of a small picture."""
+    width, height = struct.unpack_from(">II", data, 16)
+    if png.rows is None or not width * height:
+        return None
+    return Image.frombytes("RGB", (width, height), png.rows, "zip", ("RGB", False))
+
+
+def open_with_pillow(png: PngFile, max_pixels: int) -> Image.Image:
+    with Image.open(io.BytesIO(png.pixels), formats=("PNG",)) as image:
+        check_size(*image.size, max_pixels)
+        image.load()
+        return image
 
 
 def samples_of(image: Image.Image, png: PngFile) -> Image.Image:

@@ -16,17 +16,23 @@ SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 GREY, TRUECOLOUR, INDEXED = 0, 2, 3  # colour types without an alpha channel
 PIXELS: Final = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND"))
 MEANING: Final = frozenset((b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"))  # valid before IDAT alone
+IHDR_BYTES: Final = b"\0\0\0\x0d"
+USUAL: Final = bytes((8, TRUECOLOUR, 0, 0, 0))  # depth, colour, compression, filter, not interlaced
 MAX_PROFILE_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True)
 class PngFile:
-    """pixels: the file with nothing but pixels in it.  meaning: the first chunk of each kind that changes them."""
+    """pixels: the file with nothing but pixels in it.  meaning: the first chunk of each kind that changes them.
+
+    rows: the compressed rows alone, of a file that needs nothing else: eight bits of red, green and blue, in order.
+    """
 
     depth: int
     colour: int
     pixels: bytes
     meaning: dict[bytes, bytes]
+    rows: bytes | None = None
 
     @property
     def transparent(self) -> tuple[int, ...] | None:
@@ -54,6 +60,8 @@ def read_png(data: bytes) -> PngFile:
     if data[12:16] != b"IHDR" or len(data) < 33:
         raise ImageDamaged("a PNG that does not begin with IHDR")
     parts: list[memoryview | bytes] = [SIGNATURE]
+    kinds: list[bytes] = []
+    rows: list[memoryview] = []
     meaning: dict[bytes, bytes] = {}
     begun = False
     view = memoryview(data)
@@ -62,11 +70,15 @@ def read_png(data: bytes) -> PngFile:
         if kind in PIXELS:
             check_sum(view, kind, start, end)
             parts.append(view[start:end])
+            kinds.append(kind)
+            if kind == b"IDAT":
+                rows.append(view[start + 8 : end - 4])
         elif kind == b"eXIf" or (kind in MEANING and not begun):
             meaning.setdefault(kind, data[start + 8 : end - 4])
         if kind == b"tRNS" and not begun and data[25] == INDEXED:
             parts.append(view[start:end])  # opacities of a palette, which Pillow applies
-    return PngFile(data[24], data[25], b"".join(parts), meaning)
+    usual = data[8:12] == IHDR_BYTES and data[24:29] == USUAL and kinds.count(b"IHDR") == 1 and b"PLTE" not in kinds
+    return PngFile(data[24], data[25], b"".join(parts), meaning, b"".join(rows) if usual and rows else None)
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

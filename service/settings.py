@@ -129,7 +129,10 @@ class Settings(BaseSettings):
         "Unset: the embedded one. From elsewhere it is fetched into STATE_DIR and verified before it is opened",
     )
     device: str = setting(
-        "auto", "torch device", "Where tickets run: auto, cpu, cuda, cuda:1", "auto: the CPU, or CUDA where that is measured to be faster at the start"
+        "auto",
+        "torch device",
+        "Where tickets run: auto, cpu, cuda, cuda:1",
+        "auto: the CPU, or CUDA where that is measured to be faster at the start",
     )
     engine: Literal["auto", "torch", "openvino"] = setting(
         "auto", "name", "What runs the tickets", "auto: openvino on a CPU where it is installed, else torch"
