@@ -57,7 +57,12 @@ async def serve_free_tickets(state: Path) -> None:
     """Serves until standard input ends. Prints the public plane's address once it is ready."""
     settings = Settings(port=0, admin_port=0, state_dir=state, threads=2, engine="torch", device="cpu")
     service = app.create_service(settings)
-    service.manager.open_engine = lambda library, _: free_engine(library, 2)  # type: ignore[method-assign]
+
+    def open_free_engine(library: Library, fork_server: object) -> Engine:
+        del fork_server
+        return free_engine(library, settings.threads)
+
+    service.manager.open_engine = open_free_engine  # type: ignore[method-assign]
     running = [asyncio.ensure_future(plane.serve_forever()) for plane in service.planes]
     await service.manager.start()
     print(service.public_url.removeprefix("http://"), flush=True)
