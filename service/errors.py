@@ -4,26 +4,11 @@ A text is a constant with at most numbers of our own settings filled in. Nothing
 exception or of theta can enter one, whatever raised it.
 """
 
-<<<<<<< HEAD
-=======
-import asyncio
-import json
-import logging
-import random
-import secrets
->>>>>>> fb8e3d4 (Measure what a request costs beside its tickets, and cut a fifth)
 import traceback
 from enum import StrEnum
 from typing import ClassVar, Final
 
 SECOND: Final = 1  # Retry-After where no better figure is known
-<<<<<<< HEAD
-=======
-LINGER_S: Final = 1.0  # a refused body is read and thrown away this long, so that the client can read the refusal
-# Ids tell requests apart and are no secret. The system's generator would cost each request a system call; nothing else
-# draws from this one, least of all theta.
-IDS: Final = random.Random(secrets.randbits(256))
->>>>>>> fb8e3d4 (Measure what a request costs beside its tickets, and cut a fifth)
 REQUEST_ID: Final = "tombola.request_id"  # where the scope holds it
 
 
@@ -245,91 +230,3 @@ def where(error: BaseException) -> str:
     """The line that raised. Never the exception's text: it may quote the request, a path or theta."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else "an unknown line"
-<<<<<<< HEAD
-=======
-
-
-def answer(error: Exception) -> Response:
-    """The only place where an exception becomes a status and a body."""
-    known = as_service_error(error)
-    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    if headers.get("Allow") == "GET":
-        headers["Allow"] = "GET, HEAD"
-    if known.retry_after is not None:
-        headers["Retry-After"] = str(known.retry_after)
-    if known.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if known.close_connection:
-        headers["Connection"] = "close"
-    body = json.dumps({"error": known.message})
-    return Response(body, known.status, headers, media_type="application/json")
-
-
-async def answer_framework(_: Request, error: Exception) -> Response:
-    return answer(error)
-
-
-def install(app: FastAPI) -> None:
-    """Gives a plane the error form everywhere, 404 and 405 included, and the Guard."""
-    app.add_exception_handler(HTTPException, answer_framework)
-    app.add_exception_handler(RequestValidationError, answer_framework)
-    app.add_middleware(ErrorMiddleware)
-
-
-class ErrorMiddleware:
-    """Around a whole app: a random request id and no-store on every answer, and an answer to every exception.
-
-    A middleware inside the app, not an exception handler: Starlette raises again what a handler for Exception answered,
-    and the server then drops a connection that the client believes it can use.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request_id = scope[REQUEST_ID] = f"{IDS.getrandbits(64):016x}"
-        started = False
-
-        async def reply(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                extra = ((b"x-request-id", request_id.encode()), (b"cache-control", b"no-store"))
-                message["headers"] = [*message.get("headers", ()), *extra]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, reply)
-        except ClientDisconnected:
-            return
-        except Exception as error:  # noqa: BLE001 -- the last resort, and it must not raise
-            if started:
-                log.error("%s after the answer began, at %s", type(error).__name__, where(error))  # noqa: TRY400
-                raise EngineFailed from None  # the server closes the connection: the answer is incomplete
-            await send_error(error, scope, receive, reply)
-
-
-async def send_error(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
-    """Sends the answer. If a body is still arriving, reads on for a moment: closing at once would reset the
-    connection before the client has read what was wrong."""
-    response = answer(error)
-    if not getattr(error, "unread", False):
-        await response(scope, receive, send)
-        return
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    await discard_body(receive)
-    await send({"type": "http.response.body", "body": b""})
-
-
-async def discard_body(receive: Receive) -> None:
-    try:
-        async with asyncio.timeout(LINGER_S):
-            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):  # noqa: ASYNC110
-                await asyncio.sleep(0)  # the clock must have its turn, however fast the client sends
-    except TimeoutError:
-        return
->>>>>>> fb8e3d4 (Measure what a request costs beside its tickets, and cut a fifth)
