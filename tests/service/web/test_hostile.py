@@ -271,14 +271,15 @@ class TestParsers:
                 text,
             )
 
-    @pytest.mark.parametrize("path", [CLASSIFY, INFER])
-    def test_multipart_is_never_parsed(self, app: FastAPI, path: str) -> None:
+    @pytest.mark.parametrize(("path", "empty", "many"), [(CLASSIFY, 400, 413), (INFER, 415, 415)])
+    def test_a_form_without_pictures_is_refused(self, app: FastAPI, path: str, empty: int, many: int) -> None:
+        """Forms are read on /v1/classify alone: a boundary of a megabyte and 100,000 parts are refused there, too."""
         boundary = "b" * MEGABYTE
         kind = f"multipart/form-data; boundary={boundary}"
-        assert ask(app, "POST", path, content=b"--x", headers={"content-type": kind}).status_code == 415
+        assert ask(app, "POST", path, content=b"--x", headers={"content-type": kind}).status_code == empty
         parts = b'--x\r\ncontent-disposition: form-data; name="a"\r\n\r\n1\r\n' * 100_000
         kind = "multipart/form-data; boundary=x"
-        assert ask(app, "POST", path, content=parts, headers={"content-type": kind}).status_code == 415
+        assert ask(app, "POST", path, content=parts, headers={"content-type": kind}).status_code == many
 
     @pytest.mark.parametrize(
         "request_line_and_headers",
@@ -347,7 +348,8 @@ class TestKeepAlive:
             ("POST", CLASSIFY, b"", 400),
             ("POST", CLASSIFY, b"x" * 100_000, 415),
             ("POST", "/nothing", b"x" * 100_000, 404),
-            ("PUT", CLASSIFY, b"x" * 100_000, 405),
+            ("PUT", CLASSIFY, b"x" * 100_000, 415),
+            ("PATCH", CLASSIFY, b"x" * 100_000, 405),
             ("POST", INFER, b"{", 400),
             ("POST", "/v2/repository/models/tombola/load", b"{}", 501),
             ("POST", CLASSIFY, png(), 200),
