@@ -23,9 +23,10 @@ import numpy as np
 from benchmarks.load import closed_loop
 from benchmarks.requests import files
 from model_store.library import Library
-from service import app
+from service import lifecycle
 from service.engine.base import Engine, Images, Logits
 from service.settings import Settings
+from service.web.server import loop_factory
 
 TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 # Stages, each with parts of `function (file:line)` as py-spy writes frames. The innermost frame that matches decides.
@@ -56,7 +57,7 @@ def free_engine(library: Library, threads: int) -> Engine:
 async def serve_free_tickets(state: Path) -> None:
     """Serves until standard input ends. Prints the public plane's address once it is ready."""
     settings = Settings(port=0, admin_port=0, state_dir=state, threads=2, engine="torch", device="cpu")
-    service = app.create_service(settings)
+    service = lifecycle.create_service(settings)
 
     def open_free_engine(library: Library, fork_server: object) -> Engine:
         del fork_server
@@ -68,7 +69,7 @@ async def serve_free_tickets(state: Path) -> None:
     print(service.public_url.removeprefix("http://"), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     service.delay = False
-    await app.shut_down(service, running)
+    await lifecycle.shut_down(service, running)
 
 
 @contextmanager
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        with asyncio.Runner(loop_factory=app.loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve_free_tickets(given.serve))
     elif given.profile:
         print(table(*profile(given.codes[0].resolve(), given.clients, given.seconds)))

@@ -23,6 +23,7 @@ from service.admin.audit_jobs import AuditQueue
 from service.admin.audit_process import LEAST_SHARE, SMOOTHING, CpuShare
 from service.admin.audit_store import Job
 from service.admin.audit_worker import run as run_job
+from service.audit.checks.run import CHECKS
 from service.audit.command import INVALID
 from service.audit.errors import AuditConflict
 from service.audit.events import StepEvent
@@ -164,7 +165,7 @@ def test_an_audit_from_request_to_report(plane: Plane, monkeypatch: pytest.Monke
     until(lambda: niceness(process.pid) in (1, None), "its priority")
     stream = plane.ask("GET", f"/admin/audits/{audit}/events").text
     assert stream.count("event: step") == answer.json()["cost"]["attacks"]
-    assert stream.count("event: check") == 34
+    assert stream.count("event: check") == len(CHECKS)
     assert stream.rstrip().endswith('data: {"state": "done", "why": ""}')
     report = plane.ask("GET", f"/admin/audits/{audit}/report.json").json()
     assert report["audit"]["profile"] == "smoke"
@@ -196,7 +197,7 @@ def test_the_command_asks_a_running_service_shows_how_it_goes_and_keeps_the_repo
     report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert code == (INVALID if report["verdict"] == "invalid" else 0)
     shown = capsys.readouterr().out
-    assert shown.count("\ncheck ") == 34
+    assert shown.count("\ncheck ") == len(CHECKS)
     assert "%  paper-eot on tombola" in shown
     assert f"report {report['digest'][:12]}" in shown
     assert (tmp_path / "out" / "report.html").read_text("utf-8").startswith("<!doctype html>")

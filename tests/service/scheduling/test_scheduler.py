@@ -45,7 +45,8 @@ from tests.support.serving import Stand, engine, marks_its_members, some_rows, s
 
 @pytest.fixture(scope="module")
 def model(small_library: Library, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    made = open_engine(small_library, Settings(state_dir=tmp_path_factory.mktemp("state"), threads=2))
+    exact = Settings(state_dir=tmp_path_factory.mktemp("state"), threads=2, precision="float32")
+    made = open_engine(small_library, exact)
     return ServedModel(made, small_library.policy, len(small_library.classes))
 
 
