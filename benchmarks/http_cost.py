@@ -106,15 +106,15 @@ def measure(place: str, pid: int, clients: int, seconds: float) -> dict[str, flo
 
 def compare(codes: Sequence[Path], clients: int, seconds: float, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Each code in turn, round after round, so that a slow minute of the machine meets all of them."""
-    found: dict[str, list[dict[str, float]]] = {str(code): [] for code in codes}
+    rounds_of: dict[str, list[dict[str, float]]] = {str(code): [] for code in codes}
     with ExitStack() as stack:
         servers = {str(code): stack.enter_context(free_server(code)) for code in codes}
         for _ in range(rounds):
             for code, (place, pid) in servers.items():
                 measure(place, pid, clients, 1)
-                found[code].append(measure(place, pid, clients, seconds))
-                print(code, found[code][-1], flush=True)
-    return found
+                rounds_of[code].append(measure(place, pid, clients, seconds))
+                print(code, rounds_of[code][-1], flush=True)
+    return rounds_of
 
 
 def profile(code: Path, clients: int, seconds: float) -> tuple[dict[str, float], Counter[str]]:
@@ -167,9 +167,9 @@ def main() -> None:
         print(table(*profile(given.codes[0].resolve(), given.clients, given.seconds)))
     else:
         codes = [code.resolve() for code in given.codes]
-        found: dict[str, Any] = compare(codes, given.clients, given.seconds, given.rounds)
+        figures: dict[str, Any] = compare(codes, given.clients, given.seconds, given.rounds)
         if given.json:
-            given.json.write_text(json.dumps(found, indent=1) + "\n")
+            given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

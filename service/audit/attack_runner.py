@@ -266,8 +266,8 @@ class AuditRun:
         starts = known if step.warm else []
         match step.settings:
             case PgdConfig():
-                found = eot.attack(target, images, labels, step.threat, step.settings, generator, starts, known)
-                return from_pgd(found, step.settings)
+                result = eot.attack(target, images, labels, step.threat, step.settings, generator, starts, known)
+                return from_pgd(result, step.settings)
             case ArcConfig():
                 images_reached, _ = arc.attack(target, images, labels, step.threat, step.settings, generator, starts)
                 return RawResult(images_reached)

@@ -26,21 +26,21 @@ def run(options: argparse.Namespace) -> int:
     from service.cpu import usable_cores
 
     torch.set_num_threads(1)
-    found = explore(options.folder, options.library, options.threads or usable_cores())
-    write_atomically(options.folder / RESULT, found.model_dump_json(indent=1).encode())
-    write_atomically(options.folder / FIGURE, plot_frontier(found.laws, found.bound).encode())
-    shown = sorted((row for row in found.laws if row.frontier or row.name == SERVED), key=lambda row: row.cost)
+    exploration = explore(options.folder, options.library, options.threads or usable_cores())
+    write_atomically(options.folder / RESULT, exploration.model_dump_json(indent=1).encode())
+    write_atomically(options.folder / FIGURE, plot_frontier(exploration.laws, exploration.bound).encode())
+    shown = sorted((row for row in exploration.laws if row.frontier or row.name == SERVED), key=lambda row: row.cost)
     for row in shown:
         robust, low, high = (100 * each for each in (row.robust.value, row.robust.low, row.robust.high))
         print(
             f"{100 * row.cost:5.0f} % of the cost  {robust:5.1f} % [{low:.1f}, {high:.1f}]  "
             f"ten tries {100 * row.after_ten:5.1f} %  endless {100 * row.for_ever:5.1f} %  {row.name}"
         )
-    if found.confirmed is not None:
-        print(f"the best law over the menu after an attack on itself: {100 * found.confirmed.value:.1f} %")
+    if exploration.confirmed is not None:
+        print(f"the best law over the menu after an attack on itself: {100 * exploration.confirmed.value:.1f} %")
     print(
-        f"no law over {found.menu} choices keeps more than {100 * found.bound:.1f} % of these "
-        f"{found.reported_on} images under these {found.attacks} attacks; the served law keeps "
-        f"{100 * found.laws[0].robust.value:.1f} %"
+        f"no law over {exploration.menu} choices keeps more than {100 * exploration.bound:.1f} % of these "
+        f"{exploration.reported_on} images under these {exploration.attacks} attacks; the served law keeps "
+        f"{100 * exploration.laws[0].robust.value:.1f} %"
     )
     return 0

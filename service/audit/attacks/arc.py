@@ -134,8 +134,8 @@ def nearest_rows(
     outputs = torch.einsum("rm,mnc->rnc", rows / rows.sum(dim=1, keepdim=True), logits)
     leads = outputs.gather(2, labels.expand(len(rows), -1)[..., None]).squeeze(2)
     leads = leads - outputs.scatter(2, labels.expand(len(rows), -1)[..., None], -torch.inf).amax(dim=2)
-    held = (leads.clamp_min(0).sum(dim=1) / (leads > 0).sum(dim=1).clamp_min(1)).argsort()[:count]
-    return iter(rows[held])
+    nearest = (leads.clamp_min(0).sum(dim=1) / (leads > 0).sum(dim=1).clamp_min(1)).argsort()[:count]
+    return iter(rows[nearest])
 
 
 def nearest_boundary(

@@ -87,15 +87,15 @@ def is_found(planted: Planted, image: Tensor, threat: ThreatModel, generator: to
 def planted_examples(context: CheckContext) -> CheckResult:
     """Those of the served law, on images that are right at first."""
     threat, generator = context.threat(), context.generator("planted")
-    found = []
+    successes = []
     for image in torch.split(context.images[:IMAGES], 1):
         planted = plant(context.target, image, threat, generator)
         if planted.risk > 0:
-            found.append(is_found(planted, image, threat, generator))
-    if not found:
+            successes.append(is_found(planted, image, threat, generator))
+    if not successes:
         return CheckResult(None, "no corner of the ball stands out from its inside")
-    share = sum(found) / len(found)
-    return CheckResult(share >= LEAST, f"{points(share)} of {len(found)} planted examples found")
+    share = sum(successes) / len(successes)
+    return CheckResult(share >= LEAST, f"{points(share)} of {len(successes)} planted examples found")
 
 
 CHECKS: Final = (
