@@ -48,6 +48,7 @@ def main(folder: Path, niceness: int) -> int:
 def run(folder: Path, job: "Job", emit: "Callable[[Event], None]") -> None:
     """Raises AuditError, StoreError."""
     from model_store.library import open_library
+    from service.audit.attack_runner import RunOptions
     from service.audit.config import read_audit
     from service.audit.errors import AuditConflict
     from service.audit.run import load_images, run_audit
@@ -57,19 +58,15 @@ def run(folder: Path, job: "Job", emit: "Callable[[Event], None]") -> None:
     if library.digest != job.digest:
         raise AuditConflict(f"the library is {library.digest[:12]} now; the audit was asked of {job.digest[:12]}")
     data = load_images(audit, library, Path(job.data) if job.data else None, job.threads)
-    run_audit(
-        folder,
-        audit,
-        library,
-        data,
+    options = RunOptions(
         device=job.device,
+        threads=job.threads,
         url=job.url,
         outside=open_library(Path(job.outside)) if job.outside else None,
         precision=job.precision,
         int8_images=Path(job.int8_images) if job.int8_images else None,
-        emit=emit,
-        threads=job.threads,
     )
+    run_audit(folder, audit, library, data, options, emit=emit)
 
 
 if __name__ == "__main__":

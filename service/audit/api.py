@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from model_store.library import Library, open_library
+from service.audit.attack_runner import RunOptions
 from service.audit.config import read_audit
 from service.audit.errors import DataRejected
 from service.audit.events import Event
@@ -76,7 +77,7 @@ def audit(
         labelled = load_images(request, subject, path, cores)
     with tempfile.TemporaryDirectory(prefix="tombola-audit-") as temporary:
         folder = Path(out) if out is not None else Path(temporary)
-        return run_audit(folder, request, subject, labelled, device=device, threads=cores, emit=emit)
+        return run_audit(folder, request, subject, labelled, RunOptions(device=device, threads=cores), emit=emit)
 
 
 def from_arrays(images: ArrayLike, labels: ArrayLike, classes: Sequence[str]) -> LabelledImages:

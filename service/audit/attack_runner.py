@@ -97,6 +97,23 @@ class RawResult:
     passes: int = 0
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and beside what an audit runs. None of it is part of the request."""
+
+    device: str = "cpu"
+    threads: int = 1
+    url: str | None = None  # of a service of the same library, for black-box attacks
+    key: str | None = None  # of that service
+    proxy: str | None = None  # on the way to it
+    outside: Library | None = None  # the attacker's own, of the same classes, to transfer from
+    precision: PrecisionChoice = "auto"  # of the service
+    int8_images: Path | None = None  # what the service is calibrated on, if it runs in 8 bits
+
+
+DEFAULT_OPTIONS: Final = RunOptions()
+
+
 class AuditRun:
     """One audit of one library on one set of images, and its folder."""
 
@@ -106,31 +123,20 @@ class AuditRun:
         audit: Audit,
         library: Library | Target,
         data: LabelledImages,
+        options: RunOptions = DEFAULT_OPTIONS,
         *,
-        device: str = "cpu",
-        url: str | None = None,
-        key: str | None = None,
         emit: Emit = lambda _: None,
-        proxy: str | None = None,
-        outside: Library | None = None,
-        precision: PrecisionChoice = "auto",
-        int8_images: Path | None = None,
         candidates: CandidateSet | None = None,
-        threads: int = 1,
     ) -> None:
-        """outside: a library of the attacker's own, of the same classes, to transfer from.
-        precision: of the service.  int8_images: what it is calibrated on, if it runs in 8 bits.
-        candidates: other networks than the library's, to try the checks on.  Raises AuditRejected."""
+        """candidates: other networks than the library's, to try the checks on.  Raises AuditRejected."""
+        outside = options.outside
         self.folder = folder
         self.audit = audit
         self.library = library
-        self.outside = outside
+        self.options = options
         self.data = data
-        self.url, self.key = url, key
-        self.precision, self.int8_images = precision, int8_images
-        self.proxy = proxy
         self.emit = emit
-        self.candidates = candidates or candidates_of_subject(library, device, outside, threads)
+        self.candidates = candidates or candidates_of_subject(library, options.device, outside, options.threads)
         self.fingerprint = fingerprint(self.candidates.members)
         self.strength = baselines.strengths(library) or [0.0] * self.candidates.tickets
         self.endpoint = library.endpoint if isinstance(library, Target) else None
@@ -239,9 +245,9 @@ class AuditRun:
         """Changes with anything that changes the attack's result."""
         if step not in self.keys:
             warm = [self.key_of(other) for other in self.before(step)]
-            service = self.url if isinstance(step.settings, QueryAttackConfig) else None
+            service = self.options.url if isinstance(step.settings, QueryAttackConfig) else None
             part = self.part_digest(step.images)
-            outside = self.outside and self.outside.digest
+            outside = self.options.outside and self.options.outside.digest
             parts = [CODE, step.as_dict(), self.library.digest, outside, part, self.audit.seed, warm, service]
             self.keys[step] = digest_of(parts)[:32]
         return self.keys[step]
@@ -328,12 +334,12 @@ class AuditRun:
         if self.endpoint is not None:
             return EndpointOracle(self.endpoint)
         system = self.system(step.system)
-        if self.url is not None and step.system == baselines.OURS:
+        if self.options.url is not None and step.system == baselines.OURS:
             try:
-                client = http_client(timeout_s=TIMEOUT_S, proxy=self.proxy)
+                client = http_client(timeout_s=TIMEOUT_S, proxy=self.options.proxy)
             except ProxyRejected as error:
                 raise AuditRejected(str(error)) from None
-            return HttpOracle(self.url, len(self.library.classes), self.key, client=client)
+            return HttpOracle(self.options.url, len(self.library.classes), self.options.key, client=client)
         rng = random.Random(f"oracle {self.audit.defender_seed} {step.id} {step.settings}")
         return LocalOracle(
             self.candidates.members, system.policy, self.candidates.device, rng, threads=self.candidates.threads

@@ -137,6 +137,7 @@ def request_fields(options: argparse.Namespace) -> dict[str, Any]:
 def audit_here(options: argparse.Namespace) -> "Report":
     """Audits a library, or another model, in this process."""
     from model_store.library import open_library
+    from service.audit.attack_runner import RunOptions
     from service.audit.config import read_audit
     from service.audit.run import load_images, run_audit
     from service.cpu import usable_cores
@@ -157,21 +158,11 @@ def audit_here(options: argparse.Namespace) -> "Report":
     for note in images.notes:
         print(f"{images.name}: {note}", file=sys.stderr)
     print(f"device {device}, {threads} cores, seed {audit.seed}, profile {audit.profile}")
+    run_options = RunOptions(
+        device=device, threads=threads, url=options.target_url, key=options.key, proxy=options.proxy, outside=outside
+    )
     with ProgressBar() as bar:
-        return run_audit(
-            options.out,
-            audit,
-            subject,
-            images,
-            device=device,
-            url=options.target_url,
-            key=options.key,
-            proxy=options.proxy,
-            outside=outside,
-            emit=bar.show,
-            threads=threads,
-            floor=options.fail_under,
-        )
+        return run_audit(options.out, audit, subject, images, run_options, emit=bar.show, floor=options.fail_under)
 
 
 def open_subject(options: argparse.Namespace) -> "Library | Target":

@@ -62,6 +62,38 @@ def refine(steps: int) -> PgdConfig:
     return PgdConfig("risk", steps=steps, step=0.125, restarts=0, momentum=0.75)
 
 
+def compared_attacks(steps: int, *, restarts: int, refined: int) -> Named:
+    """On every compared system. restarts: of the mean loss; the two margins have two.  refined: steps on the risk."""
+    return (
+        ("eot-mean-loss", apgd("mean-loss", steps, restarts)),
+        *temperatures(steps),
+        ("eot-hinge", apgd("hinge", steps, restarts=2)),
+        ("eot-probability-margin", apgd("probability-margin", steps, restarts=2)),
+        ("eot-risk", refine(refined)),
+    )
+
+
+def adaptive_attacks(targets: int, *, steps: int, alternating: int, refined: int, arc: ArcConfig) -> Named:
+    """On the served policy, aimed at what is its own. alternating, refined: steps of those two."""
+    return (
+        ("eot-targeted", PgdConfig("targeted", targets=targets, steps=steps, step=0.125, momentum=0.75)),
+        ("eot-alternating", PgdConfig("alternating", steps=alternating, step=0.125, momentum=0.75)),
+        ("mora", apgd("reweighted", steps)),
+        ("eot-risk", refine(refined)),
+        ("arc", arc),
+    )
+
+
+def few_attacks(*, apgd_steps: int, fab_steps: int, targets: tuple[int, int], queries: int, corners: int) -> Named:
+    """Too expensive for all images. targets: wrong classes that APGD-T and FAB-T aim at."""
+    return (
+        ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", apgd_steps, targets=targets[0])),
+        ("fab-t", AutoAttackConfig("fab-t", "mean-logits", fab_steps, targets=targets[1])),
+        ("square", AutoAttackConfig("square", "soft-vote", queries)),
+        ("noise", RandomCorners(corners)),
+    )
+
+
 def query_attacks(method: Literal["square", "hopskipjump"], probes: int) -> Named:
     return tuple((f"{method}-queries", QueryAttackConfig(method, q, probes)) for q in (1, 5, 20))
 
@@ -94,31 +126,16 @@ STANDARD: Final = Profile(
     queried_images=8,
     far_images=5,
     check_images=200,
-    shared=(
-        ("eot-mean-loss", apgd("mean-loss", 20)),
-        *temperatures(20),
-        ("eot-hinge", apgd("hinge", 20, restarts=2)),
-        ("eot-probability-margin", apgd("probability-margin", 20, restarts=2)),
-        ("eot-risk", refine(30)),
-    ),
+    shared=compared_attacks(20, restarts=1, refined=30),
     swept=(("eot-mean-loss", apgd("mean-loss", 10)), ("eot-risk", refine(8))),
     each=EACH,
     thetas=16,
     ours=(
         ("paper-eot", PAPER),
         ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 20)),
-        ("eot-targeted", PgdConfig("targeted", targets=3, steps=20, step=0.125, momentum=0.75)),
-        ("eot-alternating", PgdConfig("alternating", steps=30, step=0.125, momentum=0.75)),
-        ("mora", apgd("reweighted", 20)),
-        ("eot-risk", refine(40)),
-        ("arc", ArcConfig(sweeps=4, candidates=4)),
+        *adaptive_attacks(3, steps=20, alternating=30, refined=40, arc=ArcConfig(sweeps=4, candidates=4)),
     ),
-    few=(
-        ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", 20, targets=3)),
-        ("fab-t", AutoAttackConfig("fab-t", "mean-logits", 10, targets=2)),
-        ("square", AutoAttackConfig("square", "soft-vote", 300)),
-        ("noise", RandomCorners(30)),
-    ),
+    few=few_attacks(apgd_steps=20, fab_steps=10, targets=(3, 2), queries=300, corners=30),
     queries=(*query_attacks("square", 300), *query_attacks("hopskipjump", 250)),
     universal=(("universal", UniversalPerturbation(epochs=12)),),
 )
@@ -130,13 +147,7 @@ FULL: Final = Profile(
     queried_images=16,
     far_images=10,
     check_images=400,
-    shared=(
-        ("eot-mean-loss", apgd("mean-loss", 50, restarts=2)),
-        *temperatures(50),
-        ("eot-hinge", apgd("hinge", 50, restarts=2)),
-        ("eot-probability-margin", apgd("probability-margin", 50, restarts=2)),
-        ("eot-risk", refine(50)),
-    ),
+    shared=compared_attacks(50, restarts=2, refined=50),
     swept=(("eot-mean-loss", apgd("mean-loss", 30)), ("eot-risk", refine(15))),
     each=EACH,
     thetas=32,
@@ -147,18 +158,9 @@ FULL: Final = Profile(
         ("eot-hinge", apgd("hinge", 100, restarts=4)),
         ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 100)),
         ("apgd-dlr", AutoAttackConfig("apgd-dlr", "mean-logits", 100)),
-        ("eot-targeted", PgdConfig("targeted", targets=9, steps=50, step=0.125, momentum=0.75)),
-        ("eot-alternating", PgdConfig("alternating", steps=60, step=0.125, momentum=0.75)),
-        ("mora", apgd("reweighted", 50)),
-        ("eot-risk", refine(100)),
-        ("arc", ArcConfig(sweeps=10, candidates=8)),
+        *adaptive_attacks(9, steps=50, alternating=60, refined=100, arc=ArcConfig(sweeps=10, candidates=8)),
     ),
-    few=(
-        ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", 50, targets=9)),
-        ("fab-t", AutoAttackConfig("fab-t", "mean-logits", 20, targets=9)),
-        ("square", AutoAttackConfig("square", "soft-vote", 1000)),
-        ("noise", RandomCorners(10_000)),
-    ),
+    few=few_attacks(apgd_steps=50, fab_steps=20, targets=(9, 9), queries=1000, corners=10_000),
     queries=(*query_attacks("square", 1000), *query_attacks("hopskipjump", 1000)),
     queried_systems=(COST, MEAN),
     universal=(("universal", UniversalPerturbation(epochs=20)),),

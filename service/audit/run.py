@@ -13,7 +13,7 @@ from model_store.files import write_atomically
 from model_store.library import Library
 from service.audit import baselines
 from service.audit import labelled_data as sets
-from service.audit.attack_runner import AuditRun, Emit
+from service.audit.attack_runner import DEFAULT_OPTIONS, AuditRun, Emit, RunOptions
 from service.audit.checks.run import run_checks
 from service.audit.config import Audit
 from service.audit.cost import check_giga_multiply_adds, estimated_seconds
@@ -27,7 +27,6 @@ from service.audit.plan import images_of
 from service.audit.report import html_report, plots, summary
 from service.audit.report.model import Report
 from service.audit.target import Target
-from service.settings import PrecisionChoice
 
 REPORT: Final = "report.json"
 PAGE: Final = "report.html"
@@ -62,44 +61,20 @@ def run_audit(
     audit: Audit,
     library: Library | Target,
     data: LabelledImages,
+    options: RunOptions = DEFAULT_OPTIONS,
     *,
-    device: str = "cpu",
-    url: str | None = None,
-    key: str | None = None,
-    proxy: str | None = None,
-    outside: Library | None = None,
-    precision: PrecisionChoice = "auto",
-    int8_images: Path | None = None,
     emit: Emit = lambda _: None,
-    threads: int = 1,
     floor: float | None = None,
 ) -> Report:
     """Runs what is not yet on disk, and writes the report. The same audit in the same folder goes on where it was.
 
-    url, key: of a service of the same library, for black-box attacks.  proxy: on the way to it.
-    outside: a library to transfer from.
-    precision: of the service.  int8_images: what it is calibrated on, if it runs in 8 bits.
     floor: the least lower bound of robust accuracy that is enough, for the page alone.
     """
     use_reproducible_arithmetic()
     torch.set_num_threads(1)  # members run in threads of their own: results do not depend on the number of cores
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    run = AuditRun(
-        folder,
-        audit,
-        library,
-        data,
-        device=device,
-        url=url,
-        key=key,
-        proxy=proxy,
-        emit=emit,
-        threads=threads,
-        outside=outside,
-        precision=precision,
-        int8_images=int8_images,
-    )
+    run = AuditRun(folder, audit, library, data, options, emit=emit)
     emit(cost_event(run))
     run.attack()
     checks = run_checks(run)

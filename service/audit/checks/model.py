@@ -103,10 +103,15 @@ def served_precision(context: CheckContext, library: Library) -> str | None:
 
     None where it serves in float32, which is what was audited.
     """
-    run, eight_bits = context.run, context.run.int8_images is not None
+    run, options = context.run, context.run.options
+    eight_bits = options.int8_images is not None
     device = torch.device("cpu") if eight_bits else run.candidates.device
     served_as = Settings(
-        state_dir=run.folder, threads=1, device=str(device), precision=run.precision, int8_images=run.int8_images
+        state_dir=run.folder,
+        threads=1,
+        device=str(device),
+        precision=options.precision,
+        int8_images=options.int8_images,
     )
     name = "8 bits" if eight_bits else "float16" if device.type == "cuda" else precision_on_cpu(served_as)
     if name == "float32":

@@ -135,7 +135,8 @@ def audit_part(run: AuditRun) -> AuditPart:
 def library_part(run: AuditRun) -> LibraryPart:
     policy, names = run.library.policy, list(run.candidates.names)
     tickets, own = run.candidates.tickets, run.candidates.own
-    outside = None if run.outside is None else OutsideLibrary(digest=run.outside.digest, members=names[own:])
+    surrogate = run.options.outside
+    outside = None if surrogate is None else OutsideLibrary(digest=surrogate.digest, members=names[own:])
     return LibraryPart(
         digest=run.library.digest,
         classes=list(run.library.classes),

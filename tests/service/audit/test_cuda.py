@@ -15,7 +15,7 @@ from model_store.library import Library
 from model_store.policy import Policy
 from model_store.processor import has_bfloat16
 from service.audit import plan
-from service.audit.attack_runner import AuditRun, Json
+from service.audit.attack_runner import AuditRun, Json, RunOptions
 from service.audit.checks import attacks, model, report
 from service.audit.checks.base import CheckContext, evaluate_check
 from service.audit.checks.run import CHECKS
@@ -72,7 +72,9 @@ def audit_two(folder: Path, profile: ProfileName, device: torch.device) -> Audit
     law = Policy.switching([0, 1], 2)
     candidates = CandidateSet(members, 2, ("resnet18", "resnet18"), law, device)
     audit = Audit(profile, images=IMAGES, epsilons=(4.0, 8.0))
-    return AuditRun(folder / "audit", audit, library, faint_digits(IMAGES), device=str(device), candidates=candidates)
+    return AuditRun(
+        folder / "audit", audit, library, faint_digits(IMAGES), RunOptions(device=str(device)), candidates=candidates
+    )
 
 
 @pytest.mark.parametrize("profile", [name for name in PROFILES if name != "smoke"])  # its attacks are in the others
@@ -125,7 +127,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 def attacked(library: Library, folder: Path, device: str, **options: Any) -> CheckContext:
     audit = Audit("standard", images=IMAGES, attacks=("eot-mean-loss",), epsilons=(8.0,))
-    run = AuditRun(folder, audit, library, faint_digits(IMAGES), device=device, **options)
+    run = AuditRun(folder, audit, library, faint_digits(IMAGES), RunOptions(device=device, **options))
     run.attack()
     return CheckContext(run)
 
@@ -166,6 +168,6 @@ def test_a_whole_audit_has_the_same_report_on_cuda(library: Library, tmp_path: P
     audit, data = Audit("smoke", images=IMAGES, epsilons=(8.0,)), faint_digits(IMAGES)
     expected = run_audit(tmp_path / "cpu", audit, library, data)
     with pretend_cuda():
-        assert run_audit(tmp_path / "cuda", audit, library, data, device="cuda").digest == expected.digest
+        assert run_audit(tmp_path / "cuda", audit, library, data, RunOptions(device="cuda")).digest == expected.digest
     assert torch.backends.cudnn.deterministic
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]

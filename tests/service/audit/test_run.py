@@ -15,7 +15,7 @@ from torch import nn
 from model_store.library import write_library
 from model_store.policy import expected_size, inclusion_probabilities
 from service.audit import baselines, stats
-from service.audit.attack_runner import AuditRun, Outcome, converged, is_shared
+from service.audit.attack_runner import AuditRun, Outcome, RunOptions, converged, is_shared
 from service.audit.attacks import eot
 from service.audit.attacks.autoattack import AutoAttackConfig
 from service.audit.attacks.eot import PgdConfig
@@ -453,7 +453,9 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
     report: Json, library: Any, folder: Path
 ) -> None:
     theirs = tiny(folder / "theirs", ("resnet18",), (0.3,))
-    found = run_audit(folder / "outside", SMALL, library, load_images(SMALL, library, None), outside=theirs).as_json()
+    found = run_audit(
+        folder / "outside", SMALL, library, load_images(SMALL, library, None), RunOptions(outside=theirs)
+    ).as_json()
     name = f"{theirs.digest[:6]}/resnet18-30"
     assert found["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
     assert set(found["systems"]) == set(report["systems"])
@@ -464,7 +466,7 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
     two = items([make_ticket("resnet18", 0.5, classes=2)])
     others = write_library(folder / "others", classes=("cat", "dog"), data="random", tickets=two)
     with pytest.raises(AuditRejected, match="expected the library's own"):
-        AuditRun(folder / "unused", SMALL, library, faint_digits(2), outside=others)
+        AuditRun(folder / "unused", SMALL, library, faint_digits(2), RunOptions(outside=others))
 
 
 # Defences that only look strong
@@ -533,12 +535,14 @@ def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: boo
 def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
     np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
     served = folder / "pictures.npz"
-    run = AuditRun(folder / "rounded", Audit("standard", images=4), library, faint_digits(4), int8_images=served)
+    run = AuditRun(
+        folder / "rounded", Audit("standard", images=4), library, faint_digits(4), RunOptions(int8_images=served)
+    )
     finding = model.same_model(CheckContext(run))
     assert finding.ok is False
     assert finding.warn
     assert "in 8 bits" in finding.value
-    exact = AuditRun(folder / "rounded", run.audit, library, run.data, precision="float32")
+    exact = AuditRun(folder / "rounded", run.audit, library, run.data, RunOptions(precision="float32"))
     assert model.same_model(CheckContext(exact)).ok
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.audit.attack_runner import AuditRun
+from service.audit.attack_runner import AuditRun, RunOptions
 from service.audit.checks import model
 from service.audit.checks.base import CheckContext
 from service.audit.config import Audit
@@ -22,7 +22,7 @@ def test_a_service_in_8_bits_is_a_warning_that_says_what_they_change(tmp_path: P
     np.savez(calibration, images=images.pixels.permute(0, 2, 3, 1).numpy(), labels=images.labels.numpy())
     library = tiny(tmp_path / "library", ("resnet18",))
     audit = Audit("standard", images=5, attacks=("eot-mean-loss",), epsilons=(8.0,))
-    run = AuditRun(tmp_path / "audit", audit, library, faint_digits(5), int8_images=calibration)
+    run = AuditRun(tmp_path / "audit", audit, library, faint_digits(5), RunOptions(int8_images=calibration))
     run.attack()
     result = model.same_model(CheckContext(run))
     assert (result.ok, result.warn) == (False, True)
