@@ -1,8 +1,8 @@
 # Three stages: what we depend on, our code, and a slim image of both that runs as a number, not as root.
 #
-#   docker build -t tombola:cpu --build-arg TORCH_INDEX_URL=INDEX .      INDEX: PyTorch's index of CPU wheels
-#   docker build -t tombola:cuda .                                       the default wheels bring CUDA (several GB)
-#   docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -p 8000:8000 tombola:cpu
+#   docker build -t tombola:0.1.0 --build-arg TORCH_INDEX_URL=INDEX .     INDEX: PyTorch's index of CPU wheels
+#   docker build -t tombola:0.1.0-cuda .                                  the default wheels bring CUDA (several GB)
+#   docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -p 8000:8000 tombola:0.1.0
 #
 # Also: EXTRAS for optional dependencies ("grpc"; or "grpc tracing"), VERSION, COMMIT and CREATED for the labels,
 # PYTHON_IMAGE for a base pinned by digest.

@@ -1,10 +1,13 @@
 """The files that operators deploy: alert rules, dashboard, compose file, manifests. Nothing here starts a server."""
 
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -23,6 +26,7 @@ from tests.support.serving import stand_in_library
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"
 PROMETHEUS: Final = DEPLOY / "prometheus"
+VERSION: Final[str] = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 NEEDS_PROMTOOL: Final = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
 )
@@ -179,14 +183,74 @@ def compose() -> Json:
     return found
 
 
-@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not installed")
+@pytest.mark.skipif(
+    shutil.which("docker-compose") is None, reason="docker-compose is not installed (Debian: docker-compose)"
+)
 def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     folder = tmp_path / "deploy"
     shutil.copytree(DEPLOY, folder)
-    (folder / "admin-token").write_text("a-token-for-the-tests-alone\n")
-    command = ["docker-compose", "-f", "compose.yaml", "config", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr
+    command = ["docker-compose", "-f", "compose.yaml", "config"]
+    pinned = f"registry.example/tombola:{VERSION}@sha256:{'ab' * 32}"
+    for variables, image in (({}, f"tombola:{VERSION}"), ({"TOMBOLA_IMAGE": pinned}, pinned)):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=folder, env=os.environ | variables, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert yaml.safe_load(done.stdout)["services"]["tombola"]["image"] == image
+
+
+IMAGE: Final = re.compile(r"^[\w./-]*\b(\w+):([\w.-]+)(?:@sha256:[0-9a-f]{64})?$")
+
+
+def images(document: Any) -> Iterator[str]:
+    """Every `image:` of a document."""
+    for key, value in document.items() if isinstance(document, dict) else enumerate(document):
+        if key == "image" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            yield from images(value)
+
+
+def test_every_image_is_named_by_its_version_and_may_be_pinned_by_its_digest() -> None:
+    files = [file for file in DEPLOY.rglob("*.yaml") if "templates" not in file.parts]
+    named = [name for file in files for page in yaml.safe_load_all(file.read_text("utf-8")) for name in images(page)]
+    for name in named:
+        default = re.fullmatch(r"\$\{\w+:-([^}]+)\}", name)  # of the compose file: a variable may name another
+        match = IMAGE.fullmatch(default[1] if default else name)
+        if name != "tombola":  # of the Deployment: Kustomize replaces it
+            assert match is not None, name
+            assert match[2] != "latest"
+            assert match[1] != "tombola" or match[2] == VERSION
+    tags = [
+        image["newTag"]
+        for file in (DEPLOY / "kubernetes").rglob("kustomization.yaml")
+        for image in yaml.safe_load(file.read_text("utf-8")).get("images", ())
+    ]
+    assert sorted(tags) == [VERSION, f"{VERSION}-cuda", f"{VERSION}-tracing"]
+    dockerfile = (DEPLOY.parent / "Dockerfile").read_text("utf-8")
+    assert f"\nARG VERSION={VERSION}\n" in dockerfile
+    assert set(re.findall(r"\btombola:([\w.]+)", dockerfile)) == {VERSION}
+
+
+def test_no_file_or_page_names_an_image_s_tag_latest() -> None:
+    pages = [*DEPLOY.rglob("*"), *(DEPLOY.parent / "docs").rglob("*.md"), DEPLOY.parent / "Dockerfile"]
+    texts = {page: page.read_text("utf-8") for page in pages if page.is_file() and page.suffix != ".json"}
+    assert [str(page) for page, text in texts.items() if re.search(r"\b\w+:-?latest\b", text)] == []
+
+
+def test_compose_runs_the_cpu_image_alone_unless_monitoring_is_chosen() -> None:
+    services = compose()["services"]
+    assert {name: service.get("profiles") for name, service in services.items()} == {
+        "tombola": None,
+        "prometheus": ["monitoring"],
+        "grafana": ["monitoring"],
+    }
+    build = services["tombola"]["build"]["args"]
+    assert build["VERSION"] == VERSION
+    assert build["TORCH_INDEX_URL"].endswith("/whl/cpu}")
+    assert services["grafana"]["secrets"] == ["grafana-password"]
+    ignored = (DEPLOY.parent / ".gitignore").read_text("utf-8").split()
+    assert {f"deploy/{name}" for name in compose()["secrets"]} <= set(ignored)
 
 
 def test_compose_mounts_files_that_exist_and_names_settings_that_exist() -> None:

@@ -16,7 +16,7 @@ from cloudcoil.models.prometheus_operator import v1 as operator
 
 from service.observability.metrics import PREFIX, TABLE
 from service.settings import SERVICE_LINK, Settings, setting_docs
-from tests.deploy.test_files import DEPLOY, PROMETHEUS
+from tests.deploy.test_files import DEPLOY, PROMETHEUS, VERSION
 
 KUBERNETES: Final = DEPLOY / "kubernetes"
 BASE: Final = KUBERNETES / "base"
@@ -94,7 +94,7 @@ def test_the_gpu_overlay_asks_for_a_gpu_and_keeps_the_rest() -> None:
     (plain,) = [item for item in built(BASE) if item["kind"] == "Deployment"]
     (gpu,) = [item for item in built(KUBERNETES / "overlays" / "gpu") if item["kind"] == "Deployment"]
     assert container(gpu)["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert container(gpu)["image"] == "tombola:cuda"
+    assert container(gpu)["image"] == f"tombola:{VERSION}-cuda"
     assert {"name": "TOMBOLA_DEVICE", "value": "cuda"} in container(gpu)["env"]
     assert pod(gpu)["securityContext"] == pod(plain)["securityContext"]
     assert all(variable in container(gpu)["env"] for variable in container(plain)["env"])
