@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -17,10 +18,11 @@ import torch
 from model_store.errors import LibraryRejected
 from model_store.library import EMBEDDED, Library, open_library
 from service.cpu import NICE_INFERENCE, NICE_LOADING, cpu_s, lower_priority, resident_bytes
-from service.engine.base import Engine, EngineRejected
+from service.engine.base import Engine
+from service.engine.errors import EngineRejected
 from service.engine.factory import open_for_serving, start_ahead
 from service.engine.gpu import gpu_usage
-from service.engine.process_pool import ForkServer
+from service.engine.launcher import ForkServer
 from service.errors import NotReady
 from service.library_source import local_library
 from service.observability.metrics import Metrics
@@ -57,6 +59,7 @@ class LibraryManager:
         self.admission = AdmissionController(settings, metrics)
         self.workers = WorkerPool(settings, metrics, on_broken)
         self.workers.on_heartbeat = self.on_heartbeat
+        self.first_fork_server: ForkServer | None = None  # one that was started for the first library before
         self.on_step: Callable[[str], None] = lambda step: log.info("start: %s", step)
         self.opening = asyncio.Lock()
         self.retired_engines: list[weakref.ref[Engine]] = []  # of libraries that were replaced
@@ -95,16 +98,21 @@ class LibraryManager:
             return self.current
 
     async def open_library_and_engine(self) -> tuple[Library, Engine]:
-        """Verifies the library in a low-priority thread, while a fork server compiles it where one is used.
+        """Verifies the library, while a fork server compiles it where one is used.
 
-        The fork server is started from a normal-priority thread, because children inherit priority permanently.
+        Both stand back for requests that another library answers meanwhile. The fork server is started from a
+        normal-priority thread, because children inherit priority permanently.
         """
         settings, loop = self.settings, asyncio.get_running_loop()
         path = await asyncio.to_thread(local_library, settings, self.on_step) or EMBEDDED
-        pool = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,))
-        fork_server: ForkServer | None = None
+        background = self.current is not None
+        steps = NICE_LOADING if background else 0
+        pool = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(steps,))
+        fork_server, self.first_fork_server = self.first_fork_server, None
         try:
-            fork_server = await asyncio.to_thread(start_ahead, path, settings, self.on_step)
+            if fork_server is None:
+                start = partial(start_ahead, path, settings, self.on_step, background=background)
+                fork_server = await asyncio.to_thread(start)
             self.on_step("verifying the library")
             library = await loop.run_in_executor(pool, open_library, path)
             ahead, fork_server = fork_server, None  # the engine owns it from here on

@@ -21,6 +21,7 @@ from model_store.code_version import product_version
 from model_store.errors import StoreError
 from service.admin.audit_jobs import AuditQueue
 from service.app import create_admin_app, create_public_app
+from service.engine.launcher import ForkServer
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.logs import configure_logging
 from service.observability.metrics import Metrics, describe_build
@@ -121,10 +122,16 @@ def create_grpc_server(protocol: OpenInferenceApi) -> "GrpcServer":
 Announce = Callable[[ServerProcess, LoadedLibrary], None]
 
 
-async def serve(settings: Settings, announce: Announce, on_step: Callable[[str], None] | None = None) -> int:
+async def serve(
+    settings: Settings,
+    announce: Announce,
+    on_step: Callable[[str], None] | None = None,
+    fork_server: ForkServer | None = None,
+) -> int:
     """Runs until told to end; the process's exit code. Raises SettingsRejected, StoreError."""
     service = create_service(settings)
     service.manager.on_step = on_step or service.manager.on_step
+    service.manager.first_fork_server = fork_server
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.on_signal, number)
@@ -168,12 +175,17 @@ async def shut_down(service: ServerProcess, running: Sequence[Awaitable[None]]) 
     log.info("ended")
 
 
-def run(settings: Settings, announce: Announce, on_step: Callable[[str], None] | None = None) -> int:
+def run(
+    settings: Settings,
+    announce: Announce,
+    on_step: Callable[[str], None] | None = None,
+    fork_server: ForkServer | None = None,
+) -> int:
     """Serves in this thread until told to end. Raises SettingsRejected, StoreError.
 
-    on_step: called with each step of loading a library; None to log it.
+    on_step: called with each step of loading a library; None to log it.  fork_server: the launcher's start_at_once.
     """
     configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(serve(settings, announce, on_step))
+        return runner.run(serve(settings, announce, on_step, fork_server))

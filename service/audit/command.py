@@ -141,7 +141,7 @@ def audit_here(options: argparse.Namespace) -> "Report":
     from service.audit.config import read_audit
     from service.audit.run import load_images, run_audit
     from service.cpu import usable_cores
-    from service.engine.base import EngineRejected
+    from service.engine.errors import EngineRejected
     from service.engine.factory import resolve_device
 
     try:

@@ -26,7 +26,8 @@ from service.audit.errors import DataRejected
 from service.audit.labelled_data import read_data
 from service.benchmarks import SETTINGS, capacity, output_leakage, rounding, timing_leakage
 from service.benchmarks.timing_leakage import scheduling
-from service.engine.base import Engine, EngineRejected, Images
+from service.engine.base import Engine, Images
+from service.engine.errors import EngineRejected
 from service.engine.factory import engine_threads, open_engine, open_for_serving
 from service.library_source import local_library
 from service.scheduling.scheduler import Scheduler

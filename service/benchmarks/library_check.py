@@ -14,7 +14,8 @@ import numpy as np
 from model_store.errors import LibraryRejected
 from model_store.library import Library, open_library
 from model_store.policy import Policy, Theta, draw_theta, expected_size, size_probabilities, states
-from service.engine.base import Engine, EngineRejected, Images
+from service.engine.base import Engine, Images
+from service.engine.errors import EngineRejected
 from service.engine.factory import open_engine
 from service.library_source import local_library
 from service.settings import Settings

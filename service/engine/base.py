@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_store.errors import TombolaError
 from model_store.input_spec import InputSpec
 from model_store.structures import Network, fold_in_place
 from model_store.ticket import Ticket
@@ -35,17 +34,6 @@ TOLERANCE: Final = 1e-4  # of logits, relative to the largest (or to 1, if that 
 HALF_TOLERANCE: Final = 2e-2  # the same for float16
 BFLOAT16_TOLERANCE: Final = 1e-1  # the same for bfloat16, which rounds eight times as coarsely
 INT8_TOLERANCE: Final = 1.0  # the same for 8 bits: only nonsense is refused; `bench rounding` says what it costs
-
-
-class EngineRejected(TombolaError):
-    """A backend that is missing, or whose logits are not those of the tickets."""
-
-
-class EngineDied(BaseException):
-    """The engine, or a process of it, has died or hung. The thread that waited for it ends, and the watchdog acts.
-
-    A BaseException, so that no `except Exception` takes it for a failed image and runs the ticket again.
-    """
 
 
 class Backend(NamedTuple):

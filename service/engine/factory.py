@@ -24,7 +24,6 @@ from service.cpu import usable_cores
 from service.engine.base import (
     Backend,
     Engine,
-    EngineRejected,
     FoldedTicket,
     Images,
     Precision,
@@ -33,10 +32,11 @@ from service.engine.base import (
     random_images,
     reference_logits,
 )
+from service.engine.errors import EngineRejected
 from service.settings import Settings, ensure_state_dir
 
 if TYPE_CHECKING:
-    from service.engine.process_pool import ForkServer
+    from service.engine.launcher import ForkServer
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +84,10 @@ def open_for_serving(
 ) -> Engine:
     """As open_engine, but in processes of its own where that is possible. Raises EngineRejected.
 
-    fork_server: what `start_ahead` gave for this library.
+    fork_server: what `start_ahead` gave for this library, or the launcher's start_at_once.
     """
+    if fork_server is not None and (chooses_by_speed(settings) or not uses_processes(settings)):
+        fork_server.close()  # torch knows of a GPU that the launcher could not see
     if chooses_by_speed(settings):
         candidates = [settings.model_copy(update=dict(choice)) for choice in CHOICES]
         return open_fastest(
@@ -104,16 +106,19 @@ def open_for_serving(
     return open_engine(library, settings.model_copy(update={"engine": "torch"}), on_step=on_step)
 
 
-def start_ahead(path: Path | None, settings: Settings, on_step: Step = lambda _: None) -> "ForkServer | None":
+def start_ahead(
+    path: Path | None, settings: Settings, on_step: Step = lambda _: None, *, background: bool = True
+) -> "ForkServer | None":
     """Starts to open the library for `open_for_serving`, in a process of its own, beside what the caller does.
 
-    None where no such process is used.
+    None where no such process is used.  background: see start_fork_server.
     """
     if chooses_by_speed(settings) or not uses_processes(settings):
         return None
-    from service.engine.process_pool import start_fork_server
+    from service.engine.launcher import start_fork_server
 
-    return start_fork_server(path, settings.model_copy(update={"engine": "openvino"}), on_step)
+    chosen = settings.model_copy(update={"engine": "openvino"})
+    return start_fork_server(path, chosen, on_step, background=background)
 
 
 CHOICES: Final = (

@@ -1,6 +1,7 @@
 """`python -m service.engine.fork_server SOCKET ARGUMENTS`: opens and compiles a library, and forks worker processes.
 
-Started by `service/engine/process_pool.py`, which says why. It ends, and every worker with it, when SOCKET is closed.
+Started by `service/engine/launcher.py`; `service/engine/process_pool.py` says why. It ends, and every worker with it,
+when SOCKET is closed.
 It is not multiprocessing's fork server: that one unpickles what it is sent.
 """
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 def main(descriptor: int, arguments: dict[str, Any]) -> int:
     control = Connection(os.dup(descriptor))
-    with ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(NICE_LOADING,)) as pool:
+    steps = NICE_LOADING if arguments["background"] else 0
+    with ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(steps,)) as pool:
         engine, description = pool.submit(open_engine_from, arguments, control).result()
     send(control, description)
     if engine is None:
@@ -44,7 +46,7 @@ def open_engine_from(arguments: dict[str, Any], control: Connection) -> "tuple[E
     """
     from model_store.errors import StoreError
     from model_store.library import open_library
-    from service.engine.base import EngineRejected
+    from service.engine.errors import EngineRejected
     from service.engine.factory import open_engine
     from service.engine.ipc import describe_engine
     from service.observability.logs import configure_logging

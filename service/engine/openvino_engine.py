@@ -26,12 +26,12 @@ from service.engine.base import (
     INT8_TOLERANCE,
     TOLERANCE,
     Backend,
-    EngineRejected,
     FoldedTicket,
     Images,
     Logits,
     Precision,
 )
+from service.engine.errors import EngineRejected
 from service.engine.int8 import quantize
 
 openvino = import_openvino()

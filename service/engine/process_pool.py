@@ -7,29 +7,23 @@ replaced by another fork within milliseconds. Closing their sockets, as the end 
 """
 
 import contextlib
-import json
 import os
 import queue
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Final
 
 from model_store.library import Library
-from service.engine.base import Engine, EngineDied, EngineRejected, Heartbeat, Images, JobResult, Jobs, Logits
+from service.engine.base import Engine, Heartbeat, Images, JobResult, Jobs, Logits
+from service.engine.errors import EngineDied, EngineRejected
 from service.engine.ipc import ERROR, HEARTBEAT, READY, WORD, decode_result, encode_request
-from service.settings import PREFIX, Settings
-
-FORWARDED_SETTINGS: Final = ("engine", "device", "threads", "state_dir", "precision", "int8_images", "log_level")
-"""The settings that the fork server needs."""
+from service.engine.launcher import ForkServer, close, start_fork_server
+from service.settings import Settings
 
 
 def open_in_processes(library: Library, settings: Settings, fork_server: "ForkServer | None" = None) -> Engine:
@@ -50,53 +44,6 @@ def open_in_processes(library: Library, settings: Settings, fork_server: "ForkSe
     except EngineDied as error:
         raise EngineRejected(f"engine {description['name']}: {error}") from None
     return Engine(forward=pool.forward, run_remote=pool.run, pids=pool.pids, **description)
-
-
-@dataclass(frozen=True)
-class ForkServer:
-    """A fork server that opens a library. on_step: called with each step that it reports, in the thread that waits."""
-
-    control: Connection
-    popen: "subprocess.Popen[bytes]"
-    on_step: Callable[[str], None]
-
-    def wait(self) -> dict[str, Any]:
-        """The description of its engine, or {"refused": why}. Raises EngineRejected if it ended."""
-        try:
-            while "step" in (message := json.loads(self.control.recv_bytes())):
-                self.on_step(message["step"])
-        except (EOFError, OSError):
-            self.control.close()
-            raise EngineRejected(f"the engine's process ended with code {self.popen.wait()} while it opened") from None
-        description: dict[str, Any] = message
-        return description
-
-    def close(self) -> None:
-        """Ends it."""
-        close(self.control, self.popen)
-
-
-def start_fork_server(
-    path: Path | None, settings: Settings, on_step: Callable[[str], None] = lambda _: None
-) -> ForkServer:
-    """Starts a process that opens the library in a folder (None: the embedded one). Does not wait for it."""
-    ours, theirs = socket.socketpair()
-    forwarded = {name: value for name in FORWARDED_SETTINGS if (value := getattr(settings, name)) is not None}
-    arguments = json.dumps({"library": path, "settings": forwarded}, default=str)
-    packages = str(Path(__file__).parents[2])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    environment["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), arguments]
-    with theirs:
-        popen = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
-            command,
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is for the service, which drains first
-        )
-    return ForkServer(Connection(ours.detach()), popen, on_step)
 
 
 @dataclass(frozen=True)
@@ -204,9 +151,3 @@ def timeval(seconds: float) -> bytes:
     """A C `struct timeval`."""
     whole = int(seconds)
     return struct.pack("ll", whole, max(1, round(1e6 * (seconds - whole))))
-
-
-def close(control: Connection, popen: "subprocess.Popen[bytes]") -> None:
-    """Ends the fork server by closing its socket, and reaps it in a thread, so that no zombie stays."""
-    control.close()
-    threading.Thread(target=popen.wait, name="reap", daemon=True).start()

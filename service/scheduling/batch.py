@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.policy import Policy, Theta, draw_theta
-from service.engine.base import Engine, EngineDied, Heartbeat, Images, Logits
+from service.engine.base import Engine, Heartbeat, Images, Logits
+from service.engine.errors import EngineDied
 from service.errors import ServiceError
 from service.observability.metrics import Metrics
 

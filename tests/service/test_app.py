@@ -30,7 +30,8 @@ from service.admin.audit_jobs import AuditQueue
 from service.app import create_admin_app, create_public_app
 from service.benchmarks.library_check import figures, lines
 from service.cpu import NICE_LOADING
-from service.engine.base import EngineRejected, FoldedTicket, fold_ticket
+from service.engine.base import FoldedTicket, fold_ticket
+from service.engine.errors import EngineRejected
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.logs import JsonLines
@@ -266,22 +267,24 @@ def test_a_swap_serves_the_new_library_and_a_bad_one_changes_nothing(state: Path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_a_library_is_opened_by_threads_that_stand_back_for_the_engine_s(
+def test_only_a_library_that_follows_another_is_opened_by_threads_that_stand_back(
     tiny: Library, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[int] = []
+    priorities: list[int] = []
 
-    def looks(ticket: Ticket) -> FoldedTicket:
-        found.append(os.getpriority(os.PRIO_PROCESS, 0))
+    def fold(ticket: Ticket) -> FoldedTicket:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, 0))
         return fold_ticket(ticket)
 
     async def ask(planes: Planes) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr("service.engine.factory.fold_ticket", looks)
-            await planes.manager.reload()
-        assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE_LOADING)}
+        assert set(priorities) == {usual}
+        priorities.clear()
+        await planes.manager.reload()
+        assert set(priorities) == {min(19, usual + NICE_LOADING)}
         assert (await planes.classify()).status_code == 200
 
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    monkeypatch.setattr("service.engine.factory.fold_ticket", fold)
     with_planes(ask, tiny.path, state)
 
 

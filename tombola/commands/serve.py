@@ -6,7 +6,7 @@ from urllib.request import getproxies
 
 from model_store.errors import os_error_text
 from model_store.files import write_atomically
-from service.settings import Settings, add_flags, read_settings
+from service.settings import Settings, add_flags, ensure_state_dir, read_settings
 
 DESCRIPTION = """\
 Serves a library on two planes until SIGTERM or Ctrl-C. SIGHUP reads the library and the API keys again.
@@ -25,9 +25,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments))
-    from service import lifecycle
+    ensure_state_dir(settings)
+    from service.engine.launcher import start_at_once
 
-    return lifecycle.run(settings, announce, lambda step: print(f"start    {step}", flush=True))
+    fork_server = start_at_once(settings, print_step)
+    try:
+        from service import lifecycle  # takes seconds, in which the library is being opened
+
+        return lifecycle.run(settings, announce, print_step, fork_server)
+    finally:
+        if fork_server is not None:
+            fork_server.close()
+
+
+def print_step(step: str) -> None:
+    print(f"start    {step}", flush=True)
 
 
 def announce(service: Any, serving: Any) -> None:

@@ -26,7 +26,7 @@ from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget, Member, as_floats
 from service.audit.evaluation.scoring import failure, scores
 from service.audit.target import Target
-from service.engine.base import EngineRejected
+from service.engine.errors import EngineRejected
 from service.engine.factory import open_engine, precision_on_cpu
 from service.settings import Settings
 

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from model_store.library import Library
 from service.engine import factory, gpu, torch_engine
-from service.engine.base import Engine, EngineRejected, FoldedTicket, Images, Logits, fold_ticket, reference_logits
+from service.engine.base import Engine, FoldedTicket, Images, Logits, fold_ticket, reference_logits
+from service.engine.errors import EngineRejected
 from service.library_manager import LibraryManager, niceness
 from service.observability.metrics import Metrics
 from service.settings import Settings

@@ -19,7 +19,8 @@ from model_store.structures import multiply_adds
 from service.cpu import affinity, usable_cores
 from service.engine import base, int8, torch_engine
 from service.engine import factory as engines
-from service.engine.base import EngineRejected, Images
+from service.engine.base import Images
+from service.engine.errors import EngineRejected
 from service.engine.factory import open_engine
 from service.settings import Settings
 from tests.support.serving import some_rows, tiny_library

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from model_store.library import Library
 from service.cpu import NICE_INFERENCE, cpu_s, process_tree, resident_bytes
-from service.engine.base import Engine, EngineDied, EngineRejected
+from service.engine.base import Engine
+from service.engine.errors import EngineDied, EngineRejected
 from service.engine.factory import open_engine, open_for_serving, uses_processes
 from service.engine.ipc import (
     ERROR,
@@ -302,13 +303,15 @@ def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being
 ) -> None:
     command = [sys.executable, "-m", "tombola", "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
     command += ["--library", str(tiny.path), "--state-dir", str(tmp_path), "--engine", "openvino"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
         holds(
             lambda: b"service.engine.fork_server" in Path(f"/proc/{process_tree(process.pid)[-1]}/cmdline").read_bytes()
         )
         host = process_tree(process.pid)[-1]
         os.kill(host, signal.SIGSTOP)  # it will be opening for ever
         try:
+            assert process.stdout.readline() == "start    verifying the library\n"  # it listens, and heeds signals
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0
         finally:
@@ -325,7 +328,8 @@ def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path
 
 def test_a_host_without_its_service_ends(tiny: Library, state: Path) -> None:
     ours, theirs = socket.socketpair()
-    words = json.dumps({"library": str(tiny.path), "settings": {"state_dir": str(state), "threads": 1}})
+    settings = {"state_dir": str(state), "threads": 1}
+    words = json.dumps({"library": str(tiny.path), "settings": settings, "background": True})
     command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), words]
     with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as host:
         theirs.close()

@@ -1,0 +1,99 @@
+"""Starts the fork server, without torch: before the service imports what takes it seconds.
+
+Nothing here is slow to import. So the fork server opens the library while the service itself is still starting.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from socket import socketpair
+from typing import Any, Final
+
+from service.engine.errors import EngineRejected
+from service.settings import PREFIX, Settings
+
+FORWARDED_SETTINGS: Final = ("engine", "device", "threads", "state_dir", "precision", "int8_images", "log_level")
+"""The settings that the fork server needs."""
+NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class ForkServer:
+    """A fork server that opens a library. on_step: called with each step that it reports, in the thread that waits."""
+
+    control: Connection
+    popen: "subprocess.Popen[bytes]"
+    on_step: Callable[[str], None]
+
+    def wait(self) -> dict[str, Any]:
+        """The description of its engine, or {"refused": why}. Raises EngineRejected if it ended."""
+        try:
+            while "step" in (message := json.loads(self.control.recv_bytes())):
+                self.on_step(message["step"])
+        except (EOFError, OSError):
+            self.control.close()
+            raise EngineRejected(f"the engine's process ended with code {self.popen.wait()} while it opened") from None
+        description: dict[str, Any] = message
+        return description
+
+    def close(self) -> None:
+        """Ends it."""
+        close(self.control, self.popen)
+
+
+def start_fork_server(
+    path: Path | None,
+    settings: Settings,
+    on_step: Callable[[str], None] = lambda _: None,
+    *,
+    background: bool = True,
+) -> ForkServer:
+    """Starts a process that opens the library in a folder (None: the embedded one). Does not wait for it.
+
+    background: whether it stands back for requests that another library answers meanwhile.
+    """
+    ours, theirs = socketpair()
+    forwarded = {name: value for name in FORWARDED_SETTINGS if (value := getattr(settings, name)) is not None}
+    arguments = json.dumps({"library": path, "settings": forwarded, "background": background}, default=str)
+    packages = str(Path(__file__).parents[2])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    environment["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [environment.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), arguments]
+    with theirs:
+        popen = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
+            command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is for the service, which drains first
+        )
+    return ForkServer(Connection(ours.detach()), popen, on_step)
+
+
+def start_at_once(settings: Settings, on_step: Callable[[str], None]) -> ForkServer | None:
+    """Starts the fork server of the library that the service will load first, where it is certain to need one.
+
+    None where torch has to say first whether there is a GPU, and for a library that has to be fetched.
+    """
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not NVIDIA_DRIVER.exists())
+    by_openvino = settings.engine != "torch" and importlib.util.find_spec("openvino") is not None
+    if not (on_cpu and by_openvino and settings.engine_processes and sys.platform == "linux"):
+        return None
+    if isinstance(settings.library, str):
+        return None
+    chosen = settings.model_copy(update={"engine": "openvino"})
+    return start_fork_server(settings.library, chosen, on_step, background=False)
+
+
+def close(control: Connection, popen: "subprocess.Popen[bytes]") -> None:
+    """Ends the fork server by closing its socket, and reaps it in a thread, so that no zombie stays."""
+    control.close()
+    threading.Thread(target=popen.wait, name="reap", daemon=True).start()
