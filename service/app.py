@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 from model_store.code_version import product_version
 from service.admin import audit_api, console_api, console_files, library_api
 from service.admin.audit_jobs import AuditQueue
+from service.admin.traffic_history import TrafficHistory
 from service.audit.config import Audit
 from service.library_manager import LibraryManager
 from service.observability import tracing
@@ -70,9 +71,17 @@ def create_public_app(manager: LibraryManager, settings: Settings, metrics: Metr
 
 
 def create_admin_app(
-    manager: LibraryManager, settings: Settings, metrics: Metrics, token: str, jobs: AuditQueue
+    manager: LibraryManager,
+    settings: Settings,
+    metrics: Metrics,
+    token: str,
+    jobs: AuditQueue,
+    history: TrafficHistory | None = None,
 ) -> FastAPI:
-    """Metrics, the library, the console and audits; all but metrics, health and files of pages behind the token."""
+    """Metrics, the library, the console and audits; all but metrics, health and files of pages behind the token.
+
+    history: of traffic, which its owner samples; None for one that begins here.
+    """
     middleware = [  # outermost first: this order is the security boundary
         request_metrics(manager, settings, metrics, "admin"),
         Middleware(ErrorMiddleware),
@@ -80,9 +89,11 @@ def create_admin_app(
         Middleware(HeadMiddleware),
     ]
     routers = [
-        library_api.router(manager, metrics),
+        library_api.router(manager, settings, metrics),
         console_files.router(),
-        console_api.router(manager, settings, metrics, jobs),  # before /admin/audits/{id}, which matches `cost`, too
+        console_api.router(
+            manager, settings, metrics, jobs, history or TrafficHistory(metrics)
+        ),  # before /admin/audits/{id}, which matches `cost`, too
         audit_api.router(jobs),
     ]
     return create_app(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
@@ -33,6 +34,10 @@ from service.settings import Settings
 COLLECT_S: Final = 2.0  # between collections while the engine of a replaced library is still there
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+
+class LibraryChanged(LibraryRejected):
+    """Another library than the one that was to be served."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +75,24 @@ class LibraryManager:
         """Loads the library and starts the engine's threads. Raises StoreError."""
         return await self.load()
 
-    async def reload(self) -> LoadedLibrary:
+    async def reload(self, digest: str | None = None) -> LoadedLibrary:
         """Opens settings.library again, warms it up beside the old one, and swaps. Raises StoreError.
 
         If it raises, the old one stays. Requests that began with the old library are answered by it.
+
+        digest: of the library that is to be served; another one raises LibraryChanged. None: whichever is there.
         """
         try:
-            loaded = await self.load()
+            loaded = await self.load(digest)
         except Exception:
             self.metrics.inc("library_swaps_total", outcome="refused")
             raise
         self.metrics.inc("library_swaps_total", outcome="ok")
         return loaded
 
-    async def load(self) -> LoadedLibrary:
+    async def load(self, digest: str | None = None) -> LoadedLibrary:
         async with self.opening:
-            library, engine = await self.open_library_and_engine()
+            library, engine = await self.open_library_and_engine(digest)
             if not self.workers.started:
                 self.workers.start(engine.threads, niceness=niceness(engine))
             scheduler = Scheduler(library, engine, self.workers, self.admission, self.settings, self.metrics)
@@ -97,17 +104,27 @@ class LibraryManager:
             log.info("library %s is being served by %s (%s)", library.digest, engine.name, engine.note)
             return self.current
 
-    async def open_library_and_engine(self) -> tuple[Library, Engine]:
+    async def open_configured_library(self) -> Library:
+        """The library that `reload` would serve now, verified whole; nothing is served. Raises StoreError."""
+        path, pool = await self.library_path(), loading_thread(NICE_LOADING)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, open_library, path)
+        finally:
+            pool.shutdown(wait=False)
+
+    async def library_path(self) -> Path:
+        """The configured library's folder, fetched first if it is elsewhere. Raises LibraryRejected."""
+        return await asyncio.to_thread(local_library, self.settings, self.on_step) or EMBEDDED
+
+    async def open_library_and_engine(self, digest: str | None) -> tuple[Library, Engine]:
         """Verifies the library, while a fork server compiles it where one is used.
 
         Both stand back for requests that another library answers meanwhile. The fork server is started from a
         normal-priority thread, because children inherit priority permanently.
         """
         settings, loop = self.settings, asyncio.get_running_loop()
-        path = await asyncio.to_thread(local_library, settings, self.on_step) or EMBEDDED
-        background = self.current is not None
-        steps = NICE_LOADING if background else 0
-        pool = ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(steps,))
+        path, background = await self.library_path(), self.current is not None
+        pool = loading_thread(NICE_LOADING if background else 0)
         fork_server, self.first_fork_server = self.first_fork_server, None
         try:
             if fork_server is None:
@@ -115,6 +132,8 @@ class LibraryManager:
                 fork_server = await asyncio.to_thread(start)
             self.on_step("verifying the library")
             library = await loop.run_in_executor(pool, open_library, path)
+            if digest not in (None, library.digest):
+                raise LibraryChanged(f"{path}: digest {library.digest}; expected {digest}")
             ahead, fork_server = fork_server, None  # the engine owns it from here on
             if ahead is not None:
                 return library, await run_in_daemon_thread(lambda: self.open_engine(library, ahead))
@@ -195,6 +214,11 @@ class LibraryManager:
     def drain(self) -> None:
         self.draining = True
         self.update_metrics()
+
+
+def loading_thread(steps: int) -> ThreadPoolExecutor:
+    """One thread, so many steps of niceness below the others."""
+    return ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(steps,))
 
 
 def niceness(engine: Engine) -> int:

@@ -20,6 +20,7 @@ import torch
 from model_store.code_version import product_version
 from model_store.errors import StoreError
 from service.admin.audit_jobs import AuditQueue
+from service.admin.traffic_history import TrafficHistory
 from service.app import create_admin_app, create_public_app
 from service.engine.launcher import ForkServer
 from service.library_manager import LibraryManager, LoadedLibrary
@@ -49,6 +50,7 @@ class ServerProcess:
     public_url: str
     admin_url: str
     jobs: AuditQueue
+    history: TrafficHistory
     grpc: "GrpcServer | None" = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
@@ -102,10 +104,12 @@ def create_service(settings: Settings) -> ServerProcess:
     manager = LibraryManager(settings, metrics)
     jobs = AuditQueue(settings, metrics, manager.library, url(public_socket))
     public_app = create_public_app(manager, settings, metrics, keys)
-    admin_app = create_admin_app(manager, settings, metrics, token, jobs)
+    history = TrafficHistory(metrics)
+    admin_app = create_admin_app(manager, settings, metrics, token, jobs, history)
     planes = (create_server(public_app, settings, public_socket), create_server(admin_app, settings, admin_socket))
     grpc = create_grpc_server(public_app.state.protocol) if settings.grpc else None
-    service = ServerProcess(settings, manager, keys, planes, url(public_socket), url(admin_socket), jobs, grpc)
+    urls = url(public_socket), url(admin_socket)
+    service = ServerProcess(settings, manager, keys, planes, *urls, jobs, history, grpc)
     manager.workers.on_broken = service.on_broken
     return service
 
@@ -137,12 +141,14 @@ async def serve(
         loop.add_signal_handler(number, service.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, service.on_sighup)
     running = [asyncio.ensure_future(server.serve_forever()) for server in service.planes]
+    sampling = asyncio.ensure_future(service.history.run())
     if service.grpc is not None:
         await service.grpc.start()
     try:
         await wait_for_shutdown(service, announce)
     finally:
         await shut_down(service, running)
+        sampling.cancel()
     return service.code
 
 

@@ -52,6 +52,7 @@ LADDER: Final = (
     "manifest",
     "policy",
     "library",
+    "library_diff",
     "ensemble",
     "attacks",
 )

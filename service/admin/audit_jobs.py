@@ -21,6 +21,7 @@ from service.audit.errors import AuditConflict, QueueFull
 from service.audit.events import FailedEvent
 from service.audit.labelled_data import GENERATED
 from service.audit.report.model import Report
+from service.audit.report.verdicts import judge_measurement
 from service.engine.factory import resolve_device
 from service.observability.metrics import Metrics
 from service.outbound import loopback_url
@@ -118,6 +119,15 @@ class AuditQueue:
         for job in self.store.all():
             if job.state in ("running", "interrupted"):
                 self.update(job, state="queued" if job.attempts < MAX_ATTEMPTS else "interrupted")
+            elif job.state == "done" and (job.result is None or job.result.judgement is None):
+                self.complete_result(job)
+
+    def complete_result(self, job: Job) -> None:
+        """The figures of an audit that an earlier version finished, from its report."""
+        try:
+            self.update(job, result=self.result(job.id))
+        except (OSError, ValueError, KeyError):
+            log.exception("audit %s: its report cannot be read; the list shows none of its figures", job.id)
 
     def stop(self) -> None:
         """Ends the running audit. Its finished attacks are kept, and the next start resumes it."""
@@ -226,6 +236,10 @@ def result_of(report: Report) -> Result:
         robust=robust,
         ten_tries=ten,
         secrecy=None if report.secrecy is None else report.secrecy.difference,
+        norm=report.audit.norm,
+        epsilon=report.audit.headline,
+        curve=tuple(report.ours.curve),
+        judgement=judge_measurement(report),
     )
 
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from model_store.files import write_atomically
 from service.audit.errors import AuditConflict, AuditUnknown
 from service.audit.events import Event, StepEvent, read_events
-from service.audit.report.model import Interval
+from service.audit.report.model import CurvePoint, Interval
+from service.audit.report.verdicts import Judgement
 from service.settings import PrecisionChoice
 
 ID: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
@@ -45,6 +46,14 @@ class Result(Record):
     robust: Interval
     ten_tries: Interval
     secrecy: Interval | None = Field(default=None, description="robust with theta secret less with theta known")
+    norm: str | None = None
+    epsilon: float | None = Field(default=None, description="in 255ths, of the robust figure")
+    curve: tuple[CurvePoint, ...] = Field(default=(), description="robust accuracy by epsilon")
+    judgement: Judgement | None = Field(default=None, description="of the measurement, in words")
+
+    @property
+    def has_figures(self) -> bool:
+        return self.measurement and self.verdict != "invalid"
 
 
 class Summary(Record):
@@ -94,6 +103,15 @@ class JobStore:
         """Every job, the newest first. A job is parsed again only when its file has changed."""
         paths = [path for path in self.folder.glob(f"*/{JOB}") if ID.fullmatch(path.parent.name)]
         return sorted((self.read(path) for path in paths), key=lambda job: -job.created)
+
+    def last_measurement(self, digest: str | None) -> Job | None:
+        """The last audit with figures: of the library of this digest if there is one, whole profiles first."""
+        measured = [job for job in self.all() if job.result is not None and job.result.has_figures]
+        return max(
+            measured,
+            key=lambda job: (job.digest == digest, not job.request.get("attacks"), job.finished_at or job.created),
+            default=None,
+        )
 
     def read(self, path: Path) -> Job:
         written = path.stat().st_mtime_ns

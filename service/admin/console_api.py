@@ -4,8 +4,8 @@ All of it is behind the admin token. Of theta it tells what the metrics tell, su
 """
 
 import asyncio
+import re
 import time
-from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -14,37 +14,36 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from model_store.code_version import product_version
-from model_store.policy import inclusion_probabilities, size_probabilities
 from service.admin.audit_api import limited, map_audit_errors, read_json
 from service.admin.audit_jobs import AuditQueue
-from service.admin.audit_store import Cost
+from service.admin.audit_store import Cost, Summary
+from service.admin.draw_statistics import compare_draws
 from service.admin.schemas import (
     AuditOptions,
     ClassVotes,
     Draws,
     DrawSummary,
     EngineState,
-    Latency,
+    History,
     LibrarySummary,
     Overview,
     ProfileSummary,
     Queue,
-    TicketDraws,
     Traffic,
     TriedImage,
 )
+from service.admin.traffic_history import INTERVAL_S, KEEP_S, TrafficHistory, answered
 from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, Audit, read_audit
 from service.audit.errors import AuditConflict, AuditRejected, AuditUnknown, CostRejected
 from service.audit.plan import attacks_of
 from service.audit.profiles import PROFILES, Profile
-from service.errors import ClientDisconnected, NotReady
+from service.errors import BadRequest, ClientDisconnected, ErrorMessage, NotReady
 from service.library_manager import LibraryManager, LoadedLibrary
-from service.observability.metrics import OUTCOMES, PREFIX, PUBLISH_EVERY, REASONS, SECONDS, Metrics
+from service.observability.metrics import OUTCOMES, REASONS, SECONDS, Metrics
 from service.settings import Settings
-from service.web import open_inference, openapi
+from service.web import openapi
 from service.web.auth import ADMIN_REFUSES
 from service.web.body import cancel_on_disconnect
-from service.web.classify import PATH
 from service.web.decoder import Decoder
 from service.web.inference import REFUSES, Probabilities
 from service.web.routing import RawRoute, json_response
@@ -52,39 +51,62 @@ from service.web.routing import RawRoute, json_response
 DRAWS: Final = 20  # of theta, for a picture that is tried
 CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
 DIGITS: Final = 4
-ROUTES: Final = frozenset((PATH, *open_inference.INFER_PATHS))
-DURATION: Final = "http_request_duration_seconds"
+NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?", re.ASCII)
 Json = dict[str, Any]
 
 
 class ConsoleApi:
     """One method per route."""
 
-    def __init__(self, manager: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> None:
+    def __init__(
+        self,
+        manager: LibraryManager,
+        settings: Settings,
+        metrics: Metrics,
+        jobs: AuditQueue,
+        history: TrafficHistory,
+    ) -> None:
         self.manager = manager
         self.settings = settings
         self.metrics = metrics
         self.jobs = jobs
+        self.history = history
         self.decoder = Decoder(settings, metrics)
-        self.began = time.monotonic()
 
     async def overview(self, _: Request) -> Response:
-        """Counters as they stand: whoever asks twice has the rates."""
-        serving = self.manager.current
+        """The present state, figures of the last minute, and what the last audit measured."""
+        serving, history = self.manager.current, self.history
+        digest = None if serving is None else serving.library.digest
+        audit = await asyncio.to_thread(self.jobs.store.last_measurement, digest)
         return json_response(
             {
                 "ready": self.manager.ready,
                 "reason": self.manager.reason,
                 "version": product_version(),
                 "commit": self.settings.commit,
-                "uptime_s": round(time.monotonic() - self.began, 3),
+                "uptime_s": round(history.uptime_s, 3),
                 "traffic": traffic(self.metrics),
+                "now": history.latest(),
                 "queue": self.queue(),
                 "engine": None if serving is None else self.engine(serving),
                 "library": None if serving is None else library_summary(serving),
-                "draws": None if serving is None else draws(serving, self.metrics),
+                "draws": None if serving is None else self.draws(serving),
+                "audit": None if audit is None else Summary(**dict(audit)).model_dump(mode="json"),
             }
         )
+
+    def draws(self, serving: LoadedLibrary) -> Draws:
+        return compare_draws(serving, self.metrics, self.history.before(), self.history.uptime_s)
+
+    async def show_history(self, request: Request) -> Response:
+        """The last quarter of an hour; with `since`, what is newer."""
+        shown: History = {
+            "uptime_s": round(self.history.uptime_s, 3),
+            "interval_s": INTERVAL_S,
+            "keep_s": KEEP_S,
+            "points": self.history.points(requested_since(request)),
+        }
+        return json_response(shown)
 
     def queue(self) -> Queue:
         value = self.metrics.value
@@ -165,26 +187,8 @@ def traffic(metrics: Metrics) -> Traffic:
         "outcomes": {name: value("inference_requests_total", outcome=name) for name in OUTCOMES},
         "shed": {name: value("shed_total", reason=name) for name in REASONS},
         "images": value("inference_images_total"),
-        "latency": latency(metrics),
+        "latency": {"bounds": list(SECONDS), "counts": list(answered(metrics))},
     }
-
-
-def latency(metrics: Metrics) -> Latency:
-    """Of classifications that were answered, on both protocols: how many took at most so many seconds. The last count
-    is of all of them."""
-    bounds = (*SECONDS, float("inf"))
-    counts = dict.fromkeys(bounds, 0.0)
-    for labels, amount in buckets(metrics):
-        if labels["route"] in ROUTES and labels["code"].startswith("2"):
-            counts[float(labels["le"])] += amount
-    return {"bounds": list(SECONDS), "counts": [counts[bound] for bound in bounds]}
-
-
-def buckets(metrics: Metrics) -> Iterator[tuple[dict[str, str], float]]:
-    for family in metrics.instruments[DURATION].collect():
-        for sample in family.samples:
-            if sample.name == f"{PREFIX}{DURATION}_bucket":
-                yield sample.labels, sample.value
 
 
 def library_summary(serving: LoadedLibrary) -> LibrarySummary:
@@ -195,28 +199,6 @@ def library_summary(serving: LoadedLibrary) -> LibrarySummary:
         "baselines": len(library.baselines),
         "classes": len(library.classes),
     }
-
-
-def draws(serving: LoadedLibrary, metrics: Metrics) -> Draws:
-    """Members drawn since the process began, against what the law expects, a lot of LOT images at a time."""
-    library = serving.library
-    rows = []
-    for ticket, probability in zip(library.tickets, inclusion_probabilities(library.policy), strict=True):
-        structure, density = ticket.structure.name, f"{ticket.density:g}"
-        drawn = metrics.value("draws_total", structure=structure, density=density)
-        expected = metrics.value("draws_expected_total", structure=structure, density=density)
-        rows.append(
-            TicketDraws(structure=structure, density=density, probability=probability, drawn=drawn, expected=expected)
-        )
-    sizes = {str(n): probability for n, probability in size_probabilities(library.policy).items()}
-    return {"lot": PUBLISH_EVERY, "tickets": rows, "size_law": sizes, "sizes": drawn_sizes(metrics)}
-
-
-def drawn_sizes(metrics: Metrics) -> list[float]:
-    """Images whose ensemble had at most 1, 2, ... members."""
-    bounds = metrics.rows["ensemble_size"].buckets
-    value = metrics.registry.get_sample_value
-    return [value(f"{PREFIX}ensemble_size_bucket", {"le": f"{float(bound)}"}) or 0.0 for bound in bounds]
 
 
 def summarize_draws(probabilities: Probabilities, classes: tuple[str, ...]) -> DrawSummary:
@@ -242,13 +224,34 @@ def summarize_draws(probabilities: Probabilities, classes: tuple[str, ...]) -> D
     }
 
 
-def router(manager: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue) -> APIRouter:
+def requested_since(request: Request) -> float:
+    """Seconds since the process began; 0 where nobody says. Raises BadRequest."""
+    values = request.query_params.getlist("since")
+    if len(values) > 1 or not all(map(NUMBER.fullmatch, values)):
+        raise BadRequest(ErrorMessage.SINCE)
+    return float(values[0]) if values else 0.0
+
+
+def router(
+    manager: LibraryManager, settings: Settings, metrics: Metrics, jobs: AuditQueue, history: TrafficHistory
+) -> APIRouter:
     """Before the audits' router, whose /admin/audits/{id} would take the name `cost` for an audit's."""
-    api = ConsoleApi(manager, settings, metrics, jobs)
+    api = ConsoleApi(manager, settings, metrics, jobs, history)
     routes = APIRouter(route_class=RawRoute, tags=["Console"])
-    state = openapi.json_answer(Overview, "Counters since the process began.")
+    state = openapi.json_answer(Overview, "The state, with figures of the last minute.")
     overview = openapi.operation("overview", "Show the server's state at a glance", state, refuses=ADMIN_REFUSES)
     routes.add_api_route("/admin/overview", api.overview, methods=["GET"], **overview)
+    since = {
+        "name": "since",
+        "in": "query",
+        "schema": {"type": "number", "minimum": 0, "default": 0},
+        "description": "Seconds since the process began: points that ended later.",
+    }
+    ring = openapi.json_answer(History, "Traffic in steps of a few seconds.")
+    shown = openapi.operation(
+        "history", "Show the last quarter of an hour", ring, refuses=(*ADMIN_REFUSES, BadRequest), parameters=[since]
+    )
+    routes.add_api_route("/admin/history", api.show_history, methods=["GET"], **shown)
     votes = openapi.json_answer(TriedImage, "How the draws voted.")
     body = {openapi.BYTES: openapi.BINARY}
     tried = openapi.operation(

@@ -6,6 +6,9 @@ Nothing here is reachable from the public plane, and AdminAuthMiddleware stands 
 import asyncio
 import gzip
 import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -17,10 +20,12 @@ from starlette.responses import Response
 from model_store import policy as sampling
 from model_store.errors import StoreError
 from model_store.library import Library
-from service.admin.schemas import LibraryDescription, PolicyDescription, Swap
-from service.errors import Conflict, ErrorMessage, NotReady, ServiceError
-from service.library_manager import LibraryManager
+from model_store.library_diff import compare_libraries
+from service.admin.schemas import DryRun, LibraryDescription, PolicyDescription, Swap
+from service.errors import BadRequest, Conflict, ErrorMessage, NotReady, ServiceError
+from service.library_manager import LibraryChanged, LibraryManager
 from service.observability.metrics import Metrics
+from service.settings import Settings
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES, ADMIN_SECURITY
 from service.web.classify import health
@@ -30,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 REFUSES: Final = (*ADMIN_REFUSES, NotReady)
+DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 
 class LibraryRefused(ServiceError):
@@ -37,11 +43,19 @@ class LibraryRefused(ServiceError):
     text = ErrorMessage.LIBRARY_REFUSED
 
 
+class LibraryReplaced(ServiceError):
+    """The configured library has another digest than the one that was to be served."""
+
+    status = 409
+    text = ErrorMessage.LIBRARY_CHANGED
+
+
 class LibraryApi:
     """One method per route."""
 
-    def __init__(self, manager: LibraryManager, metrics: Metrics) -> None:
+    def __init__(self, manager: LibraryManager, settings: Settings, metrics: Metrics) -> None:
         self.manager = manager
+        self.settings = settings
         self.metrics = metrics
         self.swapping = asyncio.Lock()
 
@@ -72,20 +86,50 @@ class LibraryApi:
     async def show_policy(self, _: Request) -> Response:
         return json_response(describe_policy(self.library()))
 
-    async def swap(self, _: Request) -> Response:
+    async def compare(self, _: Request) -> Response:
+        """Opens the configured library and says in what it differs from the one that is served. Nothing is changed."""
+        async with self.turn():
+            served = self.library()
+            try:
+                configured = await self.manager.open_configured_library()
+            except StoreError as error:
+                log.error("the configured library cannot be served: %s", error)  # noqa: TRY400 -- says all there is
+                raise LibraryRefused from None
+        dry_run = DryRun(source=str(self.settings.library or "embedded"), **dict(compare_libraries(served, configured)))
+        return json_response(dry_run.model_dump(mode="json"))
+
+    async def swap(self, request: Request) -> Response:
         """Opens the configured library again and, if all of it is sound, serves it instead of the present one. No body
         is read: which library is served is the settings' business, never a request's."""
-        if self.swapping.locked():
-            raise Conflict(ErrorMessage.SWAP_RUNNING)
-        async with self.swapping:
+        digest = requested_digest(request)
+        async with self.turn():
             before = self.library().digest
             try:
-                serving = await self.manager.reload()
+                serving = await self.manager.reload(digest)
+            except LibraryChanged as error:
+                log.error("the old library keeps serving: %s", error)  # noqa: TRY400 -- says all there is
+                raise LibraryReplaced from None
             except StoreError as error:
                 log.error("library refused, the old one keeps serving: %s", error)  # noqa: TRY400 -- says all there is
                 raise LibraryRefused from None
         swap: Swap = {"digest": serving.library.digest, "before": before}
         return json_response(swap)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Libraries are opened one at a time: each needs the memory of one. Raises Conflict."""
+        if self.swapping.locked():
+            raise Conflict(ErrorMessage.SWAP_RUNNING)
+        async with self.swapping:
+            yield
+
+
+def requested_digest(request: Request) -> str | None:
+    """Of the library that may be served. Raises BadRequest."""
+    values = request.query_params.getlist("digest")
+    if len(values) > 1 or not all(map(DIGEST.fullmatch, values)):
+        raise BadRequest(ErrorMessage.DIGEST)
+    return values[0] if values else None
 
 
 def describe_library(library: Library) -> Json:
@@ -114,8 +158,8 @@ def describe_policy(library: Library) -> PolicyDescription:
     }
 
 
-def router(manager: LibraryManager, metrics: Metrics) -> APIRouter:
-    api = LibraryApi(manager, metrics)
+def router(manager: LibraryManager, settings: Settings, metrics: Metrics) -> APIRouter:
+    api = LibraryApi(manager, settings, metrics)
     routes = APIRouter(route_class=RawRoute, tags=["Library and health"])
     exposition = openapi.text_answer("The metrics.", "text/plain", "application/openmetrics-text")
     scraped = openapi.operation("metrics", "Read every metric", exposition, security=[{}, *ADMIN_SECURITY])
@@ -129,9 +173,24 @@ def router(manager: LibraryManager, metrics: Metrics) -> APIRouter:
         "swap_library",
         "Open the configured library again and serve it",
         openapi.json_answer(Swap, "The new library is served."),
-        refuses=(*REFUSES, Conflict, LibraryRefused),
+        refuses=(*REFUSES, BadRequest, Conflict, LibraryReplaced, LibraryRefused),
+        parameters=[
+            {
+                "name": "digest",
+                "in": "query",
+                "schema": {"type": "string", "pattern": f"^{DIGEST.pattern}$"},
+                "description": "Serve this library and no other. The dry run tells its digest.",
+            }
+        ],
     )
     routes.add_api_route("/admin/library", api.swap, methods=["POST"], **swapped)
+    compared = openapi.operation(
+        "compare_library",
+        "Compare the configured library with the one that is served; nothing is changed",
+        openapi.json_answer(DryRun, "What a swap would change."),
+        refuses=(*REFUSES, Conflict, LibraryRefused),
+    )
+    routes.add_api_route("/admin/library/diff", api.compare, methods=["POST"], **compared)
     law = openapi.json_answer(PolicyDescription, "Every ticket's probability, and every size's.")
     policy = openapi.operation("get_policy", "Show the sampling policy of the library", law, refuses=REFUSES)
     routes.add_api_route("/admin/policy", api.show_policy, methods=["GET"], **policy)

@@ -6,7 +6,9 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from model_store.attacks import Norm
+from model_store.library_diff import LibraryDiff
 from model_store.manifest import Manifest
+from service.admin.audit_store import Summary
 
 # The library
 
@@ -23,6 +25,12 @@ class Swap(TypedDict):
 
     digest: str
     before: str
+
+
+class DryRun(LibraryDiff):
+    """What a swap would change: the configured library against the one that is served."""
+
+    source: str = Field(description="where the configured library is: a folder, a location, or embedded")
 
 
 class PolicyDescription(TypedDict):
@@ -51,10 +59,35 @@ class Latency(TypedDict):
 
 
 class Traffic(TypedDict):
+    """Counters since the process began."""
+
     outcomes: dict[str, float]
     shed: dict[str, float]
     images: float
     latency: Latency
+
+
+class TrafficFigures(TypedDict):
+    """Traffic over some seconds; null where nothing can be said."""
+
+    at_s: Annotated[float, Field(description="their end, in seconds since the process began")]
+    seconds: Annotated[float, Field(description="how long they are of")]
+    requests_per_s: float | None
+    images_per_s: float | None
+    p50_s: Annotated[float | None, Field(description="median time to an answer; at most 10, the last bucket's bound")]
+    p99_s: Annotated[float | None, Field(description="99 % were answered in at most so many seconds; at most 10")]
+    turned_away: Annotated[float | None, Field(description="share of the requests")]
+    failed: Annotated[float | None, Field(description="share of the requests: errors, and answers that came too late")]
+    queue_depth: Annotated[float, Field(description="images that wait, at the end")]
+
+
+class History(TypedDict):
+    """The last quarter of an hour, oldest first."""
+
+    uptime_s: float
+    interval_s: float
+    keep_s: float
+    points: list[TrafficFigures]
 
 
 class Queue(TypedDict):
@@ -84,13 +117,17 @@ class TicketDraws(TypedDict):
 
     structure: str
     density: str
-    probability: float
+    probability: Annotated[float, Field(description="members of this kind in an ensemble, in the mean")]
     drawn: float
     expected: float
+    deviation: Annotated[float | None, Field(description="of drawn from expected, in standard deviations")]
 
 
 class Draws(TypedDict):
     lot: Annotated[int, Field(description="images whose draws are published together")]
+    images: Annotated[int, Field(description="that are compared")]
+    seconds: Annotated[float | None, Field(description="in the last so many seconds; null: since the process began")]
+    odd: Annotated[float, Field(description="standard deviations that chance hardly ever exceeds")]
     tickets: list[TicketDraws]
     size_law: Annotated[dict[str, float], Field(description="probability of each ensemble size")]
     sizes: Annotated[list[float], Field(description="images whose ensemble had at most 1, 2, ... members")]
@@ -105,10 +142,12 @@ class Overview(TypedDict):
     commit: str
     uptime_s: float
     traffic: Traffic
+    now: Annotated[TrafficFigures, Field(description="of the last minute")]
     queue: Queue
     engine: EngineState | None
     library: LibrarySummary | None
     draws: Draws | None
+    audit: Annotated[Summary | None, Field(description="the last that measured: of this library, else of another")]
 
 
 class ClassVotes(TypedDict):

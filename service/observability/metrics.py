@@ -6,7 +6,7 @@ The sizes of ensembles are one histogram. No label names a client, a request or 
 
 import itertools
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -254,9 +254,18 @@ class Metrics:
         self.instruments[name].clear()
         self.cache = {key: series for key, series in self.cache.items() if key[0] != name}
 
+    def samples(self, name: str) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Every sample of one metric: its full name, its labels, its value."""
+        for family in self.instruments[name].collect():
+            for sample in family.samples:
+                yield sample.name, sample.labels, sample.value
+
     def value(self, name: str, **labels: str) -> float:
         """The present value of a counter or gauge, or a histogram's count (append the suffix); 0 where no series is."""
-        return self.registry.get_sample_value(PREFIX + name, labels) or 0.0
+        if name not in self.instruments:
+            return self.registry.get_sample_value(PREFIX + name, labels) or 0.0
+        wanted = (PREFIX + name, labels)  # one metric alone is read: the registry would read all of them
+        return next((value for full, own, value in self.samples(name) if (full, own) == wanted), 0.0)
 
     def text(self) -> bytes:
         """The exposition format that Prometheus scrapes."""

@@ -102,7 +102,7 @@ class StandIn:
     def current(self) -> "StandIn | None":
         return self if self.loaded else None
 
-    async def reload(self) -> "StandIn":
+    async def reload(self, digest: str | None = None) -> "StandIn":
         self.on_reload()
         return self
 

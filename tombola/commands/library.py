@@ -23,6 +23,9 @@ examples:
 """
 
 
+WORDS = {"weights": "other weights: ", "entry": "other entry: ", "claims": ""}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     actions = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
@@ -86,17 +89,19 @@ def run_diff(arguments: argparse.Namespace) -> int:
 
 
 def differences(first: "Library", second: "Library") -> list[str]:
+    from model_store.library_diff import compare_libraries
+
     before, after = ({entry.name: entry for entry in library.manifest.entries} for library in (first, second))
-    lines = [f"- {name}" for name in before if name not in after]
-    lines += [f"+ {name}  {claims_text(entry)}" for name, entry in after.items() if name not in before]
-    for name in before.keys() & after.keys():
-        if before[name].sha256 != after[name].sha256:
-            lines.append(f"~ {name}  other weights: {claims_text(before[name])} -> {claims_text(after[name])}")
-        elif before[name].claims != after[name].claims:
-            lines.append(f"~ {name}  {claims_text(before[name])} -> {claims_text(after[name])}")
-    for what in ("classes", "policy", "input"):
-        if getattr(first, what) != getattr(second, what):
-            lines.append(f"~ {what}")
+    comparison = compare_libraries(first, second)
+    lines = [f"~ {name}" for name in comparison.shared]
+    for ticket in comparison.tickets:
+        old, new = before.get(ticket.name), after.get(ticket.name)
+        if new is None:
+            lines.append(f"- {ticket.name}")
+        elif old is None:
+            lines.append(f"+ {ticket.name}  {claims_text(new)}")
+        else:
+            lines.append(f"~ {ticket.name}  {WORDS[ticket.difference]}{claims_text(old)} -> {claims_text(new)}")
     return sorted(lines)
 
 

@@ -235,6 +235,43 @@ def test_what_the_secret_is_worth_is_a_gauge_and_stands_in_the_list(plane: Plane
     assert row["result"]["secrecy"] == {"value": 0.013, "low": 0.005, "high": 0.022}
 
 
+def test_the_last_measurement_is_of_the_served_library_and_of_whole_profiles_if_there_is_one(plane: Plane) -> None:
+    def finish(value: float, *, whole: bool = False, **fields: Any) -> str:
+        plane.finished(value, **fields)
+        job = max(plane.jobs.store.all(), key=lambda job: job.created)
+        changes: dict[str, Any] = {"result": plane.jobs.result(job.id), "finished_at": time.time()}
+        if whole:
+            changes["request"] = {"profile": "smoke", "images": 2}
+        plane.jobs.store.save(job.model_copy(update=changes))
+        return job.id
+
+    store, served = plane.jobs.store, plane.jobs.library().digest
+    assert store.last_measurement(served) is None
+    finish(0.31, verdict="invalid")
+    plane.submit()
+    assert store.last_measurement(served) is None
+    for value, fields in ((0.31, {"digest": "ab" * 32}), (0.32, {}), (0.33, {"whole": True})):
+        latest = finish(value, **fields)
+        assert (last := store.last_measurement(served)) is not None
+        assert last.id == latest
+    finish(0.34)
+    for digest in (served, "cd" * 32):
+        assert (last := store.last_measurement(digest)) is not None
+        assert last.id == latest  # the whole profile, although chosen attacks ran later
+
+
+def test_a_start_fills_in_figures_that_an_earlier_version_did_not_keep(plane: Plane) -> None:
+    plane.finished(0.31)
+    plane.finished(0.32)
+    (broken, whole) = plane.jobs.store.all()
+    (plane.jobs.store.folder / broken.id / "report.json").write_text("{")
+    plane.jobs.recover()
+    result = plane.jobs.store.get(whole.id).result
+    assert result is not None
+    assert [point.value for point in result.curve] == [0.31]
+    assert plane.jobs.store.get(broken.id).result is None
+
+
 def test_a_finished_audit_shows_its_figures_in_the_list_and_in_other_formats(plane: Plane) -> None:
     plane.finished(0.31)
     (job,) = plane.jobs.store.all()
@@ -245,6 +282,9 @@ def test_a_finished_audit_shows_its_figures_in_the_list_and_in_other_formats(pla
     assert row["result"]["measurement"]
     assert row["result"]["robust"] == published["expected"]
     assert row["result"]["ten_tries"] == published["tries"]["k10"]
+    assert (row["result"]["norm"], row["result"]["epsilon"]) == ("linf", 8)
+    assert row["result"]["curve"] == [{"value": 0.31, "low": 0.31, "high": 0.31, "epsilon": 8, "images": 128}]
+    assert row["result"]["judgement"]["word"] == "valid with warnings"
     assert row["digest"] == job.digest
     for name, kind, begins in (
         ("junit", "application/xml", "<?xml"),

@@ -13,7 +13,8 @@ import pytest
 from model_store.library import Library
 from model_store.policy import inclusion_probabilities
 from service.admin.audit_jobs import AuditQueue
-from service.admin.console_api import DRAWS, latency, summarize_draws
+from service.admin.console_api import DRAWS, summarize_draws
+from service.admin.traffic_history import TrafficHistory
 from service.app import create_admin_app, create_public_app
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
@@ -40,11 +41,16 @@ class Plane:
         self.metrics = Metrics()
         self.manager = LibraryManager(settings, self.metrics)
         jobs = AuditQueue(settings, self.metrics, self.manager.library)
-        admin = create_admin_app(self.manager, settings, self.metrics, TOKEN, jobs)
+        self.history = TrafficHistory(self.metrics)
+        admin = create_admin_app(self.manager, settings, self.metrics, TOKEN, jobs, self.history)
         public = create_public_app(self.manager, settings, self.metrics, ApiKeyStore(None, self.metrics))
         self.admin = client(admin, authorization=f"Bearer {TOKEN}")
         self.stranger = client(admin)
         self.public = client(public)
+
+    async def draws(self) -> dict[str, Any]:
+        found: dict[str, Any] = (await self.admin.get("/admin/overview")).json()["draws"]
+        return found
 
 
 def client(app: Any, **headers: str) -> httpx.AsyncClient:
@@ -72,6 +78,7 @@ def test_nothing_is_told_without_the_token(tiny: Library, tmp_path: Path) -> Non
     async def ask(plane: Plane) -> None:
         for method, path in (
             ("GET", "/admin/overview"),
+            ("GET", "/admin/history"),
             ("POST", "/admin/try"),
             ("GET", "/admin/profiles"),
             ("POST", "/admin/audits/cost"),
@@ -104,11 +111,92 @@ def test_requests_images_and_latencies_are_counted_and_draws_beside_their_law(ti
         assert found["traffic"]["outcomes"]["ok"] == 1
         assert found["traffic"]["outcomes"]["invalid"] == 1
         assert found["traffic"]["images"] == 1 + 2 * DRAWS
-        assert found["traffic"]["latency"]["counts"][-1] == 1
+        assert 0 < found["now"]["p50_s"] <= found["now"]["p99_s"]
+        assert found["draws"]["images"] == 0
+        assert found["draws"]["seconds"] is None
         assert [row["probability"] for row in found["draws"]["tickets"]] == list(inclusion_probabilities(tiny.policy))
         assert sum(row["drawn"] for row in found["draws"]["tickets"]) == 0  # below LOT nothing is published
 
     with_plane(ask, tiny, tmp_path)
+
+
+def test_draws_of_late_are_compared_alone_once_there_are_enough(tiny: Library, tmp_path: Path) -> None:
+    """Before the oldest sample, one ticket was drawn far too often; since then, exactly as the policy has it."""
+
+    async def ask(plane: Plane) -> None:
+        (structure, density), *rest = [(row.structure.name, f"{row.density:g}") for row in tiny.tickets]
+        chances = dict(zip([(structure, density), *rest], inclusion_probabilities(tiny.policy), strict=True))
+
+        def draw(images: int, extra: int = 0) -> None:
+            for (name, kept), chance in chances.items():
+                more = extra if (name, kept) == (structure, density) else 0
+                plane.metrics.inc("draws_total", images * chance + more, structure=name, density=kept)
+                plane.metrics.inc("draws_expected_total", images * chance, structure=name, density=kept)
+
+        draw(10_000, extra=3000)
+        assert (await plane.draws())["tickets"][0]["deviation"] > 6
+        plane.history.samples.clear()
+        plane.history.sample()
+        draw(8 * PUBLISH_EVERY - 1)
+        assert (await plane.draws())["seconds"] is None
+        draw(1)
+        found = await plane.draws()
+        assert found["images"] == 8 * PUBLISH_EVERY
+        assert found["seconds"] is not None
+        assert [row["deviation"] for row in found["tickets"]] == pytest.approx([0.0] * 4, abs=1e-6)
+
+    with_plane(ask, tiny, tmp_path)
+
+
+def test_the_last_quarter_of_an_hour_is_shown_from_any_time_on(tiny: Library, tmp_path: Path) -> None:
+    async def ask(plane: Plane) -> None:
+        for _ in range(2):
+            plane.history.began -= 5  # as if five seconds had passed
+            plane.history.sample()
+        whole = (await plane.admin.get("/admin/history")).json()
+        assert (whole["interval_s"], whole["keep_s"], len(whole["points"])) == (5, 900, 2)
+        first, second = whole["points"]
+        assert first["at_s"] < second["at_s"] <= whole["uptime_s"]
+        assert (await plane.admin.get("/admin/history?since=0")).json()["points"] == whole["points"]
+        later = (await plane.admin.get("/admin/history", params={"since": first["at_s"]})).json()["points"]
+        assert later[-1] == second
+        assert (await plane.admin.get("/admin/history?since=999999999999")).json()["points"] == []
+
+    with_plane(ask, tiny, tmp_path, load=False)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "since=",
+        "since=-1",
+        "since=nan",
+        "since=inf",
+        "since=1e3",
+        "since=1&since=2",
+        "since=١",
+        "since=" + "9" * 400,
+        "since=1%00",
+        "since=1;2",
+        "since=%27%20or%201",
+        "since=[1]",
+    ],
+)
+def test_a_since_that_is_no_number_of_seconds_is_refused(tiny: Library, tmp_path: Path, query: str) -> None:
+    async def ask(plane: Plane) -> None:
+        refused(await plane.admin.get(f"/admin/history?{query}"), 400, ErrorMessage.SINCE)
+
+    with_plane(ask, tiny, tmp_path, load=False)
+
+
+def test_no_draw_of_theta_can_be_read_from_the_history(tiny: Library, tmp_path: Path) -> None:
+    async def ask(plane: Plane) -> None:
+        plane.history.sample()
+        response = await plane.admin.get("/admin/history")
+        assert not any(word in response.text for word in ("resnet", "drawn", "theta", "member", "density"))
+        assert (await plane.public.get("/admin/history")).status_code == 404
+
+    with_plane(ask, tiny, tmp_path, load=False)
 
 
 def test_draws_are_published_a_lot_at_a_time(tiny: Library, tmp_path: Path) -> None:
@@ -119,8 +207,12 @@ def test_draws_are_published_a_lot_at_a_time(tiny: Library, tmp_path: Path) -> N
         images = draws["sizes"][-1]
         assert images >= PUBLISH_EVERY
         assert sum(row["drawn"] for row in draws["tickets"]) >= images
+        assert (draws["images"], draws["seconds"]) == (images, None)
         for row in draws["tickets"]:
-            assert row["expected"] == pytest.approx(images * row["probability"])
+            mean, chance = images * row["probability"], row["probability"]
+            assert row["expected"] == pytest.approx(mean)
+            assert row["deviation"] == pytest.approx((row["drawn"] - mean) / (mean * (1 - chance)) ** 0.5, abs=1e-3)
+            assert abs(row["deviation"]) < draws["odd"]
 
     with_plane(ask, tiny, tmp_path)
 
@@ -177,20 +269,6 @@ def test_every_profile_names_its_attacks(tiny: Library, tmp_path: Path) -> None:
             assert all(attacks and set(attacks) <= set(found["attacks"]) for attacks in profile["attacks"].values())
 
     with_plane(ask, tiny, tmp_path, load=False)
-
-
-def test_latency_counts_answered_classifications_alone() -> None:
-    metrics = Metrics()
-    for route, code, seconds in (
-        ("/v1/classify", "200", 0.003),
-        ("/v1/classify", "200", 0.3),
-        ("/v2/models/{model}/infer", "200", 0.003),
-        ("/v1/classify", "503", 0.0001),
-        ("/health/ready", "200", 0.0001),
-    ):
-        metrics.observe("http_request_duration_seconds", seconds, route=route, code=code)
-    found = dict(zip((*latency(metrics)["bounds"], "all"), latency(metrics)["counts"], strict=True))
-    assert (found[0.0025], found[0.005], found[0.25], found[0.5], found["all"]) == (0, 2, 2, 3, 3)
 
 
 def test_the_spread_of_draws_by_hand() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -10,18 +12,23 @@ from prometheus_client import parser as text
 from prometheus_client.openmetrics import parser as openmetrics
 
 from model_store.errors import LibraryRejected
-from model_store.library import Library
+from model_store.library import Library, open_library
 from model_store.policy import states
+from service.admin.audit_jobs import AuditQueue
+from service.app import create_admin_app
 from service.errors import ErrorMessage, RateLimited
+from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
-from service.settings import SettingsRejected
+from service.settings import Settings, SettingsRejected
 from service.web.auth import FAILURES, PAUSE_S, ApiKeyStore, FailedLoginLimiter, read_keys
 from tests.support.planes import TOKEN, StandIn, admin_app, ask, refused
+from tests.support.serving import tiny_library
 
 BEARER: Final = {"authorization": f"Bearer {TOKEN}"}
 PATHS: Final = (
     ("GET", "/admin/library"),
     ("POST", "/admin/library"),
+    ("POST", "/admin/library/diff"),
     ("GET", "/admin/policy"),
     ("GET", "/admin/audits"),
 )
@@ -237,7 +244,7 @@ class TestLibrary:
             go, begun = asyncio.Event(), asyncio.Event()
 
             class Slow(StandIn):
-                async def reload(self) -> StandIn:
+                async def reload(self, digest: str | None = None) -> StandIn:
                     begun.set()
                     await go.wait()
                     return self
@@ -254,5 +261,109 @@ class TestLibrary:
         assert asyncio.run(both()) == [200, 409]
 
     def test_before_the_first_library(self) -> None:
-        for method, path in PATHS[:3]:
+        for method, path in PATHS[:4]:
             refused(ask(admin_app(StandIn(loaded=False)), method, path, headers=BEARER), 503, ErrorMessage.NOT_READY)
+
+
+class TestDryRun:
+    """Over the real manager, with the library behind a link that a test points elsewhere."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Path:
+        tiny_library(tmp_path / "first")
+        tiny_library(tmp_path / "second", structures=("resnet18",))
+        link(tmp_path, "first")
+        return tmp_path
+
+    def run(self, place: Path, test: Callable[[LibraryManager, httpx.AsyncClient], Awaitable[None]]) -> None:
+        async def serve() -> None:
+            settings, metrics = Settings(library=place / "served", state_dir=place, engine="torch"), Metrics()
+            manager = LibraryManager(settings, metrics)
+            queue = AuditQueue(settings, metrics, manager.library)
+            app = create_admin_app(manager, settings, metrics, TOKEN, queue)
+            await manager.start()
+            transport = httpx.ASGITransport(app)
+            try:
+                async with httpx.AsyncClient(transport=transport, base_url="http://t", headers=BEARER) as client:
+                    await test(manager, client)
+            finally:
+                manager.workers.stop()
+
+        asyncio.run(serve())
+
+    def test_it_shows_what_would_change_and_changes_nothing(self, place: Path) -> None:
+        async def test(manager: LibraryManager, client: httpx.AsyncClient) -> None:
+            before = manager.library().digest
+            same = (await client.post("/admin/library/diff")).json()
+            assert (same["before"], same["after"], same["tickets"]) == (before, before, [])
+            link(place, "second")
+            second = open_library(place / "second")
+            found = (await client.post("/admin/library/diff")).json()
+            assert (found["before"], found["after"]) == (before, second.digest)
+            assert found["source"] == str(place / "served")
+            assert found["shared"] == ["policy"]
+            assert [(row["name"], row["difference"]) for row in found["tickets"]] == [
+                ("resnet34-20", "removed"),
+                ("resnet34-50", "removed"),
+            ]
+            assert found["unchanged"] == 2
+            assert manager.library().digest == before
+
+        self.run(place, test)
+
+    def test_the_library_that_was_shown_is_served_and_no_other(self, place: Path) -> None:
+        async def test(manager: LibraryManager, client: httpx.AsyncClient) -> None:
+            before = manager.library().digest
+            link(place, "second")
+            shown = (await client.post("/admin/library/diff")).json()["after"]
+            link(place, "first")
+            refused(await client.post(f"/admin/library?digest={shown}"), 409, ErrorMessage.LIBRARY_CHANGED)
+            assert manager.library().digest == before
+            assert manager.metrics.value("library_swaps_total", outcome="refused") == 1
+            link(place, "second")
+            answer = await client.post(f"/admin/library?digest={shown}")
+            assert answer.json() == {"digest": shown, "before": before}
+            assert manager.library().digest == shown
+
+        self.run(place, test)
+
+    def test_a_damaged_library_is_refused_without_a_word_of_why_on_the_wire(
+        self, place: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (place / "second" / "manifest.json").write_text("{}")
+
+        async def test(manager: LibraryManager, client: httpx.AsyncClient) -> None:
+            before = manager.library().digest
+            link(place, "second")
+            refused(await client.post("/admin/library/diff"), 422, ErrorMessage.LIBRARY_REFUSED)
+            assert manager.library().digest == before
+
+        self.run(place, test)
+        assert "manifest.json" in caplog.text
+
+    @pytest.mark.parametrize(
+        "query",
+        [
+            "digest=",
+            "digest=ab",
+            "digest=" + "A" * 64,
+            "digest=" + "a" * 65,
+            "digest=" + "a" * 64 + "%0a",
+            "&".join(["digest=" + "a" * 64] * 2),
+            "digest=../../etc/passwd",
+            "digest=" + "%F0%9F%98%80" * 64,
+        ],
+    )
+    def test_a_digest_that_is_none_is_refused_before_anything_is_opened(self, query: str) -> None:
+        def opened() -> None:
+            raise AssertionError
+
+        manager = StandIn(on_reload=opened)
+        refused(ask(admin_app(manager), "POST", f"/admin/library?{query}", headers=BEARER), 400, ErrorMessage.DIGEST)
+
+
+def link(place: Path, name: str) -> None:
+    """What is configured from now on."""
+    new = place / "new"
+    new.symlink_to(place / name)
+    new.rename(place / "served")
