@@ -31,9 +31,10 @@ from service.audit.errors import (
 from service.audit.events import StateEvent
 from service.audit.report.formats import FORMATS, Format, format_named
 from service.audit.report.model import Report
-from service.errors import NotReady, ServiceError
+from service.errors import ContentTooLarge, NotReady, ServiceError, UnsupportedMediaType
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES as REFUSES
+from service.web.body import stream_body
 from service.web.routing import RawRoute, json_response
 
 MAX_REQUEST_BYTES: Final = 65_536
@@ -45,6 +46,8 @@ PAGE_HEADERS: Final = {
 }
 READ_AS_DATA: Final = "Read a report as data"
 STORE: Final = "Store a labelled data set: a zip or npz file"
+BODY_REFUSES: Final = (ContentTooLarge, UnsupportedMediaType)
+"""What stream_body() raises, for the OpenAPI document."""
 Endpoint = Callable[[Request], Awaitable[Response]]
 Json = dict[str, Any]
 
@@ -157,13 +160,14 @@ class AuditApi:
         return model_response(stored, 201)
 
     async def receive(self, request: Request) -> Path:
-        """Writes the body to a file. Raises AuditRejected for a body that is too large."""
+        """Writes the body to a file. Raises what stream_body() raises."""
+        most = self.jobs.settings.audits_max_upload_bytes
         folder = self.jobs.datasets.uploads
         folder.mkdir(parents=True, exist_ok=True)
         path = part_of(folder / "upload")
         try:
             with naming(folder), create(path) as file:
-                async for chunk in limited(request, self.jobs.settings.audits_max_upload_bytes):
+                async for chunk in stream_body(request.scope, request.receive, most):
                     await asyncio.to_thread(file.write, chunk)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -175,18 +179,8 @@ def model_response(model: BaseModel, status: int = 200) -> Response:
     return json_response(model.model_dump(mode="json"), status)
 
 
-async def limited(request: Request, most: int) -> AsyncIterator[bytes]:
-    """The body, as long as it stays within `most` bytes. Raises AuditRejected."""
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > most:
-            raise AuditRejected(f"the body is larger than {most} bytes")
-        yield chunk
-
-
 async def read_json(request: Request) -> Any:
-    body = b"".join([chunk async for chunk in limited(request, MAX_REQUEST_BYTES)])
+    body = b"".join([part async for part in stream_body(request.scope, request.receive, MAX_REQUEST_BYTES)])
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -263,8 +257,8 @@ def audit_routes(api: AuditApi) -> tuple[AuditRoute, ...]:
     sets = json_answer(DatasetList, "The data sets, those of the configured folder first.")
     stored, upload = json_answer(StoredDataset, "The data set is stored.", 201), {openapi.BYTES: openapi.BINARY}
     unknown, unfinished = (AuditUnknown,), (AuditUnknown, AuditConflict)
-    submitted = (AuditRejected, CostRejected, AuditUnknown, AuditConflict, QueueFull, NotReady)
-    uploaded = (AuditRejected, DataRejected, NotReady)
+    submitted = (*BODY_REFUSES, AuditRejected, CostRejected, AuditUnknown, AuditConflict, QueueFull, NotReady)
+    uploaded = (*BODY_REFUSES, AuditRejected, DataRejected, NotReady)
     return (
         AuditRoute("POST", audits, api.submit, "submit_audit", "Queue an audit", queued, submitted, body=request),
         AuditRoute("GET", audits, api.list, "list_audits", "List the audits", listed),

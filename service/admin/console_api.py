@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import numpy as np
 from fastapi import APIRouter
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.code_version import product_version
-from service.admin.audit_api import limited, map_audit_errors, read_json
+from service.admin.audit_api import BODY_REFUSES, map_audit_errors, read_json
 from service.admin.audit_jobs import AuditQueue
 from service.admin.audit_store import Cost, Summary
 from service.admin.draw_statistics import compare_draws
@@ -37,13 +37,13 @@ from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, Audit,
 from service.audit.errors import AuditConflict, AuditRejected, AuditUnknown, CostRejected
 from service.audit.plan import attacks_of
 from service.audit.profiles import PROFILES, Profile
-from service.errors import BadRequest, ClientDisconnected, ErrorMessage, NotReady
+from service.errors import BadRequest, ErrorMessage, NotReady
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import OUTCOMES, REASONS, SECONDS, Metrics
 from service.settings import Settings
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES
-from service.web.body import cancel_on_disconnect
+from service.web.body import cancel_on_disconnect, stream_body
 from service.web.decoder import Decoder
 from service.web.inference import REFUSES, Probabilities
 from service.web.routing import RawRoute, json_response
@@ -140,7 +140,8 @@ class ConsoleApi:
 
     async def answers(self, request: Request, serving: LoadedLibrary) -> Probabilities:
         """[DRAWS, classes]"""
-        body = await received(request, self.settings.max_body_bytes)
+        most = self.settings.max_body_bytes
+        body = b"".join([part async for part in stream_body(request.scope, request.receive, most)])
         rows = np.repeat(await self.decoder.rows([body], serving.library.input), DRAWS, axis=0)
         answer = serving.scheduler.submit(rows, client=CLIENT, deadline=None)
         return await cancel_on_disconnect(request.receive, answer)
@@ -166,14 +167,6 @@ class ConsoleApi:
         audit = read_audit(request)
         self.jobs.datasets.path(audit.data, audit.profile)
         return self.jobs.cost(audit, self.manager.library()).model_dump(mode="json")
-
-
-async def received(request: Request, limit: int) -> bytes:
-    """The body. Raises AuditRejected beyond `limit` bytes, ClientGone."""
-    try:
-        return b"".join([chunk async for chunk in limited(request, limit)])
-    except ClientDisconnect:
-        raise ClientDisconnected from None
 
 
 def summary(name: str, profile: Profile) -> ProfileSummary:
@@ -254,14 +247,12 @@ def router(
     routes.add_api_route("/admin/history", api.show_history, methods=["GET"], **shown)
     votes = openapi.json_answer(TriedImage, "How the draws voted.")
     body = {openapi.BYTES: openapi.BINARY}
-    tried = openapi.operation(
-        "try_image", "Classify a picture by many draws", votes, refuses=(AuditRejected, *REFUSES), body=body
-    )
+    tried = openapi.operation("try_image", "Classify a picture by many draws", votes, refuses=REFUSES, body=body)
     routes.add_api_route("/admin/try", map_audit_errors(api.try_image), methods=["POST"], **tried)
     offered = openapi.json_answer(AuditOptions, "Profiles, attacks and epsilons.")
     options = openapi.operation("audit_options", "Show what an audit can be", offered, refuses=ADMIN_REFUSES)
     routes.add_api_route("/admin/profiles", api.profiles, methods=["GET"], **options)
-    refuses = (*ADMIN_REFUSES, AuditRejected, AuditUnknown, CostRejected, AuditConflict, NotReady)
+    refuses = (*ADMIN_REFUSES, *BODY_REFUSES, AuditRejected, AuditUnknown, CostRejected, AuditConflict, NotReady)
     request = {openapi.JSON: openapi.reference(Audit)}
     price = openapi.json_answer(Cost, "The estimate.")
     priced = openapi.operation("estimate_audit", "Estimate an audit's cost", price, refuses=refuses, body=request)

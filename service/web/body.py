@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from starlette.types import Receive, Scope
@@ -62,6 +62,43 @@ def whole_number(text: bytes, digits: int = 15) -> int | None:
     return int(text) if text.isdigit() and len(text) <= digits else None
 
 
+def refuse_length(headers: Mapping[bytes, bytes], limit: int) -> None:
+    """Before any of the body is read. Raises BadRequest, BodyTooLarge."""
+    length = whole_number(headers.get(b"content-length", b"0"))
+    if length is None:
+        raise BadRequest(ErrorMessage.LENGTH_HEADER)
+    if length > limit:
+        raise BodyTooLarge(limit=limit)
+
+
+async def stream_body(scope: Scope, receive: Receive, limit: int) -> AsyncIterator[bytes]:
+    """A body piece by piece, without its Content-Encoding: at most `limit` bytes as sent, and as many unpacked.
+
+    Raises BadRequest, BodyTooLarge, ContentTooLarge, UnsupportedMediaType, ClientDisconnected.
+    """
+    headers = unique_headers(scope)
+    refuse_length(headers, limit)
+    coding = content_coding(headers)
+    inflater = None if coding is None else Inflater(coding, limit)
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnected
+        data, more = message.get("body", b""), message.get("more_body", False)
+        size += len(data)
+        if size > limit:
+            raise BodyTooLarge(limit=limit)
+        if inflater is None:
+            yield data
+            continue
+        pieces = inflater.feed(data)
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+    if inflater is not None:
+        inflater.finish()
+
+
 class BodyReader:
     """Reads bodies, and counts what all requests together hold of them: what has arrived, not what was announced, so
     that slow clients cannot take the room of others by promising much."""
@@ -74,7 +111,7 @@ class BodyReader:
     async def read(self, receive: Receive, headers: Mapping[bytes, bytes], room: "BodyReservation") -> bytes:
         """The whole body, without its Content-Encoding. Raises BadRequest, Overloaded, BodyTooLarge, TooLarge, TooSlow,
         Unsupported, ClientGone."""
-        self.refuse_length(headers)
+        refuse_length(headers, self.settings.max_body_bytes)
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
                 body = await self.read_chunks(receive, room)
@@ -82,14 +119,6 @@ class BodyReader:
             raise RequestTimeout(limit=self.settings.body_timeout_s) from None
         self.metrics.observe("http_request_body_bytes", len(body))
         return await self.decode_content(body, headers, room)
-
-    def refuse_length(self, headers: Mapping[bytes, bytes]) -> None:
-        """Before any of the body is read."""
-        length = whole_number(headers.get(b"content-length", b"0"))
-        if length is None:
-            raise BadRequest(ErrorMessage.LENGTH_HEADER)
-        if length > self.settings.max_body_bytes:
-            raise BodyTooLarge(limit=self.settings.max_body_bytes)
 
     async def read_chunks(self, receive: Receive, room: "BodyReservation") -> bytes:
         parts: list[bytes] = []
@@ -107,11 +136,9 @@ class BodyReader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def decode_content(self, body: bytes, headers: Mapping[bytes, bytes], room: "BodyReservation") -> bytes:
-        coding = headers.get(b"content-encoding", b"identity").strip().lower()
-        if coding in (b"", b"identity"):
+        coding = content_coding(headers)
+        if coding is None:
             return body
-        if coding not in CODINGS:
-            raise UnsupportedMediaType(ErrorMessage.BODY_PACKING)
         limit = self.settings.max_body_bytes
         room.take(limit)
         result = await asyncio.to_thread(inflate, body, coding, limit)
@@ -142,43 +169,86 @@ class BodyReservation:
         self.bodies.reserve(-self.size)
 
 
+def content_coding(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """The Content-Encoding to undo, None for none. Raises UnsupportedMediaType."""
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding in (b"", b"identity"):
+        return None
+    if coding not in CODINGS:
+        raise UnsupportedMediaType(ErrorMessage.BODY_PACKING)
+    return coding
+
+
+def window_bits(begin: bytes, coding: bytes) -> int:
+    """zlib's parameter for a stream that begins so."""
+    if coding in GZIP:
+        return GZIP_BITS
+    begins_as_zlib = begin[:1] and begin[0] & 15 == zlib.DEFLATED and int.from_bytes(begin[:2], "big") % 31 == 0
+    return ZLIB_BITS if begins_as_zlib else RAW_BITS
+
+
 def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
-    """What a body of Content-Encoding gzip or deflate holds, at most `limit` bytes. Raises BadRequest, ContentTooLarge.
+    """What a whole body holds, at most `limit` bytes. Raises BadRequest, ContentTooLarge."""
+    inflater = Inflater(coding, limit)
+    result = b"".join(inflater.feed(body))
+    inflater.finish()
+    return result
+
+
+class Inflater:
+    """Unpacks a body of Content-Encoding gzip or deflate as it arrives, to at most `limit` bytes.
 
     gzip may have several members (RFC 1952, 2.2). deflate should have zlib's header, but some clients leave it out (RFC
     9110, 8.4.1.2).
     """
-    members, most = window_bits(body, coding), MAX_MEMBERS if coding in GZIP else 1
-    result, rest = bytearray(), memoryview(body)
-    try:
-        for _ in range(most):
-            rest = inflate_member(rest, members, result, limit)
-            if not rest:
-                return bytes(result)
-    except zlib.error:
-        pass
-    raise BadRequest(ErrorMessage.BODY_INFLATE)
 
+    def __init__(self, coding: bytes, limit: int) -> None:
+        self.coding = coding
+        self.limit = limit
+        self.size = 0  # bytes unpacked so far
+        self.members = 0
+        self.machine: zlib._Decompress | None = None
+        self.begin = b""  # of a deflate body, until it shows what header it has
 
-def window_bits(body: bytes, coding: bytes) -> int:
-    if coding in GZIP:
-        return GZIP_BITS
-    begins_as_zlib = body[:1] and body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
-    return ZLIB_BITS if begins_as_zlib else RAW_BITS
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What the next bytes of the body hold, at most PIECES[1] of it at once. Raises BadRequest, ContentTooLarge."""
+        view, at, piece = memoryview(self.begin + data if self.begin else data), 0, PIECES[0]
+        self.begin = b""
+        try:
+            while at < len(view):
+                if self.machine is None or self.machine.eof:
+                    if len(view) - at < 2 and self.coding not in GZIP:
+                        self.begin = bytes(view[at:])
+                        return
+                    self.machine, piece = self.next_member(view[at : at + 2]), PIECES[0]
+                part = view[at : at + piece]
+                yield from self.unpack(self.machine, part)
+                at, piece = at + len(part) - len(self.machine.unused_data), min(2 * piece, PIECES[1])
+        except zlib.error:
+            raise BadRequest(ErrorMessage.BODY_INFLATE) from None
 
+    def unpack(self, machine: "zlib._Decompress", part: bytes | memoryview) -> Iterator[bytes]:
+        while True:
+            most = min(self.limit + 1 - self.size, PIECES[1])
+            result = machine.decompress(part, most)
+            self.size += len(result)
+            if self.size > self.limit:
+                raise ContentTooLarge(limit=self.limit)
+            yield result
+            part = machine.unconsumed_tail
+            if machine.eof or (not part and len(result) < most):
+                return
 
-def inflate_member(body: memoryview, bits: int, result: bytearray, limit: int) -> memoryview:
-    """Appends what one compressed stream holds to `result`; what follows it is returned. Raises zlib.error if the
-    stream is damaged or cut short, ContentTooLarge if the result exceeds `limit`."""
-    machine, at, piece = zlib.decompressobj(wbits=bits), 0, PIECES[0]
-    while not machine.eof:
-        if at >= len(body):
-            raise zlib.error("cut short")
-        result += machine.decompress(body[at : at + piece], limit + 1 - len(result))
-        if len(result) > limit:
-            raise ContentTooLarge(limit=limit)
-        at, piece = at + piece, min(2 * piece, PIECES[1])
-    return body[min(at, len(body)) - len(machine.unused_data) :]
+    def next_member(self, begin: memoryview) -> "zlib._Decompress":
+        self.members += 1
+        if self.members > (MAX_MEMBERS if self.coding in GZIP else 1):
+            raise BadRequest(ErrorMessage.BODY_INFLATE)
+        return zlib.decompressobj(wbits=window_bits(bytes(begin), self.coding))
+
+    def finish(self) -> None:
+        """Raises BadRequest for a body that is cut short."""
+        if self.machine is None or not self.machine.eof or self.begin:
+            raise BadRequest(ErrorMessage.BODY_INFLATE)
 
 
 def media_type(headers: Mapping[bytes, bytes]) -> bytes:

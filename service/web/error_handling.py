@@ -29,6 +29,7 @@ from service.errors import (
     UnsupportedMediaType,
     where,
 )
+from service.web.routing import allowed_methods
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,6 @@ def answer(error: Exception) -> Response:
     """The only place where an exception becomes a status and a body."""
     known = as_service_error(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    if headers.get("Allow") == "GET":
-        headers["Allow"] = "GET, HEAD"
     if known.retry_after is not None:
         headers["Retry-After"] = str(known.retry_after)
     if known.status == 401:
@@ -71,8 +70,11 @@ def answer(error: Exception) -> Response:
     return Response(body, known.status, headers, media_type="application/json")
 
 
-async def answer_framework(_: Request, error: Exception) -> Response:
-    return answer(error)
+async def answer_framework(request: Request, error: Exception) -> Response:
+    response = answer(error)
+    if response.status_code == MethodNotAllowed.status:  # the framework names those of one route
+        response.headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))
+    return response
 
 
 EXCEPTION_HANDLERS: Final[dict[Any, Callable[[Request, Exception], Awaitable[Response]]]] = {

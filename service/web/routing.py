@@ -2,16 +2,18 @@
 
 import json
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 ARRIVAL_TIME: Final = "tombola.arrived"
 """Where a scope may hold when the event loop had read its headers, on the loop's clock."""
+METHODS: Final = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 ZERO_WEIGHT: Final = re.compile(r"[qQ]\s*=\s*0(\.0{0,3})?")
 
 
@@ -26,6 +28,17 @@ def without_refused(header: str) -> str:
     """The codings that an Accept-Encoding header names with a weight above 0 (RFC 9110, 12.4.2), without weights."""
     items = (item.partition(";") for item in header.split(","))
     return ",".join(name.strip() for name, _, weight in items if not ZERO_WEIGHT.fullmatch(weight.strip()))
+
+
+def allowed_methods(routes: Iterable[BaseRoute], scope: Scope) -> list[str]:
+    """The methods of a request's path over all of its routes; HEAD is answered wherever GET is."""
+    known = list(routes)
+    methods = [method for method in METHODS if any(is_for(route, scope, method) for route in known)]
+    return sorted([*methods, "HEAD"] if "GET" in methods else methods)
+
+
+def is_for(route: BaseRoute, scope: Scope, method: str) -> bool:
+    return route.matches({**scope, "method": method})[0] is Match.FULL
 
 
 class RawRoute(APIRoute):

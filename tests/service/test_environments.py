@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 from tests.support.serving import environment, serving, tiny_library
 from tombola.sample_image import draw_sample
@@ -43,6 +44,42 @@ def test_a_user_without_a_name_and_without_a_home_is_served(tmp_path: Path) -> N
     with serving(library.path, tmp_path / "state", program=program, without=without) as process:
         assert process.classify(draw_sample())[0] == 200
         assert process.end() == 0
+
+
+def service_links(name: str, port: int) -> dict[str, str]:
+    """What Kubernetes sets in every container of a namespace for a Service of that name and a port called http."""
+    prefix, address = name.upper().replace("-", "_"), "10.0.0.1"
+    return {
+        f"{prefix}_SERVICE_HOST": address,
+        f"{prefix}_SERVICE_PORT": str(port),
+        f"{prefix}_SERVICE_PORT_HTTP": str(port),
+        f"{prefix}_PORT": f"tcp://{address}:{port}",
+        f"{prefix}_PORT_{port}_TCP": f"tcp://{address}:{port}",
+        f"{prefix}_PORT_{port}_TCP_PROTO": "tcp",
+        f"{prefix}_PORT_{port}_TCP_PORT": str(port),
+        f"{prefix}_PORT_{port}_TCP_ADDR": address,
+    }
+
+
+SERVICES: Final = ("tombola", "tombola-admin", "tombola-grpc", "tombola-metrics", "tombola-library", "tombola-port")
+
+
+def test_a_process_starts_in_the_environment_of_a_container_of_a_busy_namespace(tmp_path: Path) -> None:
+    """Links to Services whose names begin with ours, no HOME, no user's name, another program's folder of metrics, and
+    a locale of ASCII alone; the planes listen where the flags say."""
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+    variables = {name: value for service in SERVICES for name, value in service_links(service, 8000).items()}
+    assert {"TOMBOLA_ADMIN_PORT", "TOMBOLA_GRPC_PORT", "TOMBOLA_PORT"} < set(variables)
+    variables |= {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "LC_ALL": "POSIX"}
+    variables |= {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    library = tiny_library(tmp_path / "library")
+    without = ("HOME", "USER", "LOGNAME", "USERNAME", "LANG", "LC_CTYPE")
+    with serving(library.path, tmp_path / "state", program=("-c", NAMELESS), without=without, **variables) as process:
+        assert process.classify(draw_sample())[0] == 200
+        assert process.metric("inference_images_total") == 1
+        assert process.end() == 0
+    assert not list(metrics.iterdir())
 
 
 def test_a_locale_without_utf_8_gets_escapes_where_it_lacks_a_character(tmp_path: Path) -> None:

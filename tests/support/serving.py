@@ -220,13 +220,17 @@ def serving(
     *flags: str,
     program: Sequence[str] = ("-m", "tombola"),
     without: Sequence[str] = (),
+    **variables: str,
 ) -> Iterator[Process]:
-    """The process on free ports, once it says it is ready. Killed if the test leaves it running."""
+    """The process on free ports, once it says it is ready. Killed if the test leaves it running.
+
+    without, variables: of the environment, taken away and added.
+    """
     command = [sys.executable, *program, "serve", "--library", str(library), "--state-dir", str(state)]
     command += ["--port", "0", "--admin-port", "0", "--engine", "torch", *flags]
-    variables = {name: value for name, value in environment().items() if name not in without}
+    inherited = {name: value for name, value in environment(**variables).items() if name not in without}
     log = (state.parent / "log.jsonl").open("w")
-    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables) as process:
+    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=inherited) as process:
         try:
             yield announced(process)
         finally:

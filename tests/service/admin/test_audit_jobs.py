@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gzip
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from service.audit.checks.run import CHECKS
 from service.audit.command import INVALID
 from service.audit.errors import AuditConflict
 from service.audit.events import StepEvent
+from service.errors import ErrorMessage
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.audit_models import tiny
-from tests.support.planes import TOKEN, StandIn, admin_app, behind_a_port
+from tests.support.planes import TOKEN, StandIn, admin_app, behind_a_port, refused
 from tests.support.tickets import items, make_ticket
 from tombola.cli import main
 
@@ -502,7 +505,7 @@ def test_bodies_that_are_no_json_are_refused(plane: Plane) -> None:
         answer = plane.ask("POST", "/admin/audits", content=body)
         assert answer.status_code == 400
         assert "not JSON" in answer.json()["error"]
-    assert plane.ask("POST", "/admin/audits", content=b" " * 100_000).status_code == 400
+    assert plane.ask("POST", "/admin/audits", content=b" " * 100_000).status_code == 413
 
 
 def test_without_the_token_nothing_is_told(plane: Plane) -> None:
@@ -567,6 +570,11 @@ def a_zip(files: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
+def two_members(data: bytes) -> bytes:
+    """gzip, in two parts (RFC 1952, 2.2)."""
+    return gzip.compress(data[:100]) + gzip.compress(data[100:])
+
+
 BAD_UPLOADS: dict[str, tuple[bytes, str]] = {
     "no archive": (b"hello", "neither a zip nor an npz"),
     "nothing": (b"", "neither a zip nor an npz"),
@@ -595,9 +603,41 @@ def test_names_of_uploads_are_plain(plane: Plane, name: str) -> None:
 
 def test_uploads_are_bounded(library: Library, tmp_path: Path) -> None:
     plane = Plane(library, tmp_path / "state", audits_max_upload_bytes=1024)
-    answer = plane.ask("PUT", "/admin/datasets/mine", content=GOOD)
-    assert answer.status_code == 400
-    assert "larger than 1024 bytes" in answer.json()["error"]
+    for body, headers in ((GOOD, {}), (gzip.compress(bytes(2000)), {"content-encoding": "gzip"})):
+        answer = plane.ask("PUT", "/admin/datasets/mine", content=body, headers=headers)
+        refused(answer, 413, ErrorMessage.BODY_TOO_LARGE)
+        assert list(plane.jobs.datasets.uploads.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("coding", "pack"), [("gzip", gzip.compress), ("x-gzip", two_members), ("deflate", zlib.compress)]
+)
+def test_uploads_and_requests_are_unpacked_as_the_public_plane_unpacks_bodies(
+    plane: Plane, coding: str, pack: Callable[[bytes], bytes]
+) -> None:
+    headers = {"content-encoding": coding}
+    stored = plane.ask("PUT", "/admin/datasets/digits", content=pack(GOOD), headers=headers)
+    assert (stored.status_code, stored.json()["name"]) == (201, "digits.npz")
+    assert (plane.jobs.datasets.uploads / "digits.npz").read_bytes() == GOOD
+    text = json.dumps({"profile": "unheard of"} | {"images": 1}).encode()
+    assert "unheard of" in refused(plane.ask("POST", "/admin/audits", content=pack(text), headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "status", "text"),
+    [
+        ("br", GOOD, 415, ErrorMessage.BODY_PACKING),
+        ("gzip, gzip", GOOD, 415, ErrorMessage.BODY_PACKING),
+        ("gzip", GOOD, 400, ErrorMessage.BODY_INFLATE),
+        ("gzip", gzip.compress(GOOD)[:-5], 400, ErrorMessage.BODY_INFLATE),
+        ("deflate", b"", 400, ErrorMessage.BODY_INFLATE),
+    ],
+)
+def test_an_upload_that_cannot_be_unpacked_is_refused_and_leaves_nothing(
+    plane: Plane, coding: str, body: bytes, status: int, text: ErrorMessage
+) -> None:
+    answer = plane.ask("PUT", "/admin/datasets/digits", content=body, headers={"content-encoding": coding})
+    refused(answer, status, text)
     assert list(plane.jobs.datasets.uploads.iterdir()) == []
 
 

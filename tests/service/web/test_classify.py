@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from model_store.input_spec import CIFAR10_INPUT
 from service.errors import (
+    BadRequest,
     ContentTooLarge,
     DeadlineExceeded,
     Draining,
@@ -27,7 +28,7 @@ from service.errors import (
     ServiceError,
 )
 from service.observability.metrics import Metrics
-from service.web.body import inflate
+from service.web.body import Inflater, inflate
 from service.web.routing import ARRIVAL_TIME
 from tests.support.planes import DIGEST, Oracle, StandIn, ask, encoded, picture, png, public_app, refused
 from tests.support.tickets import CLASSES
@@ -283,7 +284,7 @@ class TestRefusals:
         refused(ask(app, "POST", PATH + "/"), 404, ErrorMessage.NOT_FOUND)
         response = ask(app, "GET", PATH)
         refused(response, 405, ErrorMessage.METHOD)
-        assert response.headers["allow"] == "POST"
+        assert response.headers["allow"] == "POST, PUT"
 
     def test_admin_calls_are_not_there(self) -> None:
         for method, path in (
@@ -373,6 +374,24 @@ class TestPacking:
             assert inflate(packed, b"gzip", sum(sizes)) == b"".join(members)
             with pytest.raises(ContentTooLarge):
                 inflate(packed, b"gzip", sum(sizes) - 1)
+
+    @pytest.mark.parametrize("coding", [b"gzip", b"deflate"])
+    def test_a_body_is_unpacked_alike_however_it_arrives(self, coding: bytes) -> None:
+        """In one piece, byte by byte, and with much output from few bytes."""
+        content = png(110) + bytes(300_000)
+        packer = zlib.compressobj(wbits=-15)
+        whole = gzip.compress(content) if coding == b"gzip" else packer.compress(content) + packer.flush()
+        for size in (1, 2, 7, 1000, len(whole)):
+            inflater = Inflater(coding, len(content))
+            pieces = [part for at in range(0, len(whole), size) for part in inflater.feed(whole[at : at + size])]
+            inflater.finish()
+            assert b"".join(pieces) == content
+            assert max(map(len, pieces)) <= 65536
+        for end in (1, 20, len(whole) - 1):
+            inflater = Inflater(coding, len(content))
+            list(inflater.feed(whole[:end]))
+            with pytest.raises(BadRequest):
+                inflater.finish()
 
     def test_deflate_is_read_without_zlib_s_header_too(self) -> None:
         packer = zlib.compressobj(wbits=-15)

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.errors import ErrorMessage
+from service.web.error_handling import ErrorMiddleware
 from service.web.http_protocol import HEAD_BYTES, HttpProtocol
 from tests.support.http_wire import (
     Answer,
@@ -551,3 +552,26 @@ def test_a_refusal_can_be_read_by_a_client_that_is_still_sending(
     for _ in range(5):
         sent = [AMBIGUOUS["both lengths"], *[bytes(100_000)] * 20]
         assert [found.status for found in dialogue(plane[0], sent, 1)] == [400]
+
+
+@pytest.mark.parametrize("framed", [with_length, with_chunks])
+def test_an_error_about_a_body_can_be_read_by_a_client_that_is_still_sending_it(framed: Callable[..., bytes]) -> None:
+    """The error middleware reads on for a moment after such an answer, and no request may follow on the connection."""
+    public, admin = public_app(max_body_bytes=2048), admin_app()
+    token = b"authorization: Bearer %s\r\n" % TOKEN.encode()
+    for app, target, access in ((public, b"/v1/classify", b""), (admin, b"/admin/audits", token)):
+        with behind_a_port(app) as address:
+            for _ in range(5):
+                (found,) = dialogue(address, [framed(bytes(4_000_000), access, target)], 1)
+                assert (found.status, found.headers["connection"]) == (413, "close")
+
+
+def test_every_other_exception_leaves_the_connection_to_the_next_request() -> None:
+    """Errors of others do not say whether a connection can be used again: it can."""
+
+    async def failing(_: Scope, __: Receive, ___: Send) -> None:
+        raise KeyError("anything")
+
+    wire = converse([NEXT, NEXT], ErrorMiddleware(failing))
+    assert [found.status for found in read_answers(wire.sent)] == [500, 500]
+    assert not wire.closed

@@ -90,12 +90,48 @@ def test_head_is_counted_by_its_route_and_its_own_name(process: tuple[Process, s
     assert process[0].metric(series) >= 1
 
 
-def test_who_allows_get_allows_head(process: tuple[Process, str]) -> None:
-    with plane(process, "public") as asked:
-        status, headers, _ = asked.ask("PUT", "/health/ready")
-        assert (status, headers["allow"]) == (405, "GET, HEAD")
-        status, headers, body = asked.ask("HEAD", "/v1/classify")
-        assert (status, headers["allow"], body) == (405, "POST", b"")
+METHODS: Final = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
+ALLOWED: Final = {
+    "public": {
+        "/": "GET, HEAD",
+        "/health/ready": "GET, HEAD",
+        "/docs/start.js": "GET, HEAD",
+        "/v1/classify": "POST, PUT",
+        "/v2/models/tombola/infer": "POST",
+        "/v2/models/tombola/versions/1": "GET, HEAD",
+    },
+    "admin": {
+        "/metrics": "GET, HEAD",
+        "/admin/audits": "GET, HEAD, POST",
+        "/admin/audits/some-id": "DELETE, GET, HEAD",
+        "/admin/datasets/some-name": "PUT",
+        "/console/app.js": "GET, HEAD",
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["public", "admin"])
+def test_a_method_that_is_not_allowed_is_answered_with_all_that_are(process: tuple[Process, str], name: str) -> None:
+    """Whatever the method, those that have routes of their own among them, and whichever route is the first."""
+    with plane(process, name) as asked:
+        for path, allowed in ALLOWED[name].items():
+            for method in {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"} - {
+                *allowed.split(", ")
+            }:
+                status, headers, body = asked.ask(method, path)
+                assert (status, headers.get("allow")) == (405, allowed), (method, path)
+                assert body == b"" if method == "HEAD" else json.loads(body) == {"error": ErrorMessage.METHOD}
+        assert "allow" not in asked.ask("OPTIONS", "/nothing")[1]
+
+
+def test_every_route_of_a_plane_is_named_by_allow() -> None:
+    """Each documented path against the methods of the document, so that a new route cannot be left out."""
+    app = app_for("")
+    for path, operations in app.openapi()["paths"].items():
+        expected = {method.upper() for method in operations}
+        response = ask(app, "PATCH", path.replace("{model}", "tombola").replace("{version}", "1"))
+        assert response.status_code == 405
+        assert expected <= set(response.headers["allow"].split(", "))
 
 
 # Pages of other origins
