@@ -520,8 +520,8 @@ def cors_origins(settings: Settings) -> list[str]:
 def check_origins(text: str) -> None:
     """Raises ValueError for an origin that no browser would ever send (RFC 6454, 6.2)."""
     for origin in (part.strip() for part in text.split(",")):
-        found = ORIGIN.fullmatch(origin)
-        if origin in ("", "*") or (found and (found["port"] or "no") != DEFAULT_PORTS.get(found["scheme"])):
+        parts = ORIGIN.fullmatch(origin)
+        if origin in ("", "*") or (parts and (parts["port"] or "no") != DEFAULT_PORTS.get(parts["scheme"])):
             continue
         raise ValueError(
             f"TOMBOLA_CORS_ORIGINS {origin[:80]!r}: expected * or scheme://host or scheme://host:port, in lower case, "

@@ -49,19 +49,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_search_s_tickets_answer_pictures_over_http(library: Path, tmp_path: Path) -> None:
-    asked = digits().test.balanced(200)
+    images = digits().test.balanced(200)
     command = [sys.executable, "-m", "tombola", "serve", "--library", str(library), "--port", "0", "--admin-port", "0"]
     with subprocess.Popen(
         [*command, "--state-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as server:
         try:
             address = address_of(server)
-            answers = [answer for part in range(0, 200, 50) for answer in classify(address, library, asked, part)]
+            answers = [answer for part in range(0, 200, 50) for answer in classify(address, library, images, part)]
         finally:
             server.terminate()
             _, log = server.communicate(timeout=60)
     assert server.returncode == 0, log
-    right = sum(answer["index"] == label for answer, label in zip(answers, asked.labels.tolist(), strict=True))
+    right = sum(answer["index"] == label for answer, label in zip(answers, images.labels.tolist(), strict=True))
     print(f"\nan ensemble of one or two tickets of {library}: {right} of 200 test digits right")
     assert right > 120  # chance is 20; 60 % is far beyond it and far below what the tickets reach
 
@@ -97,10 +97,10 @@ def embedded_accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
 
 def test_the_embedded_library_reads_foolbox_s_cifar_samples_better_than_chance() -> None:
     """Twenty images: by chance six or more are right in one of ninety runs; the images and the library are fixed."""
-    found = find_spec("foolbox")  # its pictures alone: no need to run it
-    assert found is not None
-    assert found.origin is not None
-    files = sorted((Path(found.origin).parent / "data").glob("cifar10_*.png"))
+    package_spec = find_spec("foolbox")  # its pictures alone: no need to run it
+    assert package_spec is not None
+    assert package_spec.origin is not None
+    files = sorted((Path(package_spec.origin).parent / "data").glob("cifar10_*.png"))
     pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     labels = torch.tensor([int(file.stem.split("_")[-1]) for file in files])
     assert len(files) == 20
@@ -113,6 +113,6 @@ def test_the_embedded_library_reads_cifar_test_images_about_as_well_as_it_claims
 
     images = read_split(CIFAR).test.balanced(500)
     claims = [claim.value for entry in open_library().entries for claim in entry.claims if claim.metric == "clean"]
-    found = embedded_accuracy(as_floats(images.pixels), images.labels)
-    print(f"\nmean of all tickets on 500 test images: {100 * found:.1f} %")
-    assert found > min(claims) - 0.05
+    accuracy = embedded_accuracy(as_floats(images.pixels), images.labels)
+    print(f"\nmean of all tickets on 500 test images: {100 * accuracy:.1f} %")
+    assert accuracy > min(claims) - 0.05

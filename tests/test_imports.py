@@ -72,14 +72,14 @@ def dotted(file: Path) -> str:
 
 def imports(module: str, tree: ast.Module, names: frozenset[str]) -> set[str]:
     """The modules of `names` that a file imports anywhere in it, in functions and behind TYPE_CHECKING too."""
-    found: set[str] = set()
+    imported: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {nearest(alias.name, names) for alias in node.names}
+            imported |= {nearest(alias.name, names) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join([*anchor(module, node.level), *filter(None, [node.module])])
-            found |= {nearest(f"{base}.{alias.name}", names) for alias in node.names}
-    return found - {"", module}
+            imported |= {nearest(f"{base}.{alias.name}", names) for alias in node.names}
+    return imported - {"", module}
 
 
 def anchor(module: str, level: int) -> list[str]:
@@ -196,5 +196,5 @@ def test_nothing_unpickles(package: str) -> None:
 )
 def test_every_form_of_import_is_seen(source: str, expected: set[str] | None) -> None:
     names = frozenset(f"model_store.{name}" for name in LADDER)
-    found = imports("model_store.attacks", ast.parse(source), names)
-    assert found == ({"service"} if expected is None else expected)
+    imported = imports("model_store.attacks", ast.parse(source), names)
+    assert imported == ({"service"} if expected is None else expected)

@@ -51,9 +51,9 @@ class Origin:
 def origin() -> Iterator[Origin]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            found.heard.append((f"{self.command} {self.path}", self.headers["authorization"]))
+            site.heard.append((f"{self.command} {self.path}", self.headers["authorization"]))
             self.rfile.read(int(self.headers["content-length"] or 0))
-            self.send_response(found.status)
+            self.send_response(site.status)
             self.send_header("content-length", "0")
             self.end_headers()
 
@@ -62,11 +62,11 @@ def origin() -> Iterator[Origin]:
         def log_message(self, *_: Any) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found = Origin(f"http://127.0.0.1:{server.server_port}")
+        site = Origin(f"http://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
-            yield found
+            yield site
         finally:
             server.shutdown()
             thread.join()
@@ -74,8 +74,8 @@ def origin() -> Iterator[Origin]:
 
 @pytest.fixture
 def meant() -> Iterator[Origin]:
-    with origin() as found:
-        yield found
+    with origin() as site:
+        yield site
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
     """Every variable that names a proxy names this one, and nothing is excepted from it."""
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with listening() as found:
-        for name, value in found.environment.items():
+    with listening() as listener:
+        for name, value in listener.environment.items():
             monkeypatch.setenv(name, value)
-        yield found
+        yield listener
 
 
 def test_the_proxy_would_have_heard_what_trusts_the_environment(meant: Origin, proxy: Listener) -> None:
@@ -112,9 +112,9 @@ def test_an_audit_of_a_running_service_asks_it_and_nobody_else(meant: Origin, pr
 
 
 def test_an_audit_asks_through_the_proxy_that_it_is_given(meant: Origin, tmp_path: Path) -> None:
-    with listening() as told, pytest.raises(AuditError, match="RemoteProtocolError"):
-        audit_remotely(audit("--admin-url", meant.url, "--proxy", told.url))
-    assert told.heard[0].startswith(f"POST {meant.url}/admin/audits ".encode())
+    with listening() as listener, pytest.raises(AuditError, match="RemoteProtocolError"):
+        audit_remotely(audit("--admin-url", meant.url, "--proxy", listener.url))
+    assert listener.heard[0].startswith(f"POST {meant.url}/admin/audits ".encode())
     assert meant.heard == []
 
 
@@ -148,12 +148,12 @@ def test_traces_go_to_the_collector_itself_unless_a_proxy_is_set(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", meant.url)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization={TOKEN}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-    with listening() as told:
-        tracer = provider("1", told.url if given else "")
+    with listening() as listener:
+        tracer = provider("1", listener.url if given else "")
         tracer.get_tracer("a test").start_span("a span").end()
         tracer.shutdown()
     assert (meant.heard == []) == given
-    assert (told.heard != []) == given
+    assert (listener.heard != []) == given
     assert given or set(meant.heard) == {("POST /v1/traces", TOKEN)}
     assert proxy.heard == []
 
@@ -161,14 +161,14 @@ def test_traces_go_to_the_collector_itself_unless_a_proxy_is_set(
 def healthcheck() -> list[str]:
     """The command of the Dockerfile's HEALTHCHECK."""
     text = (ROOT / "Dockerfile").read_text("utf-8")
-    found = re.search(
+    match = re.search(
         r"^HEALTHCHECK .*\
 \s*CMD (\[.*\])$",
         text,
         re.MULTILINE,
     )
-    assert found is not None
-    python, *words = ast.literal_eval(found[1])
+    assert match is not None
+    python, *words = ast.literal_eval(match[1])
     assert python == "python"
     return [sys.executable, *words]
 
@@ -209,5 +209,5 @@ def test_clients_are_made_in_one_place() -> None:
         ("tests/test_proxies.py", "urllib.request.build_opener"),  # to show that the proxy hears it
     }
     files = [path for name in PROGRAMS for path in sorted((ROOT / name).rglob("*.py"))]
-    found = {(path.relative_to(ROOT).as_posix(), name) for path in files for name, _ in calls(path)}
-    assert found == excepted
+    makers = {(path.relative_to(ROOT).as_posix(), name) for path in files for name, _ in calls(path)}
+    assert makers == excepted

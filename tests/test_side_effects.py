@@ -47,8 +47,8 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def proxy() -> Iterator[Listener]:
-    with listening() as found:
-        yield found
+    with listening() as listener:
+        yield listener
 
 
 class World:
@@ -188,15 +188,15 @@ def test_a_server_with_its_engine_and_its_audits_writes_and_calls_nowhere_else(
 
 def audit_until_it_attacks(process: Process, token: str) -> None:
     """By then its process has imported everything that it needs."""
-    asked = {"profile": "smoke", "images": 2, "attacks": ["paper-eot"], "epsilons": [8]}
+    request = {"profile": "smoke", "images": 2, "attacks": ["paper-eot"], "epsilons": [8]}
     bearer = {"authorization": f"Bearer {token}"}
-    status, answer = process.post(f"{process.admin}/admin/audits", json.dumps(asked).encode(), **bearer)
+    status, answer = process.post(f"{process.admin}/admin/audits", json.dumps(request).encode(), **bearer)
     assert status == 202, answer
     job = json.loads(answer)["id"]
 
     def attacks() -> bool:
-        found = json.loads(process.get(f"{process.admin}/admin/audits/{job}", **bearer)[1])
-        return found["progress"] is not None
+        state = json.loads(process.get(f"{process.admin}/admin/audits/{job}", **bearer)[1])
+        return state["progress"] is not None
 
     holds(attacks, limit_s=180)
 

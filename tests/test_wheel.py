@@ -144,10 +144,10 @@ def test_the_wheel_has_the_committed_files_of_the_packages_and_no_others(wheel: 
 
 
 def test_the_metadata_names_one_command_and_no_licence(wheel: Path) -> None:
-    found = metadata(wheel)
-    assert (found["Name"], found["Version"]) == ("tombola", PROJECT["version"])
-    assert [name for name in found if name.startswith("License")] == []
-    assert not [text for text in found.get_all("Classifier", ()) if text.startswith("License")]
+    fields = metadata(wheel)
+    assert (fields["Name"], fields["Version"]) == ("tombola", PROJECT["version"])
+    assert [name for name in fields if name.startswith("License")] == []
+    assert not [text for text in fields.get_all("Classifier", ()) if text.startswith("License")]
     with zipfile.ZipFile(wheel) as archive:
         (points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert archive.read(points).decode().split("\n")[:2] == ["[console_scripts]", "tombola = tombola.cli:main"]

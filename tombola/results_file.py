@@ -118,15 +118,15 @@ class ResultsFile:
 
     def check_head(self, line: bytes) -> None:
         try:
-            found = dict(json.loads(line))
+            head = dict(json.loads(line))
         except (ValueError, TypeError):
-            found = {}
-        if found.get("tombola") != "classify":
+            head = {}
+        if head.get("tombola") != "classify":
             raise ResultsRejected(f"{self.journal}: not an unfinished table of `tombola classify`; move it away")
         for name, value in self.run.items():
-            if found.get(name) != value:
+            if head.get(name) != value:
                 raise ResultsRejected(
-                    f"{self.journal}: begun with {name} {found.get(name)}, not {value}; "
+                    f"{self.journal}: begun with {name} {head.get(name)}, not {value}; "
                     "repeat the options it was begun with, or delete it"
                 )
 

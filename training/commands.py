@@ -116,8 +116,8 @@ def split_for(library: Library, given: Path, arguments: argparse.Namespace) -> S
             raise TrainingError(f"--{option}: settled by the tickets of {given}, which take {library.input}")
     split = split_of(arguments, cache_of(arguments), library.input)
     if split.classes != library.classes:
-        found, expected = (", ".join(classes)[:100] for classes in (split.classes, library.classes))
-        raise TrainingError(f"{arguments.data}: classes {found}; the library {given} has {expected}")
+        in_data, expected = (", ".join(classes)[:100] for classes in (split.classes, library.classes))
+        raise TrainingError(f"{arguments.data}: classes {in_data}; the library {given} has {expected}")
     return replace(split, input=library.input)
 
 

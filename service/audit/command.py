@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     if options.tables:
         return run_tables(options.tables, options.out, options.into)
     formats = read_formats(options.format)
-    report = audit_remotely(options) if options.admin_url else audit_here(options)
+    report = audit_remotely(options) if options.admin_url else audit_in_process(options)
     for path in write_formats(report, formats, options.out):
         print(f"written: {path}")
     return conclude(report, options.fail_under)
@@ -134,7 +134,7 @@ def request_fields(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
 
 
-def audit_here(options: argparse.Namespace) -> "Report":
+def audit_in_process(options: argparse.Namespace) -> "Report":
     """Audits a library, or another model, in this process."""
     from model_store.library import open_library
     from service.audit.attack_runner import RunOptions

@@ -248,7 +248,7 @@ def find_pixels(metadata: Any, url: str, size: tuple[int, int]) -> dict[str, Any
         if kind in ("UINT8", *FLOATS) and len(shape) == 4 and 3 in (shape[1], shape[3]):
             first = shape[1] == 3
             wanted = tuple(shape[2:] if first else shape[1:3])
-            if all(there in (-1, here) for there, here in zip(wanted, size, strict=True)):
+            if all(there in (-1, length) for there, length in zip(wanted, size, strict=True)):
                 return {"name": each["name"], "datatype": kind, "channels_first": first}
             raise AuditRejected(f"{url}: takes images of {list(wanted)}; the audit's are {list(size)}")
     raise AuditRejected(

@@ -188,7 +188,7 @@ def linear_program(
     index = np.arange(len(rows))
     caps = coo_array((np.ones(len(rows)), (index, places)), shape=(len(rows), images))
     objective = np.r_[np.zeros(choices), np.full(images, -1 / images)]
-    found = linprog(
+    solution = linprog(
         objective,
         A_ub=hstack([gains, caps]).tocsr(),
         b_ub=np.zeros(len(rows)),
@@ -197,8 +197,8 @@ def linear_program(
         bounds=[(0, None)] * choices + [(None, 1)] * images,
         method="highs",
     )
-    shares = np.clip(found.x[:choices], 0, None)
-    duals = np.clip(-np.asarray(found.ineqlin.marginals), 0, None)
+    shares = np.clip(solution.x[:choices], 0, None)
+    duals = np.clip(-np.asarray(solution.ineqlin.marginals), 0, None)
     totals = np.zeros(images)
     np.add.at(totals, places, duals)
     scale = np.divide(1 / images, totals, out=np.zeros(images), where=totals > 0)

@@ -34,9 +34,9 @@ def resampled_interval(sample: NDArray[np.float64], seed: int) -> tuple[float, f
         from scipy import stats as scipy_stats
 
         options: dict[str, Any] = {"n_resamples": RESAMPLES, "confidence_level": 1 - 2 * TAIL, "method": "BCa"}
-        found = scipy_stats.bootstrap((sample,), np.mean, rng=seed, **options).confidence_interval
-        if np.isfinite((found.low, found.high)).all():
-            return float(found.low), float(found.high)
+        interval = scipy_stats.bootstrap((sample,), np.mean, rng=seed, **options).confidence_interval
+        if np.isfinite((interval.low, interval.high)).all():
+            return float(interval.low), float(interval.high)
     low, high = np.quantile(resampled_means(sample, seed), [TAIL, 1 - TAIL])
     return float(low), float(high)
 

@@ -119,7 +119,7 @@ def raw_engine(
     thetas = [draw_theta(library.policy, rng) for _ in range(given.images)]
     some = max(1, given.images // 8)
     networks = [ticket.network() for ticket in library.tickets]
-    loop_rate = some / timed(lambda: plain_loop(library, networks, images[:some], thetas[:some]))
+    loop_rate = some / timed(lambda: reference_loop(library, networks, images[:some], thetas[:some]))
     grouped = given.images / timed(lambda: in_windows(engine, images, thetas, settings.max_batch_size))
     scheduled_rate = given.images / timed(lambda: asyncio.run(scheduler_throughput(library, engine, settings, images)))
     figures = {
@@ -145,7 +145,7 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def plain_loop(library: Library, networks: Sequence[Network], images: Images, thetas: Sequence[Theta]) -> None:
+def reference_loop(library: Library, networks: Sequence[Network], images: Images, thetas: Sequence[Theta]) -> None:
     """As one would write it: draw, run each member at batch 1, add up; torch with all its threads."""
     with torch_threads(engine_threads(Settings())), torch.inference_mode():
         for image, theta in zip(images, thetas, strict=True):

@@ -92,7 +92,7 @@ async def stream_body(scope: Scope, receive: Receive, limit: int) -> AsyncIterat
         if inflater is None:
             yield data
             continue
-        pieces = inflater.feed(data)
+        pieces = inflater.unpack_chunk(data)
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             yield piece
     if inflater is not None:
@@ -106,7 +106,7 @@ class BodyReader:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.held_bytes = 0
+        self.reserved_bytes = 0
 
     async def read(self, receive: Receive, headers: Mapping[bytes, bytes], room: "BodyReservation") -> bytes:
         """The whole body, without its Content-Encoding. Raises BadRequest, Overloaded, BodyTooLarge, TooLarge, TooSlow,
@@ -146,8 +146,8 @@ class BodyReader:
         return result
 
     def reserve(self, size: int) -> None:
-        self.held_bytes += size
-        self.metrics.set("http_body_memory_bytes", self.held_bytes)
+        self.reserved_bytes += size
+        self.metrics.set("http_body_memory_bytes", self.reserved_bytes)
 
 
 class BodyReservation:
@@ -159,7 +159,7 @@ class BodyReservation:
 
     def take(self, size: int) -> None:
         """Raises Overloaded when all requests together would hold too much."""
-        if self.bodies.held_bytes + size > self.bodies.settings.body_memory_bytes:
+        if self.bodies.reserved_bytes + size > self.bodies.settings.body_memory_bytes:
             self.bodies.metrics.inc("shed_total", reason="body")
             raise Overloaded(ErrorMessage.BODIES_FULL)
         self.bodies.reserve(size)
@@ -190,7 +190,7 @@ def window_bits(begin: bytes, coding: bytes) -> int:
 def inflate(body: bytes, coding: bytes, limit: int) -> bytes:
     """What a whole body holds, at most `limit` bytes. Raises BadRequest, ContentTooLarge."""
     inflater = Inflater(coding, limit)
-    result = b"".join(inflater.feed(body))
+    result = b"".join(inflater.unpack_chunk(body))
     inflater.finish()
     return result
 
@@ -210,7 +210,7 @@ class Inflater:
         self.machine: zlib._Decompress | None = None
         self.begin = b""  # of a deflate body, until it shows what header it has
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def unpack_chunk(self, data: bytes) -> Iterator[bytes]:
         """What the next bytes of the body hold, at most PIECES[1] of it at once. Raises BadRequest, ContentTooLarge."""
         view, at, piece = memoryview(self.begin + data if self.begin else data), 0, PIECES[0]
         self.begin = b""

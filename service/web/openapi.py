@@ -82,9 +82,9 @@ def operation(
 
 def success(answer: Answer) -> Json:
     models = [schema for schema in answer.content.values() if not isinstance(schema, dict)]
-    plain = {kind: {"schema": schema} for kind, schema in answer.content.items() if isinstance(schema, dict)}
+    schemas = {kind: {"schema": schema} for kind, schema in answer.content.items() if isinstance(schema, dict)}
     described: Json = {"description": answer.description, "headers": dict(answer.headers)}
-    return described | ({"content": plain} if plain else {}) | ({"model": models[0]} if models else {})
+    return described | ({"content": schemas} if schemas else {}) | ({"model": models[0]} if models else {})
 
 
 def refusals(kinds: Sequence[type[Exception]]) -> dict[int | str, Json]:

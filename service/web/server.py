@@ -102,8 +102,8 @@ def create_server(app: ASGIApp, settings: Settings, listener: socket.socket) -> 
 def bind(host: str, port: int, setting: str) -> socket.socket:
     """Listens on an address, or on the first one of a name. `::` takes both families where the system can do that."""
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(addresses, key=lambda each: each[0] != socket.AF_INET)
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         return socket.create_server(cast("Any", address), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:

@@ -53,8 +53,8 @@ def test_ratios_worked_by_hand(figures: dict[str, Any]) -> None:
     assert result["without_http_over_raw"] == 0.969  # 310 / 320
     assert result["http_over_raw_at_32"] == 0.938  # 300 / 320
     assert result["idle_p50_over_forwards"] == 1.25  # 10 / 8
-    plain = {"peer": "a", "images_per_s": 3.0, "rate": 80.0, "p99_ms": 20.0, "peer_p99_ms": 400.0}
-    assert result["over_best_peer"]["plain"] == plain
+    expected = {"peer": "a", "images_per_s": 3.0, "rate": 80.0, "p99_ms": 20.0, "peer_p99_ms": 400.0}
+    assert result["over_best_peer"]["plain"] == expected
     assert result["over_best_peer"]["grouped"]["images_per_s"] == 2.0
 
 

@@ -43,8 +43,8 @@ def alerts() -> list[Json]:
 
 
 def dashboard() -> Json:
-    found: Json = json.loads((DEPLOY / "grafana" / "tombola.json").read_text("utf-8"))
-    return found
+    board: Json = json.loads((DEPLOY / "grafana" / "tombola.json").read_text("utf-8"))
+    return board
 
 
 def queries() -> list[str]:
@@ -70,9 +70,9 @@ def promtool(*arguments: str) -> None:
 
 def test_rules_and_dashboard_ask_for_metrics_that_exist() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    asked = "\n".join([*queries(), *(rule["expr"] for rule in rules())])
-    assert set(re.findall(r"\btombola_\w+", asked)) <= exported()
-    assert set(re.findall(r"\btombola:[\w:]+", asked)) <= recorded
+    expressions = "\n".join([*queries(), *(rule["expr"] for rule in rules())])
+    assert set(re.findall(r"\btombola_\w+", expressions)) <= exported()
+    assert set(re.findall(r"\btombola:[\w:]+", expressions)) <= recorded
 
 
 def test_what_the_law_expects_is_counted_beside_what_was_drawn() -> None:
@@ -126,12 +126,12 @@ def test_the_dashboard_s_panels_are_numbered_titled_and_do_not_overlap() -> None
 
 
 def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
-    asked = "\n".join(queries())
+    expressions = "\n".join(queries())
     wanted = (
         "http_requests_total http_request_duration_seconds_bucket queue_wait_seconds_bucket member_batch_size_bucket"
     )
     wanted += " batch_seconds_bucket shed_total draws_total draws_expected_total audit_accuracy library_info"
-    assert all(f"{PREFIX}{name}" in asked for name in wanted.split())
+    assert all(f"{PREFIX}{name}" in expressions for name in wanted.split())
 
 
 # Docker
@@ -148,9 +148,9 @@ def test_grafana_s_own_schema_knows_every_field_of_the_dashboard() -> None:
     wrong = dashboard()
     wrong["panels"][1]["fieldConfig"]["defaults"]["unitt"] = "s"
     wrong["panels"][-1]["targets"][0]["expression"] = "up"
-    found = set(changed(wrong, through_grafana(wrong))) - NOT_IN_SCHEMA
+    unknown = set(changed(wrong, through_grafana(wrong))) - NOT_IN_SCHEMA
     last = f"/panels/{len(wrong['panels']) - 1}/targets/0/expression"
-    assert found == {"/panels/1/fieldConfig/defaults/unitt", last}
+    assert unknown == {"/panels/1/fieldConfig/defaults/unitt", last}
 
 
 def through_grafana(content: Json) -> Json:
@@ -173,14 +173,14 @@ def changed(before: Any, after: Any, path: str = "") -> list[str]:
 
 def test_the_image_is_told_settings_that_exist() -> None:
     dockerfile = (DEPLOY.parent / "Dockerfile").read_text("utf-8")
-    told = set(re.findall(r"\b(TOMBOLA_\w+)=", dockerfile))
-    assert told
-    assert told <= {knob.variable for knob in setting_docs()}
+    variables = set(re.findall(r"\b(TOMBOLA_\w+)=", dockerfile))
+    assert variables
+    assert variables <= {setting.variable for setting in setting_docs()}
 
 
 def compose() -> Json:
-    found: Json = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
-    return found
+    content: Json = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
+    return content
 
 
 @pytest.mark.skipif(
@@ -259,7 +259,7 @@ def test_compose_mounts_files_that_exist_and_names_settings_that_exist() -> None
     files = [name for name in mounted if name.startswith("./")]
     assert len(files) == 5
     assert all((DEPLOY / name).is_file() for name in files)
-    assert set(services["tombola"]["environment"]) <= {knob.variable for knob in setting_docs()}
+    assert set(services["tombola"]["environment"]) <= {setting.variable for setting in setting_docs()}
 
 
 def test_compose_locks_the_service_up_and_publishes_only_classification() -> None:

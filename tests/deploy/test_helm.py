@@ -176,12 +176,12 @@ def test_values_that_cannot_be_used_are_refused_by_name(values: Json, place: str
 
 def leaves(values: Json, schema: Json, place: str = "") -> dict[str, Json]:
     """place -> schema, of every value; what the schema does not name has none."""
-    found: dict[str, Json] = {}
+    below: dict[str, Json] = {}
     for key, value in values.items():
         inner: Json = schema.get("properties", {}).get(key, {})
-        here = f"{place}{key}"
-        found |= leaves(value, inner, f"{here}.") if "properties" in inner else {here: inner}
-    return found
+        path = f"{place}{key}"
+        below |= leaves(value, inner, f"{path}.") if "properties" in inner else {path: inner}
+    return below
 
 
 def test_every_value_is_described_as_its_comment_says_and_the_schema_has_no_others() -> None:

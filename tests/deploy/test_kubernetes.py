@@ -32,8 +32,8 @@ def documents(folder: Path) -> list[Json]:
 
 
 def one(kind: str, name: str = "tombola") -> Json:
-    (found,) = [item for item in documents(BASE) if item["kind"] == kind and item["metadata"]["name"] == name]
-    return found
+    (document,) = [item for item in documents(BASE) if item["kind"] == kind and item["metadata"]["name"] == name]
+    return document
 
 
 def validate(document: Json) -> None:
@@ -53,13 +53,13 @@ def built(folder: Path) -> list[Json]:
 
 
 def pod(deployment: Json | None = None) -> Json:
-    found: Json = (deployment or one("Deployment"))["spec"]["template"]["spec"]
-    return found
+    spec: Json = (deployment or one("Deployment"))["spec"]["template"]["spec"]
+    return spec
 
 
 def container(deployment: Json | None = None) -> Json:
-    (found,) = pod(deployment)["containers"]
-    return dict(found)
+    (only,) = pod(deployment)["containers"]
+    return dict(only)
 
 
 def test_the_base_s_manifests_are_valid() -> None:
@@ -91,21 +91,21 @@ def test_kustomize_builds_valid_manifests_in_one_namespace(folder: str) -> None:
 
 @NEEDS_KUBECTL
 def test_the_gpu_overlay_asks_for_a_gpu_and_keeps_the_rest() -> None:
-    (plain,) = [item for item in built(BASE) if item["kind"] == "Deployment"]
+    (base,) = [item for item in built(BASE) if item["kind"] == "Deployment"]
     (gpu,) = [item for item in built(KUBERNETES / "overlays" / "gpu") if item["kind"] == "Deployment"]
     assert container(gpu)["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert container(gpu)["image"] == f"tombola:{VERSION}-cuda"
     assert {"name": "TOMBOLA_DEVICE", "value": "cuda"} in container(gpu)["env"]
-    assert pod(gpu)["securityContext"] == pod(plain)["securityContext"]
-    assert all(variable in container(gpu)["env"] for variable in container(plain)["env"])
+    assert pod(gpu)["securityContext"] == pod(base)["securityContext"]
+    assert all(variable in container(gpu)["env"] for variable in container(base)["env"])
 
 
 @NEEDS_KUBECTL
 def test_the_tracing_overlay_opens_the_way_to_a_collector_and_no_other() -> None:
     made = built(KUBERNETES / "overlays" / "tracing")
     (deployment,) = [item for item in made if item["kind"] == "Deployment"]
-    told = {variable["name"]: variable["value"] for variable in container(deployment)["env"]}
-    assert told["TOMBOLA_TRACING"] == "true"
+    environment = {variable["name"]: variable["value"] for variable in container(deployment)["env"]}
+    assert environment["TOMBOLA_TRACING"] == "true"
     assert container()["env"][0] in container(deployment)["env"]
     (policy,) = [item for item in made if item["kind"] == "NetworkPolicy"]
     ports = [(port["protocol"], port["port"]) for rule in policy["spec"]["egress"] for port in rule["ports"]]
@@ -124,8 +124,8 @@ def test_a_pod_has_time_to_drain() -> None:
 def test_probes_ask_the_public_plane_what_each_is_for() -> None:
     assert {"name": "http", "containerPort": 8000} in container()["ports"]
     for probe, path in (("startup", "ready"), ("liveness", "live"), ("readiness", "ready")):
-        asked = container()[f"{probe}Probe"]["httpGet"]
-        assert asked == {"path": f"/health/{path}", "port": "http"}
+        http_get = container()[f"{probe}Probe"]["httpGet"]
+        assert http_get == {"path": f"/health/{path}", "port": "http"}
 
 
 def test_a_pod_runs_with_as_little_as_the_restricted_standard_allows() -> None:
@@ -139,8 +139,8 @@ def test_a_pod_runs_with_as_little_as_the_restricted_standard_allows() -> None:
 
 
 def test_variables_are_settings_and_kubernetes_adds_none() -> None:
-    told = {variable["name"] for variable in container()["env"]}
-    assert told <= {knob.variable for knob in setting_docs()}
+    variables = {variable["name"] for variable in container()["env"]}
+    assert variables <= {setting.variable for setting in setting_docs()}
     assert not pod()["enableServiceLinks"]
     assert SERVICE_LINK.fullmatch("TOMBOLA_SERVICE_HOST")  # and if somebody turns them on, they are passed over
 
@@ -180,13 +180,13 @@ def test_the_operator_gets_the_same_rules() -> None:
 
 
 def runtime() -> Json:
-    (found,) = yaml.safe_load_all((DEPLOY / "kserve" / "runtime.yaml").read_text())
-    return dict(found)
+    (document,) = yaml.safe_load_all((DEPLOY / "kserve" / "runtime.yaml").read_text())
+    return dict(document)
 
 
 def inference_service() -> Json:
-    (found,) = yaml.safe_load_all((DEPLOY / "kserve" / "inferenceservice.yaml").read_text())
-    return dict(found)
+    (document,) = yaml.safe_load_all((DEPLOY / "kserve" / "inferenceservice.yaml").read_text())
+    return dict(document)
 
 
 def test_the_runtime_s_containers_and_volumes_are_a_valid_pod() -> None:
@@ -195,8 +195,8 @@ def test_the_runtime_s_containers_and_volumes_are_a_valid_pod() -> None:
         kubernetes_validate.validate(
             {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec}, version, strict=True
         )
-    told = {variable["name"] for variable in spec["containers"][0]["env"]}
-    assert told <= {knob.variable for knob in setting_docs()}
+    variables = {variable["name"] for variable in spec["containers"][0]["env"]}
+    assert variables <= {setting.variable for setting in setting_docs()}
 
 
 def test_the_inference_service_asks_for_what_the_runtime_offers() -> None:
@@ -211,11 +211,11 @@ def test_the_inference_service_asks_for_what_the_runtime_offers() -> None:
 
 def kserve_class(name: str) -> tuple[dict[str, str], dict[str, str]]:
     """JSON key -> type of one of KServe's models, read from its Python package without running it."""
-    found = find_spec("kserve")
-    assert found is not None
-    assert found.origin is not None
+    package_spec = find_spec("kserve")
+    assert package_spec is not None
+    assert package_spec.origin is not None
     file = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    tree = ast.parse((Path(found.origin).parent / "models" / f"{file}.py").read_text())
+    tree = ast.parse((Path(package_spec.origin).parent / "models" / f"{file}.py").read_text())
     (model,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     tables = {ast.unparse(node.targets[0]): node.value for node in model.body if isinstance(node, ast.Assign)}
     return ast.literal_eval(tables["attribute_map"]), ast.literal_eval(tables["openapi_types"])

@@ -99,13 +99,13 @@ def answer(address: str, query: str) -> list[Any]:
     url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
     try:
         with open_url(url, 30) as response:
-            found: list[Any] = json.load(response)["data"]["result"]
+            series: list[Any] = json.load(response)["data"]["result"]
     except urllib.error.HTTPError as error:
         with error:
             raise AssertionError(f"{query}: {error.read().decode()}") from None
     except OSError:  # it is still starting
         return []
-    return found
+    return series
 
 
 def filled(query: str, rate_interval: str = "1m") -> str:
@@ -116,7 +116,7 @@ def filled(query: str, rate_interval: str = "1m") -> str:
     return query
 
 
-def asked() -> list[str]:
+def queried_series() -> list[str]:
     """Queries of the dashboard, recorded rules, and each series that an alert looks at."""
     names = {name for alert in alerts() for name in re.findall(r"\b(?:tombola[:_]|process_|up\b)[\w:]*", alert["expr"])}
     return [*map(filled, queries()), *(rule["record"] for rule in rules() if "record" in rule), *sorted(names)]
@@ -132,7 +132,7 @@ def wait_for(condition: Callable[[], list[str]]) -> list[str]:
 
 @needs_prometheus
 def test_every_query_of_dashboard_and_rules_returns_data_from_a_server_under_load(tmp_path: Path) -> None:
-    wanted, library = asked(), tiny_library(tmp_path / "library")
+    wanted, library = queried_series(), tiny_library(tmp_path / "library")
     (tmp_path / "prometheus").mkdir()
     with serving(library.path, tmp_path / "state") as server, audited() as audit:
         targets = [server.admin.removeprefix("http://"), audit]

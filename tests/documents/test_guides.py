@@ -63,10 +63,10 @@ def test_a_reader_of_the_readme_finds_every_guide() -> None:
 
 
 def test_the_policy_s_defaults_are_the_defaults() -> None:
-    told = re.findall(r"`(TOMBOLA_\w+)` = ([\w.]+)", text(ROOT / "SECURITY.md"))
+    stated = re.findall(r"`(TOMBOLA_\w+)` = ([\w.]+)", text(ROOT / "SECURITY.md"))
     defaults = {row.variable: row.default for row in setting_docs()}
-    assert len(told) >= 10
-    assert told == [(name, defaults[name]) for name, _ in told]
+    assert len(stated) >= 10
+    assert stated == [(name, defaults[name]) for name, _ in stated]
 
 
 def test_every_setting_that_bears_on_theta_is_in_the_threat_model_with_its_cost() -> None:
@@ -99,12 +99,12 @@ def test_what_names_theta_right_by_hand() -> None:
 def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_leakage, "DRAWS", 500)
     library = tiny_library(tmp_path / "library")
-    found = output_leakage.disclosure(library, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    leaked = output_leakage.disclosure(library, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     for what in ("theta", "n"):
-        rates = [rates[what] for name, rates in found["named_right"].items() if name != "label"]
+        rates = [rates[what] for name, rates in leaked["named_right"].items() if name != "label"]
         assert rates == sorted(rates)
-        assert found["by_prior"][what] <= found["named_right"]["label"][what] <= found["named_right"]["full"][what]
-    assert found["named_right"]["full"]["theta"] == 1
+        assert leaked["by_prior"][what] <= leaked["named_right"]["label"][what] <= leaked["named_right"]["full"][what]
+    assert leaked["named_right"]["full"]["theta"] == 1
     assert expected_size(library.policy) > 1
 
 
@@ -130,9 +130,9 @@ def test_what_eight_bits_change_is_measured_on_images_that_chose_no_range(
     ]
     assert main([*command, "--data", str(tmp_path / "data.npz"), "--json", str(figures)]) == 0
     assert "under PGD-20" in capsys.readouterr().out.splitlines()[-1]
-    found = json.loads(figures.read_text())
-    assert [row["ticket"] for row in found["tickets"]] == [entry.name for entry in library.entries]
-    for row in found["tickets"]:
+    result = json.loads(figures.read_text())
+    assert [row["ticket"] for row in result["tickets"]] == [entry.name for entry in library.entries]
+    for row in result["tickets"]:
         for kind in ("clean", "pgd"):
             change = row[kind]["int8"]["accuracy"] - row[kind]["float32"]
             assert row[kind]["int8"]["difference"]["value"] == pytest.approx(change, abs=0.002)
@@ -144,11 +144,11 @@ def test_a_server_s_cost_is_measured_on_a_real_one(tmp_path: Path, capsys: pytes
     words = ["bench", "capacity", "--library", str(library.path), "--engine", "torch", "--threads", "1"]
     words += ["--state-dir", str(tmp_path / "state"), "--images", "64", "--json", str(figures), "--into", str(page)]
     assert main(words) == 0
-    found = json.loads(figures.read_text())
-    assert found["one"]["images"] == 64
-    assert found["one"]["cpu_ms"] > 0
-    assert found["series"] > len(TABLE)
-    assert page.read_text("utf-8") == f"before\n{capacity.table(found)}\n<!-- end -->\nafter\n"
+    result = json.loads(figures.read_text())
+    assert result["one"]["images"] == 64
+    assert result["one"]["cpu_ms"] > 0
+    assert result["series"] > len(TABLE)
+    assert page.read_text("utf-8") == f"before\n{capacity.table(result)}\n<!-- end -->\nafter\n"
     assert "processor time" in capsys.readouterr().out.splitlines()[-1]
 
 

@@ -39,12 +39,12 @@ OF_SETTINGS: Final[dict[str, set[float]]] = {
 
 
 def numbers(text: str) -> set[float]:
-    return {float(found.replace(",", "")) for found in NUMBER.findall(NAMES.sub("", text))}
+    return {float(number.replace(",", "")) for number in NUMBER.findall(NAMES.sub("", text))}
 
 
 def test_every_number_in_a_setting_s_help_is_the_code_s() -> None:
-    found = {row.name: numbers(row.meaning) for row in setting_docs()}
-    assert {name: values for name, values in found.items() if values} == OF_SETTINGS
+    in_help = {row.name: numbers(row.meaning) for row in setting_docs()}
+    assert {name: values for name, values in in_help.items() if values} == OF_SETTINGS
 
 
 def test_words_for_numbers_in_a_setting_s_help_are_the_code_s() -> None:
@@ -68,7 +68,7 @@ def startup_minutes() -> float:
     return float(probe["periodSeconds"] * probe["failureThreshold"] / 60)
 
 
-HELD: Final[dict[str, Callable[[], object]]] = {
+OF_GUIDE: Final[dict[str, Callable[[], object]]] = {
     r"public plane\*\* \((\d+)\)": lambda: Settings().port,
     r"admin plane\*\* \((\d+)\)": lambda: Settings().admin_port,
     r"; exit (\d) \|": lambda: 0,  # tests/service/test_lifecycle.py
@@ -94,17 +94,17 @@ def guide() -> str:
     return NAMES.sub("", text)
 
 
-@pytest.mark.parametrize("pattern", HELD)
+@pytest.mark.parametrize("pattern", OF_GUIDE)
 def test_a_number_of_the_guide_is_the_one_that_is_true(pattern: str) -> None:
-    found = re.findall(pattern, guide())
-    assert found, pattern
-    expected = HELD[pattern]()
-    assert [float(each) for each in found] == [expected] * len(found)
+    stated = re.findall(pattern, guide())
+    assert stated, pattern
+    expected = OF_GUIDE[pattern]()
+    assert [float(each) for each in stated] == [expected] * len(stated)
 
 
 def test_the_guide_has_no_number_that_nothing_holds() -> None:
     text = guide()
-    for pattern in HELD:
+    for pattern in OF_GUIDE:
         text = re.sub(pattern, "", text)
     lines = [line for line in text.splitlines() if NUMBER.search(line)]
     assert not lines, lines

@@ -86,7 +86,7 @@ def test_pgd_finds_a_linear_classifier_s_worst_case_margin(norm: Norm, dual: int
     images = 0.4 + 0.2 * torch.rand(64, 3, 4, 4, generator=seeded(3))
     labels = classifier(images).argmax(dim=1)
     epsilon = 0.3 if norm == "linf" else 0.39
-    found = pgd(
+    adversarial = pgd(
         classifier,
         images,
         labels,
@@ -97,7 +97,7 @@ def test_pgd_finds_a_linear_classifier_s_worst_case_margin(norm: Norm, dual: int
         generator=seeded(),
     )
     worst = margin(classifier(images), labels) + epsilon * (weight[0] - weight[1]).norm(p=dual)
-    assert (margin(classifier(found), labels) - worst).abs().max() <= 1e-4
+    assert (margin(classifier(adversarial), labels) - worst).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
@@ -105,9 +105,9 @@ def test_fgsm_finds_it_in_one_step(norm: Norm, dual: int) -> None:
     classifier, weight, _ = linear(2, seed=4)
     images = 0.4 + 0.2 * torch.rand(64, 3, 4, 4, generator=seeded(3))
     labels = classifier(images).argmax(dim=1)
-    found = fgsm(classifier, images, labels, ThreatModel(norm, 0.3))
+    adversarial = fgsm(classifier, images, labels, ThreatModel(norm, 0.3))
     worst = margin(classifier(images), labels) + 0.3 * (weight[0] - weight[1]).norm(p=dual)
-    assert (margin(classifier(found), labels) - worst).abs().max() <= 1e-4
+    assert (margin(classifier(adversarial), labels) - worst).abs().max() <= 1e-4
 
 
 def test_against_one_wrong_class_of_many_the_best_of_pgd_reaches_the_nearest_boundary() -> None:
@@ -116,14 +116,14 @@ def test_against_one_wrong_class_of_many_the_best_of_pgd_reaches_the_nearest_bou
     images = 0.4 + 0.2 * torch.rand(64, 3, 4, 4, generator=seeded(3))
     labels = classifier(images).argmax(dim=1)
     threat = ThreatModel("linf", 0.3)
-    found = pgd(
+    adversarial = pgd(
         classifier, images, labels, threat, steps=60, step_size=0.05, restarts=10, loss=margin, generator=seeded()
     )
     logits = classifier(images)
     away = (weight[None] - weight[labels][:, None]).abs().sum(dim=2)
     margins = logits - logits.gather(1, labels[:, None]) + 0.3 * away
     worst = margins.scatter(1, labels[:, None], -math.inf).amax(dim=1)
-    reached = margin(classifier(found), labels)
+    reached = margin(classifier(adversarial), labels)
     assert (reached <= worst + 1e-4).all()
     assert ((reached - worst).abs() <= 1e-4).double().mean() >= 0.9
 
@@ -132,9 +132,9 @@ def test_the_box_of_pixels_binds_where_epsilon_does_not() -> None:
     classifier, weight, _ = linear(2, seed=0)
     images = torch.rand(16, 3, 4, 4, generator=seeded(1))
     labels = classifier(images).argmax(dim=1)
-    found = pgd(classifier, images, labels, ThreatModel("linf", 1.0), steps=10, step_size=0.5, generator=seeded())
+    adversarial = pgd(classifier, images, labels, ThreatModel("linf", 1.0), steps=10, step_size=0.5, generator=seeded())
     away = torch.where(labels[:, None] == 0, weight[1] - weight[0], weight[0] - weight[1])
-    assert torch.equal(found.flatten(1), (away > 0).float())
+    assert torch.equal(adversarial.flatten(1), (away > 0).float())
 
 
 def test_losses_worked_by_hand() -> None:
@@ -190,10 +190,10 @@ def test_random_starts_fill_the_ball_evenly() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 def test_attacks_stay_within_epsilon_and_the_box(undefended: Undefended, threat: ThreatModel, momentum: float) -> None:
     network, images, labels = undefended
-    found = pgd(
+    adversarial = pgd(
         network, images, labels, threat, steps=7, step_size=0.5, restarts=2, momentum=momentum, generator=seeded()
     )
-    assert within(found, images, threat)
+    assert within(adversarial, images, threat)
     assert within(fgsm(network, images, labels, threat), images, threat)
 
 
@@ -261,9 +261,9 @@ def test_more_steps_restarts_or_epsilon_never_leave_a_higher_accuracy(undefended
     steps = [accuracy(undefended, attack(undefended, epsilon, norm, steps=n)) for n in (0, 1, 2, 5, 20, 50)]
     restarts = [accuracy(undefended, attack(undefended, epsilon, norm, steps=5, restarts=n)) for n in (0, 1, 2, 5)]
     radii = [accuracy(undefended, attack(undefended, epsilon * n, norm)) for n in (0, 0.5, 1, 2, 4)]
-    for found in (steps, restarts, radii):
-        assert found == sorted(found, reverse=True)
-        assert found[0] > found[-1]
+    for accuracies in (steps, restarts, radii):
+        assert accuracies == sorted(accuracies, reverse=True)
+        assert accuracies[0] > accuracies[-1]
     assert restarts[0] == radii[0] == accuracy(undefended, undefended.images)
 
 
@@ -277,11 +277,11 @@ def test_the_riskiest_iterate_is_kept_not_the_last(undefended: Undefended) -> No
         logits: Tensor = network(inputs)
         return logits
 
-    found = pgd(watched, images, labels, LINF, steps=10, step_size=0.2, restarts=2, generator=seeded())
+    adversarial = pgd(watched, images, labels, LINF, steps=10, step_size=0.2, restarts=2, generator=seeded())
     with torch.no_grad():
         losses = torch.stack([cross_entropy(network(inputs), labels) for inputs in seen])
         wrong = torch.stack([misclassified(network(inputs), labels) for inputs in seen])
-        kept, kept_wrong = cross_entropy(network(found), labels), misclassified(network(found), labels)
+        kept, kept_wrong = cross_entropy(network(adversarial), labels), misclassified(network(adversarial), labels)
     assert torch.equal(kept_wrong, wrong.amax(dim=0))
     best_loss = losses.masked_fill(wrong < wrong.amax(dim=0), -math.inf).amax(dim=0)
     torch.testing.assert_close(kept, best_loss)
@@ -368,9 +368,9 @@ def test_any_loss_and_any_classifier_will_do(undefended: Undefended) -> None:
     def share_wrong(outputs: Tensor, labels: Tensor) -> Tensor:
         return (outputs.argmax(dim=2) != labels).double().mean(dim=0)
 
-    found = pgd(
+    adversarial = pgd(
         two, images, labels, LINF, steps=10, step_size=0.03, loss=mean_loss, risk=share_wrong, generator=seeded()
     )
-    before, after = (share_wrong(two(inputs), labels) for inputs in (images, found))
+    before, after = (share_wrong(two(inputs), labels) for inputs in (images, adversarial))
     assert (after >= before).all()
     assert after.mean() > before.mean() + 0.3

@@ -143,5 +143,5 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
 
 def test_member_logits_stack_in_the_members_order() -> None:
     members = [lambda images, k=k: images.mean(dim=(1, 2, 3))[:, None] + k for k in range(3)]
-    found = member_logits(members, torch.zeros(2, 3, 4, 4))
-    assert found[:, :, 0].tolist() == [[0, 0], [1, 1], [2, 2]]
+    stacked = member_logits(members, torch.zeros(2, 3, 4, 4))
+    assert stacked[:, :, 0].tolist() == [[0, 0], [1, 1], [2, 2]]

@@ -172,9 +172,9 @@ def test_of_many_who_make_a_file_at_once_one_does_and_the_others_find_it_whole(t
     with ThreadPoolExecutor(8) as pool:
         for number in range(20):
             path = tmp_path / str(number)
-            found = set(pool.map(make, [bytes([65 + i]) for i in range(8)], [path] * 8))
-            assert len(found) == 1
-            assert len(found.pop()) == 1000
+            contents = set(pool.map(make, [bytes([65 + i]) for i in range(8)], [path] * 8))
+            assert len(contents) == 1
+            assert len(contents.pop()) == 1000
     assert len(list(tmp_path.iterdir())) == 20
 
 
@@ -218,10 +218,10 @@ def tokens(folder: Path, count: int) -> list[str]:
 
 
 def test_processes_that_start_at_once_have_one_token(tmp_path: Path) -> None:
-    found = tokens(tmp_path, 4)
-    assert len(set(found)) == 1
-    assert len(found[0]) >= 40
-    assert (tmp_path / "admin-token").read_text() == f"{found[0]}\n"
+    results = tokens(tmp_path, 4)
+    assert len(set(results)) == 1
+    assert len(results[0]) >= 40
+    assert (tmp_path / "admin-token").read_text() == f"{results[0]}\n"
     assert mode_of(tmp_path / "admin-token") == 0o600
 
 
@@ -321,20 +321,20 @@ def offences(module: str, tree: ast.AST) -> Iterator[tuple[str, str]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Call) and makes_files(child):
                 yield module, inside
-            here = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else inside
-            yield from visit(child, here)
+            scope = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else inside
+            yield from visit(child, scope)
 
     return visit(tree, "")
 
 
 def test_no_other_module_makes_files() -> None:
-    found = set()
+    writers = set()
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             if module != "model_store.files":
-                found |= set(offences(module, ast.parse(path.read_text(encoding="utf-8"))))
-    assert found == set(ALLOWED)
+                writers |= set(offences(module, ast.parse(path.read_text(encoding="utf-8"))))
+    assert writers == set(ALLOWED)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_ticket_of_another_input_than_its_manifest_s_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "message"),
     [
         (lambda fields: fields.update(version=1), "version 1 with an input; expected one in version 2"),
         (lambda fields: fields.pop("input"), "version 2 with no input"),
@@ -105,11 +105,11 @@ def test_a_ticket_of_another_input_than_its_manifest_s_is_refused(tmp_path: Path
     ],
 )
 def test_an_input_that_is_not_whole_is_refused_by_name(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], found: str
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     library = write(tmp_path, [make_ticket("resnet18", spec=LARGER, stem=(2, 2))])
     edit(library.path, change)
-    with pytest.raises(LibraryRejected, match=found):
+    with pytest.raises(LibraryRejected, match=message):
         open_library(library.path)
 
 
@@ -236,7 +236,7 @@ def test_a_path_that_leaves_the_folder_is_refused_even_to_the_right_content(libr
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "message"),
     [
         ({"density": 0.071}, "density 0.07 in the file, 0.071 in the manifest"),
         ({"kind": "fine-tuned"}, "kind scratch in the file, fine-tuned in the manifest"),
@@ -247,15 +247,15 @@ def test_a_path_that_leaves_the_folder_is_refused_even_to_the_right_content(libr
     ],
 )
 def test_a_ticket_that_differs_from_its_entry_is_refused(
-    library_folder: Path, change: dict[str, Any], found: str
+    library_folder: Path, change: dict[str, Any], message: str
 ) -> None:
     edit(library_folder, lambda fields: fields["entries"][0].update(change))
-    with pytest.raises(TicketRejected, match=found):
+    with pytest.raises(TicketRejected, match=message):
         open_library(library_folder)
 
 
 @pytest.mark.parametrize(
-    ("policy", "found"),
+    ("policy", "message"),
     [
         ({"groups": [["resnet18-07", "vgg-07"]]}, "'vgg-07' is no ticket of this library"),
         ({"groups": []}, "expected at least one"),
@@ -265,10 +265,10 @@ def test_a_ticket_that_differs_from_its_entry_is_refused(
     ],
 )
 def test_a_policy_that_does_not_fit_the_tickets_is_refused(
-    library_folder: Path, policy: dict[str, Any], found: str
+    library_folder: Path, policy: dict[str, Any], message: str
 ) -> None:
     edit(library_folder, lambda fields: fields["policy"].update(policy))
-    with pytest.raises(LibraryRejected, match=found):
+    with pytest.raises(LibraryRejected, match=message):
         open_library(library_folder)
 
 
@@ -283,7 +283,7 @@ def test_a_library_is_replaced_and_nothing_of_the_old_one_stays(library_folder: 
 
 
 @pytest.mark.parametrize(
-    ("others", "found"),
+    ("others", "message"),
     [
         ({"tickets": [make_ticket(), make_ticket(seed=1)]}, "name 'resnet18-30' is there more than once"),
         ({"tickets": [make_ticket(classes=7)]}, "7 classes; the library has 10"),
@@ -292,10 +292,10 @@ def test_a_library_is_replaced_and_nothing_of_the_old_one_stays(library_folder: 
     ],
 )
 def test_parts_that_do_not_fit_are_refused_and_nothing_is_written(
-    library_folder: Path, others: dict[str, Any], found: str
+    library_folder: Path, others: dict[str, Any], message: str
 ) -> None:
     before = snapshot(library_folder)
-    with pytest.raises(StoreError, match=found):
+    with pytest.raises(StoreError, match=message):
         write(library_folder, **({"tickets": [make_ticket()]} | others))
     assert snapshot(library_folder) == before
 
@@ -377,12 +377,12 @@ def test_a_writer_killed_at_any_point_leaves_the_old_library_or_the_new_one(tmp_
     )
     assert done.returncode == 0, done.stderr
     rounds = int(done.stdout)
-    found = [open_library(tmp_path / f"killed-{n:03d}").digest for n in range(1, rounds + 1)]
+    digests = [open_library(tmp_path / f"killed-{n:03d}").digest for n in range(1, rounds + 1)]
     # lock, then two tickets and the manifest written and renamed, the old ticket and the lock removed
     assert rounds > 8
-    commit = found.index(new.digest)
+    commit = digests.index(new.digest)
     assert 0 < commit < rounds - 1
-    assert found == [old.digest] * commit + [new.digest] * (rounds - commit)
+    assert digests == [old.digest] * commit + [new.digest] * (rounds - commit)
     # What was left behind does not stay: the next writer takes it away.
     for n in (2, commit, commit + 1):
         folder = tmp_path / f"killed-{n:03d}"

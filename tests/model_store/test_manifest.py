@@ -39,15 +39,15 @@ def fields(small_library: Library) -> Fields:
     return dict(json.loads(canonical(small_library.manifest)))
 
 
-def plain(fields: object) -> bytes:
+def canonical_text(fields: object) -> bytes:
     """The canonical text as FORMAT.md describes it."""
     return json.dumps(fields, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def text(fields: Fields) -> bytes:
     """The same with a right digest: what a writer with a fault would write."""
-    computed = hashlib.sha256(plain(fields | {"digest": "0" * 64})).hexdigest()
-    return plain(fields | {"digest": computed} if "digest" in fields else fields)
+    computed = hashlib.sha256(canonical_text(fields | {"digest": "0" * 64})).hexdigest()
+    return canonical_text(fields | {"digest": computed} if "digest" in fields else fields)
 
 
 def test_what_is_written_is_read_and_its_digest_is_that_of_the_bytes(small_library: Library) -> None:
@@ -104,7 +104,7 @@ def test_no_unknown_key_is_accepted(fields: Fields, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "found"),
+    ("place", "change", "message"),
     [
         ("manifest", {"version": 3}, "version 3; this reader knows 1 and 2"),
         ("manifest", {"version": "1"}, "version '1'"),
@@ -149,9 +149,9 @@ def test_no_unknown_key_is_accepted(fields: Fields, place: str) -> None:
         ("attack", {"steps": 0}, "attack.steps"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_by_name(fields: Fields, place: str, change: Fields, found: str) -> None:
+def test_a_value_that_cannot_be_is_refused_by_name(fields: Fields, place: str, change: Fields, message: str) -> None:
     PLACES[place](fields).update(change)
-    with pytest.raises(LibraryRejected, match=found):
+    with pytest.raises(LibraryRejected, match=message):
         parse(text(fields))
 
 
@@ -168,7 +168,7 @@ def test_a_changed_value_is_refused_though_it_could_be_right(fields: Fields) -> 
     written = fields["digest"]
     fields["entries"][0]["claims"][1]["seed"] = 1
     with pytest.raises(LibraryRejected, match=f"digest {written}, its content has [0-9a-f]{{64}}"):
-        parse(plain(fields))
+        parse(canonical_text(fields))
 
 
 def test_a_library_of_baselines_alone_is_refused(fields: Fields) -> None:

@@ -136,7 +136,7 @@ def test_groups_follow_the_structures_in_whatever_order_the_library_holds_them()
 
 
 @pytest.mark.parametrize(
-    ("groups", "sizes", "found"),
+    ("groups", "sizes", "message"),
     [
         ((), (1.0,), "expected at least one"),
         (((0,), ()), (1.0,), "none of them empty"),
@@ -151,9 +151,9 @@ def test_groups_follow_the_structures_in_whatever_order_the_library_holds_them()
     ],
 )
 def test_what_is_no_law_over_the_library_is_refused(
-    groups: tuple[tuple[int, ...], ...], sizes: tuple[float, ...], found: str
+    groups: tuple[tuple[int, ...], ...], sizes: tuple[float, ...], message: str
 ) -> None:
-    with pytest.raises(PolicyRejected, match=found):
+    with pytest.raises(PolicyRejected, match=message):
         Policy(groups, 4, sizes)
 
 
@@ -161,11 +161,11 @@ def test_what_is_no_law_over_the_library_is_refused(
 # false alarm once in a million runs.
 
 
-def chi_square(found: Counter[object], expected: dict[object, float]) -> float:
+def chi_square(observed: Counter[object], expected: dict[object, float]) -> float:
     """How far counts are from their law, as the statistic over its FALSE_ALARM quantile: 1 or less is a fit."""
-    assert found.keys() <= expected.keys()
+    assert observed.keys() <= expected.keys()
     assert min(expected.values()) >= 5
-    statistic = math.fsum((found[key] - count) ** 2 / count for key, count in expected.items())
+    statistic = math.fsum((observed[key] - count) ** 2 / count for key, count in expected.items())
     return statistic / float(chi2.isf(FALSE_ALARM, len(expected) - 1))
 
 
@@ -187,8 +187,8 @@ def test_ensemble_sizes_follow_their_law(drawn: list[Theta]) -> None:
 
 def test_every_choice_of_structures_is_drawn_equally_often(drawn: list[Theta]) -> None:
     alphas = [c for size in range(1, 5) for c in itertools.combinations(range(4), size)]
-    found: Counter[object] = Counter(tuple(by_structure(theta)) for theta in drawn)
-    assert chi_square(found, {alpha: len(drawn) / 15 for alpha in alphas}) <= 1
+    observed: Counter[object] = Counter(tuple(by_structure(theta)) for theta in drawn)
+    assert chi_square(observed, {alpha: len(drawn) / 15 for alpha in alphas}) <= 1
 
 
 @pytest.mark.parametrize("structure", range(4))
@@ -206,9 +206,9 @@ def test_within_a_structure_every_choice_of_tickets_is_drawn_by_its_law(drawn: l
 
 
 def test_every_ticket_is_drawn_equally_often(drawn: list[Theta]) -> None:
-    found = Counter(member for theta in drawn for member in theta.members)
+    counts = Counter(member for theta in drawn for member in theta.members)
     limit = norm.isf(FALSE_ALARM / 2 / 40) * math.sqrt(0.072 * 0.928 / len(drawn))
-    assert max(abs(found[ticket] / len(drawn) - 0.072) for ticket in range(40)) <= limit
+    assert max(abs(counts[ticket] / len(drawn) - 0.072) for ticket in range(40)) <= limit
 
 
 def test_one_draw_says_nothing_about_the_next(drawn: list[Theta]) -> None:
@@ -217,9 +217,9 @@ def test_one_draw_says_nothing_about_the_next(drawn: list[Theta]) -> None:
     pairs = Counter((len(a.members), len(b.members)) for a, b in zip(drawn[::2], drawn[1::2], strict=True))
     rest = 1 - sum(sizes[a] * sizes[b] for a in small for b in small)
     expected: dict[object, float] = {(a, b): sizes[a] * sizes[b] * len(drawn) / 2 for a in small for b in small}
-    found: Counter[object] = Counter({pair: count for pair, count in pairs.items() if pair in expected})
-    found["rest"], expected["rest"] = len(drawn) // 2 - found.total(), rest * len(drawn) / 2
-    assert chi_square(found, expected) <= 1
+    observed: Counter[object] = Counter({pair: count for pair, count in pairs.items() if pair in expected})
+    observed["rest"], expected["rest"] = len(drawn) // 2 - observed.total(), rest * len(drawn) / 2
+    assert chi_square(observed, expected) <= 1
 
 
 @pytest.mark.parametrize("replacement", [False, True])
@@ -227,9 +227,9 @@ def test_draws_of_unequal_groups_follow_the_enumerated_law(replacement: bool) ->
     policy = Policy(UNEQUAL.groups, UNEQUAL.tickets, UNEQUAL.sizes, replacement=replacement)
     law = enumerated(policy)
     rng = random.Random(7)
-    found = Counter(draw_theta(policy, rng).members for _ in range(100_000))
+    observed = Counter(draw_theta(policy, rng).members for _ in range(100_000))
     likely: dict[object, float] = {members: 1e5 * p for members, p in law.items() if p >= 1e-4}
-    counts: Counter[object] = Counter({members: count for members, count in found.items() if members in likely})
+    counts: Counter[object] = Counter({members: count for members, count in observed.items() if members in likely})
     if len(likely) < len(law):
         likely["rest"], counts["rest"] = 1e5 - math.fsum(likely.values()), 100_000 - counts.total()
     assert chi_square(counts, likely) <= 1

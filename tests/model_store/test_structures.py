@@ -39,8 +39,8 @@ def test_the_number_in_a_structure_s_name_counts_its_3x3_convolutions_and_the_cl
     name: StructureName, layers: int
 ) -> None:
     with torch.device("meta"):
-        found = convs(small(name).build())
-    assert sum(conv.kernel_size == (3, 3) for conv in found.values()) + 1 == layers
+        convolutions = convs(small(name).build())
+    assert sum(conv.kernel_size == (3, 3) for conv in convolutions.values()) + 1 == layers
 
 
 def test_resnet18_at_the_paper_s_width_has_11_164_352_weights_and_555_422_720_multiply_adds() -> None:
@@ -75,17 +75,17 @@ def test_resnet18_at_the_paper_s_width_has_11_164_352_weights_and_555_422_720_mu
 def test_multiply_adds_are_those_of_a_forward_pass(
     name: StructureName, size: tuple[int, int], stem: tuple[int, int]
 ) -> None:
-    structure, found = small(name, stem_stride=stem[0], stem_pool=stem[1]), 0
+    structure, counted = small(name, stem_stride=stem[0], stem_pool=stem[1]), 0
 
     def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
-        nonlocal found
-        found += output.shape[2] * output.shape[3] * next(module.parameters()).numel()
+        nonlocal counted
+        counted += output.shape[2] * output.shape[3] * next(module.parameters()).numel()
 
     network = structure.blank().eval()
     for conv in convs(network).values():
         conv.register_forward_hook(count)
     assert network(torch.zeros(1, 3, *size)).shape == (1, 10)
-    assert multiply_adds(structure, size) == found
+    assert multiply_adds(structure, size) == counted
 
 
 @pytest.mark.parametrize(("name", "weights"), [("wideresnet32", 46_138_032), ("wideresnet38", 55_814_832)])
@@ -108,10 +108,10 @@ def test_the_folded_network_has_the_same_logits_to_1e_5(name: StructureName, ste
     side = 16 * max(2, math.prod(stem))  # norms of a few pixels would enlarge what rounding does
     network = random_network(small(name, 7, *stem), side)
     images = torch.rand(16, 3, side, side)
-    expected, found = network(images), fold(network)(images)
+    expected, folded = network(images), fold(network)(images)
     assert expected.shape == (16, 7)
     assert expected.std() > 0.01
-    assert (found - expected).abs().max() <= 1e-5
+    assert (folded - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -235,7 +235,7 @@ def test_every_weight_of_a_network_is_a_convolution_s(name: StructureName) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "message"),
     [
         ({"name": "resnet50"}, "resnet50"),
         ({"width": 0}, "width 0"),
@@ -246,6 +246,6 @@ def test_every_weight_of_a_network_is_a_convolution_s(name: StructureName) -> No
         ({"stem_stride": 3}, "stem_stride 3"),
     ],
 )
-def test_an_unknown_structure_is_refused_by_name(change: dict[str, object], found: str) -> None:
-    with pytest.raises(StructureUnknown, match=found):
+def test_an_unknown_structure_is_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(StructureUnknown, match=message):
         dataclasses.replace(small("resnet18"), **change)  # type: ignore[arg-type]

@@ -335,7 +335,7 @@ def put(name: str, value: float) -> Callable[[dict[str, Tensor]], object]:
 
 # resnet18·2 at density .07: the stem has 54 weights, 4 kept: 7 bytes of mask with 2 padding bits, 1 of signs with 4.
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "message"),
     [
         (lambda content: content.pop("stem.0.scale"), "tensors: missing stem.0.scale"),
         (lambda content: content.update(extra=torch.zeros(1)), "tensors: not expected extra"),
@@ -357,9 +357,9 @@ def put(name: str, value: float) -> Callable[[dict[str, Tensor]], object]:
     ],
 )
 def test_a_file_whose_tensors_are_not_what_they_must_be_is_refused_by_name(
-    scratch: bytes, change: Callable[[dict[str, Tensor]], object], found: str
+    scratch: bytes, change: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    with pytest.raises(TicketRejected, match=found):
+    with pytest.raises(TicketRejected, match=message):
         decode(forged(scratch, tensors=change))
 
 
@@ -368,7 +368,7 @@ INPUT = json.loads(json.dumps(asdict(CIFAR10_INPUT)))
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "message"),
     [
         ({"version": 3}, r"format and version \('tombola-ticket', 3\); this reader knows .* versions 1 and 2"),
         ({"version": 2}, "metadata: version 2 with no input"),
@@ -406,13 +406,13 @@ INPUT = json.loads(json.dumps(asdict(CIFAR10_INPUT)))
     ],
 )
 def test_a_file_whose_metadata_are_not_what_they_must_be_is_refused_by_name(
-    scratch: bytes, change: dict[str, Any], found: str | None
+    scratch: bytes, change: dict[str, Any], message: str | None
 ) -> None:
     data = forged(scratch, header=change)
-    if found is None:  # the nominal density may differ from the layers' own
+    if message is None:  # the nominal density may differ from the layers' own
         assert decode(data).density == change["density"]
         return
-    with pytest.raises(TicketRejected, match=found):
+    with pytest.raises(TicketRejected, match=message):
         decode(data)
 
 

@@ -107,8 +107,8 @@ def test_a_picture_is_answered_and_nothing_of_theta_with_it(tiny: Library, state
         assert answer["library"] == tiny.digest
         assert answer["request_id"] == response.headers["x-request-id"]
         assert answer["predictions"][0]["label"] in tiny.classes
-        said = json.dumps(answer) + str(response.headers)
-        assert not any(word in said for word in ("resnet", "theta", "member", "alpha", "density", "seed"))
+        revealed = json.dumps(answer) + str(response.headers)
+        assert not any(word in revealed for word in ("resnet", "theta", "member", "alpha", "density", "seed"))
         assert response.headers["cache-control"] == "no-store"
 
     with_planes(ask, tiny.path, state)
@@ -154,10 +154,10 @@ def test_who_comes_while_the_port_is_being_closed_is_neither_served_nor_reset() 
         server.drop_new_connections(listener)
         with pytest.raises(TimeoutError):
             socket.create_connection(listener.getsockname(), timeout=0.2)
-        (found,) = server.drain_accept_backlog(listener)
-        with found:
-            found.settimeout(5)
-            assert found.recv(6) == b"before"
+        (accepted,) = server.drain_accept_backlog(listener)
+        with accepted:
+            accepted.settimeout(5)
+            assert accepted.recv(6) == b"before"
 
 
 def test_the_admin_plane_wants_its_token_but_for_metrics_and_health(tiny: Library, state: Path) -> None:
@@ -413,12 +413,12 @@ def test_a_name_that_leads_nowhere_is_said_in_one_line() -> None:
 
 def test_check_measures_a_library(tiny: Library, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tiny.path), "--state-dir", str(state), "--engine", "torch", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["digest"] == tiny.digest
-    assert found["tickets"] == 4
-    assert set(found["median_ms"]) == {"1", "2", "3", "4"}
-    assert found["difference"] <= 1e-4
-    assert lines(found)[-1].startswith("Whole: 4 tickets")
+    checked = json.loads(capsys.readouterr().out)
+    assert checked["digest"] == tiny.digest
+    assert checked["tickets"] == 4
+    assert set(checked["median_ms"]) == {"1", "2", "3", "4"}
+    assert checked["difference"] <= 1e-4
+    assert lines(checked)[-1].startswith("Whole: 4 tickets")
 
 
 def test_check_refuses_a_library_the_engine_cannot_run(tiny: Library, state: Path) -> None:
@@ -505,7 +505,7 @@ def test_log_lines_are_json_and_never_quote_an_exception() -> None:
     record = logging.LogRecord("service", logging.ERROR, __file__, 1, "failed", (), raised._excinfo)
     record.fields = {"request_id": "ab12"}
     line = JsonLines().format(record)
-    said = json.loads(line)
-    assert (said["level"], said["message"], said["request_id"]) == ("error", "failed", "ab12")
-    assert said["error"].startswith("ValueError at ")
+    entry = json.loads(line)
+    assert (entry["level"], entry["message"], entry["request_id"]) == ("error", "failed", "ab12")
+    assert entry["error"].startswith("ValueError at ")
     assert "somebody" not in line

@@ -127,12 +127,12 @@ def test_overload_is_refused_with_a_time_to_come_back_and_then_forgotten(folder:
     flags = ("--max-queue-size", "8", "--max-images", "8", "--drain-delay-s", "0")
     with serving(folder, tmp_path / "state", *flags) as process:
         with ThreadPoolExecutor(32) as pool:
-            found = list(pool.map(lambda _: status_and_pause(process), range(400)))
-        assert {status for status, _ in found} == {200, 503}
-        assert all((pause is not None and int(pause) >= 1) == (status == 503) for status, pause in found)
+            responses = list(pool.map(lambda _: status_and_pause(process), range(400)))
+        assert {status for status, _ in responses} == {200, 503}
+        assert all((pause is not None and int(pause) >= 1) == (status == 503) for status, pause in responses)
         assert process.classify(draw_sample())[0] == 200
         assert process.metric("queue_depth") == 0
-        assert process.metric('shed_total{reason="queue"}') == sum(status == 503 for status, _ in found)
+        assert process.metric('shed_total{reason="queue"}') == sum(status == 503 for status, _ in responses)
         assert process.end() == 0
 
 

@@ -43,8 +43,8 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Two replicas that tell who they are and how many images they had; all digits are shown, to tell draws apart."""
     from service.ray_serve import Replica, application
 
-    class Told(Replica):
-        def told(self) -> tuple[int, float]:
+    class Observed(Replica):
+        def observe(self) -> tuple[int, float]:
             return os.getpid(), self.metrics.value("inference_images_total")
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -55,7 +55,7 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         words = {"replicas": 2, "cores": 0.5, "library": str(library.path), "engine": "torch", "detail": "full"}
         patience = {"deadline_s": 120, "engine_timeout_s": 120}  # replicas, Ray and the client share two cores
-        serve.run(application(words | patience, Told), name="tombola", logging_config={"log_level": "ERROR"})
+        serve.run(application(words | patience, Observed), name="tombola", logging_config={"log_level": "ERROR"})
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -73,7 +73,7 @@ def classify(address: str) -> list[Any]:
 
 def busy(handle: Any, known: dict[int, float]) -> bool:
     """Asks one replica who it is; true once two have had images."""
-    process, images = handle.told.remote().result()
+    process, images = handle.observe.remote().result()
     known[process] = images
     return sum(count > 0 for count in known.values()) >= 2
 

@@ -176,7 +176,7 @@ def test_a_misspelt_variable_is_refused_and_the_right_one_named(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"port": "abc"}, r"TOMBOLA_PORT \(--port\): .*integer.*'abc'"),
         ({"port": "70000"}, r"TOMBOLA_PORT .*65535"),
@@ -193,8 +193,8 @@ def test_a_misspelt_variable_is_refused_and_the_right_one_named(monkeypatch: pyt
         ({"latency_quantum_ms": "10001"}, "TOMBOLA_LATENCY_QUANTUM_MS 10001: above TOMBOLA_DEADLINE_S 10"),
     ],
 )
-def test_a_wrong_setting_is_refused_in_one_line(given: dict[str, str], said: str) -> None:
-    with pytest.raises(SettingsRejected, match=said) as refused:
+def test_a_wrong_setting_is_refused_in_one_line(given: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsRejected, match=message) as refused:
         read_settings(given)
     assert "\n" not in str(refused.value)
 
@@ -307,9 +307,9 @@ def test_a_command_that_cannot_run_says_why_in_one_line_and_fails(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main([*arguments, "--state-dir", str(tmp_path)]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
-    assert len(said) == 1
-    assert said[0].startswith("tombola: ")
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
+    assert len(lines) == 1
+    assert lines[0].startswith("tombola: ")
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--help"])
     assert ended.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+    help_text = " ".join(capsys.readouterr().out.split())
     for row in setting_docs():
-        assert row.flag.removeprefix("--") in said
-        assert row.variable in said
+        assert row.flag.removeprefix("--") in help_text
+        assert row.variable in help_text

@@ -38,12 +38,12 @@ class Stream(io.BytesIO):
 
 def read_answers(received: bytes, method: str = "POST") -> list[Answer]:
     """All answers in these bytes; interim ones are passed over. Raises HTTPException if the last is incomplete."""
-    stream, found = Stream(received), []
+    stream, answers = Stream(received), []
     while stream.tell() < len(received):
         response = HTTPResponse(stream, method=method)  # type: ignore[arg-type]
         response.begin()
-        found.append(Answer(response.status, response.headers, response.read()))
-    return found
+        answers.append(Answer(response.status, response.headers, response.read()))
+    return answers
 
 
 class Wire(asyncio.Transport):
@@ -135,9 +135,9 @@ def converse(segments: Sequence[bytes], app: ASGIApp = echo) -> Wire:
         await settle(protocol)
         return wire
 
-    found = asyncio.run(run())
+    answers = asyncio.run(run())
     assert failures == []
-    return found
+    return answers
 
 
 async def settle(protocol: HttpProtocol, turns: int = 4) -> None:

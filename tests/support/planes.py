@@ -50,7 +50,7 @@ class Oracle:
     clients: list[str] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
     cancelled: int = 0
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    submitted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def check(self, size: int, client: str, left_s: float) -> None:
         if self.full is not None:
@@ -62,7 +62,7 @@ class Oracle:
         self.rows.append(rows)
         self.clients.append(client)
         self.deadlines.append(-1 if deadline is None else deadline - asyncio.get_running_loop().time())
-        self.asked.set()
+        self.submitted.set()
         if self.hold is not None:
             await self.wait(self.hold)
         if self.error is not None:
@@ -80,11 +80,11 @@ class Oracle:
 def probabilities(rows: Pixels) -> Probabilities:
     """0.6172 for the class the red channel names, and the rest, falling, for the others."""
     indices = np.minimum(rows[:, 0].mean(axis=(1, 2)) // 25, len(CLASSES) - 1).astype(int)
-    found = np.tile(np.linspace(0.0701, 0.01495, len(CLASSES), dtype=np.float32), (len(rows), 1))
-    found[np.arange(len(rows)), indices] = 0
-    found *= (1 - 0.6172) / found.sum(axis=1, keepdims=True)
-    found[np.arange(len(rows)), indices] = 0.6172
-    return found
+    values = np.tile(np.linspace(0.0701, 0.01495, len(CLASSES), dtype=np.float32), (len(rows), 1))
+    values[np.arange(len(rows)), indices] = 0
+    values *= (1 - 0.6172) / values.sum(axis=1, keepdims=True)
+    values[np.arange(len(rows)), indices] = 0.6172
+    return values
 
 
 @dataclass
@@ -149,21 +149,21 @@ def refused(response: httpx.Response, status: int, text: errors.ErrorMessage | N
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert set(response.json()) == {"error"}
-    said: str = response.json()["error"]
+    message: str = response.json()["error"]
     if text is not None:
-        assert matches(text, said), said
-    return said
+        assert matches(text, message), message
+    return message
 
 
-def one_of_the_catalogue(said: str) -> bool:
-    return any(matches(text, said) for text in errors.ErrorMessage)
+def one_of_the_catalogue(message: str) -> bool:
+    return any(matches(text, message) for text in errors.ErrorMessage)
 
 
-def matches(text: str, said: str) -> bool:
+def matches(text: str, message: str) -> bool:
     """Whether `said` is this text of the catalogue with nothing but numbers filled in."""
     escaped = re.escape(text.replace("{{", "{").replace("}}", "}"))
     pattern = re.sub(r"\\{(limit|height|width)\\}", r"[0-9]+(\.[0-9]+)?", escaped)
-    return re.fullmatch(pattern, said) is not None
+    return re.fullmatch(pattern, message) is not None
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Listener:
 @contextmanager
 def listening() -> Iterator[Listener]:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        found = Listener(server.getsockname()[1])
+        listener = Listener(server.getsockname()[1])
 
         def hear() -> None:
             while True:
@@ -54,14 +54,14 @@ def listening() -> Iterator[Listener]:
                 with connection:
                     connection.settimeout(2)
                     try:
-                        found.heard.append(connection.recv(65536))
+                        listener.heard.append(connection.recv(65536))
                     except OSError:
-                        found.heard.append(b"")
+                        listener.heard.append(b"")
 
         thread = threading.Thread(target=hear)
         thread.start()
         try:
-            yield found
+            yield listener
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
@@ -158,10 +158,10 @@ def paths(rest: str) -> list[str]:
 
     A relative path of rename(2) or mkdir(2) stays relative, and so counts as outside of every allowed folder.
     """
-    found = []
+    resolved = []
     for folder, name in re.findall(r'(?:\b\w+<([^>]*)>, )?"((?:[^"\\]|\\.)*)"', rest):
-        found.append(os.path.normpath(Path(folder, name)))
-    return found
+        resolved.append(os.path.normpath(Path(folder, name)))
+    return resolved
 
 
 def addresses(rest: str) -> Iterator[tuple[str, int]]:
@@ -180,8 +180,8 @@ def outside(trace: Trace, *allowed: Path) -> list[str]:
 
 def beyond_loopback(trace: Trace) -> list[tuple[str, int]]:
     """Whom a trace's processes called. Port 0 is not a call: it asks the system for an address of its own."""
-    here = ("127.", "::1", "::ffff:127.")
-    return sorted(peer for peer in trace.peers if not peer[0].startswith(here) and peer[1])
+    loopback = ("127.", "::1", "::ffff:127.")
+    return sorted(peer for peer in trace.peers if not peer[0].startswith(loopback) and peer[1])
 
 
 def left_behind(folder: Path, known: Mapping[str, str] | None = None) -> list[str]:

@@ -51,13 +51,13 @@ def train(recipe: TrainConfig, device: torch.device, folder: Path) -> Search:
 def test_a_search_step_runs_on_cuda(preset: str, precision: str, structure: StructureName, tmp_path: Path) -> None:
     recipe = recipe_of(preset, structure)
     recipe = TrainConfig(**{**vars(recipe), "precision": precision})
-    here = train(recipe, CPU, tmp_path).state_dict()
+    cpu_state = train(recipe, CPU, tmp_path).state_dict()
     with pretend_cuda() as cuda:
-        there = train(recipe, cuda, tmp_path).state_dict()
-        on_cpu = {name for name, tensor in there.items() if tensor.device != cuda}
+        cuda_state = train(recipe, cuda, tmp_path).state_dict()
+        on_cpu = {name for name, tensor in cuda_state.items() if tensor.device != cuda}
         assert {name.partition("/")[0] for name in on_cpu} <= {"mask"}  # packed into bytes
-    assert here.keys() == there.keys()
-    assert [name for name in here if not torch.equal(here[name], there[name])] == []
+    assert cpu_state.keys() == cuda_state.keys()
+    assert [name for name in cpu_state if not torch.equal(cpu_state[name], cuda_state[name])] == []
 
 
 def test_the_guard_the_ticket_and_its_claims_run_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,8 +174,8 @@ def test_the_digest_changes_with_one_pixel_and_one_label() -> None:
     pixels = split.search.pixels.clone()
     pixels[0, 0, 0, 0] ^= 1
     changed = split_of(split.classes, Images(pixels, split.search.labels, split.search.names), split.test, per_class=1)
-    plain = split_of(split.classes, split.search, split.test, per_class=1)
-    assert len({split.digest, changed.digest, plain.digest}) == 3
+    unchanged = split_of(split.classes, split.search, split.test, per_class=1)
+    assert len({split.digest, changed.digest, unchanged.digest}) == 3
 
 
 def test_the_cache_holds_no_objects_and_gives_back_the_digest_of_the_arrays(archive: Path, tmp_path: Path) -> None:

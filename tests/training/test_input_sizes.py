@@ -57,8 +57,8 @@ def test_every_structure_takes_steps_at_every_size_and_leaves_a_ticket_that_is_i
         assert ticket.input == split.input
         with torch.no_grad():
             expected = search.network.cpu().eval()(images)
-            found = ticket.network()(images)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            logits = ticket.network()(images)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_folder_becomes_a_library_of_its_own_size_and_goes_on(

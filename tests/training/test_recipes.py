@@ -64,9 +64,11 @@ def test_a_stem_that_is_given_by_hand_stays() -> None:
 
 def test_the_recipes_of_cifar_10_have_the_digests_that_they_always_had() -> None:
     """Checkpoints go on only under them."""
-    found = {name: preset.recipe("resnet34", 0.12, 49_000).as_dict()["structure"] for name, preset in PRESETS.items()}
-    assert found["compact"] == {"name": "resnet34", "width": 16, "classes": 10, "stem_stride": 2}
-    assert found["paper"] == {"name": "resnet34", "width": 64, "classes": 10, "stem_stride": 1}
+    structures = {
+        name: preset.recipe("resnet34", 0.12, 49_000).as_dict()["structure"] for name, preset in PRESETS.items()
+    }
+    assert structures["compact"] == {"name": "resnet34", "width": 16, "classes": 10, "stem_stride": 2}
+    assert structures["paper"] == {"name": "resnet34", "width": 64, "classes": 10, "stem_stride": 1}
 
 
 def test_no_two_tickets_of_a_preset_share_a_seed() -> None:

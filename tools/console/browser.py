@@ -33,15 +33,15 @@ def chromium() -> Iterator[Browser]:
 
 def complaints(page: Page) -> list[str]:
     """A list that fills with whatever the browser complains about: exceptions, and violations of the CSP among them."""
-    found: list[str] = []
+    problems: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not message.text.startswith(EXPECTED):
-            found.append(message.text)
+            problems.append(message.text)
 
     page.on("console", note)
-    page.on("pageerror", lambda error: found.append(str(error)))
-    return found
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    return problems
 
 
 def sign_in(page: Page, url: str, token: str) -> None:

@@ -161,10 +161,10 @@ def lines(axes: "Axes", panel: Json, address: str, period: Period) -> None:
 
 
 def series(address: str, query: str, period: Period) -> list[Json]:
-    asked = {"query": query, "start": period.start, "end": period.end, "step": 1}
-    with open_url(f"{address}/api/v1/query_range?{urllib.parse.urlencode(asked)}", 60) as response:
-        found: list[Json] = json.load(response)["data"]["result"]
-    return found
+    parameters = {"query": query, "start": period.start, "end": period.end, "step": 1}
+    with open_url(f"{address}/api/v1/query_range?{urllib.parse.urlencode(parameters)}", 60) as response:
+        results: list[Json] = json.load(response)["data"]["result"]
+    return results
 
 
 def silent(axes: "Axes") -> None:
@@ -179,9 +179,9 @@ def stat(axes: "Axes", panel: Json, address: str, _: Period) -> None:
 
 
 def bars(axes: "Axes", panel: Json, address: str, _: Period) -> None:
-    found = sorted(((name, value) for name, _, value in now(panel, address)), reverse=True)
-    drawn = axes.barh([name for name, _ in found], [value for _, value in found], height=0.6)
-    axes.bar_label(drawn, [unit(panel)(value) for _, value in found], padding=2, fontsize=6)
+    ranked = sorted(((name, value) for name, _, value in now(panel, address)), reverse=True)
+    drawn = axes.barh([name for name, _ in ranked], [value for _, value in ranked], height=0.6)
+    axes.bar_label(drawn, [unit(panel)(value) for _, value in ranked], padding=2, fontsize=6)
     axes.set_xticks([])
     axes.margins(x=0.2)
     axes.tick_params(axis="y", labelsize=5.5)

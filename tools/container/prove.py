@@ -96,10 +96,10 @@ def stand_in(proof: Proof) -> None:
 
 def cpu_wheel() -> Path | None:
     """A CPU build of torch among the links that this machine's pip is configured with."""
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
     )
-    folders = [*told.stdout.split(), *os.environ.get("PIP_FIND_LINKS", "").split()]
+    folders = [*result.stdout.split(), *os.environ.get("PIP_FIND_LINKS", "").split()]
     return next((wheel for folder in folders for wheel in Path(folder).glob("torch-*+cpu-cp311-*x86_64.whl")), None)
 
 
@@ -156,8 +156,8 @@ def build(proof: Proof, folder: Path, tag: str, index: Path | None) -> float:
 
 
 def layers(proof: Proof, tag: str) -> list[str]:
-    found: list[str] = json.loads(proof.buildah("inspect", "--type", "image", tag))["OCIv1"]["rootfs"]["diff_ids"]
-    return found
+    diff_ids: list[str] = json.loads(proof.buildah("inspect", "--type", "image", tag))["OCIv1"]["rootfs"]["diff_ids"]
+    return diff_ids
 
 
 def prove_layers(proof: Proof, folder: Path, index: Path | None) -> None:
@@ -179,8 +179,8 @@ def prove_layers(proof: Proof, folder: Path, index: Path | None) -> None:
 
 
 def config(proof: Proof) -> Json:
-    found: Json = json.loads(proof.buildah("inspect", "--type", "image", "tombola-proof"))["Docker"]["config"]
-    return found
+    docker_config: Json = json.loads(proof.buildah("inspect", "--type", "image", "tombola-proof"))["Docker"]["config"]
+    return docker_config
 
 
 @contextmanager
@@ -213,10 +213,10 @@ def started(root: str, image: Json, log: Path) -> subprocess.Popen[bytes]:
     user, group = image["User"].split(":")
     drop = ["setpriv", "--reuid", user, "--regid", group, "--clear-groups"]
     drop += ["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
-    plain = ["env", "--ignore-environment", f"--chdir={image['WorkingDir']}", *image["Env"]]
+    environment = ["env", "--ignore-environment", f"--chdir={image['WorkingDir']}", *image["Env"]]
     inside = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
     command = ["ip", "netns", "exec", NETWORK, *inside, "sh", "-ec", "\n".join(prepare), "sh"]
-    command += [*drop, *plain, *image["Entrypoint"], *image["Cmd"]]
+    command += [*drop, *environment, *image["Entrypoint"], *image["Cmd"]]
     with log.open("wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=out)
 
@@ -266,9 +266,9 @@ def listening(process: int) -> set[tuple[str, int]]:
 def within(process: int, image: Json, *command: str) -> int:
     """The exit code of a command run in the container, as its user and in its environment: what `docker exec` does."""
     enter = ["nsenter", "--target", str(process), "--mount", "--net", "--pid", "--root", "--wd"]
-    plain = ["env", "--ignore-environment", *image["Env"], *command]
+    entered = ["env", "--ignore-environment", *image["Env"], *command]
     drop = ["setpriv", "--reuid", "10001", "--regid", "10001", "--clear-groups"]
-    return subprocess.run([*enter, *drop, *plain], capture_output=True, check=False).returncode
+    return subprocess.run([*enter, *drop, *entered], capture_output=True, check=False).returncode
 
 
 def prove_running(proof: Proof, root: str, library: str) -> None:
@@ -320,8 +320,8 @@ def prove_outside(proof: Proof, library: str) -> None:
     code, answer = status_of("/v1/classify", draw_sample())
     proof.check("it classifies", holds=code == 200 and json.loads(answer)["library"] == library)
     proof.check("the admin plane is out of reach", holds=not reachable(8001) and status_of("/metrics")[0] == 404)
-    said = run("ip", "-n", NETWORK, "route", "show", "default")
-    proof.check("it needed no network to start", holds=said == "")
+    routes = run("ip", "-n", NETWORK, "route", "show", "default")
+    proof.check("it needed no network to start", holds=routes == "")
 
 
 def prove_audit(proof: Proof, process: int, image: Json) -> None:

@@ -41,8 +41,8 @@ MAX_PIXELS: Final = 250_000
 
 
 def image(data: bytes) -> None:
-    found = decode(data, CIFAR10_INPUT, MAX_PIXELS)
-    assert found.shape == (3, 32, 32), found.shape
+    decoded = decode(data, CIFAR10_INPUT, MAX_PIXELS)
+    assert decoded.shape == (3, 32, 32), decoded.shape
 
 
 def exif(data: bytes) -> None:
@@ -57,9 +57,9 @@ def inference(data: bytes) -> None:
     """The first two bytes say how long the JSON is; a quarter of the values mean that there is no such header."""
     length = int.from_bytes(data[:2], "little")
     headers = {} if length % 4 == 0 else {HEADER_LENGTH: str(length // 4).encode()}
-    found = read_inference(data[2:], headers, MODEL)
-    assert 1 <= len(found.images) <= MODEL.max_images
-    assert {output.name for output in found.outputs} <= set(MODEL.outputs)
+    request = read_inference(data[2:], headers, MODEL)
+    assert 1 <= len(request.images) <= MODEL.max_images
+    assert {output.name for output in request.outputs} <= set(MODEL.outputs)
 
 
 def classify(data: bytes) -> None:

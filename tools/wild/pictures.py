@@ -286,8 +286,10 @@ def profiles() -> Iterator[Picture]:
     large = (spaces["p3"] or b"") + np.random.default_rng(0).integers(0, 256, 1_500_000, np.uint8).tobytes()
     yield Picture("png-icc-large", write_png(rgb, TRUECOLOUR, 8, before=[profile_chunk(sized(large))]))
     cmyk = Image.fromarray(gradient(4, 8).astype(np.uint8), "CMYK")
-    plain = encoded(cmyk, "JPEG", quality=95)  # Chromium 156 applies such a profile to what it has made RGB already
-    yield Picture("jpeg-cmyk-icc", encoded(cmyk, "JPEG", quality=95, icc_profile=ink_profile()), whole=plain)
+    without_profile = encoded(
+        cmyk, "JPEG", quality=95
+    )  # Chromium 156 applies such a profile to what it has made RGB already
+    yield Picture("jpeg-cmyk-icc", encoded(cmyk, "JPEG", quality=95, icc_profile=ink_profile()), whole=without_profile)
     yield Picture("jpeg-cmyk-icc-of-rgb", encoded(cmyk, "JPEG", quality=95, icc_profile=spaces["p3"]))
 
 

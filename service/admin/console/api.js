@@ -44,11 +44,11 @@ async function send(path, { method = "GET", body = null, type = null, signal = n
 
 async function checked(response) {
   if (response.ok) return response;
-  let said = "";
+  let message = "";
   try {
-    said = (await response.json()).error;
+    message = (await response.json()).error;
   } catch { /* no JSON: a proxy may stand in between */ }
-  throw new Refused(response.status, said || `The server answered with status ${response.status}.`);
+  throw new Refused(response.status, message || `The server answered with status ${response.status}.`);
 }
 
 async function request(path, options = {}) {

@@ -58,8 +58,8 @@ export async function refresh() {
 
 // The form
 
-function offer(found) {
-  choices = found;
+function offer(offered) {
+  choices = offered;
   by("profiles").replaceChildren(...found.profiles.map(profile));
   by("epsilons").value = usual(by("norm").value);
   by("attacks").append(...found.attacks.map((name) =>
@@ -103,9 +103,9 @@ async function recall() {
     .reduce((a, b) => (a !== null && a.created > b.created ? a : b), null);
   if (last === null) return say(by("experience"), "");
   try {
-    const { started, finished, cost } = await get(`/admin/audits/${last.id}`);
+    const { started, finished: end, cost } = await get(`/admin/audits/${last.id}`);
     if (chosen() !== name) return;
-    say(by("experience"), `The last ${name} audit here took ${duration(finished - started)}; ` +
+    say(by("experience"), `The last ${name} audit here took ${duration(end - started)}; ` +
       `its estimate was ${duration(cost.seconds)}.`);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
@@ -115,28 +115,28 @@ async function recall() {
 const wanted = () => [...by("attacks").querySelectorAll("input:checked:not(:disabled)")].map(({ value }) => value);
 
 async function datasets() {
-  const { datasets: found } = await get("/admin/datasets");
+  const { datasets: sets } = await get("/admin/datasets");
   const before = by("data").value;
-  const options = found.map(({ name, kind, uploaded }) => {
+  const options = sets.map(({ name, kind, uploaded }) => {
     const more = kind === "generated" ? "made here, for smoke alone" : `${kind}${uploaded ? ", uploaded" : ""}`;
     return h("option", { value: name }, `${name} (${more})`);
   });
   by("data").replaceChildren(...options);
-  if (found.some(({ name }) => name === before)) by("data").value = before;
+  if (sets.some(({ name }) => name === before)) by("data").value = before;
 }
 
 // The form as the API wants it. Raises Refused where a field holds no number.
 function fields() {
-  const found = {
+  const form = {
     profile: chosen(),
     data: by("data").value,
     norm: by("norm").value,
     epsilons: by("epsilons").value.split(/[\s,;]+/).filter((text) => text !== "").map((text) => number(text, "Epsilons")),
     seed: number(by("seed").value || "0", "Seed"),
   };
-  if (by("images").value.trim() !== "") found.images = number(by("images").value, "How many");
-  if (wanted().length > 0) found.attacks = wanted();
-  return found;
+  if (by("images").value.trim() !== "") form.images = number(by("images").value, "How many");
+  if (wanted().length > 0) form.attacks = wanted();
+  return form;
 }
 
 function number(text, name) {
@@ -154,10 +154,10 @@ function changed(event) {
   costing = setTimeout(price, SETTLED_MS);
 }
 
-let asked = 0;
+let queries = 0;
 
 async function price() {
-  const mine = ++asked;
+  const mine = ++queries;
   const place = by("cost");
   let text;
   let refused = false;
@@ -171,7 +171,7 @@ async function price() {
     refused = true;
     text = sentence(error.message);
   }
-  if (mine !== asked) return; // another answer is on its way
+  if (mine !== queries) return; // another answer is on its way
   say(place, text);
   place.classList.toggle("refused", refused);
   by("start").disabled = refused;
@@ -199,18 +199,18 @@ async function start(event) {
 async function upload(event) {
   const file = event.target.files[0];
   if (!file) return;
-  const said = by("upload-said");
+  const status = by("upload-message");
   const name = file.name.toLowerCase().replace(/[^a-z0-9._-]+/g, "-").replace(/^[^a-z0-9]+/, "");
-  say(said, `Sending ${file.name}…`);
+  say(status, `Sending ${file.name}…`);
   try {
     const kept = await sendFile("PUT", `/admin/datasets/${encodeURIComponent(name)}`, file, "application/octet-stream");
-    say(said, `Kept as ${kept.name}: ${kept.checked} images checked, ${kept.classes} classes.`);
+    say(status, `Kept as ${kept.name}: ${kept.checked} images checked, ${kept.classes} classes.`);
     await datasets();
     by("data").value = kept.name;
     price();
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    say(said, sentence(error.message));
+    say(status, sentence(error.message));
   } finally {
     event.target.value = "";
   }
@@ -232,9 +232,9 @@ export async function tick() {
 
 async function list() {
   listed = Date.now();
-  const found = (await get("/admin/audits")).audits;
-  const same = JSON.stringify(found) === JSON.stringify(jobs) && by("audit-list").hasChildNodes();
-  jobs = found;
+  const listing = (await get("/admin/audits")).audits;
+  const same = JSON.stringify(listing) === JSON.stringify(jobs) && by("audit-list").hasChildNodes();
+  jobs = listing;
   if (same) return;
   const focused = by("audit-list").contains(document.activeElement) ? document.activeElement.ariaLabel : null;
   draw();
@@ -346,13 +346,13 @@ async function follow(mine) {
       await list();
     } catch (error) {
       if (mine.stop.signal.aborted) return;
-      if (error instanceof Refused && error.status !== 0 && error.status !== 503) return told(error);
+      if (error instanceof Refused && error.status !== 0 && error.status !== 503) return showError(error);
       await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
     }
   }
 }
 
-const told = (error) => by("audit").replaceChildren(h("p", { class: "error", id: "audit-title" }, sentence(error.message)));
+const showError = (error) => by("audit").replaceChildren(h("p", { class: "error", id: "audit-title" }, sentence(error.message)));
 
 // The parts of the panel that change while an audit runs.
 function frame(job) {
@@ -380,7 +380,7 @@ function frame(job) {
 
 function facts(job) {
   const { profile: name, images, epsilons, norm, data, seed } = job.request;
-  const found = [
+  const pairs = [
     ["Profile", name],
     ["Images", `${images ?? "as many as the profile has"}, ${data ?? "generated"}`],
     ["Epsilons", `${epsilons?.join(", ") ?? "the usual ones"} in 255ths, ${norm ?? "linf"}`],
@@ -388,9 +388,9 @@ function facts(job) {
     ["Library", h("code", {}, short(job.digest))],
     ["Estimate", `${estimate(job.cost)}, ${job.cost.attacks} attacks`],
   ];
-  if (job.finished && job.started) found.push(["Took", duration(job.finished - job.started)]);
-  if (job.attempts > 1) found.push(["Starts", `${job.attempts}: it was interrupted and went on`]);
-  return found;
+  if (job.finished && job.started) pairs.push(["Took", duration(job.finished - job.started)]);
+  if (job.attempts > 1) pairs.push(["Starts", `${job.attempts}: it was interrupted and went on`]);
+  return pairs;
 }
 
 // On a busy machine an audit gets only what is left of the cores.

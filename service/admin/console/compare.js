@@ -24,8 +24,8 @@ function caution([a, b]) {
   if (a.audit.headline !== b.audit.headline || a.audit.norm !== b.audit.norm) differ.push("size of the attack");
   if (a.audit.seed !== b.audit.seed) differ.push("seed");
   if (differ.length === 0) return h("p", {}, "Same library, images, profile and seed: the two should agree.");
-  const said = differ.length === 1 ? "This differs" : "These differ";
-  return h("p", {}, `${said} between the two: ${differ.join(", ")}. Overlapping intervals are no difference.`);
+  const opening = differ.length === 1 ? "This differs" : "These differ";
+  return h("p", {}, `${opening} between the two: ${differ.join(", ")}. Overlapping intervals are no difference.`);
 }
 
 function conditions(reports) {

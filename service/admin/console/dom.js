@@ -59,9 +59,9 @@ export function table(caption, heads, rows, name) {
   return made.element;
 }
 
-const plain = new Intl.NumberFormat("en-GB");
+const wholes = new Intl.NumberFormat("en-GB");
 
-export const whole = (value) => plain.format(Math.round(value));
+export const whole = (value) => wholes.format(Math.round(value));
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 export const short = (digest) => digest.slice(0, 12);
 export const clock = (time) => new Date(time).toLocaleTimeString("en-GB");

@@ -37,11 +37,11 @@ function tickets(library) {
   const heads = ["Ticket", { text: "Kept", number: true }, { text: "Clean", number: true },
     { text: "Under attack", number: true }, "SHA-256", "Where it comes from"];
   const shared = { clean: common(library, "clean"), pgd: common(library, "pgd") };
-  const said = [["Clean", shared.clean], ["Under attack", shared.pgd]].filter(([, text]) => text !== null);
+  const conditionsOfAll = [["Clean", shared.clean], ["Under attack", shared.pgd]].filter(([, text]) => text !== null);
   return [
     table("Tickets of the library", heads, library.entries.map((entry) => ticket(entry, shared)), "tickets stack"),
-    said.length === 0 ? "" : h("p", { class: "fine", id: "conditions" }, "In brackets the 95 % intervals. ",
-      said.map(([name, text]) => `${name}, every ticket: ${text}. `)),
+    conditionsOfAll.length === 0 ? "" : h("p", { class: "fine", id: "conditions" }, "In brackets the 95 % intervals. ",
+      conditionsOfAll.map(([name, text]) => `${name}, every ticket: ${text}. `)),
   ];
 }
 
@@ -79,10 +79,10 @@ function conditions({ images, data, attack }) {
 
 // A figure with its interval, and its conditions unless they stand below the table for all.
 function claim(entry, metric, shared) {
-  const found = best(entry, metric);
-  if (!found) return h("span", { class: "fine" }, "no claim");
-  const own = shared === null ? [h("br"), h("small", {}, conditions(found))] : null;
-  return h("span", {}, percent(found.value), " ", h("small", { class: "interval" }, `[${points(found.low)}, ${points(found.high)}]`), own);
+  const reported = best(entry, metric);
+  if (!reported) return h("span", { class: "fine" }, "no claim");
+  const own = shared === null ? [h("br"), h("small", {}, conditions(reported))] : null;
+  return h("span", {}, percent(reported.value), " ", h("small", { class: "interval" }, `[${points(reported.low)}, ${points(reported.high)}]`), own);
 }
 
 const points = (share) => (100 * share).toFixed(1);
@@ -95,7 +95,7 @@ function origin({ provenance, claims }) {
     seed: provenance.seed,
     data: provenance.data_digest,
     "continued from": provenance.parent ?? "nothing",
-    packages: Object.entries(provenance.packages).map(([name, found]) => `${name} ${found}`).join(", "),
+    packages: Object.entries(provenance.packages).map(([name, version]) => `${name} ${version}`).join(", "),
     recipe: Object.entries(recipe).filter(([, value]) => typeof value !== "object").map(([name, value]) => `${name} ${value}`).join(", "),
     claims: claims.map((one) => `${one.metric} ${percent(one.value)} on ${one.data.split} (${one.images}), ${one.measured}`).join("; "),
   };
@@ -114,13 +114,13 @@ async function swap() {
   if (!(await ask("Swap the library?", QUESTION, "Swap it"))) return;
   const button = by("swap");
   button.disabled = true;
-  say(by("swap-said"), "Reading, verifying and warming up…");
+  say(by("swap-message"), "Reading, verifying and warming up…");
   try {
-    say(by("swap-said"), swapped(await post("/admin/library", {}, { patience: 600000 })));
+    say(by("swap-message"), swapped(await post("/admin/library", {}, { patience: 600000 })));
     await show();
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    say(by("swap-said"), error.message);
+    say(by("swap-message"), error.message);
   } finally {
     button.disabled = false;
   }

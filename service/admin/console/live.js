@@ -40,7 +40,7 @@ function since(seconds) {
 }
 
 const sum = (object) => Object.values(object).reduce((total, value) => total + value, 0);
-const asked = ({ traffic }) => sum(traffic.outcomes) + traffic.shed.inflight;
+const received = ({ traffic }) => sum(traffic.outcomes) + traffic.shed.inflight;
 const shed = ({ traffic }) => traffic.outcomes.shed + traffic.shed.inflight;
 const failed = ({ traffic }) => traffic.outcomes.error + traffic.outcomes.deadline;
 
@@ -49,7 +49,7 @@ function figures(from, to) {
   if (from === null) return { seconds: 0, rate: null, p50: null, p99: null, shed: null, failed: null, images: null };
   const seconds = to.at - from.at;
   const change = (count) => count(to.data) - count(from.data);
-  const requests = change(asked);
+  const requests = change(received);
   const answered = to.data.traffic.latency.counts.map((count, i) => count - from.data.traffic.latency.counts[i]);
   const share = (count) => (requests > 0 ? change(count) / requests : null);
   return {

@@ -12,7 +12,7 @@ async function attempt() {
   place.replaceChildren(h("p", { class: "empty" }, "Asking twenty ensembles…"));
   by("again").disabled = true;
   try {
-    place.replaceChildren(...found(await sendFile("POST", "/admin/try", chosen, "application/octet-stream")));
+    place.replaceChildren(...verdict(await sendFile("POST", "/admin/try", chosen, "application/octet-stream")));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     place.replaceChildren(h("p", { class: "error" }, error.message));
@@ -21,7 +21,7 @@ async function attempt() {
   }
 }
 
-function found({ label, agreement, draws, classes, seconds, library }) {
+function verdict({ label, agreement, draws, classes, seconds, library }) {
   const votes = Math.round(agreement * draws);
   const all = votes === draws ? `All ${draws} draws` : `${votes} of ${draws} draws`;
   const seen = classes.filter((row) => row.votes > 0 || row.high >= 0.05).slice(0, 10);

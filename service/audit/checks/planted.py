@@ -62,8 +62,8 @@ def plant(target: AttackTarget, image: Tensor, threat: ThreatModel, generator: t
     gaps = (directions * outer).sum(dim=1) - (inner @ directions.T).amax(dim=0)
     best = int((gaps / directions.norm(dim=1)).argmax())
     weight = directions[best] / directions[best].norm()
-    reach, held = outer[best] @ weight, (inner @ weight).amax()
-    threshold = (reach + held) / 2
+    reach, inner_reach = outer[best] @ weight, (inner @ weight).amax()
+    threshold = (reach + inner_reach) / 2
     members = tuple(Member(each.name, Readout(each, weight, threshold).eval(), 1.0) for each in target.members)
     hidden = AttackTarget(members, target.draws, target.threads)
     corner = corners[best : best + 1]
@@ -77,7 +77,7 @@ def mean_logits(target: AttackTarget, images: Tensor) -> Tensor:
     return torch.einsum("r,rnc->nc", target.draws.weights.to(outputs), outputs)
 
 
-def is_found(planted: Planted, image: Tensor, threat: ThreatModel, generator: torch.Generator) -> bool:
+def attack_finds(planted: Planted, image: Tensor, threat: ThreatModel, generator: torch.Generator) -> bool:
     """Whether an attack meets an example at least as bad as the planted one."""
     label = torch.zeros(1, dtype=torch.int64, device=image.device)
     reached = eot.attack(planted.target, image, label, threat, FINDS, generator)
@@ -91,7 +91,7 @@ def planted_examples(context: CheckContext) -> CheckResult:
     for image in torch.split(context.images[:IMAGES], 1):
         planted = plant(context.target, image, threat, generator)
         if planted.risk > 0:
-            successes.append(is_found(planted, image, threat, generator))
+            successes.append(attack_finds(planted, image, threat, generator))
     if not successes:
         return CheckResult(None, "no corner of the ball stands out from its inside")
     share = sum(successes) / len(successes)

@@ -145,7 +145,7 @@ def reproducible(context: CheckContext) -> CheckResult:
     return judged(spread, f"identical images: {same}; three seeds spread {points(spread.value)}", holds=same)
 
 
-def threat_model_said(context: CheckContext) -> CheckResult:
+def threat_model_stated(context: CheckContext) -> CheckResult:
     needed = {"goal", "norm", "epsilon", "pixels", "knowledge", "order", "queries", "compute"}
     filled = {name for name, text in threat_model(context.run.audit).items() if text}
     return CheckResult(needed <= filled, f"{len(filled)} fields")
@@ -175,7 +175,12 @@ ROWS: Final[tuple[Row, ...]] = (
         "the same seed, the same images; three seeds within two standard errors",
         reproducible,
     ),
-    (33, "threat model", "goal, norm, epsilon, pixels, knowledge, order, queries, compute are said", threat_model_said),
+    (
+        33,
+        "threat model",
+        "goal, norm, epsilon, pixels, knowledge, order, queries, compute are said",
+        threat_model_stated,
+    ),
     (34, "data hygiene", "audited images were never used to select", data_hygiene),
 )
 CHECKS: Final = tuple(Check(i, name, text, True, "smoke", run) for i, name, text, run in ROWS)

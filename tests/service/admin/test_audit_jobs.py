@@ -79,7 +79,7 @@ class Plane:
         labels = {"profile": "smoke", "norm": "linf", "bound": bound}
         return self.metrics.registry.get_sample_value("tombola_audit_secrecy", labels)
 
-    def finished(
+    def add_done(
         self,
         value: float,
         *,
@@ -208,26 +208,26 @@ def test_the_command_asks_a_running_service_shows_how_it_goes_and_keeps_the_repo
 
 def test_only_whole_valid_audits_of_the_served_library_say_what_all_attacks_left(plane: Plane) -> None:
     """What an alert on a floor reads must not rise because a later audit was asked for less, or was broken."""
-    plane.finished(0.25)
-    plane.finished(0.31, seed=1)
-    plane.finished(0.6, attacks=["eot-risk"])
-    plane.finished(0.9, norm="l2")
-    plane.finished(0.7, digest="0" * 64)
+    plane.add_done(0.25)
+    plane.add_done(0.31, seed=1)
+    plane.add_done(0.6, attacks=["eot-risk"])
+    plane.add_done(0.9, norm="l2")
+    plane.add_done(0.7, digest="0" * 64)
     plane.jobs.refresh()
     assert plane.figure("all") == 0.31  # the last of its kind
     assert plane.figure("eot-risk") == 0.6  # the last that ran it
     assert plane.figure("all", norm="l2") == 0.9
-    plane.finished(0.99, verdict="invalid")
+    plane.add_done(0.99, verdict="invalid")
     plane.jobs.gauges.invalidate()
     plane.jobs.refresh()
     assert plane.figure("all") is None
 
 
 def test_what_the_secret_is_worth_is_a_gauge_and_stands_in_the_list(plane: Plane) -> None:
-    plane.finished(0.31)
+    plane.add_done(0.31)
     plane.jobs.refresh()
     assert plane.secrecy("value") is None  # not measured
-    plane.finished(0.31, secrecy={"value": 0.013, "low": 0.005, "high": 0.022})
+    plane.add_done(0.31, secrecy={"value": 0.013, "low": 0.005, "high": 0.022})
     plane.jobs.gauges.invalidate()
     plane.jobs.refresh()
     assert [plane.secrecy(bound) for bound in ("value", "low", "high")] == [0.013, 0.005, 0.022]
@@ -240,7 +240,7 @@ def test_what_the_secret_is_worth_is_a_gauge_and_stands_in_the_list(plane: Plane
 
 def test_the_last_measurement_is_of_the_served_library_and_of_whole_profiles_if_there_is_one(plane: Plane) -> None:
     def finish(value: float, *, whole: bool = False, **fields: Any) -> str:
-        plane.finished(value, **fields)
+        plane.add_done(value, **fields)
         job = max(plane.jobs.store.all(), key=lambda job: job.created)
         changes: dict[str, Any] = {"result": plane.jobs.result(job.id), "finished_at": time.time()}
         if whole:
@@ -264,8 +264,8 @@ def test_the_last_measurement_is_of_the_served_library_and_of_whole_profiles_if_
 
 
 def test_a_start_fills_in_figures_that_an_earlier_version_did_not_keep(plane: Plane) -> None:
-    plane.finished(0.31)
-    plane.finished(0.32)
+    plane.add_done(0.31)
+    plane.add_done(0.32)
     (broken, whole) = plane.jobs.store.all()
     (plane.jobs.store.folder / broken.id / "report.json").write_text("{")
     plane.jobs.recover()
@@ -276,7 +276,7 @@ def test_a_start_fills_in_figures_that_an_earlier_version_did_not_keep(plane: Pl
 
 
 def test_a_finished_audit_shows_its_figures_in_the_list_and_in_other_formats(plane: Plane) -> None:
-    plane.finished(0.31)
+    plane.add_done(0.31)
     (job,) = plane.jobs.store.all()
     plane.jobs.store.save(job.model_copy(update={"result": plane.jobs.result(job.id)}))
     (row,) = plane.ask("GET", "/admin/audits").json()["audits"]
@@ -327,7 +327,7 @@ def test_an_estimate_counts_the_cores_that_others_leave(library: Library, tmp_pa
 
 def test_another_library_has_other_figures(plane: Plane, library: Library, tmp_path: Path) -> None:
     """After a swap, and while an audit runs: not the figures of the one before, and its own again when it is back."""
-    plane.finished(0.31)
+    plane.add_done(0.31)
     plane.jobs.refresh()
     assert plane.figure("all") == 0.31
     other = tiny(tmp_path / "other", ("resnet18",), (0.3,))
@@ -340,7 +340,7 @@ def test_another_library_has_other_figures(plane: Plane, library: Library, tmp_p
 
 
 def test_a_report_that_cannot_be_read_ends_nothing(plane: Plane) -> None:
-    plane.finished(0.31)
+    plane.add_done(0.31)
     next(plane.jobs.store.folder.glob("*/report.json")).write_text("{")
     plane.jobs.start()
     audit = plane.submit()

@@ -87,8 +87,10 @@ class TestFiles:
             assert not re.search(r"https?:|//\w+\.\w", text), path.name
 
     def test_text_never_becomes_html_but_in_the_report_s_frame(self) -> None:
-        found = [path.name for path in SCRIPTS if re.search("innerHTML|insertAdjacent|document.write|eval", read(path))]
-        assert found == ["audits.js"]
+        unsafe = [
+            path.name for path in SCRIPTS if re.search("innerHTML|insertAdjacent|document.write|eval", read(path))
+        ]
+        assert unsafe == ["audits.js"]
         assert len(re.findall("innerHTML", read(FOLDER / "audits.js"))) == 1
 
     def test_every_field_of_the_page_has_a_label(self) -> None:
@@ -182,8 +184,8 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
+    with chromium() as instance:
+        yield instance
 
 
 @pytest.fixture
@@ -192,10 +194,10 @@ def page(browser: Browser) -> Iterator[Page]:
     context = browser.new_context()
     context.set_default_timeout(SLOW_MS)
     page = context.new_page()
-    found = complaints(page)
+    problems = complaints(page)
     yield page
     context.close()
-    assert found == []
+    assert problems == []
 
 
 @pytest.fixture
@@ -282,8 +284,8 @@ OURS: Final = {"runOnly": TAGS, "resultTypes": ["violations"], "iframes": False}
 
 def barriers(page: Page) -> list[str]:
     """What axe finds wrong, each with its element: names, roles, structure, and contrast as the browser computes it."""
-    found = Axe().run(page, options=OURS).response["violations"]
-    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+    violations = Axe().run(page, options=OURS).response["violations"]
+    return [f"{one['id']}: {node['html'][:200]}" for one in violations for node in one["nodes"]]
 
 
 @needs_chromium
@@ -329,9 +331,9 @@ class TestLive:
     @pytest.mark.parametrize("reason", REASONS)
     def test_why_the_server_is_not_ready_is_said(self, page: Page, stand: Stand, reason: str) -> None:
         def unready(route: Route) -> None:
-            said = route.fetch().json()
+            overview = route.fetch().json()
             gone = dict.fromkeys(("library", "engine", "draws")) if reason == "loading" else {}
-            route.fulfill(json={**said, "ready": False, "reason": reason, **gone})
+            route.fulfill(json={**overview, "ready": False, "reason": reason, **gone})
 
         page.route("**/admin/overview", unready)
         sign_in(page, stand.url, stand.token)
@@ -347,14 +349,14 @@ class TestLive:
         def troubled(route: Route) -> None:
             nonlocal looks
             looks += 1
-            said = route.fetch().json()
-            traffic, queue, tickets = said["traffic"], said["queue"], said["draws"]["tickets"]
+            overview = route.fetch().json()
+            traffic, queue, tickets = overview["traffic"], overview["queue"], overview["draws"]["tickets"]
             traffic["outcomes"] |= {"ok": 10 * looks, "shed": 20 * looks, "error": 10 * looks}
             queue["depth"] = queue["limit"]
             for row in tickets:
                 row |= {"expected": 1000 * row["probability"], "drawn": 1000 * row["probability"]}
             tickets[0]["drawn"] *= 1.5
-            route.fulfill(json=said)
+            route.fulfill(json=overview)
 
         page.route("**/admin/overview", troubled)
         sign_in(page, stand.url, stand.token)
@@ -499,13 +501,13 @@ class TestSwapping:
         assert before != second.digest
         stand.link(stand.folder / "second")
         self.swap(inside)
-        expect(inside.locator("#swap-said")).to_contain_text(f"Now serving {second.digest[:12]}")
+        expect(inside.locator("#swap-message")).to_contain_text(f"Now serving {second.digest[:12]}")
         expect(inside.locator("#digest")).to_have_text(second.digest)
         damaged = Path(shutil.copytree(stand.folder / "second", stand.folder / "damaged"))
         (damaged / "manifest.json").write_text("{}")
         stand.link(damaged)
         self.swap(inside)
-        expect(inside.locator("#swap-said")).to_contain_text("the old one keeps serving")
+        expect(inside.locator("#swap-message")).to_contain_text("the old one keeps serving")
         expect(inside.locator("#digest")).to_have_text(second.digest)
         stand.link(stand.folder / "second")
 

@@ -49,8 +49,8 @@ class Plane:
         self.public = client(public)
 
     async def draws(self) -> dict[str, Any]:
-        found: dict[str, Any] = (await self.admin.get("/admin/overview")).json()["draws"]
-        return found
+        draws: dict[str, Any] = (await self.admin.get("/admin/overview")).json()["draws"]
+        return draws
 
 
 def client(app: Any, **headers: str) -> httpx.AsyncClient:
@@ -90,9 +90,9 @@ def test_nothing_is_told_without_the_token(tiny: Library, tmp_path: Path) -> Non
 
 def test_before_the_library_is_there_it_says_why_nothing_is_ready(tiny: Library, tmp_path: Path) -> None:
     async def ask(plane: Plane) -> None:
-        found = (await plane.admin.get("/admin/overview")).json()
-        assert (found["ready"], found["reason"]) == (False, "loading")
-        assert found["library"] is found["engine"] is found["draws"] is None
+        overview = (await plane.admin.get("/admin/overview")).json()
+        assert (overview["ready"], overview["reason"]) == (False, "loading")
+        assert overview["library"] is overview["engine"] is overview["draws"] is None
         refused(await plane.admin.post("/admin/try", content=png()), 503, ErrorMessage.NOT_READY)
         refused(await plane.admin.post("/admin/audits/cost", json={"profile": "smoke"}), 503, ErrorMessage.NOT_READY)
 
@@ -105,17 +105,19 @@ def test_requests_images_and_latencies_are_counted_and_draws_beside_their_law(ti
         assert (await plane.public.post("/v1/classify", content=b"no image")).status_code == 415
         for _ in range(2):
             assert (await plane.admin.post("/admin/try", content=png())).status_code == 200
-        found = (await plane.admin.get("/admin/overview")).json()
-        assert (found["ready"], found["reason"]) == (True, "")
-        assert found["library"] == {"digest": tiny.digest, "tickets": 4, "baselines": 0, "classes": 10}
-        assert found["traffic"]["outcomes"]["ok"] == 1
-        assert found["traffic"]["outcomes"]["invalid"] == 1
-        assert found["traffic"]["images"] == 1 + 2 * DRAWS
-        assert 0 < found["now"]["p50_s"] <= found["now"]["p99_s"]
-        assert found["draws"]["images"] == 0
-        assert found["draws"]["seconds"] is None
-        assert [row["probability"] for row in found["draws"]["tickets"]] == list(inclusion_probabilities(tiny.policy))
-        assert sum(row["drawn"] for row in found["draws"]["tickets"]) == 0  # below LOT nothing is published
+        overview = (await plane.admin.get("/admin/overview")).json()
+        assert (overview["ready"], overview["reason"]) == (True, "")
+        assert overview["library"] == {"digest": tiny.digest, "tickets": 4, "baselines": 0, "classes": 10}
+        assert overview["traffic"]["outcomes"]["ok"] == 1
+        assert overview["traffic"]["outcomes"]["invalid"] == 1
+        assert overview["traffic"]["images"] == 1 + 2 * DRAWS
+        assert 0 < overview["now"]["p50_s"] <= overview["now"]["p99_s"]
+        assert overview["draws"]["images"] == 0
+        assert overview["draws"]["seconds"] is None
+        assert [row["probability"] for row in overview["draws"]["tickets"]] == list(
+            inclusion_probabilities(tiny.policy)
+        )
+        assert sum(row["drawn"] for row in overview["draws"]["tickets"]) == 0  # below LOT nothing is published
 
     with_plane(ask, tiny, tmp_path)
 
@@ -140,10 +142,10 @@ def test_draws_of_late_are_compared_alone_once_there_are_enough(tiny: Library, t
         draw(8 * PUBLISH_EVERY - 1)
         assert (await plane.draws())["seconds"] is None
         draw(1)
-        found = await plane.draws()
-        assert found["images"] == 8 * PUBLISH_EVERY
-        assert found["seconds"] is not None
-        assert [row["deviation"] for row in found["tickets"]] == pytest.approx([0.0] * 4, abs=1e-6)
+        draws = await plane.draws()
+        assert draws["images"] == 8 * PUBLISH_EVERY
+        assert draws["seconds"] is not None
+        assert [row["deviation"] for row in draws["tickets"]] == pytest.approx([0.0] * 4, abs=1e-6)
 
     with_plane(ask, tiny, tmp_path)
 
@@ -225,8 +227,8 @@ def test_a_picture_is_asked_about_twenty_times_and_no_theta_is_told(tiny: Librar
         assert answer["draws"] == sum(row["votes"] for row in answer["classes"]) == DRAWS
         assert answer["label"] == answer["classes"][0]["label"]
         assert all(row["low"] <= row["mean"] <= row["high"] for row in answer["classes"])
-        said = json.dumps(answer) + str(response.headers)
-        assert not any(word in said for word in ("resnet", "theta", "member", "alpha", "density", "seed"))
+        revealed = json.dumps(answer) + str(response.headers)
+        assert not any(word in revealed for word in ("resnet", "theta", "member", "alpha", "density", "seed"))
 
     with_plane(ask, tiny, tmp_path)
 
@@ -259,20 +261,20 @@ def test_the_cost_of_an_audit_is_told_before_it_starts_and_nothing_starts(tiny: 
 
 def test_every_profile_names_its_attacks(tiny: Library, tmp_path: Path) -> None:
     async def ask(plane: Plane) -> None:
-        found = (await plane.admin.get("/admin/profiles")).json()
-        assert [profile["name"] for profile in found["profiles"]] == ["smoke", "standard", "full", "reference"]
-        for norm, sizes in found["epsilons"].items():
+        answer = (await plane.admin.get("/admin/profiles")).json()
+        assert [profile["name"] for profile in answer["profiles"]] == ["smoke", "standard", "full", "reference"]
+        for norm, sizes in answer["epsilons"].items():
             assert sizes == sorted(sizes)
-            assert found["headline"][norm] in sizes
-        for profile in found["profiles"]:
-            assert set(profile["attacks"]) == set(found["epsilons"])
-            assert all(attacks and set(attacks) <= set(found["attacks"]) for attacks in profile["attacks"].values())
+            assert answer["headline"][norm] in sizes
+        for profile in answer["profiles"]:
+            assert set(profile["attacks"]) == set(answer["epsilons"])
+            assert all(attacks and set(attacks) <= set(answer["attacks"]) for attacks in profile["attacks"].values())
 
     with_plane(ask, tiny, tmp_path, load=False)
 
 
 def test_the_spread_of_draws_by_hand() -> None:
-    found = summarize_draws(np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]], np.float32), CLASSES)
-    assert (found["label"], found["agreement"]) == ("cat", 0.6667)
-    assert found["classes"][0] == {"label": "cat", "votes": 2, "mean": 0.4333, "low": 0.2, "high": 0.6}
-    assert [row["votes"] for row in found["classes"]] == [2, 1, 0]
+    summary = summarize_draws(np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]], np.float32), CLASSES)
+    assert (summary["label"], summary["agreement"]) == ("cat", 0.6667)
+    assert summary["classes"][0] == {"label": "cat", "votes": 2, "mean": 0.4333, "low": 0.2, "high": 0.6}
+    assert [row["votes"] for row in summary["classes"]] == [2, 1, 0]

@@ -72,7 +72,7 @@ class TestMetrics:
         assert length < len(response.content) if coding else length == len(response.content)
 
 
-class TestTheGate:
+class TestTheToken:
     @pytest.mark.parametrize(("method", "path"), PATHS)
     @pytest.mark.parametrize(
         "headers",
@@ -204,21 +204,21 @@ class TestLibrary:
         return StandIn(library=small_library)
 
     def test_it_is_shown_with_digests_claims_and_provenance(self, manager: StandIn, small_library: Library) -> None:
-        found = ask(admin_app(manager), "GET", "/admin/library", headers=BEARER).json()
-        assert (found["digest"], found["tickets"]) == (small_library.digest, 8)
-        entry = found["entries"][0]
+        shown = ask(admin_app(manager), "GET", "/admin/library", headers=BEARER).json()
+        assert (shown["digest"], shown["tickets"]) == (small_library.digest, 8)
+        entry = shown["entries"][0]
         assert entry["sha256"] == small_library.entries[0].sha256
         assert {"provenance", "claims", "density", "structure", "kind"} <= set(entry)
-        assert found["version"] == 1
-        assert (found["input"]["height"], found["input"]["width"], found["input"]["resize"]) == (32, 32, "squash")
+        assert shown["version"] == 1
+        assert (shown["input"]["height"], shown["input"]["width"], shown["input"]["resize"]) == (32, 32, "squash")
 
     def test_the_law_of_theta_is_exact(self, manager: StandIn, small_library: Library) -> None:
-        found = ask(admin_app(manager), "GET", "/admin/policy", headers=BEARER).json()
-        assert found["library"] == small_library.digest
-        assert found["states"] == states(small_library.policy)
-        assert abs(sum(found["size_probabilities"].values()) - 1) < 1e-12
-        assert set(found["inclusion_probabilities"]) == {entry.name for entry in small_library.entries}
-        assert abs(sum(found["inclusion_probabilities"].values()) - found["expected_size"]) < 1e-12
+        answer = ask(admin_app(manager), "GET", "/admin/policy", headers=BEARER).json()
+        assert answer["library"] == small_library.digest
+        assert answer["states"] == states(small_library.policy)
+        assert abs(sum(answer["size_probabilities"].values()) - 1) < 1e-12
+        assert set(answer["inclusion_probabilities"]) == {entry.name for entry in small_library.entries}
+        assert abs(sum(answer["inclusion_probabilities"].values()) - answer["expected_size"]) < 1e-12
 
     def test_swapping_answers_with_both_digests(self, manager: StandIn) -> None:
         def swap() -> None:
@@ -226,8 +226,8 @@ class TestLibrary:
 
         before = manager.library.digest
         manager.on_reload = swap
-        found = ask(admin_app(manager), "POST", "/admin/library", headers=BEARER, json={"path": "/etc/passwd"})
-        assert found.json() == {"digest": "new", "before": before}
+        response = ask(admin_app(manager), "POST", "/admin/library", headers=BEARER, json={"path": "/etc/passwd"})
+        assert response.json() == {"digest": "new", "before": before}
 
     def test_a_bad_library_is_refused_without_a_word_of_why_on_the_wire(
         self, manager: StandIn, caplog: pytest.LogCaptureFixture
@@ -298,15 +298,15 @@ class TestDryRun:
             assert (same["before"], same["after"], same["tickets"]) == (before, before, [])
             link(place, "second")
             second = open_library(place / "second")
-            found = (await client.post("/admin/library/diff")).json()
-            assert (found["before"], found["after"]) == (before, second.digest)
-            assert found["source"] == str(place / "served")
-            assert found["shared"] == ["policy"]
-            assert [(row["name"], row["difference"]) for row in found["tickets"]] == [
+            difference = (await client.post("/admin/library/diff")).json()
+            assert (difference["before"], difference["after"]) == (before, second.digest)
+            assert difference["source"] == str(place / "served")
+            assert difference["shared"] == ["policy"]
+            assert [(row["name"], row["difference"]) for row in difference["tickets"]] == [
                 ("resnet34-20", "removed"),
                 ("resnet34-50", "removed"),
             ]
-            assert found["unchanged"] == 2
+            assert difference["unchanged"] == 2
             assert manager.library().digest == before
 
         self.run(place, test)

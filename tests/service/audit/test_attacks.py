@@ -53,8 +53,8 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 def test_an_undefended_network_falls(loss: str) -> None:
     _, images, labels = some(100)
     assert accuracy(undefended(), images, labels) > 0.85
-    found = eot.attack(alone(undefended()), images, labels, EIGHT, PgdConfig(loss, steps=30, step=0.1), generator())
-    assert 1 - float(found.risk.mean()) <= 0.01
+    result = eot.attack(alone(undefended()), images, labels, EIGHT, PgdConfig(loss, steps=30, step=0.1), generator())
+    assert 1 - float(result.risk.mean()) <= 0.01
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -75,10 +75,10 @@ def test_two_opposed_linear_members_fool_averaged_gradients_but_not_arc(loss: st
 
 def test_the_smoothed_risk_chooses_a_member_where_averages_cannot() -> None:
     target, images, labels, threat = two_against_one_direction()
-    found = eot.attack(
+    result = eot.attack(
         target, images, labels, threat, PgdConfig("risk", steps=100, step=0.1, momentum=0.75), generator()
     )
-    assert float(found.risk) == 0.5
+    assert float(result.risk) == 0.5
 
 
 def test_a_trained_pair_that_averaged_cross_entropy_misjudges_is_broken_by_arc_and_by_the_hinge() -> None:
@@ -133,11 +133,11 @@ def test_a_protected_step_keeps_what_an_earlier_one_gained() -> None:
     threat, first = ThreatModel("l2", 0.1), torch.tensor([0.05, 0.0, 0.0]).view(1, 3, 1, 1)
     gradient, away = torch.tensor([0.0, -1.0, 0.0]).view(1, 3, 1, 1), torch.tensor([0.01])
     moved = arc.protected_step(first, away, gradient, threat, first=False).flatten()
-    plain = (first - 0.05 * gradient).flatten()
-    plain = plain * 0.05 / plain.norm()
+    unprotected = (first - 0.05 * gradient).flatten()
+    unprotected = unprotected * 0.05 / unprotected.norm()
     assert float(moved.norm()) == pytest.approx(0.05)
     assert float(moved[1]) > 0.01  # over the second boundary
-    assert float(moved[0]) > float(plain[0])  # and less far back from the first
+    assert float(moved[0]) > float(unprotected[0])  # and less far back from the first
 
 
 def test_the_nearest_draws_are_attacked_first() -> None:
@@ -156,9 +156,9 @@ def test_reweighting_is_blind_to_no_member() -> None:
     pull = wrong * (right / right.mean() + (1 - wrong) / wrong.mean())
     weights = pull / pull.sum()
     expected = (logits.mean(dim=0) + (weights[:, None, None] * logits).sum(dim=0)) / 2
-    found = LOSSES["reweighted"](logits, labels, draws, Stage(1.0, 0.0))
+    losses = LOSSES["reweighted"](logits, labels, draws, Stage(1.0, 0.0))
     assert weights[1] > 0.6  # the one that is nearly undecided
-    assert found.tolist() == pytest.approx((expected[:, 1] - expected[:, 0]).tolist(), abs=1e-6)
+    assert losses.tolist() == pytest.approx((expected[:, 1] - expected[:, 0]).tolist(), abs=1e-6)
 
 
 def test_pgd_is_eot_with_one_member() -> None:
@@ -178,12 +178,12 @@ def test_factored_losses_are_the_plain_ones() -> None:
     draws = draws_of(Policy.over(["a", "a", "b", "b"]), 100, random.Random(0))
     with torch.no_grad():
         logits = torch.stack([network(images) for network in networks])
-        found = LOSSES["mean-loss"](logits, labels, draws, Stage(1.0, 0.0))
-        plain = torch.zeros(5)
+        losses = LOSSES["mean-loss"](logits, labels, draws, Stage(1.0, 0.0))
+        expected = torch.zeros(5)
         for row, weight in zip(draws.rows, draws.weights, strict=True):
             mean = logits[row.bool()].mean(dim=0)
-            plain += float(weight) * nn.functional.cross_entropy(mean, labels, reduction="none")
-    assert torch.allclose(found, plain, atol=1e-5)
+            expected += float(weight) * nn.functional.cross_entropy(mean, labels, reduction="none")
+    assert torch.allclose(losses, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -211,16 +211,16 @@ def test_more_of_anything_never_raises_accuracy(more: dict[str, int]) -> None:
     networks, (_, images, labels) = random_networks(3), some(8)
     target = alone(*networks)
     fewer = eot.attack(target, images, labels, EIGHT, PgdConfig(steps=8), generator())
-    found = eot.attack(target, images, labels, EIGHT, PgdConfig(**{"steps": 8, **more}), generator())  # type: ignore[arg-type]
-    assert bool((found.risk >= fewer.risk).all())
+    stronger = eot.attack(target, images, labels, EIGHT, PgdConfig(**{"steps": 8, **more}), generator())  # type: ignore[arg-type]
+    assert bool((stronger.risk >= fewer.risk).all())
 
 
 def test_traces_start_clean_and_only_rise() -> None:
     networks, (_, images, labels) = random_networks(3), some(8)
-    found = eot.attack(alone(*networks), images, labels, EIGHT, PgdConfig(steps=8), generator())
-    assert found.risks.shape == (10, 8)
-    assert bool((found.risks.diff(dim=0) >= 0).all())
-    assert torch.equal(found.risks[-1], found.risk)
+    result = eot.attack(alone(*networks), images, labels, EIGHT, PgdConfig(steps=8), generator())
+    assert result.risks.shape == (10, 8)
+    assert bool((result.risks.diff(dim=0) >= 0).all())
+    assert torch.equal(result.risks[-1], result.risk)
 
 
 def test_a_reach_goes_on_where_all_draws_of_the_attacker_are_fooled() -> None:
@@ -240,11 +240,11 @@ def test_a_reach_goes_on_where_all_draws_of_the_attacker_are_fooled() -> None:
 def test_the_risk_an_attack_reports_is_the_risk_of_its_images() -> None:
     networks, (_, images, labels) = random_networks(3), some(8)
     target = alone(*networks)
-    for found, risk in (
+    for result, risk in (
         (a := eot.attack(target, images, labels, EIGHT, PgdConfig(steps=8, schedule="adaptive"), generator()), a.risk),
         (b := arc.attack(target, images, labels, EIGHT, ArcConfig(2, 2), generator()), b[1]),
     ):
-        reached = found.images if isinstance(found, eot.AttackResult) else found[0]
+        reached = result.images if isinstance(result, eot.AttackResult) else result[0]
         with torch.no_grad():
             assert torch.allclose(failure(target(reached), labels, target.draws), risk)
 
@@ -302,14 +302,14 @@ def test_autoattacks_parts_bite_and_leave_our_generators_alone(method: Any) -> N
     steps = 200 if method == "square" else 10
     torch.manual_seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
-    found = autoattack.attack(
+    adversarial = autoattack.attack(
         alone(undefended()), images, labels, EIGHT, AutoAttackConfig(method, "soft-vote", steps, targets=3), 0
     )
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
-    assert float((found - images).abs().max()) <= EIGHT.epsilon + 1e-6
-    assert accuracy(undefended(), found, labels) <= 0.5
+    assert float((adversarial - images).abs().max()) <= EIGHT.epsilon + 1e-6
+    assert accuracy(undefended(), adversarial, labels) <= 0.5
 
 
 def test_autoattack_takes_members_that_are_laid_out_channels_last() -> None:
@@ -319,8 +319,8 @@ def test_autoattack_takes_members_that_are_laid_out_channels_last() -> None:
     network(images)
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     logits = ExpectedLogits(alone(network), "mean-logits")
-    asked = images.contiguous().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(logits(asked).sum(), asked)
+    inputs = images.contiguous().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(logits(inputs).sum(), inputs)
     assert gradient.is_contiguous()
     autoattack.attack(alone(network), images, labels, EIGHT, AutoAttackConfig("apgd-ce", "mean-logits", 3), 0)
 
@@ -334,9 +334,9 @@ def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
     tried: list[Tensor] = []
     kept = autoattack.WorstCaseTracker(target, images, labels, THREE)
 
-    def see(asked: Tensor, logits: Tensor) -> None:
-        tried.append(asked)
-        kept.see(asked, logits)
+    def see(queries: Tensor, logits: Tensor) -> None:
+        tried.append(queries)
+        kept.see(queries, logits)
 
     classifier = ExpectedLogits(target, "mean-logits", see)
     with isolated_rng(0):
@@ -349,10 +349,10 @@ def test_of_all_that_a_library_tries_the_riskiest_is_kept() -> None:
     with torch.no_grad():
         assert torch.equal(failure(target(kept.images), labels, target.draws), kept.risk)
         highest = kept.risk.clone()
-        for asked in tried:
-            near = (asked[:, None] - images[None]).abs().flatten(2).amax(dim=2)
+        for queries in tried:
+            near = (queries[:, None] - images[None]).abs().flatten(2).amax(dim=2)
             for place, row in enumerate(near.argmin(dim=1).tolist()):
-                risk = failure(target(asked[place : place + 1]), labels[row : row + 1], target.draws)
+                risk = failure(target(queries[place : place + 1]), labels[row : row + 1], target.draws)
                 highest[row] = torch.maximum(highest[row], risk[0])
     assert torch.allclose(highest, kept.risk, atol=1e-9)
 
@@ -361,8 +361,8 @@ def test_proxies_are_deterministic_and_normalised() -> None:
     networks, (_, images, _labels) = random_networks(3), some(4)
     proxies: tuple[Proxy, ...] = ("soft-vote", "mean-logits", "mean-log-softmax")
     for proxy in proxies:
-        found = ExpectedLogits(alone(*networks), proxy)
-        assert torch.equal(found(images), found(images))
+        expected_logits = ExpectedLogits(alone(*networks), proxy)
+        assert torch.equal(expected_logits(images), expected_logits(images))
     vote = ExpectedLogits(alone(*networks), "soft-vote")(images)
     assert torch.allclose(vote.exp().sum(dim=1), torch.ones(4), atol=1e-5)
 
@@ -371,8 +371,8 @@ def test_the_weaker_attacks_run_and_stay_inside() -> None:
     _, images, labels = some(60)
     target, member = alone(undefended()), Member("network", undefended(), 1.0)
     for single in (SingleModelPgd(steps=0), SingleModelPgd(steps=10)):
-        found = simple.attack_member(member, images, labels, EIGHT, single, generator())
-        assert accuracy(undefended(), found, labels) < accuracy(undefended(), images, labels)
+        adversarial = simple.attack_member(member, images, labels, EIGHT, single, generator())
+        assert accuracy(undefended(), adversarial, labels) < accuracy(undefended(), images, labels)
     noisy, risk = simple.corners(target, images, labels, EIGHT, 5, generator())
     assert float((noisy - images).abs().max()) <= EIGHT.epsilon + 1e-6
     assert float(risk.mean()) >= 1 - accuracy(undefended(), images, labels)
@@ -383,13 +383,13 @@ def test_the_weaker_attacks_run_and_stay_inside() -> None:
 def test_one_perturbation_takes_the_same_steps_however_much_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """One network fits 64 images where forty fit a few: an attack on the one must not have fewer steps for it."""
     _, images, labels = some(40)
-    found = []
-    for held in (5e8, 1.0):
-        monkeypatch.setattr(evaluation, "GRAPH_BYTES", held)
+    results = []
+    for memory in (5e8, 1.0):
+        monkeypatch.setattr(evaluation, "GRAPH_BYTES", memory)
         target = alone(undefended())
-        assert target.batch(images) == (64 if held > 1 else 4)
-        found.append(simple.universal(target, images, labels, EIGHT, UniversalPerturbation(epochs=3), generator()))
-    assert torch.allclose(found[0], found[1], atol=1e-5)
+        assert target.batch(images) == (64 if memory > 1 else 4)
+        results.append(simple.universal(target, images, labels, EIGHT, UniversalPerturbation(epochs=3), generator()))
+    assert torch.allclose(results[0], results[1], atol=1e-5)
 
 
 # Black box
@@ -405,12 +405,12 @@ def oracle(members: int = 1, digits: int = 2) -> LocalOracle:
 
 def test_the_oracle_draws_by_the_law_for_every_image_and_counts() -> None:
     """Two members that disagree: of 400 equal images each answer comes about half the time (5 sigma: 50)."""
-    asked = oracle(2, digits=6)
+    answering = oracle(2, digits=6)
     pixels, images, _ = some(1)
-    first, second = (int(m(images).argmax()) for m in asked.members)
+    first, second = (int(m(images).argmax()) for m in answering.members)
     assert first != second
-    answers = asked(pixels.expand(400, 3, 32, 32)).argmax(axis=1)
-    assert asked.queries == 400
+    answers = answering(pixels.expand(400, 3, 32, 32)).argmax(axis=1)
+    assert answering.queries == 400
     assert abs(int((answers == first).sum()) - 200) < 50
     assert set(answers.tolist()) == {first, second}
 
@@ -418,11 +418,11 @@ def test_the_oracle_draws_by_the_law_for_every_image_and_counts() -> None:
 @pytest.mark.parametrize(("method", "averages"), [("square", 1), ("square", 3), ("hopskipjump", 1)])
 def test_black_box_attacks_break_the_undefended_and_keep_a_true_ledger(method: Any, averages: int) -> None:
     pixels, images, labels = some(4)
-    asked, probes = oracle(), 1500 if method == "hopskipjump" else 300
-    stops = black_box.attack(asked, pixels, labels, EIGHT, QueryAttackConfig(method, averages, probes), 0)
+    answering, probes = oracle(), 1500 if method == "hopskipjump" else 300
+    stops = black_box.attack(answering, pixels, labels, EIGHT, QueryAttackConfig(method, averages, probes), 0)
     last = stops[-1]
     assert last.queries == probes * averages
-    assert asked.queries <= len(pixels) * last.queries * 1.6 + 10
+    assert answering.queries <= len(pixels) * last.queries * 1.6 + 10
     assert int((last.pixels.int() - pixels.int()).abs().max()) <= 8
     assert [stop.queries for stop in stops] == sorted({stop.queries for stop in stops})
     assert accuracy(undefended(), as_floats(last.pixels), labels) <= accuracy(undefended(), images, labels) - 0.15

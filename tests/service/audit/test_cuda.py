@@ -79,27 +79,27 @@ def audit_two(folder: Path, profile: ProfileName, device: torch.device) -> Audit
 
 @pytest.mark.parametrize("profile", [name for name in PROFILES if name != "smoke"])  # its attacks are in the others
 def test_every_attack_of_a_profile_runs_on_cuda(profile: ProfileName, tmp_path: Path) -> None:
-    here = audit_two(tmp_path / "cpu", profile, torch.device("cpu"))
-    here.attack()
+    on_cpu = audit_two(tmp_path / "cpu", profile, torch.device("cpu"))
+    on_cpu.attack()
     with pretend_cuda() as cuda:
-        there = audit_two(tmp_path / "cuda", profile, cuda)
-        weights = [weight for member in there.candidates.members for weight in member.network.parameters()]
+        on_cuda = audit_two(tmp_path / "cuda", profile, cuda)
+        weights = [weight for member in on_cuda.candidates.members for weight in member.network.parameters()]
         assert {weight.device for weight in weights} == {cuda}
-        there.attack()
-    for one, other in zip(here.outcomes, there.outcomes, strict=True):
+        on_cuda.attack()
+    for one, other in zip(on_cpu.outcomes, on_cuda.outcomes, strict=True):
         assert torch.equal(one.pixels, other.pixels), one.step.id
         assert torch.equal(one.logits, other.logits), one.step.id
 
 
 def test_every_check_runs_on_cuda_and_finds_the_same(tmp_path: Path) -> None:
-    here = audit_two(tmp_path / "cpu", "standard", torch.device("cpu"))
-    here.attack()
-    expected = evaluate_all(here)
+    on_cpu = audit_two(tmp_path / "cpu", "standard", torch.device("cpu"))
+    on_cpu.attack()
+    expected = evaluate_all(on_cpu)
     shutil.copytree(tmp_path / "cpu" / "audit", tmp_path / "cuda" / "audit")  # the attacks are not run again
     with pretend_cuda() as cuda:
-        there = audit_two(tmp_path / "cuda", "standard", cuda)
-        there.attack()
-        assert evaluate_all(there) == expected
+        on_cuda = audit_two(tmp_path / "cuda", "standard", cuda)
+        on_cuda.attack()
+        assert evaluate_all(on_cuda) == expected
 
 
 def evaluate_all(run: AuditRun) -> list[Json]:
@@ -113,11 +113,11 @@ def test_exact_scores_are_computed_on_the_gpu() -> None:
     law = Policy.over(["a", "a", "b", "b", "c", "c"])
     draws = draws_of(law, 100, random.Random(0))
     logits, labels = torch.randn(6, 4, 10, generator=torch.Generator().manual_seed(0)), torch.arange(4)
-    here = score_exactly(scores(logits, labels, draws), logits, labels, law)
+    on_cpu = score_exactly(scores(logits, labels, draws), logits, labels, law)
     with pretend_cuda() as cuda:
-        there = score_exactly(scores(logits, labels, draws.to(cuda)), logits, labels, law, device=cuda)
-        assert {there.right.device.type, there.any_wrong.device.type} == {"cpu"}
-    assert torch.equal(here.right, there.right)
+        on_cuda = score_exactly(scores(logits, labels, draws.to(cuda)), logits, labels, law, device=cuda)
+        assert {on_cuda.right.device.type, on_cuda.any_wrong.device.type} == {"cpu"}
+    assert torch.equal(on_cpu.right, on_cuda.right)
 
 
 @pytest.fixture(scope="module")

@@ -125,9 +125,11 @@ def test_a_module_and_its_endpoints_have_figures_that_agree(ticket: Ticket, tmp_
         assert report.verdict != "invalid"
     assert module.clean.value >= 0.5
     assert reports["other"].robust.value < reports["other"].clean.value
-    asked = [json.loads(line)["images"] for line in (tmp_path / "other" / LEDGER).read_text("utf-8").splitlines()]
-    attacks_asked = sum(attack.queries or 0 for attack in reports["other"].attacks)
-    assert attacks_asked < sum(asked) <= 9_000
+    image_counts = [
+        json.loads(line)["images"] for line in (tmp_path / "other" / LEDGER).read_text("utf-8").splitlines()
+    ]
+    queries_of_attacks = sum(attack.queries or 0 for attack in reports["other"].attacks)
+    assert queries_of_attacks < sum(image_counts) <= 9_000
     assert (tmp_path / "other" / "report.html").exists()
 
 
@@ -264,11 +266,11 @@ def test_the_budget_holds_whatever_is_asked(tmp_path: Path) -> None:
 
 
 def test_a_busy_server_is_waited_for() -> None:
-    asked: list[int] = []
+    batch_sizes: list[int] = []
 
     def answer(images: Tensor) -> dict[str, Any] | Response:
-        asked.append(len(images))
-        if len(asked) % 2:
+        batch_sizes.append(len(images))
+        if len(batch_sizes) % 2:
             return Response("busy", 429, headers={"retry-after": "0"})
         return logits_output(perfect(images))
 
@@ -276,7 +278,7 @@ def test_a_busy_server_is_waited_for() -> None:
         target = Target.from_endpoint(url, 10, budget=8)
     assert target.endpoint is not None
     assert target.endpoint.spent == 8
-    assert len(asked) == 4
+    assert len(batch_sizes) == 4
 
 
 def test_labels_alone_leave_the_attacks_that_need_no_more(tmp_path: Path) -> None:

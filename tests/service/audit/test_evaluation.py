@@ -53,10 +53,10 @@ def test_counting_through_in_halves_is_counting_through(law: Policy) -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randint(-2, 3, (6, 20, 4), generator=generator).float()
     labels = torch.randint(0, 4, (20,), generator=generator)
-    plain = scores(logits, labels, enumerate_states(law))
-    found = score_exactly(plain, logits, labels, law)
-    assert found.right.tolist() == pytest.approx(plain.right.tolist(), abs=1e-6)
-    assert torch.equal(found.any_wrong, plain.any_wrong)
+    sampled = scores(logits, labels, enumerate_states(law))
+    halved = score_exactly(sampled, logits, labels, law)
+    assert halved.right.tolist() == pytest.approx(sampled.right.tolist(), abs=1e-6)
+    assert torch.equal(halved.any_wrong, sampled.any_wrong)
 
 
 def test_failure_by_hand() -> None:
@@ -66,10 +66,10 @@ def test_failure_by_hand() -> None:
     draws = DrawSet(rows, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), exhaustive=True)
     labels = torch.tensor([0, 0])
     assert failure(logits, labels, draws).tolist() == [0.0, 0.5]
-    found = scores(logits, labels, draws)
-    assert found.right.tolist() == [1.0, 0.5]
-    assert found.any_wrong.tolist() == [False, True]
-    assert {n: p.tolist() for n, p in found.by_size.items()} == {1: [1.0, pytest.approx(2 / 3)], 2: [1.0, 0.0]}
+    scored = scores(logits, labels, draws)
+    assert scored.right.tolist() == [1.0, 0.5]
+    assert scored.any_wrong.tolist() == [False, True]
+    assert {n: p.tolist() for n, p in scored.by_size.items()} == {1: [1.0, pytest.approx(2 / 3)], 2: [1.0, 0.0]}
 
 
 def test_what_is_never_right_is_exactly_zero() -> None:
@@ -77,9 +77,9 @@ def test_what_is_never_right_is_exactly_zero() -> None:
     law = Policy.over(["a", "a", "b", "b", "c", "c", "d", "d"])
     logits = torch.tensor([0.0, 1.0]).expand(8, 3, 2).contiguous()
     labels = torch.zeros(3, dtype=torch.int64)
-    found = scores(logits, labels, enumerate_states(law))
-    assert found.right.tolist() == [0.0, 0.0, 0.0]
-    assert score_exactly(found, logits, labels, law).right.tolist() == [0.0, 0.0, 0.0]
+    scored = scores(logits, labels, enumerate_states(law))
+    assert scored.right.tolist() == [0.0, 0.0, 0.0]
+    assert score_exactly(scored, logits, labels, law).right.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
@@ -88,15 +88,15 @@ def test_logits_that_are_not_finite_are_refused() -> None:
         failure(logits, torch.tensor([0]), enumerate_states(Policy.all(1)))
 
 
-def told(*right: float) -> Scores:
+def scores_of(*right: float) -> Scores:
     values = torch.tensor(right, dtype=torch.float64)
     return Scores(values, values < 1, {1: values})
 
 
 def test_the_mean_of_minima_is_below_the_minimum_of_means() -> None:
-    found = pointwise_worst([told(0.2, 0.9), told(0.8, 0.1)])
-    assert found.right.tolist() == [0.2, 0.1]
-    assert found.by_size[1].tolist() == [0.2, 0.1]
+    lowest = pointwise_worst([scores_of(0.2, 0.9), scores_of(0.8, 0.1)])
+    assert lowest.right.tolist() == [0.2, 0.1]
+    assert lowest.by_size[1].tolist() == [0.2, 0.1]
 
 
 def test_the_defenders_draws_depend_on_nothing_of_the_attackers() -> None:
@@ -125,9 +125,9 @@ def test_rounding_leaves_nearly_all_of_an_l2_perturbation() -> None:
     offset = torch.randn(8, 3, 32, 32, generator=generator)
     epsilon = 128 / 255
     moved = clean / 255 + epsilon * offset / offset.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    found = distance(quantize_to_uint8(moved, clean, "l2", epsilon), clean, "l2")
-    assert float(found.max()) <= epsilon + 1e-9
-    assert float(found.min()) >= 0.99 * epsilon
+    distances = distance(quantize_to_uint8(moved, clean, "l2", epsilon), clean, "l2")
+    assert float(distances.max()) <= epsilon + 1e-9
+    assert float(distances.min()) >= 0.99 * epsilon
 
 
 def test_a_corner_of_the_ball_is_on_the_grid() -> None:
@@ -145,9 +145,9 @@ def test_clopper_pearson_is_scipys(count: int, images: int) -> None:
 def test_a_bootstrap_interval_has_the_width_of_the_normal_one() -> None:
     """Of 400 images at p = 1/2: 1.96 * 0.5 / 20 = 4.9 points each way."""
     values = np.arange(400) % 2
-    found = bootstrap(values)
-    assert found.value == 0.5
-    assert found.high - found.low == pytest.approx(2 * 0.049, rel=0.1)
+    interval = bootstrap(values)
+    assert interval.value == 0.5
+    assert interval.high - interval.low == pytest.approx(2 * 0.049, rel=0.1)
     assert resampled_means(values.astype(float), 3).std() == pytest.approx(0.025, rel=0.1)
 
 
@@ -168,25 +168,25 @@ def test_members_side_by_side_give_what_one_after_another_gives() -> None:
     networks = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)) for _ in range(3)]
     target, images = alone(*networks), torch.rand(4, 3, 8, 8)
     with torch.no_grad():
-        plain = torch.stack([network(images) for network in networks])
-    weights, found, torch_threads = torch.rand(3, 4, 5), [], torch.get_num_threads()
+        one_by_one = torch.stack([network(images) for network in networks])
+    weights, gradients, torch_threads = torch.rand(3, 4, 5), [], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for count in (1, 2, 2):
             parallel = replace(target, threads=WorkerThreads(count))
             ours = images.clone().requires_grad_(True)
             logits = parallel(ours)
-            assert torch.equal(logits, plain)
-            assert torch.equal(parallel(images), plain)
-            found.append(torch.autograd.grad((logits * weights).sum(), ours)[0])
+            assert torch.equal(logits, one_by_one)
+            assert torch.equal(parallel(images), one_by_one)
+            gradients.append(torch.autograd.grad((logits * weights).sum(), ours)[0])
     finally:
         torch.set_num_threads(torch_threads)
     ours = images.clone().requires_grad_(True)
     outputs = torch.stack([network(ours) for network in networks])
     (expected,) = torch.autograd.grad((outputs * weights).sum(), ours)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[1], found[2])
-    assert torch.allclose(found[0], expected, atol=1e-6)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[1], gradients[2])
+    assert torch.allclose(gradients[0], expected, atol=1e-6)
 
 
 def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory() -> None:
@@ -215,12 +215,12 @@ def test_intervals_of_few_images_are_scipys_bca(seed: int) -> None:
     """Ten skewed values in a hundred: percentiles lean towards 0."""
     values = np.zeros(100)
     values[:8] = np.random.default_rng(seed).random(8)
-    found = bootstrap(values, seed)
+    interval = bootstrap(values, seed)
     theirs = reference.bootstrap((values,), np.mean, n_resamples=4000, method="BCa", rng=seed).confidence_interval
-    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+    assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high))
     percentile = np.quantile(resampled_means(values, seed), [0.025, 0.975])
-    assert found.high > percentile[1]
-    assert paired_difference(values, np.zeros(100), seed).high == pytest.approx(found.high)
+    assert interval.high > percentile[1]
+    assert paired_difference(values, np.zeros(100), seed).high == pytest.approx(interval.high)
     many = np.tile(values, 3)
     assert bootstrap(many, seed).high == pytest.approx(np.quantile(resampled_means(many, seed), 0.975))
 

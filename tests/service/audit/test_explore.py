@@ -19,10 +19,10 @@ from tombola.cli import main
 def test_matching_pennies_are_drawn_evenly() -> None:
     """Two choices, two attacks on each of three images: each attack fools one choice. Half is the best there is."""
     right = np.repeat(np.array([[[True], [False]], [[False], [True]]]), 3, axis=2)
-    found = solve(right)
-    assert found.weights.tolist() == pytest.approx([0.5, 0.5])
-    assert found.value == pytest.approx(0.5)
-    assert found.bound == pytest.approx(0.5)
+    solution = solve(right)
+    assert solution.weights.tolist() == pytest.approx([0.5, 0.5])
+    assert solution.value == pytest.approx(0.5)
+    assert solution.bound == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -32,11 +32,11 @@ def test_the_dual_proves_that_no_law_of_the_menu_keeps_more(seed: int) -> None:
 
     rng = np.random.default_rng(seed)
     right = rng.random((7, 5, 12)) < 0.6
-    found = solve(right)
-    assert found.value == pytest.approx(found.bound, abs=1e-5)
+    solution = solve(right)
+    assert solution.value == pytest.approx(solution.bound, abs=1e-5)
     laws = rng.dirichlet(np.full(7, 0.3), 2000)
     kept = np.einsum("ls,san->lan", laws, right).min(axis=1).mean(axis=1)
-    assert kept.max() <= found.bound + 1e-9
+    assert kept.max() <= solution.bound + 1e-9
     rows = [np.r_[-right[:, a, i].astype(float), np.eye(12)[i]] for a in range(5) for i in range(12)]
     whole = linprog(
         np.r_[np.zeros(7), np.full(12, -1 / 12)],
@@ -46,7 +46,7 @@ def test_the_dual_proves_that_no_law_of_the_menu_keeps_more(seed: int) -> None:
         b_eq=[1],
         bounds=[(0, None)] * 7 + [(None, 1)] * 12,
     )
-    assert found.value == pytest.approx(-whole.fun, abs=1e-5)
+    assert solution.value == pytest.approx(-whole.fun, abs=1e-5)
 
 
 def test_any_mixture_of_attacks_bounds_every_law() -> None:
@@ -91,8 +91,8 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("explored")
     library = tiny(folder / "library")
-    asked = Audit("smoke", epsilons=(8.0,), images=6)
-    run_audit(folder / "audit", asked, library, load_images(asked, library, None))
+    audit = Audit("smoke", epsilons=(8.0,), images=6)
+    run_audit(folder / "audit", audit, library, load_images(audit, library, None))
     return folder
 
 
@@ -100,15 +100,18 @@ def test_the_command_explores_an_audit_and_attacks_the_law_it_chose(audited: Pat
     words = ["explore", str(audited / "audit"), "--library", str(audited / "library"), "--threads", "1"]
     assert main(words) == 0
     assert "no law over" in capsys.readouterr().out
-    found = json.loads((audited / "audit/explore.json").read_text())
-    assert found["chosen_on"] == found["reported_on"] == 3
-    by_name = {law["name"]: law for law in found["laws"]}
+    exploration = json.loads((audited / "audit/explore.json").read_text())
+    assert exploration["chosen_on"] == exploration["reported_on"] == 3
+    by_name = {law["name"]: law for law in exploration["laws"]}
     served, chosen = by_name[SERVED], by_name[CHOSEN]
     assert served["cost"] == 1
-    assert max(law["robust"]["value"] for law in found["laws"] if law["name"] == CHOSEN) <= found["bound"] + 1e-6
-    assert found["confirmed"]["value"] <= chosen["robust"]["value"] + 1e-9
-    assert sum(p for p, _ in found["members"]) == pytest.approx(1, abs=1e-3)
-    assert all(law["after_ten"] <= law["robust"]["value"] + 1e-9 for law in found["laws"])
+    assert (
+        max(law["robust"]["value"] for law in exploration["laws"] if law["name"] == CHOSEN)
+        <= exploration["bound"] + 1e-6
+    )
+    assert exploration["confirmed"]["value"] <= chosen["robust"]["value"] + 1e-9
+    assert sum(p for p, _ in exploration["members"]) == pytest.approx(1, abs=1e-3)
+    assert all(law["after_ten"] <= law["robust"]["value"] + 1e-9 for law in exploration["laws"])
     assert (audited / "audit/frontier.svg").read_text().startswith("<svg")
 
 
@@ -126,8 +129,9 @@ def test_a_folder_that_is_no_audit_is_refused_in_one_line(audited: Path, tmp_pat
 
 
 def test_the_chosen_law_is_reported_on_images_that_did_not_choose_it(audited: Path) -> None:
-    found = explore(audited / "audit")
-    assert found.confirmed is None
-    assert found.gain.value == pytest.approx(
-        next(law for law in found.laws if law.name == CHOSEN).robust.value - found.laws[0].robust.value, abs=1e-5
+    exploration = explore(audited / "audit")
+    assert exploration.confirmed is None
+    assert exploration.gain.value == pytest.approx(
+        next(law for law in exploration.laws if law.name == CHOSEN).robust.value - exploration.laws[0].robust.value,
+        abs=1e-5,
     )

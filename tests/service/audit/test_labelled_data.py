@@ -100,9 +100,9 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD_ARRAYS)
 def test_arrays_of_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
-    found, text = BAD_ARRAYS[name]
+    fields, text = BAD_ARRAYS[name]
     with pytest.raises(DataRejected, match=text):
-        read_data(arrays(tmp_path / "set.npz", **found), CLASSES, 3)
+        read_data(arrays(tmp_path / "set.npz", **fields), CLASSES, 3)
 
 
 def test_objects_are_never_unpickled(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_requests_of_other_kinds_are_refused(name: str) -> None:
 
 
 def test_a_request_becomes_an_audit() -> None:
-    asked = read_audit({"profile": "full", "epsilons": [12, 4, 4], "images": 50, "seed": 3, "attacks": None})
-    assert asked == Audit("full", epsilons=(4.0, 12.0), images=50, seed=3)
-    assert asked.headline == 12
+    audit = read_audit({"profile": "full", "epsilons": [12, 4, 4], "images": 50, "seed": 3, "attacks": None})
+    assert audit == Audit("full", epsilons=(4.0, 12.0), images=50, seed=3)
+    assert audit.headline == 12
     assert Audit().headline == 8

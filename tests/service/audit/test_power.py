@@ -102,8 +102,8 @@ def test_checks_attack_images_that_are_right_at_first(tmp_path: Path) -> None:
 
 def test_every_check_that_compares_attacks_says_what_it_could_have_seen(tmp_path: Path) -> None:
     """On a dozen images none of them passes."""
-    asked = Audit("standard", attacks=("eot-mean-loss", "fgsm", "pgd-20", "noise"), epsilons=(4.0, 8.0), images=12)
-    run = run_on(undefended(), tmp_path, asked, 12)
+    audit = Audit("standard", attacks=("eot-mean-loss", "fgsm", "pgd-20", "noise"), epsilons=(4.0, 8.0), images=12)
+    run = run_on(undefended(), tmp_path, audit, 12)
     run.attack()
     context = CheckContext(run)
     by_id = {check.id: check for check in attacks.CHECKS}
@@ -115,8 +115,8 @@ def test_every_check_that_compares_attacks_says_what_it_could_have_seen(tmp_path
 
 def test_hop_skip_jump_without_its_queries_has_no_power(tmp_path: Path) -> None:
     """On 60 images with 20 queries each: "nearer on 0 %" would be no surprise."""
-    asked = Audit("standard", attacks=("eot-mean-loss", "hopskipjump-queries"), images=6, epsilons=(8.0,))
-    run = run_on(undefended(), tmp_path, asked, 6)
+    audit = Audit("standard", attacks=("eot-mean-loss", "hopskipjump-queries"), images=6, epsilons=(8.0,))
+    run = run_on(undefended(), tmp_path, audit, 6)
     ours = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
     kept = {step.name: step for step in reversed(ours)}
     run.steps, run.costs = list(kept.values()), [1.0] * len(kept)

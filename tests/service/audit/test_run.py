@@ -143,16 +143,16 @@ def test_an_interrupted_audit_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         run_audit(folder / "cut", SMALL, library, data, emit=cut)
     ran: list[Step] = []
-    plain = AuditRun.run
+    uncounted = AuditRun.run
 
     def counted(run: AuditRun, step: Step) -> Any:
         ran.append(step)
-        return plain(run, step)
+        return uncounted(run, step)
 
     monkeypatch.setattr(AuditRun, "run", counted)
-    found = run_audit(folder / "cut", SMALL, library, data).as_json()
-    assert found["digest"] == report["digest"]
-    assert without_timings(found) == without_timings(report)
+    resumed = run_audit(folder / "cut", SMALL, library, data).as_json()
+    assert resumed["digest"] == report["digest"]
+    assert without_timings(resumed) == without_timings(report)
     repeated = 1  # check 32 runs one attack again to compare
     assert len(ran) == len(report["attacks"]) - 5 + repeated
 
@@ -313,38 +313,38 @@ def test_generated_images_are_for_smoke_alone(library: Any) -> None:
 def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> None:
     costs = []
     for profile in ("smoke", "standard", "full"):
-        asked = Audit(profile)
-        bench = candidates_of(library)
-        steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
+        audit = Audit(profile)
+        candidates = candidates_of(library)
+        steps = plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
         assert len({step.id for step in steps}) == len(steps)
-        assert all(step.images <= images_of(asked) for step in steps)
-        costs.append(sum(AuditRun(folder / "unused", asked, library, faint_digits(2)).costs))
+        assert all(step.images <= images_of(audit) for step in steps)
+        costs.append(sum(AuditRun(folder / "unused", audit, library, faint_digits(2)).costs))
     assert costs == sorted(costs)
     assert costs[1] > 10 * costs[0]
 
 
 def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
     """8/255 of l2 length is a hundredth of a grey level: nothing would be attacked, and all would look robust."""
-    bench = candidates_of(library)
+    candidates = candidates_of(library)
     for norm, usual, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
-        asked = Audit("standard", norm=norm)  # type: ignore[arg-type]
-        assert asked.headline == usual
-        steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
+        audit = Audit("standard", norm=norm)  # type: ignore[arg-type]
+        assert audit.headline == usual
+        steps = plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
         assert max(step.epsilon for step in steps) == unbounded
-        assert {step.epsilon for step in steps} >= set(asked.epsilons) - {0.0}
+        assert {step.epsilon for step in steps} >= set(audit.epsilons) - {0.0}
 
 
 def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
     """Comparisons count stages 0 to 2: the same attacks with the same settings on every compared system."""
-    bench = candidates_of(library)
-    compared = baselines.compared_systems(bench, baselines.strengths(library))
+    candidates = candidates_of(library)
+    compared = baselines.compared_systems(candidates, baselines.strengths(library))
     for profile in PROFILES:
         if profile in ("standard", "full"):
             margins = [s for _, s in PROFILES[profile].shared if isinstance(s, PgdConfig) and s.loss == "hinge"]
             assert margins
             assert all(each.restarts >= 2 for each in margins)  # starts of their own, before the refinement
             assert {s.temperature for _, s in PROFILES[profile].shared if isinstance(s, PgdConfig)} == {0.1, 1.0, 10.0}
-        steps = [step for step in plan(Audit(profile), bench, compared) if step.stage <= SHARED]
+        steps = [step for step in plan(Audit(profile), candidates, compared) if step.stage <= SHARED]
         faced = {
             system.name: {(s.name, s.epsilon, s.settings, s.warm) for s in steps if s.system == system.name}
             for system in compared
@@ -356,8 +356,10 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ["smoke", "standard", "full", "reference"])
 def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
-    bench = candidates_of(library)
-    steps = plan(Audit(name, norm=norm), bench, baselines.compared_systems(bench, baselines.strengths(library)))
+    candidates = candidates_of(library)
+    steps = plan(
+        Audit(name, norm=norm), candidates, baselines.compared_systems(candidates, baselines.strengths(library))
+    )
     assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
 
 
@@ -378,19 +380,19 @@ def test_a_dense_rival_costs_what_a_draw_costs(tmp_path: Path) -> None:
     dense = [make_ticket("resnet18", 1.0, seed=5), make_ticket("resnet34", 1.0, seed=6)]
     path = tmp_path / "library"
     both = write_library(path, classes=DIGITS, data="random", tickets=items(tickets), baselines=items(dense))
-    bench, each = candidates_of(both), multiply_adds_of(both)
+    candidates, each = candidates_of(both), multiply_adds_of(both)
     draw = expected_size(both.policy)
-    (rival,) = baselines.dense_at_equal_cost(bench, [each[0]] * 4 + [int(each[0] * draw / 2)] * 2)
+    (rival,) = baselines.dense_at_equal_cost(candidates, [each[0]] * 4 + [int(each[0] * draw / 2)] * 2)
     assert rival.used == (4, 5)
     assert "at 100 % of what one draw costs" in rival.about
-    assert baselines.dense_at_equal_cost(bench, [each[0]] * 4 + [each[0] * 5] * 2) == []
+    assert baselines.dense_at_equal_cost(candidates, [each[0]] * 4 + [each[0] * 5] * 2) == []
 
 
 def test_the_reference_profile_runs_autoattack_as_its_authors_publish_it(library: Any) -> None:
     """Standard: APGD-CE and APGD-T of 100 steps, FAB-T with nine targets, Square with 5,000 queries. Rand: CE, DLR."""
-    bench = candidates_of(library)
-    compared = baselines.compared_systems(bench, baselines.strengths(library))
-    steps = plan(Audit("reference"), bench, compared)
+    candidates = candidates_of(library)
+    compared = baselines.compared_systems(candidates, baselines.strengths(library))
+    steps = plan(Audit("reference"), candidates, compared)
     for system in ("best-ticket", "mean-of-all"):
         ran = {s.name: s.settings for s in steps if s.system == system and isinstance(s.settings, AutoAttackConfig)}
         assert {name: (each.iterations, each.restarts) for name, each in ran.items()} == {
@@ -405,26 +407,26 @@ def test_the_reference_profile_runs_autoattack_as_its_authors_publish_it(library
 
 
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
-    bench = candidates_of(library)
-    asked = Audit("standard", attacks=("arc", "fgsm"))
-    steps = plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
+    candidates = candidates_of(library)
+    audit = Audit("standard", attacks=("arc", "fgsm"))
+    steps = plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
     assert {step.name for step in steps} == {"arc", "fgsm"}
 
 
 @pytest.mark.parametrize(
-    ("asked", "missing"),
+    ("audit", "missing"),
     [
         (Audit("smoke", attacks=("fgsm", "arc")), "arc"),
         (Audit("standard", attacks=("square-queries",), norm="l2"), "square-queries"),
     ],
 )
 def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
-    asked: Audit, missing: str, library: Any
+    audit: Audit, missing: str, library: Any
 ) -> None:
     """An audit of nothing would report the clean accuracy as what the attacks left."""
-    bench = candidates_of(library)
-    with pytest.raises(AuditRejected, match=f"'{missing}': profile {asked.profile} in {asked.norm} does not run it"):
-        plan(asked, bench, baselines.compared_systems(bench, baselines.strengths(library)))
+    candidates = candidates_of(library)
+    with pytest.raises(AuditRejected, match=f"'{missing}': profile {audit.profile} in {audit.norm} does not run it"):
+        plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
 
 
 def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:
@@ -438,8 +440,8 @@ def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None
 
 def test_a_choice_of_tickets_makes_a_matrix_of_their_own(report: Json, library: Any, folder: Path) -> None:
     chosen = ("resnet18-50", "resnet34-20")
-    asked = Audit("smoke", attacks=("fgsm",), tickets=chosen, epsilons=(8.0,), images=4)
-    some = run_audit(folder / "some", asked, library, load_images(asked, library, None)).as_json()["transfer"]
+    audit = Audit("smoke", attacks=("fgsm",), tickets=chosen, epsilons=(8.0,), images=4)
+    some = run_audit(folder / "some", audit, library, load_images(audit, library, None)).as_json()["transfer"]
     whole = report["transfer"]
     places = [whole["names"].index(name) for name in chosen]
     assert some["names"] == list(chosen)
@@ -453,16 +455,18 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
     report: Json, library: Any, folder: Path
 ) -> None:
     theirs = tiny(folder / "theirs", ("resnet18",), (0.3,))
-    found = run_audit(
+    with_surrogate = run_audit(
         folder / "outside", SMALL, library, load_images(SMALL, library, None), RunOptions(outside=theirs)
     ).as_json()
     name = f"{theirs.digest[:6]}/resnet18-30"
-    assert found["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
-    assert set(found["systems"]) == set(report["systems"])
-    (row,) = [row for row in found["attacks"] if row["system"] == f"outside {name}"]
-    assert found["systems"]["tombola"]["robust"]["expected"]["value"] <= row["tombola"] + 1e-6  # it counts on ours
-    assert found["transfer"]["names"] == [*report["transfer"]["names"], name]
-    assert found["transfer"]["diagonal"] == report["transfer"]["diagonal"]
+    assert with_surrogate["library"]["outside"] == {"digest": theirs.digest, "members": [name]}
+    assert set(with_surrogate["systems"]) == set(report["systems"])
+    (row,) = [row for row in with_surrogate["attacks"] if row["system"] == f"outside {name}"]
+    assert (
+        with_surrogate["systems"]["tombola"]["robust"]["expected"]["value"] <= row["tombola"] + 1e-6
+    )  # it counts on ours
+    assert with_surrogate["transfer"]["names"] == [*report["transfer"]["names"], name]
+    assert with_surrogate["transfer"]["diagonal"] == report["transfer"]["diagonal"]
     two = items([make_ticket("resnet18", 0.5, classes=2)])
     others = write_library(folder / "others", classes=("cat", "dog"), data="random", tickets=two)
     with pytest.raises(AuditRejected, match="expected the library's own"):
@@ -472,28 +476,28 @@ def test_an_attackers_own_networks_are_attacked_and_tried_but_never_compared(
 # Defences that only look strong
 
 
-def lab_of(network: nn.Module, folder: Path) -> CheckContext:
+def context_of(network: nn.Module, folder: Path) -> CheckContext:
     return CheckContext(run_on(network, folder, Audit("smoke", images=12), 12))
 
 
 def test_the_undefended_network_raises_no_flag_and_falls(tmp_path: Path) -> None:
-    lab = lab_of(undefended(), tmp_path)
-    assert model.no_zero_gradients(lab).ok
-    assert model.right_gradients(lab).ok
-    found = lab.right(lab.attack(model.PROBE, "probe").images)
-    assert float(found.mean()) <= 0.01
+    context = context_of(undefended(), tmp_path)
+    assert model.no_zero_gradients(context).ok
+    assert model.right_gradients(context).ok
+    left = context.right(context.attack(model.PROBE, "probe").images)
+    assert float(left.mean()) <= 0.01
 
 
 def test_saturated_logits_raise_the_flags(tmp_path: Path) -> None:
-    lab = lab_of(Scaled(undefended(), 1e4), tmp_path)
-    assert model.no_zero_gradients(lab).ok is False
-    assert attacks.output_range(lab).ok is False
+    context = context_of(Scaled(undefended(), 1e4), tmp_path)
+    assert model.no_zero_gradients(context).ok is False
+    assert attacks.output_range(context).ok is False
 
 
 def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
     """No gradient at all: the white box finds nothing, Square does, and both checks say so."""
-    lab = lab_of(Quantised(undefended(), 64), tmp_path)
-    assert model.no_zero_gradients(lab).ok is False
+    context = context_of(Quantised(undefended(), 64), tmp_path)
+    assert model.no_zero_gradients(context).ok is False
     square = Audit("standard", attacks=("eot-mean-loss", "square"), images=12)
     run = run_on(Quantised(undefended(), 64), tmp_path / "square", square, 12)
     run.steps = [s for s in run.steps if s.system == "tombola" and s.epsilon == 8 and s.name in square.attacks][:1] + [
@@ -509,27 +513,27 @@ def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: bool, tmp_path: Path) -> None:
     network = Quantised(undefended(), 64) if hidden else undefended()
-    asked = Audit("standard", attacks=("eot-mean-loss", "hopskipjump-queries"), images=4)
-    run = run_on(network, tmp_path, asked, 4)
+    audit = Audit("standard", attacks=("eot-mean-loss", "hopskipjump-queries"), images=4)
+    run = run_on(network, tmp_path, audit, 4)
     ours = [step for step in run.steps if step.system == "tombola" and step.epsilon == 8]
     kept = {step.name: step for step in reversed(ours)}  # of the ones that average answers, the first: here all agree
     run.steps, run.costs = list(kept.values()), [1.0] * len(kept)
     run.attack()
-    lab = CheckContext(run)
-    nearest = lab.attacks("hopskipjump-queries")[0].extra["nearest"]
+    context = CheckContext(run)
+    nearest = context.attacks("hopskipjump-queries")[0].extra["nearest"]
     assert len(nearest) == 4
     assert all(1 <= size <= 255 and right < 0.5 for size, right in nearest)
-    finding = attacks.below_hard_label(lab)
+    finding = attacks.below_hard_label(context)
     assert finding.ok is not hidden, finding.value
-    least = attacks.least_epsilons(lab, 4)
+    least = attacks.least_epsilons(context, 4)
     which = torch.arange(4)
     if hidden:
         assert all(size < white for (size, _), white in zip(nearest, least.tolist(), strict=True))
         return
     for size in sorted(set(least.tolist())):
         at = which[least == size]
-        assert attacks.fools_most_draws(lab, at, size).all()
-        assert not attacks.fools_most_draws(lab, at, size - 1).any()
+        assert attacks.fools_most_draws(context, at, size).all()
+        assert not attacks.fools_most_draws(context, at, size - 1).any()
 
 
 def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
@@ -574,25 +578,31 @@ def test_where_no_draw_fails_every_image_made_for_the_system_is_counted(
     step = next(step for step in run.steps if step.system == "tombola" and step.epsilon == 8)
     run.outcomes = [Outcome(step, run.data.pixels, attacked, {}, {}, 0, 0.0)]
     assert run.scores(ours, run.outcomes[0]).right.tolist() == [1, 1]
-    found = run.reported(ours, 2)
-    assert found.right[0] == pytest.approx(1 - inclusion_probabilities(ours.policy)[unseen])
-    assert found.right[1] == 1
-    assert found.any_wrong.tolist() == [True, False]
+    reported = run.reported(ours, 2)
+    assert reported.right[0] == pytest.approx(1 - inclusion_probabilities(ours.policy)[unseen])
+    assert reported.right[1] == 1
+    assert reported.any_wrong.tolist() == [True, False]
 
 
 def test_convergence_is_asked_of_each_attack_the_smoothed_risk_too(tmp_path: Path) -> None:
     """The old check took the best attack and left the risk out, whose loss sets the headline."""
-    lab = lab_of(undefended(), tmp_path)
-    steps = {step.name: step for step in lab.run.steps if step.system == "tombola" and step.epsilon == 8}
+    context = context_of(undefended(), tmp_path)
+    steps = {step.name: step for step in context.run.steps if step.system == "tombola" and step.epsilon == 8}
 
     def finding(**shares: float) -> CheckResult:
-        lab.run.outcomes = [
+        context.run.outcomes = [
             Outcome(
-                steps[name.replace("_", "-")], lab.run.data.pixels, lab.run.clean_logits, {}, {"converged": share}, 0, 0
+                steps[name.replace("_", "-")],
+                context.run.data.pixels,
+                context.run.clean_logits,
+                {},
+                {"converged": share},
+                0,
+                0,
             )
             for name, share in shares.items()
         ]
-        return attacks.convergence(lab)
+        return attacks.convergence(context)
 
     assert finding(eot_mean_loss=1.0, eot_risk=0.96).ok
     assert finding(eot_mean_loss=1.0, eot_risk=0.81).ok is False
@@ -608,16 +618,16 @@ def test_a_loss_that_changes_on_the_way_is_judged_by_its_risk() -> None:
 
 
 def test_planted_examples_are_found_unless_gradients_are_masked(tmp_path: Path) -> None:
-    assert planted.planted_examples(lab_of(undefended(), tmp_path / "open")).ok
-    masked = planted.planted_examples(lab_of(Quantised(undefended(), 64), tmp_path / "masked"))
+    assert planted.planted_examples(context_of(undefended(), tmp_path / "open")).ok
+    masked = planted.planted_examples(context_of(Quantised(undefended(), 64), tmp_path / "masked"))
     assert masked.ok is False, masked.value
 
 
 def test_small_random_steps_move_the_loss_of_a_ragged_network_most(tmp_path: Path) -> None:
     moves = []
     for name, network in (("flat", Scaled(undefended(), 0.0)), ("smooth", undefended()), ("ragged", ragged())):
-        lab = lab_of(network, tmp_path / name)
-        moves.append(attacks.jitter(lab, lab.images, lab.labels))
+        context = context_of(network, tmp_path / name)
+        moves.append(attacks.jitter(context, context.images, context.labels))
     assert moves[0] == 0
     assert moves[0] < moves[1] < moves[2]
     assert moves[2] > 0.1
@@ -629,24 +639,24 @@ def ragged() -> nn.Module:
 
 def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
     network = undefended()
-    lab = lab_of(network, tmp_path)
-    assert model.no_side_effects(lab).ok
+    context = context_of(network, tmp_path)
+    assert model.no_side_effects(context).ok
     last = network[-1]
     assert isinstance(last, nn.Linear)
     last.bias[0] += 1e-3
     try:
-        assert model.no_side_effects(lab).ok is False
+        assert model.no_side_effects(context).ok is False
     finally:
         last.bias[0] -= 1e-3
 
 
 def test_an_image_outside_the_ball_is_noticed(tmp_path: Path) -> None:
-    lab = lab_of(undefended(), tmp_path)
-    step = next(step for step in lab.run.steps if step.epsilon == 8)
-    pixels = lab.run.data.pixels.clone()
+    context = context_of(undefended(), tmp_path)
+    step = next(step for step in context.run.steps if step.epsilon == 8)
+    pixels = context.run.data.pixels.clone()
     pixels[0, 0, 0, 0] += 9
-    lab.run.outcomes = [Outcome(step, pixels, lab.run.clean_logits, {}, {}, 0, 0.0)]
-    assert model.feasible(lab).ok is False
+    context.run.outcomes = [Outcome(step, pixels, context.run.clean_logits, {}, {}, 0, 0.0)]
+    assert model.feasible(context).ok is False
 
 
 def test_a_hard_failure_makes_the_audit_invalid_and_a_warning_heads_it() -> None:
@@ -659,11 +669,11 @@ def test_a_hard_failure_makes_the_audit_invalid_and_a_warning_heads_it() -> None
 
 
 def test_a_check_is_judged_by_its_weight(tmp_path: Path) -> None:
-    lab = lab_of(undefended(), tmp_path)
+    context = context_of(undefended(), tmp_path)
 
     def judged(ok: bool | None, hard: bool, warn: bool = False, least: Any = "smoke") -> str:
         check = base.Check(1, "name", "criterion", hard, least, lambda _: CheckResult(ok, "value", warn))
-        return str(base.evaluate_check(check, lab)["outcome"])
+        return str(base.evaluate_check(check, context)["outcome"])
 
     assert judged(True, True) == "pass"
     assert judged(False, True) == "fail"

@@ -47,8 +47,8 @@ def matching_pennies(folder: Path) -> AuditRun:
     candidates = CandidateSet(members, 2, ("resnet18",) * 2, Policy.switching([0, 1], 2), torch.device("cpu"))
     data = faint_digits(6)
     data = replace(data, pixels=torch.full_like(data.pixels, 128), labels=torch.zeros_like(data.labels))
-    asked = Audit("smoke", images=6, epsilons=(8.0,), attacks=("eot-mean-loss", "eot-risk"))
-    return AuditRun(folder / "run", asked, library, data, candidates=candidates)
+    audit = Audit("smoke", images=6, epsilons=(8.0,), attacks=("eot-mean-loss", "eot-risk"))
+    return AuditRun(folder / "run", audit, library, data, candidates=candidates)
 
 
 def test_matching_pennies_are_worth_one_half(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_process_of_its_own_takes_pictures_of_the_library_s_size_alone(tmp_pat
 
 def test_check_runs_a_library_of_any_input(tmp_path: Path) -> None:
     library = library_of(tmp_path / "library", (48, 64))
-    found = figures(Settings(library=library.path, engine="openvino", state_dir=tmp_path, threads=1))
-    assert found["input"] == "3x48x64, squash, bilinear"
-    assert found["classes"] == 3
-    assert all(ms > 0 for ms in found["median_ms"].values())
+    checked = figures(Settings(library=library.path, engine="openvino", state_dir=tmp_path, threads=1))
+    assert checked["input"] == "3x48x64, squash, bilinear"
+    assert checked["classes"] == 3
+    assert all(ms > 0 for ms in checked["median_ms"].values())

@@ -72,7 +72,7 @@ class Running:
 def running(manager: StandIn | None = None, **settings: Any) -> Iterator[Running]:
     """In a thread with its own event loop, of the kind that the service uses."""
     started, stop = threading.Event(), asyncio.Event()
-    found: list[Running] = []
+    instances: list[Running] = []
     manager, metrics = manager or StandIn(), Metrics()
 
     async def serve() -> None:
@@ -81,7 +81,7 @@ def running(manager: StandIn | None = None, **settings: Any) -> Iterator[Running
         server = GrpcServer(OpenInferenceApi(DataPlane(cast("LibraryManager", manager), chosen, metrics, keys)), chosen)
         await server.start()
         channel = grpc.insecure_channel(server.address, options=[("grpc.enable_http_proxy", 0)])
-        found.append(Running(server.address, channel, manager, metrics, server, asyncio.get_running_loop()))
+        instances.append(Running(server.address, channel, manager, metrics, server, asyncio.get_running_loop()))
         started.set()
         await stop.wait()
         await server.stop(0)
@@ -94,10 +94,10 @@ def running(manager: StandIn | None = None, **settings: Any) -> Iterator[Running
     thread.start()
     assert started.wait(30)
     try:
-        yield found[0]
+        yield instances[0]
     finally:
-        found[0].channel.close()
-        found[0].loop.call_soon_threadsafe(stop.set)
+        instances[0].channel.close()
+        instances[0].loop.call_soon_threadsafe(stop.set)
         thread.join(30)
 
 
@@ -137,25 +137,25 @@ def test_triton_s_clients_and_its_definition_of_the_protocol(server: Running, tm
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     theirs = results.pop("definition")
-    for found in results.values():
-        assert (found["live"], found["ready"], found["model"], found["metadata"]) == (True, True, True, "tombola")
-        assert found["inputs"] == ["image", "pixels"]
-        assert found["image"]["index"] == [4, 4]
-        assert found["image"]["label"] == [CLASSES[4]] * 2
-        assert np.array(found["image"]["probabilities"]).shape == (2, 10)
-        assert found["uint8"]["index"] == found["fp32"]["index"] == [2, 2, 2]
-        assert found["classes"]["probabilities"][0][0] == f"0.62:4:{CLASSES[4]}"
-        assert found["refusal"] == ["StatusCode.NOT_FOUND", ErrorMessage.MODEL_UNKNOWN]
+    for result in results.values():
+        assert (result["live"], result["ready"], result["model"], result["metadata"]) == (True, True, True, "tombola")
+        assert result["inputs"] == ["image", "pixels"]
+        assert result["image"]["index"] == [4, 4]
+        assert result["image"]["label"] == [CLASSES[4]] * 2
+        assert np.array(result["image"]["probabilities"]).shape == (2, 10)
+        assert result["uint8"]["index"] == result["fp32"]["index"] == [2, 2, 2]
+        assert result["classes"]["probabilities"][0][0] == f"0.62:4:{CLASSES[4]}"
+        assert result["refusal"] == ["StatusCode.NOT_FOUND", ErrorMessage.MODEL_UNKNOWN]
     for name, kind in fields(messages.DESCRIPTOR).items():
         assert theirs[name] == kind, name
 
 
 def fields(file: Any) -> dict[str, list[int]]:
     def own(message: Any) -> dict[str, list[int]]:
-        found = {f"{message.full_name}.{each.name}": [each.number, each.type] for each in message.fields}
+        numbers = {f"{message.full_name}.{each.name}": [each.number, each.type] for each in message.fields}
         for nested in message.nested_types:
-            found |= own(nested)
-        return found
+            numbers |= own(nested)
+        return numbers
 
     return {name: kind for each in file.message_types_by_name.values() for name, kind in own(each).items()}
 
@@ -372,7 +372,7 @@ def test_a_message_that_never_comes_costs_a_bounded_time() -> None:
         with pytest.raises(grpc.RpcError) as caught:
             invoke(iter(()), timeout=30)
         assert caught.value.details() == ErrorMessage.GRPC_MESSAGE
-        assert server.server.data_plane.bodies.held_bytes == 0
+        assert server.server.data_plane.bodies.reserved_bytes == 0
 
 
 def test_a_message_beyond_the_limit_is_refused_unread() -> None:

@@ -279,9 +279,9 @@ def test_the_real_process_sends_its_traces_where_the_standard_variables_say(
             assert process.classify(png(), traceparent=CALLER)[0] == 200
             assert process.end() == 0  # what is left is sent before
     (resource,) = [one for request in sent for one in request.resource_spans]
-    told = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
-    assert told["service.name"] == "tombola"
-    assert told["deployment.environment.name"] == "test"
+    attributes = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+    assert attributes["service.name"] == "tombola"
+    assert attributes["deployment.environment.name"] == "test"
     spans = [span for scope in resource.scope_spans for span in scope.spans]
     assert [span.name for span in spans] == [*STAGES, f"POST {CLASSIFY}"]
     assert {span.trace_id.hex() for span in spans} == {CALLER.split("-")[1]}

@@ -77,16 +77,16 @@ class TestAnswers:
     )
     def test_the_bytes_decide_what_an_image_is(self, kind: str, content_type: str | None) -> None:
         headers = {} if content_type is None else {"content-type": content_type}
-        found = classify(encoded(picture(110), kind), headers=headers)
-        assert found.status_code == 200
-        assert found.json()["predictions"][0]["label"] == "deer"
+        response = classify(encoded(picture(110), kind), headers=headers)
+        assert response.status_code == 200
+        assert response.json()["predictions"][0]["label"] == "deer"
 
     def test_the_whole_form(self) -> None:
-        found = classify(png(110))
-        content = found.json()
+        response = classify(png(110))
+        content = response.json()
         assert list(content) == ["request_id", "library", "predictions"]
         assert content["library"] == DIGEST
-        assert content["request_id"] == found.headers["x-request-id"]
+        assert content["request_id"] == response.headers["x-request-id"]
         (prediction,) = content["predictions"]
         assert list(prediction) == ["label", "index", "probability", "top"]
         assert (prediction["label"], prediction["index"], prediction["probability"]) == ("deer", 4, 0.62)
@@ -101,24 +101,24 @@ class TestAnswers:
         kinds = ("application/json; charset=utf-8", "text/json", "application/vnd.example+json", "binary/octet-stream")
         for headers in ({}, *({"content-type": kind} for kind in kinds)):
             body = json.dumps(base64_json(*map(png, reds))).encode()
-            found = classify(body, headers=headers).json()["predictions"]
-            assert [prediction["index"] for prediction in found] == [9, 0, 2]
+            predictions = classify(body, headers=headers).json()["predictions"]
+            assert [prediction["index"] for prediction in predictions] == [9, 0, 2]
 
     @pytest.mark.parametrize("content_type", [None, "application/json"])
     @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n", b"\n "])
     def test_json_may_begin_with_a_byte_order_mark(self, start: bytes, content_type: str | None) -> None:
         headers = {} if content_type is None else {"content-type": content_type}
-        found = classify(start + json.dumps(base64_json(png(110))).encode(), headers=headers)
-        assert found.json()["predictions"][0]["index"] == 4
+        response = classify(start + json.dumps(base64_json(png(110))).encode(), headers=headers)
+        assert response.json()["predictions"][0]["index"] == 4
 
     @pytest.mark.parametrize("form", BASE64_FORMS)
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
     def test_base64_in_its_usual_forms(self, kind: str, form: str) -> None:
         for size in (30, 31, 32):  # so that every number of padding characters occurs
             text = BASE64_FORMS[form](encoded(picture(110, (size, size)), kind))
-            found = classify(json.dumps({"images": [text]}).encode())
-            assert found.status_code == 200, found.text
-            assert found.json()["predictions"][0]["index"] == 4
+            response = classify(json.dumps({"images": [text]}).encode())
+            assert response.status_code == 200, response.text
+            assert response.json()["predictions"][0]["index"] == 4
 
     def test_every_request_has_an_id_of_its_own_whatever_the_client_sends(self) -> None:
         ids = {classify(headers={"x-request-id": "mine"}).headers["x-request-id"] for _ in range(20)}
@@ -140,23 +140,23 @@ class TestAnswers:
                 return StandIn(library=type("Library", (), fields)())
 
         digests = iter(["first", "second"])
-        found = ask(public_app(Swapping()), "POST", PATH, content=png()).json()
-        assert found["library"] == "first"
+        answer = ask(public_app(Swapping()), "POST", PATH, content=png()).json()
+        assert answer["library"] == "first"
 
 
 class TestDetail:
     def test_label_says_nothing_else(self) -> None:
-        found = ask(public_app(output_detail="label"), "POST", PATH, content=png(110)).json()["predictions"]
-        assert found == [{"label": "deer", "index": 4}]
+        predictions = ask(public_app(output_detail="label"), "POST", PATH, content=png(110)).json()["predictions"]
+        assert predictions == [{"label": "deer", "index": 4}]
 
     def test_full_says_all_digits(self) -> None:
-        (found,) = ask(public_app(output_detail="full"), "POST", PATH, content=png(110)).json()["predictions"]
-        assert abs(found["probability"] - 0.6172) < 1e-6
+        (prediction,) = ask(public_app(output_detail="full"), "POST", PATH, content=png(110)).json()["predictions"]
+        assert abs(prediction["probability"] - 0.6172) < 1e-6
 
     def test_top_is_as_long_as_set_and_never_longer_than_the_classes(self) -> None:
         for top, expected in ((1, 1), (3, 3), (1000, 10)):
-            (found,) = ask(public_app(top_k=top), "POST", PATH, content=png(110)).json()["predictions"]
-            assert len(found["top"]) == expected
+            (prediction,) = ask(public_app(top_k=top), "POST", PATH, content=png(110)).json()["predictions"]
+            assert len(prediction["top"]) == expected
 
 
 class TestHealth:
@@ -360,8 +360,8 @@ class TestPacking:
         file = png(110)
         cuts = [file[place : place + len(file) // pieces + 1] for place in range(0, len(file), len(file) // pieces + 1)]
         packed = gzip.compress(b"") + b"".join(gzip.compress(cut) for cut in cuts) + gzip.compress(b"")
-        found = classify(packed, headers={"content-encoding": "gzip"})
-        assert found.json()["predictions"][0]["index"] == 4
+        response = classify(packed, headers={"content-encoding": "gzip"})
+        assert response.json()["predictions"][0]["index"] == 4
 
     def test_members_share_one_limit(self) -> None:
         body = gzip.compress(bytes(600)) + gzip.compress(bytes(600))
@@ -383,13 +383,15 @@ class TestPacking:
         whole = gzip.compress(content) if coding == b"gzip" else packer.compress(content) + packer.flush()
         for size in (1, 2, 7, 1000, len(whole)):
             inflater = Inflater(coding, len(content))
-            pieces = [part for at in range(0, len(whole), size) for part in inflater.feed(whole[at : at + size])]
+            pieces = [
+                part for at in range(0, len(whole), size) for part in inflater.unpack_chunk(whole[at : at + size])
+            ]
             inflater.finish()
             assert b"".join(pieces) == content
             assert max(map(len, pieces)) <= 65536
         for end in (1, 20, len(whole) - 1):
             inflater = Inflater(coding, len(content))
-            list(inflater.feed(whole[:end]))
+            list(inflater.unpack_chunk(whole[:end]))
             with pytest.raises(BadRequest):
                 inflater.finish()
 
@@ -469,7 +471,7 @@ class TestHangUps:
                 sent.append(message)
 
             running = asyncio.ensure_future(app(scope(), receive, send))
-            await oracle.asked.wait()
+            await oracle.submitted.wait()
             gone.set()
             await running
             return oracle
@@ -512,7 +514,7 @@ class TestHangUps:
                 raise AssertionError(message)
 
             running = asyncio.ensure_future(public_app(StandIn(oracle))(scope(), receive, send))
-            await oracle.asked.wait()
+            await oracle.submitted.wait()
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running

@@ -71,44 +71,44 @@ class TestTritonBlocking:
     @pytest.mark.parametrize("packing", PACKINGS)
     @pytest.mark.parametrize("unpacking", PACKINGS)
     def test_infer_in_binary(self, client: Any, packing: str | None, unpacking: str | None) -> None:
-        found = client.infer(
+        result = client.infer(
             "tombola",
             [image_input(blocking)],
             request_id="42",
             request_compression_algorithm=packing,
             response_compression_algorithm=unpacking,
         )
-        assert found.get_response()["id"] == "42"
-        assert found.as_numpy("index").tolist() == ANSWERS
-        assert found.as_numpy("label").tolist() == [CLASSES[index].encode() for index in ANSWERS]
-        assert found.as_numpy("probabilities").shape == (4, 10)
-        assert found.as_numpy("probabilities").max(axis=1).tolist() == [np.float32(0.62)] * 4
+        assert result.get_response()["id"] == "42"
+        assert result.as_numpy("index").tolist() == ANSWERS
+        assert result.as_numpy("label").tolist() == [CLASSES[index].encode() for index in ANSWERS]
+        assert result.as_numpy("probabilities").shape == (4, 10)
+        assert result.as_numpy("probabilities").max(axis=1).tolist() == [np.float32(0.62)] * 4
 
     @pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
     @pytest.mark.parametrize("binary", [True, False])
     def test_infer_from_pixels(self, client: Any, datatype: str, binary: bool) -> None:
         outputs = [blocking.InferRequestedOutput("index", binary_data=binary)]
-        found = client.infer("tombola", [pixel_input(blocking, datatype, binary=binary)], outputs=outputs)
-        assert found.as_numpy("index").tolist() == ANSWERS
-        assert [output["name"] for output in found.get_response()["outputs"]] == ["index"]
+        result = client.infer("tombola", [pixel_input(blocking, datatype, binary=binary)], outputs=outputs)
+        assert result.as_numpy("index").tolist() == ANSWERS
+        assert [output["name"] for output in result.get_response()["outputs"]] == ["index"]
 
     def test_a_large_answer_is_packed_when_asked_for(self, client: Any) -> None:
         outputs = [blocking.InferRequestedOutput("probabilities", binary_data=True)]
         tensor = image_input(blocking, REDS * 16)
         for unpacking in PACKINGS:
-            found = client.infer(
+            result = client.infer(
                 "tombola", [tensor], outputs=outputs, response_compression_algorithm=unpacking, model_version="1"
             )
-            assert found.as_numpy("probabilities").shape == (64, 10)
+            assert result.as_numpy("probabilities").shape == (64, 10)
 
     def test_classification_output(self, client: Any) -> None:
         outputs = [blocking.InferRequestedOutput("probabilities", class_count=3)]
-        found = client.infer("tombola", [image_input(blocking)], outputs=outputs).as_numpy("probabilities")
-        assert found.shape == (4, 3)
-        assert found[:, 0].tolist() == [f"0.62:{index}:{CLASSES[index]}".encode() for index in ANSWERS]
+        result = client.infer("tombola", [image_input(blocking)], outputs=outputs).as_numpy("probabilities")
+        assert result.shape == (4, 3)
+        assert result[:, 0].tolist() == [f"0.62:{index}:{CLASSES[index]}".encode() for index in ANSWERS]
 
     def test_priority_sequences_and_own_parameters_are_taken_and_do_nothing(self, client: Any) -> None:
-        found = client.infer(
+        result = client.infer(
             "tombola",
             [image_input(blocking)],
             priority=1,
@@ -117,7 +117,7 @@ class TestTritonBlocking:
             timeout=5_000_000,
             parameters={"members": 3, "seed": 7},
         )
-        assert set(found.get_response()) == {"model_name", "model_version", "outputs"}
+        assert set(result.get_response()) == {"model_name", "model_version", "outputs"}
 
     def test_errors_say_what_is_wrong(self, client: Any) -> None:
         with pytest.raises(InferenceServerException) as caught:
@@ -151,10 +151,10 @@ class TestTritonNonblocking:
                 assert (await client.get_model_metadata("tombola"))["versions"] == ["1"]
                 assert (await client.get_model_config("tombola", "1"))["name"] == "tombola"
                 for packing in PACKINGS:
-                    found = await client.infer(
+                    result = await client.infer(
                         "tombola", [image_input(nonblocking, REDS * 16)], request_compression_algorithm=packing
                     )
-                    assert found.as_numpy("index").tolist() == ANSWERS * 16
+                    assert result.as_numpy("index").tolist() == ANSWERS * 16
                 json_alone = await client.infer(
                     "tombola",
                     [pixel_input(nonblocking, "UINT8", binary=False)],
@@ -202,9 +202,9 @@ class TestOpenInference:
                 "outputs": [{"name": "index"}],
             }
         )
-        found = client.model_infer("tombola", request=request)
-        assert found.id == "7"
-        assert found.outputs[0].name == "index"
+        response = client.model_infer("tombola", request=request)
+        assert response.id == "7"
+        assert response.outputs[0].name == "index"
 
     def test_an_unknown_model_is_an_api_error(self, client: OpenInferenceClient) -> None:
         with pytest.raises(ApiError) as caught:
@@ -236,7 +236,7 @@ class TestOthersInTheirOwnEnvironments:
             assert done.returncode == 0, done.stderr
             answers = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
             assert len(answers) == 5, done.stdout + done.stderr
-            found = {
+            shapes = {
                 tuple(output["data"]) for answer in answers for output in answer["outputs"] if output["name"] == "index"
             }
-            assert found == {(4,)}
+            assert shapes == {(4,)}

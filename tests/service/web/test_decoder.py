@@ -81,8 +81,8 @@ class TestWhatImagesBecome:
 
     def test_sixteen_bit_grey_keeps_its_upper_eight_bits(self) -> None:
         values = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-        found = decode(encoded(Image.fromarray(values)), MAX_PIXELS)
-        assert (found == (values >> 8).astype(np.uint8)).all()
+        decoded = decode(encoded(Image.fromarray(values)), MAX_PIXELS)
+        assert (decoded == (values >> 8).astype(np.uint8)).all()
 
     def test_alpha_is_composed_over_white(self) -> None:
         half = Image.new("RGBA", (32, 32), (200, 0, 0, 128))
@@ -180,9 +180,9 @@ class TestWhatIsRefused:
     def test_exif_whose_entries_all_claim_the_whole_file(self) -> None:
         exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 5000)
         exif += b"".join(struct.pack("<HHII", tag, 7, 60_000, 10) for tag in range(5000)) + bytes(4)
-        plain = encoded(picture(), "JPEG")
+        jpeg = encoded(picture(), "JPEG")
         segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
-        without_jfif = plain[:2] + segment + plain[20:]  # Pillow then looks for the resolution in the EXIF
+        without_jfif = jpeg[:2] + segment + jpeg[20:]  # Pillow then looks for the resolution in the EXIF
         assert peak_bytes(without_jfif) < 8_000_000
 
     def test_a_polyglot_is_only_the_image_it_begins_as(self) -> None:
@@ -207,9 +207,9 @@ class TestFuzz:
     @staticmethod
     def outcome(data: bytes) -> None:
         with suppress(BadRequest, ContentTooLarge, UnsupportedMediaType):
-            found = decode(data, 100_000)
-            assert found.shape == (3, 32, 32)
-            assert found.dtype == np.uint8
+            decoded = decode(data, 100_000)
+            assert decoded.shape == (3, 32, 32)
+            assert decoded.dtype == np.uint8
 
     @given(st.sampled_from(KINDS), st.randoms(use_true_random=False), st.integers(1, 12))
     def test_flipped_bytes(self, kind: str, chance: random.Random, flips: int) -> None:
@@ -248,21 +248,21 @@ class TestDecoder:
         threads = []
 
         def spied(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = True) -> Pixels:
-            found = decode_for(data, spec, max_pixels, scaled=scaled)
+            decoded = decode_for(data, spec, max_pixels, scaled=scaled)
             threads.append(threading.current_thread().name)
-            return found
+            return decoded
 
         monkeypatch.setattr(decoder_module, "decode", spied)
-        here = threading.current_thread().name
+        caller = threading.current_thread().name
         unpacking = encoded(picture(), icc_profile=bytes(1000))
         for data in (png(), png(size=(64, 65)), encoded(NOISE), unpacking):
             asyncio.run(decoder.rows([data], CIFAR10_INPUT))
         assert len(encoded(NOISE)) > decoder_module.SMALL_BYTES > len(unpacking)
-        assert [name == here for name in threads] == [True, False, False, False]
+        assert [name == caller for name in threads] == [True, False, False, False]
 
     def test_many_images_in_order(self, decoder: Decoder) -> None:
-        found = asyncio.run(decoder.rows([png(red) for red in range(20)], CIFAR10_INPUT))
-        assert found[:, 0, 0, 0].tolist() == list(range(20))
+        decoded = asyncio.run(decoder.rows([png(red) for red in range(20)], CIFAR10_INPUT))
+        assert decoded[:, 0, 0, 0].tolist() == list(range(20))
 
     def test_one_bad_image_among_many_refuses_them_all(self, decoder: Decoder) -> None:
         with pytest.raises(BadRequest):
@@ -289,11 +289,11 @@ class TestDecoder:
     def test_the_event_loop_goes_on_meanwhile(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
         go = threading.Event()
 
-        def held(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = True) -> Pixels:
+        def wait_and_decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = True) -> Pixels:
             assert go.wait(30)
             return decode(data, max_pixels)
 
-        monkeypatch.setattr(decoder_module, "decode", held)
+        monkeypatch.setattr(decoder_module, "decode", wait_and_decode)
 
         async def both() -> Any:
             large = asyncio.ensure_future(decoder.rows([encoded(NOISE)], CIFAR10_INPUT))

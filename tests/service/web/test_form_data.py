@@ -31,8 +31,8 @@ def send(body: bytes, kind: str = KIND, **settings: Any) -> httpx.Response:
 
 def test_each_part_is_an_image_whatever_its_name_and_type() -> None:
     files = [("image", ("x.png", png(10), "image/png")), ("other", ("y", png(110), "text/plain")), ("z", png(235))]
-    found = ask(public_app(), "POST", PATH, files=files).json()["predictions"]
-    assert [prediction["index"] for prediction in found] == [0, 4, 9]
+    predictions = ask(public_app(), "POST", PATH, files=files).json()["predictions"]
+    assert [prediction["index"] for prediction in predictions] == [0, 4, 9]
 
 
 def test_curl_sends_forms_and_uploads(tmp_path: Path) -> None:

@@ -80,14 +80,14 @@ def eventually_closed(connection: socket.socket, rest: bytes) -> bytes:
             if rest and answer:
                 connection.sendall(rest[:1])
                 rest = rest[1:]
-            found = connection.recv(4096)
+            chunk = connection.recv(4096)
         except TimeoutError:
             continue
         except ConnectionError:
             return answer
-        if not found:
+        if not chunk:
             return answer
-        answer += found
+        answer += chunk
     raise AssertionError("the connection is still open")
 
 
@@ -474,13 +474,13 @@ def unpacked(datatype: str, data: bytes) -> list[Any]:
     """A tensor's binary form as a list: little-endian numbers, or elements after their lengths."""
     if datatype != "BYTES":
         return list(np.frombuffer(data, {"FP32": "<f4", "INT64": "<i8"}[datatype]))
-    found = []
+    texts = []
     while data:
         size = 4 + struct.unpack_from("<I", data)[0]
         assert len(data) >= size
-        found.append(data[4:size].decode())
+        texts.append(data[4:size].decode())
         data = data[size:]
-    return found
+    return texts
 
 
 def right(content: Any) -> None:

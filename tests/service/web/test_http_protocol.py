@@ -55,8 +55,8 @@ def read(wire: Wire) -> list[Answer]:
     return read_answers(wire.sent)
 
 
-def short(found: Answer) -> tuple[str, str, str]:
-    content = found.json()
+def short(response: Answer) -> tuple[str, str, str]:
+    content = response.json()
     return content["method"], content["target"], content.get("body", "")
 
 
@@ -68,24 +68,29 @@ class TestUpgrade:
     ) -> None:
         for segments in segmentations(framed(BODY, upgrade) + NEXT):
             wire = converse(segments)
-            assert [short(found) for found in read(wire)] == [("POST", "/", BODY.decode()), ("POST", "/next", "next")]
+            assert [short(response) for response in read(wire)] == [
+                ("POST", "/", BODY.decode()),
+                ("POST", "/next", "next"),
+            ]
             assert not wire.ended
 
     @pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
     def test_without_a_body(self, upgrade: bytes) -> None:
         for segments in segmentations(b"GET /a HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n" + NEXT):
-            assert [short(found)[:2] for found in read(converse(segments))] == [("GET", "/a"), ("POST", "/next")]
+            assert [short(response)[:2] for response in read(converse(segments))] == [("GET", "/a"), ("POST", "/next")]
 
     def test_many_in_one_segment(self) -> None:
         upgrade = UPGRADES["websocket"]
         bodies = [b"%d" % number * (number % 7) for number in range(60)]
         sent = b"".join((with_length, with_chunks)[len(body) % 2](body, upgrade) for body in bodies)
         for segments in ([sent], byte_by_byte(sent), random_cuts(sent, random.Random(1), 40)):
-            assert [short(found)[2].encode() for found in read(converse(segments))] == bodies
+            assert [short(response)[2].encode() for response in read(converse(segments))] == bodies
 
     def test_the_application_sees_every_header_but_upgrade_as_it_came(self) -> None:
-        (found,) = read(converse([with_length(b"x", b"A: 1 \r\nupgrade: h2c\r\nconnection: upgrade\r\na:\t\xff2\r\n")]))
-        assert found.json()["headers"] == [
+        (response,) = read(
+            converse([with_length(b"x", b"A: 1 \r\nupgrade: h2c\r\nconnection: upgrade\r\na:\t\xff2\r\n")])
+        )
+        assert response.json()["headers"] == [
             ["host", "x"],
             ["a", "1"],
             ["connection", "upgrade"],
@@ -96,7 +101,7 @@ class TestUpgrade:
     def test_close_beside_upgrade_closes_and_what_follows_is_not_read(self) -> None:
         for segments in single_cuts(with_length(b"x", b"connection: upgrade, close\r\nupgrade: h2c\r\n") + NEXT):
             wire = converse(segments)
-            assert [short(found)[1] for found in read(wire)] == ["/"]
+            assert [short(response)[1] for response in read(wire)] == ["/"]
             assert wire.closed
 
 
@@ -193,14 +198,14 @@ BROKEN_CHUNKS: Final = {
 
 def refused_once(wire: Wire, before: int = 0) -> Answer:
     """Checks that the last of before + 1 answers is a 400 in the error form that ends the connection."""
-    found = read(wire)
-    assert [each.status for each in found] == [200] * before + [400]
-    assert set(found[-1].json()) == {"error"}
-    assert one_of_the_catalogue(found[-1].json()["error"])
-    assert found[-1].headers["connection"] == "close"
-    assert found[-1].headers["content-type"] == "application/json"
+    answers = read(wire)
+    assert [each.status for each in answers] == [200] * before + [400]
+    assert set(answers[-1].json()) == {"error"}
+    assert one_of_the_catalogue(answers[-1].json()["error"])
+    assert answers[-1].headers["connection"] == "close"
+    assert answers[-1].headers["content-type"] == "application/json"
     assert wire.ended
-    return found[-1]
+    return answers[-1]
 
 
 class TestAmbiguity:
@@ -236,7 +241,7 @@ class TestAmbiguity:
     def test_a_broken_body_of_a_request_that_has_its_answer_gets_no_second_one(self, body: bytes) -> None:
         head = post(b"transfer-encoding: chunked\r\n")
         wire = converse([head, body + NEXT], hasty)
-        assert [found.status for found in read(wire)] == [200]
+        assert [response.status for response in read(wire)] == [200]
         assert wire.ended
 
     def test_a_broken_body_that_comes_uninvited_is_not_invited_after_its_refusal(self) -> None:
@@ -248,10 +253,10 @@ class TestAmbiguity:
 
     def test_a_broken_body_of_a_request_that_waits_for_its_turn_is_refused_in_turn(self) -> None:
         async def run() -> Wire:
-            gate, wire = asyncio.Event(), Wire()
+            release, wire = asyncio.Event(), Wire()
 
             async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-                await gate.wait()
+                await release.wait()
                 await echo(scope, receive, send)
 
             protocol = make_protocol(slow, wire)
@@ -260,7 +265,7 @@ class TestAmbiguity:
             protocol.data_received(b"cX" + NEXT)
             await settle(protocol)
             assert wire.sent == b""
-            gate.set()
+            release.set()
             await settle(protocol)
             protocol.connection_lost(None)
             return wire
@@ -313,12 +318,12 @@ class TestHttp:
     )
     def test_unusual_requests_are_read(self, sent: bytes, expected: tuple[str, str, str]) -> None:
         for segments in segmentations(sent + NEXT):
-            assert [short(found) for found in read(converse(segments))] == [expected, ("POST", "/next", "next")]
+            assert [short(response) for response in read(converse(segments))] == [expected, ("POST", "/next", "next")]
 
     def test_optional_space_is_no_part_of_a_value(self) -> None:
         """Content-Length: "3 " is a number."""
-        (found,) = read(converse([post(b"content-length: 3 \t\r\nx:  y z  \r\n", b"abc")]))
-        assert found.json()["headers"][1:] == [["content-length", "3"], ["x", "y z"]]
+        (response,) = read(converse([post(b"content-length: 3 \t\r\nx:  y z  \r\n", b"abc")]))
+        assert response.json()["headers"][1:] == [["content-length", "3"], ["x", "y z"]]
 
     def test_trailers_are_no_headers(self) -> None:
         """RFC 9110 6.5.1. A trailer named like a header that a proxy sets would stand beside the proxy's own."""
@@ -336,60 +341,60 @@ class TestHttp:
         for segments in single_cuts(sent + NEXT):
             wire = converse(segments)
             assert wire.sent.startswith(b"HTTP/1.1 200 ")
-            assert [short(found)[2] for found in read(wire)] == ["abc"]
+            assert [short(response)[2] for response in read(wire)] == ["abc"]
             assert wire.closed
 
     def test_http_1_0_needs_no_host(self) -> None:
-        assert [found.status for found in read(converse([b"GET / HTTP/1.0\r\n\r\n"]))] == [200]
+        assert [response.status for response in read(converse([b"GET / HTTP/1.0\r\n\r\n"]))] == [200]
 
     @pytest.mark.parametrize("after", [NEXT, b"nonsense\r\n\r\n", b"\r\n", BODY])
     def test_after_the_last_request_nothing_is_read(self, after: bytes) -> None:
         for segments in single_cuts(with_length(b"last", b"connection: close\r\n") + after):
             wire = converse(segments)
-            assert [short(found)[2] for found in read(wire)] == ["last"]
+            assert [short(response)[2] for response in read(wire)] == ["last"]
             assert wire.closed
 
     def test_a_body_that_was_invited_keeps_the_connection(self) -> None:
         head, body = with_length(b"abc", b"expect: 100-continue\r\n")[:-3], b"abc"
         wire = converse([head, body, NEXT])
         assert wire.sent.startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
-        assert [short(found)[2] for found in read(wire)] == ["abc", "next"]
+        assert [short(response)[2] for response in read(wire)] == ["abc", "next"]
         assert not wire.ended
         wire = converse([head + body + NEXT])
-        assert [short(found)[2] for found in read(wire)] == ["abc", "next"]
+        assert [short(response)[2] for response in read(wire)] == ["abc", "next"]
 
     def test_a_body_that_was_not_invited_may_never_come_so_the_answer_ends_the_connection(self) -> None:
         """The client need not send the body after a final answer; what it sends next could be either."""
         wire = converse([with_length(b"abc", b"expect: 100-continue\r\n")[:-3], NEXT], hasty)
-        (found,) = read(wire)
-        assert found.headers["connection"] == "close"
+        (response,) = read(wire)
+        assert response.headers["connection"] == "close"
         assert wire.closed
 
     @pytest.mark.parametrize("piece", [b"a" * 1000, b"a: b\r\n" * 100], ids=["one header", "many"])
     def test_a_head_without_end_is_refused(self, piece: bytes) -> None:
         start = b"GET / HTTP/1.1\r\nhost: x\r\n" + (b"b: " if b":" not in piece else b"")
         wire = converse([start, *[piece] * 2000])
-        (found,) = read(wire)
-        assert found.status == 431
-        assert str(HEAD_BYTES) in found.json()["error"]
+        (response,) = read(wire)
+        assert response.status == 431
+        assert str(HEAD_BYTES) in response.json()["error"]
         assert wire.ended
 
     def test_a_head_at_the_limit_is_read_and_one_byte_more_refused_however_it_is_cut(self) -> None:
         for size, status in ((HEAD_BYTES - len("host") - 2, 200), (HEAD_BYTES - len("host") - 1, 431)):
             sent = b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"b" * size + b"\r\n\r\n"
             for segments in ([sent], [sent[:100], sent[100:]], [sent[i : i + 999] for i in range(0, len(sent), 999)]):
-                assert [found.status for found in read(converse(segments))] == [status]
+                assert [response.status for response in read(converse(segments))] == [status]
 
     @pytest.mark.parametrize("start", [b"0\r\na: ", b"3;a="], ids=["trailers", "a chunk's extension"])
     def test_neither_trailers_nor_extensions_may_go_on_for_good(self, start: bytes) -> None:
         wire = converse([post(b"transfer-encoding: chunked\r\n", start), *[b"a" * 1000] * 2000])
-        assert [found.status for found in read(wire)] == [431]
+        assert [response.status for response in read(wire)] == [431]
 
     def test_a_large_body_is_no_large_head(self) -> None:
         body = b"a" * (8 * HEAD_BYTES)
         sent = with_length(body)
-        (found,) = read(converse([sent[i : i + 50_000] for i in range(0, len(sent), 50_000)]))
-        assert short(found)[2] == body.decode()
+        (response,) = read(converse([sent[i : i + 50_000] for i in range(0, len(sent), 50_000)]))
+        assert short(response)[2] == body.decode()
 
 
 def test_who_hangs_up_is_noticed_by_the_request_being_answered_though_another_waits() -> None:
@@ -410,9 +415,9 @@ def test_an_exception_of_our_own_in_a_callback_is_a_500_and_logged(
         raise KeyError("missing")
 
     monkeypatch.setattr("service.web.http_protocol.check_framing", fail)
-    (found,) = read(converse([NEXT]))
-    assert found.status == 500
-    assert found.json() == {"error": ErrorMessage.FAILED}
+    (response,) = read(converse([NEXT]))
+    assert response.status == 500
+    assert response.json() == {"error": ErrorMessage.FAILED}
     assert any("KeyError" in record.getMessage() for record in caplog.records)
 
 
@@ -431,16 +436,16 @@ CYCLE: Final = (
 
 @contextmanager
 def a_connection_in_use() -> Iterator[HttpProtocol]:
-    found: list[HttpProtocol] = []
+    protocols: list[HttpProtocol] = []
 
     async def run() -> None:
         protocol = make_protocol(echo, Wire())
         protocol.data_received(NEXT)
         await settle(protocol)
-        found.append(protocol)
+        protocols.append(protocol)
 
     asyncio.run(run())
-    yield found[0]
+    yield protocols[0]
 
 
 @pytest.mark.parametrize("name", [*CONNECTION, "expect_100_continue", "timeout_keep_alive_task"])
@@ -464,10 +469,10 @@ def test_uvicorn_s_connection_does_what_ours_relies_on(name: str) -> None:
 
 def test_a_pipelined_request_waits_in_uvicorn_s_pipeline_with_its_application() -> None:
     async def run() -> None:
-        gate = asyncio.Event()
+        release = asyncio.Event()
 
         async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-            await gate.wait()
+            await release.wait()
             await echo(scope, receive, send)
 
         protocol = make_protocol(slow, Wire())
@@ -476,7 +481,7 @@ def test_a_pipelined_request_waits_in_uvicorn_s_pipeline_with_its_application() 
         assert [entry[0].scope["path"] for entry in protocol.pipeline] == ["/next", "/next"]
         assert protocol.pipeline[0][0] is protocol.cycle
         assert protocol.running not in [entry[0] for entry in protocol.pipeline]
-        gate.set()
+        release.set()
         await settle(protocol)
 
     asyncio.run(run())
@@ -532,17 +537,17 @@ def test_both_planes_ignore_upgrades(
         (random_cuts(together, random.Random(0), 20), 10, 0.003),
         (byte_by_byte(first), 1, 0.0003),
     ):
-        found = dialogue(address, segments, answers, pause_s)
-        assert [each.status for each in found] == [200] * answers
+        responses = dialogue(address, segments, answers, pause_s)
+        assert [each.status for each in responses] == [200] * answers
         if target == b"/v1/classify":
-            assert [each.json()["predictions"][0]["index"] for each in found] == list(range(answers))
+            assert [each.json()["predictions"][0]["index"] for each in responses] == list(range(answers))
 
 
 @pytest.mark.parametrize("head", AMBIGUOUS.values(), ids=AMBIGUOUS)
 def test_both_planes_refuse_what_is_ambiguous(plane: tuple[str, bytes, bytes, list[bytes]], head: bytes) -> None:
     address, target, access, bodies = plane
     good = with_length(bodies[0], access, target)
-    assert [found.status for found in dialogue(address, [good + head + good], 2)] == [200, 400]
+    assert [response.status for response in dialogue(address, [good + head + good], 2)] == [200, 400]
 
 
 def test_a_refusal_can_be_read_by_a_client_that_is_still_sending(
@@ -551,7 +556,7 @@ def test_a_refusal_can_be_read_by_a_client_that_is_still_sending(
     """Closing at once would reset the connection, and with it the refusal."""
     for _ in range(5):
         sent = [AMBIGUOUS["both lengths"], *[bytes(100_000)] * 20]
-        assert [found.status for found in dialogue(plane[0], sent, 1)] == [400]
+        assert [response.status for response in dialogue(plane[0], sent, 1)] == [400]
 
 
 @pytest.mark.parametrize("framed", [with_length, with_chunks])
@@ -562,8 +567,8 @@ def test_an_error_about_a_body_can_be_read_by_a_client_that_is_still_sending_it(
     for app, target, access in ((public, b"/v1/classify", b""), (admin, b"/admin/audits", token)):
         with behind_a_port(app) as address:
             for _ in range(5):
-                (found,) = dialogue(address, [framed(bytes(4_000_000), access, target)], 1)
-                assert (found.status, found.headers["connection"]) == (413, "close")
+                (response,) = dialogue(address, [framed(bytes(4_000_000), access, target)], 1)
+                assert (response.status, response.headers["connection"]) == (413, "close")
 
 
 def test_every_other_exception_leaves_the_connection_to_the_next_request() -> None:
@@ -573,5 +578,5 @@ def test_every_other_exception_leaves_the_connection_to_the_next_request() -> No
         raise KeyError("anything")
 
     wire = converse([NEXT, NEXT], ErrorMiddleware(failing))
-    assert [found.status for found in read_answers(wire.sent)] == [500, 500]
+    assert [response.status for response in read_answers(wire.sent)] == [500, 500]
     assert not wire.closed

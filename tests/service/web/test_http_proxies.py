@@ -62,8 +62,8 @@ def picture(tmp_path: Path) -> Path:
 
 
 def index_of(body: bytes | str) -> int:
-    found: int = json.loads(body)["predictions"][0]["index"]
-    return found
+    index: int = json.loads(body)["predictions"][0]["index"]
+    return index
 
 
 @needs("curl")
@@ -72,9 +72,9 @@ def test_curl_that_would_like_http_2_gets_its_answer(public: str, picture: Path,
     url = f"http://{public}{CLASSIFY}"
     command = ["curl", "--silent", "--noproxy", "*", "--max-time", "20", "--http2", *options]
     command += ["--write-out", "\n%{http_code} %{num_connects}\n", "--data-binary", f"@{picture}"]
-    said = subprocess.run([*command, url, url], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [index_of(line) for line in said[::2]] == [VICTIM] * 2
-    assert said[1::2] == ["200 1", "200 0"]
+    output = subprocess.run([*command, url, url], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [index_of(line) for line in output[::2]] == [VICTIM] * 2
+    assert output[1::2] == ["200 1", "200 0"]
 
 
 @needs("curl")
@@ -89,8 +89,8 @@ def test_curl_on_the_admin_plane(picture: Path) -> None:
         url = f"http://{address}/admin/library"
         command = ["curl", "--silent", "--noproxy", "*", "--max-time", "20", "--http2", "--data-binary", f"@{picture}"]
         command += ["--header", f"authorization: Bearer {TOKEN}", "--write-out", "\n%{http_code} %{num_connects}\n"]
-        said = subprocess.run([*command, url, url], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said[1::2] == ["200 1", "200 0"]
+        output = subprocess.run([*command, url, url], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert output[1::2] == ["200 1", "200 0"]
 
 
 @needs("java")
@@ -111,10 +111,10 @@ class Slow(Oracle):
     """Takes its time over the attacker's picture, so that somebody else asks meanwhile."""
 
     async def submit(self, rows: Pixels, *, client: str, deadline: float | None) -> Probabilities:
-        found = await super().submit(rows, client=client, deadline=deadline)
-        if found[0].argmax() == ATTACKER:
+        probabilities = await super().submit(rows, client=client, deadline=deadline)
+        if probabilities[0].argmax() == ATTACKER:
             await asyncio.sleep(0.3)
-        return found
+        return probabilities
 
 
 def attack(port: int) -> bytes:
@@ -141,8 +141,8 @@ def test_the_next_visitor_gets_an_answer_to_its_own_picture(name: str) -> None:
         proxy_before(int(address.split(":")[1]), name) as port,
     ):
         for _ in range(3):
-            (found,) = read_answers(attack(port))
-            assert found.status == 415  # the body is no picture
+            (answer,) = read_answers(attack(port))
+            assert answer.status == 415  # the body is no picture
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
             for index in (VICTIM, 0, 7):
                 connection.request("POST", CLASSIFY, PICTURES[index])

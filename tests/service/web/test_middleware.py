@@ -63,20 +63,20 @@ def plane(process: tuple[Process, str], name: str) -> Iterator[Plane]:
 def test_head_is_answered_wherever_get_is_with_its_headers_and_without_a_body(
     process: tuple[Process, str], name: str
 ) -> None:
-    with plane(process, name) as asked:
-        described: dict[str, Any] = json.loads(asked.ask("GET", "/openapi.json")[2])["paths"]
+    with plane(process, name) as client:
+        described: dict[str, Any] = json.loads(client.ask("GET", "/openapi.json")[2])["paths"]
         paths = [*described, *UNDESCRIBED[name]]
         assert len(paths) > 10
-        assert {200, 404} <= {compare(asked, path) for path in paths}
+        assert {200, 404} <= {compare(client, path) for path in paths}
 
 
-def compare(asked: Plane, path: str) -> int:
+def compare(client: Plane, path: str) -> int:
     """Compares HEAD with GET; the status of both."""
     for word, value in {"{model}": "tombola", "{version}": "1", "{name}": "nothing", "{id}": "nothing"}.items():
         path = path.replace(word, value)
-    status, expected, _ = asked.ask("GET", path)
-    found, headers, body = asked.ask("HEAD", path)
-    assert (found, body) == (status, b""), path
+    status, expected, _ = client.ask("GET", path)
+    head_status, headers, body = client.ask("HEAD", path)
+    assert (head_status, body) == (status, b""), path
     assert set(headers) == set(expected), path
     same = set(expected) - (CHANGING if path in ("/metrics", "/admin/overview") else {"x-request-id"})
     assert {header: headers[header] for header in same} == {header: expected[header] for header in same}, path
@@ -84,8 +84,8 @@ def compare(asked: Plane, path: str) -> int:
 
 
 def test_head_is_counted_by_its_route_and_its_own_name(process: tuple[Process, str]) -> None:
-    with plane(process, "public") as asked:
-        asked.ask("HEAD", "/v2/models/tombola/config")
+    with plane(process, "public") as client:
+        client.ask("HEAD", "/v2/models/tombola/config")
     series = 'http_requests_total{code="200",method="HEAD",route="/v2/models/{model}/config"}'
     assert process[0].metric(series) >= 1
 
@@ -113,15 +113,15 @@ ALLOWED: Final = {
 @pytest.mark.parametrize("name", ["public", "admin"])
 def test_a_method_that_is_not_allowed_is_answered_with_all_that_are(process: tuple[Process, str], name: str) -> None:
     """Whatever the method, those that have routes of their own among them, and whichever route is the first."""
-    with plane(process, name) as asked:
+    with plane(process, name) as client:
         for path, allowed in ALLOWED[name].items():
             for method in {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"} - {
                 *allowed.split(", ")
             }:
-                status, headers, body = asked.ask(method, path)
+                status, headers, body = client.ask(method, path)
                 assert (status, headers.get("allow")) == (405, allowed), (method, path)
                 assert body == b"" if method == "HEAD" else json.loads(body) == {"error": ErrorMessage.METHOD}
-        assert "allow" not in asked.ask("OPTIONS", "/nothing")[1]
+        assert "allow" not in client.ask("OPTIONS", "/nothing")[1]
 
 
 def test_every_route_of_a_plane_is_named_by_allow() -> None:
@@ -212,13 +212,13 @@ def test_cookies_are_never_asked_for(origins: str) -> None:
 
 def test_the_admin_plane_never_allows_another_origin(process: tuple[Process, str]) -> None:
     page = {"origin": PAGE, "access-control-request-method": "GET"}
-    with plane(process, "admin") as asked:
+    with plane(process, "admin") as client:
         for path in ("/metrics", "/admin/library", "/health/live", "/"):
             for method in ("OPTIONS", "GET"):
-                _, headers, _ = asked.ask(method, path, **page)
+                _, headers, _ = client.ask(method, path, **page)
                 assert not [name for name in headers if name.startswith("access-control-")]
-    with plane(process, "public") as asked:
-        status, headers, _ = asked.ask("OPTIONS", "/v1/classify", **page)
+    with plane(process, "public") as client:
+        status, headers, _ = client.ask("OPTIONS", "/v1/classify", **page)
         assert (status, headers["access-control-allow-origin"]) == (204, PAGE)
 
 

@@ -65,31 +65,31 @@ def outputs_of(response: httpx.Response) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     length = int(response.headers.get(LENGTH, len(response.content)))
     head, tail = json.loads(response.content[:length]), response.content[length:]
-    found = {}
+    outputs = {}
     for output in head["outputs"]:
         size = output.get("parameters", {}).get("binary_data_size")
         if size is None:
-            found[output["name"]] = output["data"]
+            outputs[output["name"]] = output["data"]
             continue
         raw, tail = tail[:size], tail[size:]
         if output["datatype"] == "BYTES":
-            found[output["name"]] = strings(raw)
+            outputs[output["name"]] = strings(raw)
         else:
-            found[output["name"]] = np.frombuffer(raw, {"FP32": "<f4", "INT64": "<i8"}[output["datatype"]]).tolist()
+            outputs[output["name"]] = np.frombuffer(raw, {"FP32": "<f4", "INT64": "<i8"}[output["datatype"]]).tolist()
     assert tail == b""
-    return found
+    return outputs
 
 
 def strings(raw: bytes) -> list[str]:
-    found = []
+    texts = []
     while raw:
         (length,) = struct.unpack_from("<I", raw)
-        found.append(raw[4 : 4 + length].decode())
+        texts.append(raw[4 : 4 + length].decode())
         raw = raw[4 + length :]
-    return found
+    return texts
 
 
-class TestWhatIsHere:
+class TestWhatIsServed:
     @pytest.mark.parametrize(
         ("path", "expected"),
         [
@@ -105,16 +105,16 @@ class TestWhatIsHere:
 
     @pytest.mark.parametrize("path", ["/v2", "/v2/"])
     def test_server_metadata_with_and_without_the_slash(self, path: str) -> None:
-        found = ask(public_app(), "GET", path)
-        assert sorted(found.json()) == ["extensions", "name", "version"]
-        assert "binary_tensor_data" in found.json()["extensions"]
+        response = ask(public_app(), "GET", path)
+        assert sorted(response.json()) == ["extensions", "name", "version"]
+        assert "binary_tensor_data" in response.json()["extensions"]
 
     @pytest.mark.parametrize("path", [MODEL, f"{MODEL}/versions/1"])
     def test_model_metadata(self, path: str) -> None:
-        found = ask(public_app(), "GET", path).json()
-        assert found["inputs"][0] == {"name": "image", "datatype": "BYTES", "shape": [-1]}
-        assert found["inputs"][1] == {"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, 32, 32]}
-        assert [(output["name"], output["datatype"], output["shape"]) for output in found["outputs"]] == [
+        metadata = ask(public_app(), "GET", path).json()
+        assert metadata["inputs"][0] == {"name": "image", "datatype": "BYTES", "shape": [-1]}
+        assert metadata["inputs"][1] == {"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, 32, 32]}
+        assert [(output["name"], output["datatype"], output["shape"]) for output in metadata["outputs"]] == [
             ("probabilities", "FP32", [-1, 10]),
             ("index", "INT64", [-1]),
             ("label", "BYTES", [-1]),
@@ -127,9 +127,9 @@ class TestWhatIsHere:
         assert ask(app, "GET", f"{MODEL}/config").json()["input"][1]["dims"] == [3, 48, 64]
 
     def test_config_batches_as_many_as_a_request_may_hold(self) -> None:
-        found = ask(public_app(max_images=77), "GET", f"{MODEL}/config").json()
-        assert found["max_batch_size"] == 77
-        assert [output["dims"] for output in found["output"]] == [[10], [1], [1]]
+        config = ask(public_app(max_images=77), "GET", f"{MODEL}/config").json()
+        assert config["max_batch_size"] == 77
+        assert [output["dims"] for output in config["output"]] == [[10], [1], [1]]
 
     def test_the_index_of_the_repository(self) -> None:
         for ready, state in ((True, "READY"), (False, "UNAVAILABLE")):
@@ -175,22 +175,22 @@ class TestStatistics:
         infer({"inputs": [image_tensor(10, 20)]}, app=app)
         infer(b"{}", app=app)
         for path in ("/v2/models/stats", f"{MODEL}/stats", f"{MODEL}/versions/1/stats"):
-            (found,) = ask(app, "GET", path).json()["model_stats"]
-            assert (found["inference_count"], found["execution_count"]) == (2, 1)
-            stats = found["inference_stats"]
+            (statistics,) = ask(app, "GET", path).json()["model_stats"]
+            assert (statistics["inference_count"], statistics["execution_count"]) == (2, 1)
+            stats = statistics["inference_stats"]
             assert (stats["success"]["count"], stats["fail"]["count"]) == (1, 1)
             assert all(entry["ns"] % 10**9 == 0 for entry in stats.values())
-            assert found["last_inference"] % 1000 == 0
+            assert statistics["last_inference"] % 1000 == 0
 
 
 class TestJson:
     def test_images_and_the_whole_form_of_the_answer(self) -> None:
         response = infer({"id": "a1", "inputs": [image_tensor(110, 10)]})
-        found = response.json()
+        content = response.json()
         assert response.headers["content-type"] == "application/json"
         assert LENGTH not in response.headers
-        assert (found["model_name"], found["model_version"], found["id"]) == ("tombola", "1", "a1")
-        probabilities, index, label = found["outputs"]
+        assert (content["model_name"], content["model_version"], content["id"]) == ("tombola", "1", "a1")
+        probabilities, index, label = content["outputs"]
         assert {name: probabilities[name] for name in ("name", "datatype", "shape")} == {
             "name": "probabilities",
             "datatype": "FP32",
@@ -232,8 +232,8 @@ class TestJson:
 
     @pytest.mark.parametrize(("count", "shown"), [(1, 1), (3, 3), (99, 10)])
     def test_classification(self, count: int, shown: int) -> None:
-        asked = [{"name": "probabilities", "parameters": {"classification": count}}]
-        (output,) = infer({"inputs": [image_tensor(110)], "outputs": asked}).json()["outputs"]
+        requested = [{"name": "probabilities", "parameters": {"classification": count}}]
+        (output,) = infer({"inputs": [image_tensor(110)], "outputs": requested}).json()["outputs"]
         assert (output["datatype"], output["shape"]) == ("BYTES", [1, shown])
         assert output["data"][0] == "0.62:4:deer"
 
@@ -261,10 +261,10 @@ class TestBinary:
         data = PIXELS.tobytes()
         response = infer({"inputs": [binary_tensor(data)], "parameters": {"binary_data_output": True}}, data)
         assert response.headers["content-type"] == "application/octet-stream"
-        found = outputs_of(response)
-        assert found["index"] == [4]
-        assert found["label"] == ["deer"]
-        assert found["probabilities"][4] == np.float32(0.62)
+        outputs = outputs_of(response)
+        assert outputs["index"] == [4]
+        assert outputs["label"] == ["deer"]
+        assert outputs["probabilities"][4] == np.float32(0.62)
 
     def test_floats_in(self) -> None:
         manager = StandIn()
@@ -296,8 +296,8 @@ class TestBinary:
         assert outputs_of(response)["index"] == [4, 4, 4]
 
     def test_the_outputs_wish_comes_before_the_requests(self) -> None:
-        asked = [{"name": "index", "parameters": {"binary_data": False}}, {"name": "label"}]
-        request = {"inputs": [image_tensor(110)], "outputs": asked, "parameters": {"binary_data_output": True}}
+        requested = [{"name": "index", "parameters": {"binary_data": False}}, {"name": "label"}]
+        request = {"inputs": [image_tensor(110)], "outputs": requested, "parameters": {"binary_data_output": True}}
         response = infer(request)
         index, label = json.loads(response.content[: int(response.headers[LENGTH])])["outputs"]
         assert index["data"] == [4]
@@ -305,9 +305,9 @@ class TestBinary:
         assert outputs_of(response)["label"] == ["deer"]
 
     def test_classification_out(self) -> None:
-        asked = [{"name": "probabilities", "parameters": {"classification": 2, "binary_data": True}}]
-        found = outputs_of(infer({"inputs": [image_tensor(110)], "outputs": asked}))
-        assert found["probabilities"][0] == "0.62:4:deer"
+        requested = [{"name": "probabilities", "parameters": {"classification": 2, "binary_data": True}}]
+        outputs = outputs_of(infer({"inputs": [image_tensor(110)], "outputs": requested}))
+        assert outputs["probabilities"][0] == "0.62:4:deer"
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
     def test_a_raw_image_as_the_whole_body(self, kind: str) -> None:
@@ -357,12 +357,12 @@ class TestDetail:
         app = public_app(output_detail="label")
         assert [output["name"] for output in ask(app, "GET", MODEL).json()["outputs"]] == ["index", "label"]
         assert list(outputs_of(infer({"inputs": [image_tensor(110)]}, app=app))) == ["index", "label"]
-        asked = {"inputs": [image_tensor(110)], "outputs": [{"name": "probabilities"}]}
-        refused(infer(asked, app=app), 400, ErrorMessage.V2_OUTPUTS)
+        body = {"inputs": [image_tensor(110)], "outputs": [{"name": "probabilities"}]}
+        refused(infer(body, app=app), 400, ErrorMessage.V2_OUTPUTS)
 
     def test_full_has_all_digits(self) -> None:
-        found = outputs_of(infer({"inputs": [image_tensor(110)]}, app=public_app(output_detail="full")))
-        assert abs(found["probabilities"][4] - 0.6172) < 1e-6
+        outputs = outputs_of(infer({"inputs": [image_tensor(110)]}, app=public_app(output_detail="full")))
+        assert abs(outputs["probabilities"][4] - 0.6172) < 1e-6
 
 
 TOO_LONG: Final = {"inputs": [image_tensor(1)], "id": "x" * 257}
@@ -590,8 +590,11 @@ def test_labels_of_any_alphabet_travel_in_binary_and_json() -> None:
     manager = StandIn()
     manager.library.classes = ("котка", "犬", *CLASSES[2:])
     app = public_app(manager)
-    asked = [{"name": "label", "parameters": {"binary_data": True}}]
-    assert outputs_of(infer({"inputs": [image_tensor(10, 30)], "outputs": asked}, app=app))["label"] == ["котка", "犬"]
+    requested = [{"name": "label", "parameters": {"binary_data": True}}]
+    assert outputs_of(infer({"inputs": [image_tensor(10, 30)], "outputs": requested}, app=app))["label"] == [
+        "котка",
+        "犬",
+    ]
     assert outputs_of(infer({"inputs": [image_tensor(10, 30)]}, app=app))["label"] == ["котка", "犬"]
 
 

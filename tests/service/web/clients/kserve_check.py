@@ -47,12 +47,12 @@ async def check(base: str, data: bytes) -> None:
         assert await client.is_model_ready(base, "tombola")
         assert not await client.is_model_ready(base, "other")
         for binary in (False, True):
-            found = await client.infer(base, image_request(data, binary=binary), "tombola")
-            assert found.id == "42", found.id
-            assert [output.name for output in found.outputs] == ["index", "label"]
-            assert list(found.outputs[0].as_numpy().shape) == [2]
-            found = await client.infer(base, pixel_request(binary=binary), "tombola")
-            assert {output.name for output in found.outputs} == {"probabilities", "index", "label"}
+            response = await client.infer(base, image_request(data, binary=binary), "tombola")
+            assert response.id == "42", response.id
+            assert [output.name for output in response.outputs] == ["index", "label"]
+            assert list(response.outputs[0].as_numpy().shape) == [2]
+            response = await client.infer(base, pixel_request(binary=binary), "tombola")
+            assert {output.name for output in response.outputs} == {"probabilities", "index", "label"}
         assert "unsupported format" in await refusal(client, base, image_request(b"no image", binary=True))
     print("kserve: live, ready, model ready, infer in JSON and binary, errors: as expected")
 
