@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from model_store.image_sample import LabelledImages
 from model_store.library import Library, open_library
 from service.audit.attack_runner import RunOptions
 from service.audit.config import read_audit
 from service.audit.errors import DataRejected
 from service.audit.events import Event
-from service.audit.labelled_data import LabelledImages
 from service.audit.plan import images_of
 from service.audit.report.model import Report
 from service.audit.run import load_images, run_audit

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model_store.attacks import margin
 from model_store.files import write_atomically
+from model_store.image_sample import LabelledImages
 from model_store.library import Library
 from service.audit import baselines
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
@@ -58,7 +59,6 @@ from service.audit.evaluation.scoring import (
     scores,
 )
 from service.audit.events import Event, StepEvent
-from service.audit.labelled_data import LabelledImages
 from service.audit.plan import endpoint_steps, plan
 from service.audit.profiles import PROFILES, SHARED
 from service.audit.target import Target

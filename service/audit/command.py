@@ -15,9 +15,9 @@ from service.audit.errors import AuditError, AuditRejected
 from service.settings import add_renamed_flag
 
 if TYPE_CHECKING:
+    from model_store.image_sample import LabelledImages
     from model_store.library import Library
     from service.audit.events import Event
-    from service.audit.labelled_data import LabelledImages
     from service.audit.report.model import Interval, Report
     from service.audit.target import Target
 

@@ -1,106 +1,29 @@
-"""Labelled images for an audit, from files that are not believed, or generated, for a smoke test.
+"""Labelled images for an audit, from files that are not believed, or generated, for a smoke test."""
 
-model_store.labelled_images reads them; here they are chosen: test images before others, and every class its share.
-"""
-
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from model_store import labelled_images as reader
 from model_store.errors import DataRejected as ReadRejected
+from model_store.image_sample import LabelledImages, read_sample
 from model_store.input_spec import InputSpec
 from service.audit.errors import DataRejected
 
 GENERATED: Final = "generated"
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """pixels: uint8 [N, 3, H, W].  labels: int64 [N], indices of the library's classes.  ids: N names.
-
-    origin: what the images are, in words.  held_out: whether they lay under test/, so that no search has seen them.
-    notes: what a person should know about the reading, a line each.
-    """
-
-    name: str
-    origin: str
-    pixels: Tensor
-    labels: Tensor
-    ids: tuple[str, ...]
-    held_out: bool
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over pixels and labels, in order."""
-        state = hashlib.sha256(self.pixels.numpy().tobytes())
-        state.update(self.labels.numpy().tobytes())
-        return state.hexdigest()
-
-    def first(self, count: int) -> "LabelledImages":
-        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count], ids=self.ids[:count])
-
-
 def read_data(
     path: Path, classes: Sequence[str], images: int, spec: InputSpec, *, skip_damaged: bool = False
 ) -> LabelledImages:
-    """The first `images` of a data set, dealt class by class in the order of their names, so that every prefix is
-    balanced. Raises DataRejected, naming the file, what was found and what was expected."""
+    """A balanced sample of a data set. Raises DataRejected, which an audit's callers know."""
     try:
-        with reader.open_data(path) as data:
-            part, held_out = part_to_audit(data)
-            labels = reader.class_indices(data.where, part, classes)
-            order = round_robin(labels)
-            pixels = np.empty((min(images, len(order)), *spec.shape), np.uint8)
-            index: list[int] = []
-            while len(index) < len(pixels) and len(order):  # more than once only where damaged ones are passed over
-                batch, order = np.split(order, [len(pixels) - len(index)])
-                out = pixels[len(index) :]
-                index += reader.decode_part(data, part, batch.tolist(), spec, out, skip_damaged=skip_damaged)
+        return read_sample(path, classes, images, spec, skip_damaged=skip_damaged)
     except ReadRejected as error:
         raise DataRejected(str(error)) from None
-    kind = "arrays" if part.numbered else "files"
-    return LabelledImages(
-        data.where,
-        f"{kind} of {data.where}",
-        torch.from_numpy(pixels[: len(index)]),
-        torch.from_numpy(labels[index]),
-        tuple(part.ids[place] for place in index),
-        held_out,
-        tuple(data.notes.lines(spec)),
-    )
-
-
-def part_to_audit(data: reader.DataSet) -> tuple[reader.Part, bool]:
-    """The test images, or else validation images, or all where there are no parts; and whether no search saw them."""
-    for name in ("test", "val", "all"):
-        if part := data.parts.get(name):
-            return part, name != "all"
-    raise DataRejected(f"{data.where}: images under train/ and none under test/; a search may have seen them")
-
-
-def round_robin(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The order that takes one of each class, round by round; every round in the order of the classes."""
-    ranks = np.empty(len(labels), np.int64)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        ranks[members] = np.arange(len(members))
-    return np.lexsort((labels, ranks))
-
-
-# Where nothing is configured
 
 
 def generated(images: int, seed: int, spec: InputSpec, label: Callable[[Tensor], Tensor]) -> LabelledImages:

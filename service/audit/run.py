@@ -10,6 +10,7 @@ from torch import Tensor
 from model_store.arithmetic import use_reproducible_arithmetic
 from model_store.ensemble import combine, predictions
 from model_store.files import write_atomically
+from model_store.image_sample import LabelledImages
 from model_store.library import Library
 from service.audit import baselines
 from service.audit import labelled_data as sets
@@ -22,7 +23,6 @@ from service.audit.evaluation.draws import scoring_draws
 from service.audit.evaluation.members import candidates_of
 from service.audit.events import CostEvent
 from service.audit.explore import INDEX, write_index
-from service.audit.labelled_data import LabelledImages
 from service.audit.plan import images_of
 from service.audit.report import html_report, plots, summary
 from service.audit.report.model import Report

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from model_store.attacks import ThreatModel
+from model_store.image_sample import LabelledImages
 from model_store.library import Library
 from service.audit.attacks.simple import SingleModelPgd, attack_member
 from service.audit.evaluation.members import Member, as_floats, candidates_of
 from service.audit.evaluation.pixel_grid import quantize_to_uint8
-from service.audit.labelled_data import LabelledImages, read_data
+from service.audit.labelled_data import read_data
 from service.audit.stats import paired_difference
 from service.engine.base import Engine, Images
 from service.engine.factory import CALIBRATION_IMAGES

@@ -244,11 +244,11 @@ def calibration_images(name: str, library: Library, settings: Settings) -> Image
         return None
     if name != "openvino":
         raise EngineRejected(f"TOMBOLA_INT8_IMAGES: 8 bits are for OpenVINO on a CPU; the engine is {name}")
-    from service.audit.errors import DataRejected
-    from service.audit.labelled_data import read_data
+    from model_store.errors import DataRejected
+    from model_store.image_sample import read_sample
 
     try:
-        return read_data(settings.int8_images, library.classes, CALIBRATION_IMAGES, library.input).pixels.numpy()
+        return read_sample(settings.int8_images, library.classes, CALIBRATION_IMAGES, library.input).pixels.numpy()
     except DataRejected as error:
         raise EngineRejected(f"TOMBOLA_INT8_IMAGES: {error}") from None
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model_store.attacks import ThreatModel, pgd
+from model_store.image_sample import LabelledImages
 from model_store.library import Library, write_library
 from model_store.policy import Policy
 from service.audit.attack_runner import AuditRun
 from service.audit.config import Audit
 from service.audit.evaluation.draws import Defense, DrawSet
 from service.audit.evaluation.members import AttackTarget, CandidateSet, Member
-from service.audit.labelled_data import LabelledImages
 from tests.support.digits import digits
 from tests.support.tickets import items, make_ticket
 

@@ -6,7 +6,7 @@ from urllib.request import getproxies
 
 from model_store.errors import os_error_text
 from model_store.files import write_atomically
-from service.settings import Settings, add_flags, ensure_state_dir, read_settings
+from service.settings import Settings, add_flags, admin_token, ensure_state_dir, read_settings
 
 DESCRIPTION = """\
 Serves a library on two planes until SIGTERM or Ctrl-C. SIGHUP reads the library and the API keys again.
@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments))
     ensure_state_dir(settings)
+    admin_token(settings)  # what it refuses, it refuses before a process starts
     from service.engine.launcher import start_at_once
 
     fork_server = start_at_once(settings, print_step)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from model_store.image_sample import LabelledImages
 from model_store.input_spec import CIFAR10_INPUT
 from service.audit import labelled_data
 from service.audit.config import Audit, read_audit
 from service.audit.errors import AuditRejected, DataRejected
-from service.audit.labelled_data import LabelledImages, generated
+from service.audit.labelled_data import generated
 
 CLASSES = ("cat", "dog", "ship")
 
