@@ -47,8 +47,13 @@ def dashboard() -> Json:
     return board
 
 
+def panels() -> list[Json]:
+    """Rows and panels, those of folded rows included."""
+    return [each for panel in dashboard()["panels"] for each in (panel, *panel.get("panels", ()))]
+
+
 def queries() -> list[str]:
-    return [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())]
+    return [target["expr"] for panel in panels() for target in panel.get("targets", ())]
 
 
 def exported() -> set[str]:
@@ -113,16 +118,54 @@ def test_the_alerts_fire_when_they_should_and_only_then() -> None:
 
 
 def test_the_dashboard_s_panels_are_numbered_titled_and_do_not_overlap() -> None:
-    panels = dashboard()["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    assert len({panel["title"] for panel in panels}) == len(panels)
+    assert len({panel["id"] for panel in panels()}) == len(panels())
+    assert len({panel["title"] for panel in panels()}) == len(panels())
     taken: set[tuple[int, int]] = set()
-    for panel in panels:
+    for panel in panels():
         x, y, wide, high = (panel["gridPos"][name] for name in "xywh")
         cells = {(column, row) for column in range(x, x + wide) for row in range(y, y + high)}
         assert x + wide <= 24
         assert not cells & taken
         taken |= cells
+
+
+def test_every_panel_explains_itself_and_leads_to_the_runbook() -> None:
+    (runbook,) = [variable for variable in dashboard()["templating"]["list"] if variable["name"] == "runbook"]
+    assert runbook["query"] == runbook["current"]["value"]
+    mounts = [volume.split(":") for volume in compose()["services"]["grafana"]["volumes"]]
+    assert [place for source, place, _ in mounts if source == "./RUNBOOK.md"] == [
+        f"/usr/share/grafana{runbook['query']}"
+    ]
+    names = {alert["alert"].lower(): alert["alert"] for alert in alerts()}
+    for panel in panels():
+        if panel["type"] != "row":
+            assert panel["description"].endswith("."), panel["title"]
+            (link,) = panel["links"]
+            anchor = link["url"].removeprefix("${runbook}#")
+            assert link["title"] == f"Runbook: {names[anchor]}"
+
+
+def test_series_without_a_value_are_in_no_legend() -> None:
+    for panel in panels():
+        if panel["type"] == "timeseries":
+            hidden = {
+                override["matcher"]["options"]["reducer"]
+                for override in panel["fieldConfig"]["overrides"]
+                if override["matcher"]["id"] == "byValue"
+                and override["properties"]
+                == [{"id": "custom.hideFrom", "value": {"legend": True, "tooltip": True, "viz": False}}]
+            }
+            assert hidden == {"allIsZero", "allIsNull"}, panel["title"]
+
+
+def test_the_dashboard_draws_the_thresholds_of_the_burn_alerts() -> None:
+    for kind, alert in (("availability", "Error"), ("latency", "Latency")):
+        (panel,) = [panel for panel in panels() if panel["title"] == f"{kind.capitalize()}: burn rate"]
+        lines = {step["value"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]} - {None}
+        text = "\n".join(rule["expr"] for rule in alerts() if rule["alert"].startswith(f"Tombola{alert}Budget"))
+        assert {float(number) for number in re.findall(r"> ([\d.]+)", text)} == lines
+        shown = {target["expr"].split("{")[0].removeprefix("max(") for target in panel["targets"]}
+        assert set(re.findall(r"tombola:slo:\w+", text)) == shown
 
 
 def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
@@ -147,9 +190,9 @@ def test_grafana_s_own_schema_knows_every_field_of_the_dashboard() -> None:
     assert set(changed(dashboard(), through_grafana(dashboard()))) == NOT_IN_SCHEMA
     wrong = dashboard()
     wrong["panels"][1]["fieldConfig"]["defaults"]["unitt"] = "s"
-    wrong["panels"][-1]["targets"][0]["expression"] = "up"
+    wrong["panels"][-2]["targets"][0]["expression"] = "up"
     unknown = set(changed(wrong, through_grafana(wrong))) - NOT_IN_SCHEMA
-    last = f"/panels/{len(wrong['panels']) - 1}/targets/0/expression"
+    last = f"/panels/{len(wrong['panels']) - 2}/targets/0/expression"
     assert unknown == {"/panels/1/fieldConfig/defaults/unitt", last}
 
 
@@ -257,7 +300,7 @@ def test_compose_mounts_files_that_exist_and_names_settings_that_exist() -> None
     services = compose()["services"]
     mounted = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", ())]
     files = [name for name in mounted if name.startswith("./")]
-    assert len(files) == 5
+    assert len(files) == 6
     assert all((DEPLOY / name).is_file() for name in files)
     assert set(services["tombola"]["environment"]) <= {setting.variable for setting in setting_docs()}
 

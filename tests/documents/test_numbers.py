@@ -63,6 +63,13 @@ def container() -> Any:
     return manifest("deployment")["spec"]["template"]["spec"]["containers"][0]
 
 
+def objective(kind: str) -> float:
+    """Per cent, from the recorded rule."""
+    rules = (ROOT / "deploy" / "prometheus" / "rules.yml").read_text("utf-8")
+    (share,) = re.findall(rf"tombola:slo:{kind}_objective\n +expr: vector\(([\d.]+)\)", rules)
+    return round(100 * float(share), 6)
+
+
 def startup_minutes() -> float:
     probe = container()["startupProbe"]
     return float(probe["periodSeconds"] * probe["failureThreshold"] / 60)
@@ -83,6 +90,8 @@ OF_GUIDE: Final[dict[str, Callable[[], object]]] = {
     r"`maxUnavailable: (\d+)`": lambda: manifest("poddisruptionbudget")["spec"]["maxUnavailable"],
     r"folder; (\d+) of them are used": lambda: CALIBRATION_IMAGES,
     r"Every ticket then runs in (8) bits": lambda: 8,
+    r"([\d.]+) % of the requests do not fail": lambda: objective("availability"),
+    r"([\d.]+) % of the answers take": lambda: objective("latency"),
 }
 
 

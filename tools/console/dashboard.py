@@ -92,7 +92,8 @@ def draw(address: str, period: Period) -> "Figure":
     matplotlib.rcParams.update(
         {"font.size": 7, "axes.titlesize": 8, "axes.titleweight": "bold", "axes.titlelocation": "left"}
     )
-    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    content = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    panels = [each for panel in content for each in (panel, *panel.get("panels", ()))]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels) + 2
     figure: Figure = matplotlib.figure.Figure(figsize=(COLUMNS * UNIT_IN[0], rows * UNIT_IN[1]))
     length = period.end - period.start
@@ -119,7 +120,10 @@ def place(figure: "Figure", panel: Json, rows: int, address: str, period: Period
 
 
 def unit(panel: Json) -> Callable[[float], str]:
-    return UNITS[panel["fieldConfig"]["defaults"].get("unit", "short")]
+    name = panel["fieldConfig"]["defaults"].get("unit", "short")
+    if name.startswith("suffix:"):
+        return lambda value: f"{value:.4g}{name.removeprefix('suffix:')}"
+    return UNITS[name]
 
 
 def targets(panel: Json) -> Iterator[tuple[str, str]]:
