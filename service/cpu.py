@@ -59,6 +59,20 @@ def resident_bytes(pid: int) -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 
 
+def free_memory_bytes(root: Path = ROOT) -> float:
+    """What may still be allocated: by the system, and within the limit of our container. Infinite if neither says."""
+    free = [
+        float(fields[1]) * 1024 for fields in map(str.split, lines(root / "proc/meminfo")) if "MemAvailable:" in fields
+    ]
+    for folder in groups(root / "sys/fs/cgroup", own_group(root, "0::")):
+        limit, used = words(folder / "memory.max"), words(folder / "memory.current")
+        if limit and used and limit[0] != "max":
+            statistics = dict(line.split() for line in lines(folder / "memory.stat"))
+            reclaimable = float(statistics.get("inactive_file", 0))  # cached files give way
+            free.append(max(0.0, float(limit[0]) - float(used[0]) + reclaimable))
+    return min(free, default=math.inf)
+
+
 def die_with_parent(number: int) -> None:
     """Sends this process the signal when the thread that started it ends (PR_SET_PDEATHSIG). Only Linux has it."""
     if sys.platform == "linux":

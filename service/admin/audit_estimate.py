@@ -11,6 +11,7 @@ from model_store.ticket import Ticket
 from service.admin.audit_process import CpuShare
 from service.admin.audit_store import Cost
 from service.audit import baselines
+from service.audit.attack_runner import crafting_precision
 from service.audit.config import Audit
 from service.audit.cost import check_giga_multiply_adds, estimated_seconds, giga_multiply_adds, multiply_adds_of
 from service.audit.errors import AuditConflict, CostRejected
@@ -36,8 +37,9 @@ class CostEstimator:
         steps = plan(audit, candidates, compared, known)
         singles = (baselines.single(candidates, index) for index in range(len(candidates.members)))
         by_name = {system.name: system for system in (*compared, *singles, *known)}
-        giga = sum(giga_multiply_adds(step, by_name[step.system], each) for step in steps)
-        giga += check_giga_multiply_adds(audit, each)
+        bfloat16 = crafting_precision(audit, library, candidates) == "bfloat16"
+        giga = sum(giga_multiply_adds(step, by_name[step.system], each, bfloat16=bfloat16) for step in steps)
+        giga += check_giga_multiply_adds(audit, each, bfloat16=bfloat16)
         seconds = estimated_seconds(giga, self.settings.audits_threads)
         if seconds > 3600 * self.settings.audits_max_hours:
             raise CostRejected(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from model_store.attacks import margin
 from model_store.files import write_atomically
 from model_store.image_sample import LabelledImages
 from model_store.library import Library
+from model_store.processor import has_bfloat16
 from service.audit import baselines
 from service.audit.attacks import arc, autoattack, black_box, eot, simple
 from service.audit.attacks.arc import ArcConfig
@@ -66,7 +67,7 @@ from service.outbound import ProxyRejected, http_client
 from service.settings import PrecisionChoice
 
 AVERAGES: Final = 5  # answers to each probe of an endpoint whose answers are random
-CODE: Final = 5  # of the attacks: a change that changes results makes stored ones stale
+CODE: Final = 6  # of the attacks: a change that changes results makes stored ones stale
 Json = dict[str, Any]
 Emit = Callable[[Event], None]
 
@@ -85,6 +86,14 @@ class Outcome:
     extra: Json
     passes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Riskiest:
+    """Images of earlier attacks. pixels: uint8 [n, 3, H, W].  logits: float32 [M, n, classes]."""
+
+    pixels: Tensor
+    logits: Tensor
 
 
 @dataclass
@@ -137,6 +146,8 @@ class AuditRun:
         self.data = data
         self.emit = emit
         self.candidates = candidates or candidates_of_subject(library, options.device, outside, options.threads)
+        self.crafted_in = crafting_precision(audit, library, self.candidates)
+        self.crafting = self.candidates.in_bfloat16() if self.crafted_in == "bfloat16" else self.candidates
         self.fingerprint = fingerprint(self.candidates.members)
         self.strength = baselines.strengths(library) or [0.0] * self.candidates.tickets
         self.endpoint = library.endpoint if isinstance(library, Target) else None
@@ -174,11 +185,13 @@ class AuditRun:
         return self.by_name[name]
 
     def cost(self, step: Step) -> float:
-        return giga_multiply_adds(step, self.system(step.system), self.multiply_adds)
+        bfloat16 = self.crafted_in == "bfloat16"
+        return giga_multiply_adds(step, self.system(step.system), self.multiply_adds, bfloat16=bfloat16)
 
-    def target(self, name: str) -> AttackTarget:
-        """A system as the attacker sees it."""
-        return target_of(self.candidates, self.system(name), f"attacker {self.audit.seed} {name}")
+    def target(self, name: str, *, exact: bool = False) -> AttackTarget:
+        """A system as the attacker sees it. exact: in float32, as it is scored, however attacks are crafted."""
+        candidates = self.candidates if exact else self.crafting
+        return target_of(candidates, self.system(name), f"attacker {self.audit.seed} {name}")
 
     def scoring(self, system: Defense) -> DrawSet:
         if system.name not in self.draws:
@@ -234,12 +247,23 @@ class AuditRun:
         began = time.monotonic()
         raw = self.run(step)
         pixels = quantize_to_uint8(raw.images, self.data.pixels[: step.images], step.norm, step.threat.epsilon)
-        logits = self.candidates.logits(pixels)
+        logits = self.logits_of(pixels, step)
         seconds = time.monotonic() - began
         outcome = Outcome(step, pixels, logits, raw.trace, raw.extra, raw.passes, seconds)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, dump(outcome))
         return outcome, True
+
+    def logits_of(self, pixels: Tensor, step: Step) -> Tensor:
+        """float32 [M, n, classes]: of new images; those that an attack left as an earlier one made them have theirs."""
+        if self.endpoint is not None:  # its answers may be random
+            return self.candidates.logits(pixels)
+        earlier = self.riskiest(step) if builds_on_others(step) else Riskiest(self.data.pixels, self.clean_logits)
+        logits = earlier.logits[:, : len(pixels)].clone()
+        changed = (pixels != earlier.pixels[: len(pixels)]).flatten(1).any(dim=1).nonzero().flatten()
+        if len(changed):
+            logits[:, changed] = self.candidates.logits(pixels[changed])
+        return logits
 
     def key_of(self, step: Step) -> str:
         """Changes with anything that changes the attack's result."""
@@ -248,7 +272,8 @@ class AuditRun:
             service = self.options.url if isinstance(step.settings, QueryAttackConfig) else None
             part = self.part_digest(step.images)
             outside = self.options.outside and self.options.outside.digest
-            parts = [CODE, step.as_dict(), self.library.digest, outside, part, self.audit.seed, warm, service]
+            about = [step.as_dict(), self.crafted_in]
+            parts = [CODE, *about, self.library.digest, outside, part, self.audit.seed, warm, service]
             self.keys[step] = digest_of(parts)[:32]
         return self.keys[step]
 
@@ -268,7 +293,7 @@ class AuditRun:
         part = self.data.first(step.images)
         images, labels = as_floats(part.pixels, self.candidates.device), part.labels.to(self.candidates.device)
         generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
-        known = [as_floats(self.riskiest(step), self.candidates.device)] if builds_on_others(step) else []
+        known = [as_floats(self.riskiest(step).pixels, self.candidates.device)] if builds_on_others(step) else []
         starts = known if step.warm else []
         match step.settings:
             case PgdConfig():
@@ -295,9 +320,10 @@ class AuditRun:
             case QueryAttackConfig():
                 return self.query(step, step.settings, part)
 
-    def riskiest(self, step: Step) -> Tensor:
+    def riskiest(self, step: Step) -> "Riskiest":
         """For each image the worst for the system, on the attacker's draws, of all attacks so far in reach."""
         best, reachable = self.data.pixels[: step.images].clone(), set(self.before(step))
+        logits = self.clean_logits[:, : step.images].clone()
         lowest = self.attackers_view(step.system, self.clean_logits)[: step.images].clone()
         for outcome in self.outcomes:
             if outcome.step in reachable:
@@ -305,8 +331,9 @@ class AuditRun:
                 right = self.attackers_view(step.system, outcome.logits)[:n]
                 better = right < lowest[:n]
                 best[:n][better] = outcome.pixels[:n][better]
+                logits[:, :n][:, better] = outcome.logits[:, :n][:, better]
                 lowest[:n] = torch.minimum(right, lowest[:n])
-        return best
+        return Riskiest(best, logits)
 
     def attackers_view(self, system: str, logits: Tensor) -> Tensor:
         """float64 [n]: p_i on the attacker's own draws, from an outcome's logits."""
@@ -480,6 +507,14 @@ def refuse_chance(endpoint: Endpoint, logits: Tensor, labels: Tensor) -> None:
             f"{endpoint.url}: {100 * right:.0f} % of {len(labels)} clean images are right, no more than by chance; "
             "are its classes in another order, or its pixels of another kind?"
         )
+
+
+def crafting_precision(
+    audit: Audit, subject: Library | Target, candidates: CandidateSet
+) -> Literal["bfloat16", "float32"]:
+    """What attacks compute in. A model that is no library may have operations that know float32 alone."""
+    fast = PROFILES[audit.profile].bfloat16 and isinstance(subject, Library) and candidates.device.type == "cpu"
+    return "bfloat16" if fast and has_bfloat16() else "float32"
 
 
 def candidates_of_subject(

@@ -18,10 +18,12 @@ from service.audit.plan import images_of
 from service.audit.profiles import PROFILES
 
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
-GMACS_PER_SECOND: Final = 25.0  # one core, measured on the compact library's structures
-OPEN: Final = 0.5  # images that can still get riskier, mean over an attack's steps: measured between 0.41 and 0.54
+BFLOAT16: Final = 0.5  # of float32's time: measured on AVX512-BF16 and AMX, at 128 images a pass
+GMACS_PER_SECOND: Final = 35.0  # one core in float32, measured on the compact library's structures
+OPEN: Final = 0.55  # images that can still get riskier, mean over an attack's steps: measured between 0.41 and 0.59
+OPEN_FIXED: Final = 0.4  # of a system of one state, where an image is broken for good at once
 # Of all members for one image, in the checks.
-CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 700, "full": 1_400, "reference": 700}
+CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 600, "full": 1_400, "reference": 700}
 
 
 def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:
@@ -32,16 +34,17 @@ def multiply_adds_of(library: Library, outside: Library | None = None) -> list[i
 
 def forwards(step: Step, drawn: float, members: int) -> float:
     """Forwards of one image through each member that the attack asks for. drawn: members of a draw."""
+    still_open = OPEN_FIXED if drawn == members else OPEN
     match step.settings:
         case PgdConfig(steps=steps, restarts=restarts, ends_early=ends_early, targets=targets):
             ascents = (restarts + step.warm) * max(1, targets)
-            return 2 + (OPEN if ends_early else 1) * GRADIENT * ((steps + 1) * ascents + 2 * targets)
+            return 2 + (still_open if ends_early else 1) * GRADIENT * ((steps + 1) * ascents + 2 * targets)
         case ArcConfig(sweeps=sweeps, candidates=candidates, classes=classes, restarts=restarts):
             each = 1 + candidates * (3 + (1 + classes * (GRADIENT - 1)) * drawn / members)
-            return OPEN * sweeps * (restarts + 1) * each
+            return still_open * sweeps * (restarts + 1) * each
         case AutoAttackConfig(method=method, iterations=iterations, restarts=restarts, targets=targets):
             each = 1 if method == "square" else GRADIENT + (method == "fab-t")
-            return OPEN * each * iterations * restarts * (targets if method.endswith("-t") else 1)
+            return still_open * each * iterations * restarts * (targets if method.endswith("-t") else 1)
         case SingleModelPgd(steps=steps, restarts=restarts):
             return GRADIENT * max(1, steps) * restarts
         case UniversalPerturbation(epochs=epochs):
@@ -52,17 +55,23 @@ def forwards(step: Step, drawn: float, members: int) -> float:
             return probes * (1 - (1 - drawn / members) ** averages)
 
 
-def giga_multiply_adds(step: Step, system: Defense, each: Sequence[int]) -> float:
-    """What one attack costs, scoring included."""
+def giga_multiply_adds(step: Step, system: Defense, each: Sequence[int], *, bfloat16: bool = False) -> float:
+    """What one attack costs, scoring included; as many of float32 as take the time.
+
+    bfloat16: whether attacks are crafted in it. Black boxes ask the model itself.
+    """
     used = system.used
     attack = forwards(step, expected_size(system.policy), len(used)) * sum(each[index] for index in used)
-    return step.images * (attack + sum(each)) / 1e9
+    rounded = bfloat16 and not isinstance(step.settings, QueryAttackConfig)
+    scored = OPEN if step.stage else 1  # images that earlier attacks broke for good are scored already
+    return step.images * (attack * (BFLOAT16 if rounded else 1) + scored * sum(each)) / 1e9
 
 
-def check_giga_multiply_adds(audit: Audit, each: Sequence[int]) -> float:
+def check_giga_multiply_adds(audit: Audit, each: Sequence[int], *, bfloat16: bool = False) -> float:
     """What the sanity checks cost, which attack the first few images again."""
     images = min(images_of(audit), PROFILES[audit.profile].check_images)
-    return images * CHECK_FORWARDS[audit.profile] * sum(each) / 1e9
+    forwards = CHECK_FORWARDS[audit.profile] * (BFLOAT16 if bfloat16 else 1)
+    return images * forwards * sum(each) / 1e9
 
 
 def estimated_seconds(giga: float, threads: int = 1) -> float:

@@ -42,12 +42,13 @@ def plan(
     refuse_missing(audit, profile)
     targets = [system.name for system in systems]
     singles = [single(candidates, index).name for index in selected_members(audit, candidates)]
-    steps: list[Step] = steps_for(audit, profile.each, singles, audit.headline, count)
+    alone, drawn = min(count, profile.single_images), min(count, profile.theta_images)
+    steps: list[Step] = steps_for(audit, profile.each, singles, audit.headline, alone)
     for epsilon in (e for e in audit.epsilons if e > 0 and (profile.sweep or e == audit.headline)):
         main = epsilon == audit.headline
         images = count if main else min(count, profile.swept_images)
         steps += steps_for(audit, profile.shared if main else profile.swept, targets, epsilon, images)
-    steps += steps_for(audit, profile.shared, [theta.name for theta in known], audit.headline, count)
+    steps += steps_for(audit, profile.shared, [theta.name for theta in known], audit.headline, drawn)
     steps += headline_steps(audit, profile, count)
     dense = [name for name in targets if name.startswith(DENSE)]
     there = [name for name in profile.published_systems if name in targets]
@@ -120,6 +121,7 @@ def selected_members(audit: Audit, candidates: CandidateSet) -> list[int]:
 def headline_steps(audit: Audit, profile: Profile, count: int) -> list[Step]:
     """What is aimed at ours at the headline epsilon, and what is set beside it."""
     epsilon, few, queried = audit.headline, min(count, profile.few_images), min(count, profile.queried_images)
+    universal = min(count, profile.universal_images)
     queries = queries_of(profile, audit.norm)
     fixed = tuple(
         pair for pair in queries if isinstance(pair[1], QueryAttackConfig) and pair[1].averages == 1
@@ -127,7 +129,7 @@ def headline_steps(audit: Audit, profile: Profile, count: int) -> list[Step]:
     return [
         *steps_for(audit, profile.ours, [OURS], epsilon, count, after=AIMED),
         *steps_for(audit, profile.few, [OURS], epsilon, few, after=AIMED),
-        *steps_for(audit, profile.universal, profile.universal_systems, epsilon, count, after=AIMED),
+        *steps_for(audit, profile.universal, profile.universal_systems, epsilon, universal, after=AIMED),
         *steps_for(audit, queries, [OURS], epsilon, queried, after=AIMED),
         *steps_for(audit, fixed, profile.queried_systems, epsilon, queried, after=AIMED),
     ]

@@ -26,6 +26,9 @@ class Profile:
     about: str
     images: int
     swept_images: int  # at every epsilon but the headline
+    single_images: int  # for the attacks of `each`
+    theta_images: int  # for thetas that are known
+    universal_images: int  # for the attacks of `universal`
     few_images: int  # for the attacks of `few`
     queried_images: int  # for the attacks of `queries`
     far_images: int  # at the epsilons of FAR
@@ -41,6 +44,7 @@ class Profile:
     universal: Named = ()  # one perturbation for all images
     universal_systems: tuple[str, ...] = (OURS, MEAN, COST, BEST)  # a perturbation is made against each
     sweep: bool = True
+    bfloat16: bool = False  # attacks are crafted in it where the processor multiplies in it
     published: Named = ()  # AutoAttack with its authors' settings, on fixed systems
     published_systems: tuple[str, ...] = (BEST, DENSE_COST, MEAN)
 
@@ -84,13 +88,12 @@ def adaptive_attacks(targets: int, *, steps: int, alternating: int, refined: int
     )
 
 
-def few_attacks(*, apgd_steps: int, fab_steps: int, targets: tuple[int, int], queries: int, corners: int) -> Named:
+def few_attacks(*, apgd_steps: int, fab_steps: int, targets: tuple[int, int], queries: int) -> Named:
     """Too expensive for all images. targets: wrong classes that APGD-T and FAB-T aim at."""
     return (
         ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", apgd_steps, targets=targets[0])),
         ("fab-t", AutoAttackConfig("fab-t", "mean-logits", fab_steps, targets=targets[1])),
         ("square", AutoAttackConfig("square", "soft-vote", queries)),
-        ("noise", RandomCorners(corners)),
     )
 
 
@@ -107,6 +110,9 @@ SMOKE: Final = Profile(
     about="a minute: whether the attacks run and bite, no figure to quote",
     images=8,
     swept_images=8,
+    single_images=8,
+    theta_images=8,
+    universal_images=8,
     few_images=4,
     queried_images=2,
     far_images=2,
@@ -119,30 +125,38 @@ SMOKE: Final = Profile(
     sweep=False,
 )
 STANDARD: Final = Profile(
-    about="over an hour on two cores with the compact library",
-    images=128,
+    about="an hour on two cores with the compact library",
+    images=500,
     swept_images=48,
+    single_images=100,
+    theta_images=200,
+    universal_images=200,
     few_images=32,
     queried_images=8,
     far_images=5,
     check_images=200,
-    shared=compared_attacks(20, restarts=1, refined=30),
+    shared=compared_attacks(15, restarts=1, refined=30),
     swept=(("eot-mean-loss", apgd("mean-loss", 10)), ("eot-risk", refine(8))),
     each=EACH,
     thetas=16,
     ours=(
         ("paper-eot", PAPER),
-        ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 20)),
-        *adaptive_attacks(3, steps=20, alternating=30, refined=40, arc=ArcConfig(sweeps=4, candidates=4)),
+        ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 15)),
+        *adaptive_attacks(2, steps=15, alternating=18, refined=30, arc=ArcConfig(sweeps=2, candidates=4)),
+        ("noise", RandomCorners(10)),
     ),
-    few=few_attacks(apgd_steps=20, fab_steps=10, targets=(3, 2), queries=300, corners=30),
+    few=few_attacks(apgd_steps=20, fab_steps=10, targets=(3, 2), queries=500),
     queries=(*query_attacks("square", 300), *query_attacks("hopskipjump", 250)),
     universal=(("universal", UniversalPerturbation(epochs=12)),),
+    bfloat16=True,
 )
 FULL: Final = Profile(
     about="a night on two cores with the compact library",
-    images=250,
+    images=2_000,
     swept_images=100,
+    single_images=250,
+    theta_images=400,
+    universal_images=500,
     few_images=48,
     queried_images=16,
     far_images=10,
@@ -155,15 +169,16 @@ FULL: Final = Profile(
         ("paper-eot", PAPER),
         ("eot-mean-output", apgd("mean-output", 50)),
         ("eot-mean-loss-normalised", apgd("mean-loss-normalised", 50)),
-        ("eot-hinge", apgd("hinge", 100, restarts=4)),
+        ("eot-hinge", apgd("hinge", 100, restarts=2)),
         ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 100)),
         ("apgd-dlr", AutoAttackConfig("apgd-dlr", "mean-logits", 100)),
         *adaptive_attacks(9, steps=50, alternating=60, refined=100, arc=ArcConfig(sweeps=10, candidates=8)),
     ),
-    few=few_attacks(apgd_steps=50, fab_steps=20, targets=(9, 9), queries=1000, corners=10_000),
+    few=(*few_attacks(apgd_steps=50, fab_steps=20, targets=(9, 9), queries=5_000), ("noise", RandomCorners(10_000))),
     queries=(*query_attacks("square", 1000), *query_attacks("hopskipjump", 1000)),
     queried_systems=(COST, MEAN),
     universal=(("universal", UniversalPerturbation(epochs=20)),),
+    bfloat16=True,
 )
 AUTOATTACK: Final[Named] = (
     ("apgd-ce", AutoAttackConfig("apgd-ce", "mean-logits", 100)),
@@ -179,6 +194,9 @@ REFERENCE: Final = Profile(
     about="AutoAttack as published: standard on fixed systems, rand's two attacks on the exact expectation of ours",
     images=250,
     swept_images=100,
+    single_images=250,
+    theta_images=250,
+    universal_images=250,
     few_images=48,
     queried_images=16,
     far_images=10,

@@ -87,6 +87,7 @@ def run_audit(
 
 
 def cost_event(run: AuditRun) -> CostEvent:
-    giga = sum(run.costs) + check_giga_multiply_adds(run.audit, run.multiply_adds)
+    bfloat16 = run.crafted_in == "bfloat16"
+    giga = sum(run.costs) + check_giga_multiply_adds(run.audit, run.multiply_adds, bfloat16=bfloat16)
     seconds = estimated_seconds(giga, run.candidates.threads.count)
     return CostEvent(attacks=len(run.steps), giga_multiply_adds=round(giga, 1), seconds=round(seconds))

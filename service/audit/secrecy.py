@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from service.audit.attack_runner import AuditRun
+from service.audit.profiles import SHARED
 from service.audit.stats import Interval, bootstrap, crossed_difference
 
 
@@ -35,10 +36,16 @@ class SecrecyReading:
 
 
 def read_secrecy(run: AuditRun) -> SecrecyReading | None:
-    """None where the law has one state, or the shared attacks did not run on every known theta."""
-    headline, count = run.audit.headline, len(run.data)
-    attacked = {step.system for step in run.steps if step.epsilon == headline and step.images == count}
-    if not run.known or not {run.systems[0].name, *(theta.name for theta in run.known)} <= attacked:
+    """On the images on which thetas were known. None where the law has one state, or the shared attacks did not run on
+    every known theta."""
+    if not run.known:
         return None
+    at_headline = [step for step in run.steps if step.epsilon == run.audit.headline]
+    attacked = {step.system for step in at_headline if step.stage <= SHARED}
+    if not {run.systems[0].name, *(theta.name for theta in run.known)} <= attacked:
+        return None
+    names = {theta.name for theta in run.known}
+    count = min(step.images for step in at_headline if step.system in names)
     known = [run.reported(theta, count, shared=True).right for theta in run.known]
-    return SecrecyReading(run.reported(run.systems[0], count, shared=True).right, torch.stack(known))
+    secret = run.reported(run.systems[0], len(run.data), shared=True).right[:count]
+    return SecrecyReading(secret, torch.stack(known))

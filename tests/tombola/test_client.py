@@ -335,7 +335,7 @@ def test_an_audit_is_started_watched_fetched_and_cancelled(tmp_path: Path, monke
             with Client(admin_url=f"http://{place}", admin_token=TOKEN, timeout_s=300) as client:
                 audit = client.start_audit(**SMOKE)
                 events = list(client.watch_audit(audit.id))
-                assert sum(isinstance(event, CheckEvent) for event in events) == 35
+                assert sum(isinstance(event, CheckEvent) for event in events) == 36
                 assert any(isinstance(event, StepEvent) for event in events)
                 assert client.audit(audit.id)["state"] == "done"
                 assert client.audit_report(audit.id).audit.profile == "smoke"

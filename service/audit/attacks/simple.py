@@ -25,7 +25,7 @@ from service.audit.evaluation.scoring import failure
 from service.audit.evaluation.threads import WorkerThreads
 
 BATCH: Final = 64
-PART: Final = 16  # images of one PGD on one ticket
+PART: Final = 64  # images of one PGD on one ticket
 
 
 @dataclass(frozen=True)

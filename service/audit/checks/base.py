@@ -65,12 +65,23 @@ class Check:
     run: Callable[["CheckContext"], CheckResult]
 
 
+@dataclass(frozen=True)
+class TicketAlone:
+    """One ticket under attacks on it, on images that it reads rightly. single_step, iterated: float64 [images], FGSM
+    and PGD-20.  index: int64 [images]."""
+
+    index: Tensor
+    single_step: Tensor
+    iterated: Tensor
+
+
 @dataclass
 class CheckContext:
     """What checks share: a run, images that are right at first, and the attacks made on them so far."""
 
     run: AuditRun
     cache: dict[str, AttackResult] = field(default_factory=dict)
+    alone: dict[int, TicketAlone] = field(default_factory=dict)  # by the ticket's place
 
     @property
     def profile(self) -> Profile:
@@ -110,6 +121,12 @@ class CheckContext:
 
     @property
     def target(self) -> AttackTarget:
+        """Ours in float32, as it is scored."""
+        return self.run.target(self.ours.name, exact=True)
+
+    @property
+    def crafting(self) -> AttackTarget:
+        """Ours as attacks are crafted on it."""
         return self.run.target(self.ours.name)
 
     def generator(self, name: str) -> torch.Generator:
@@ -119,12 +136,13 @@ class CheckContext:
         self, ascent: PgdConfig, name: str = "", target: AttackTarget | None = None, epsilon: float | None = None
     ) -> AttackResult:
         """On the checks' images at the headline epsilon, remembered by its settings."""
-        key = repr((ascent, name, epsilon))
+        attacked = target or self.crafting
+        key = repr((ascent, name, epsilon, attacked.members[0].bfloat16))
         if key not in self.cache:
             threat = self.threat(epsilon)
             device = self.run.candidates.device
             self.cache[key] = eot.attack(
-                target or self.target, self.images, self.labels.to(device), threat, ascent, self.generator(name)
+                attacked, self.images, self.labels.to(device), threat, ascent, self.generator(name)
             )
         return self.cache[key]
 

@@ -18,7 +18,7 @@ from model_store.library import Library
 from model_store.policy import draw_theta, inclusion_probabilities, size_probabilities, states
 from service.audit.attack_runner import fingerprint, largest_distance
 from service.audit.attacks.autoattack import isolated_rng
-from service.audit.attacks.eot import PgdConfig, gradient_of
+from service.audit.attacks.eot import PgdConfig, gradient_of, gradients_of
 from service.audit.attacks.losses import LOSSES, Stage
 from service.audit.checks.base import Check, CheckContext, CheckResult, judged, points
 from service.audit.checks.power import Effect
@@ -33,6 +33,7 @@ from service.settings import Settings
 PROBE: Final = PgdConfig("mean-loss", steps=20, step=0.125, momentum=0.75)
 STAGE: Final = Stage(scale=1.0, progress=0.0)
 COMPARED: Final = 64  # images on which networks are compared
+DIFFERENCED: Final = 32  # images of central differences, in float64
 SAME: Final = 1e-5  # of the largest logit: float32 sums in another order
 SIGMAS: Final = 5.0  # of a binomial count: a false alarm in less than a million
 
@@ -154,9 +155,10 @@ def start(context: CheckContext) -> Tensor:
 def no_zero_gradients(context: CheckContext) -> CheckResult:
     """Of the ensemble's loss, and of each member's own: one masked member is enough to hide."""
     point, labels = start(context), context.labels.to(context.run.candidates.device)
-    _, _, gradient = gradient_of(context.target, point, labels, LOSSES["mean-loss"], STAGE)
+    crafting = context.crafting
+    _, _, gradient = gradients_of(crafting, point, labels, LOSSES["mean-loss"], STAGE)
     zero = float((gradient.flatten(1).abs().amax(dim=1) == 0).double().mean())
-    shares = {member.name: zero_share(member, point, labels) for member in context.target.members}
+    shares = {member.name: zero_share(member, point, labels) for member in crafting.members}
     worst = max(shares, key=lambda name: shares[name])
     text = f"{points(zero)} of the ensemble's, {points(shares[worst])} of {worst}'s"
     return CheckResult(zero <= 0.01 and shares[worst] <= 0.01, text)
@@ -172,7 +174,11 @@ def zero_share(member: Member, images: Tensor, labels: Tensor) -> float:
 def right_gradients(context: CheckContext) -> CheckResult:
     """Central differences in float64, in the full direction of random signs, against autograd's."""
     target = as_float64(context.target)
-    point, labels, draws = start(context).double(), context.labels.to(context.run.candidates.device), 4
+    point, labels = (
+        start(context)[:DIFFERENCED].double(),
+        context.labels[:DIFFERENCED].to(context.run.candidates.device),
+    )
+    draws = 4
     _, _, gradient = gradient_of(target, point, labels, LOSSES["mean-loss"], STAGE)
     generator, good = context.generator("directions"), []
     for _ in range(draws):
@@ -182,7 +188,7 @@ def right_gradients(context: CheckContext) -> CheckResult:
         expected = (gradient * direction).flatten(1).sum(dim=1)
         good.append((slope - expected).abs() <= 0.05 * expected.abs() + 1e-9)
     share = float(torch.stack(good).double().mean())
-    return CheckResult(share >= 0.95, f"{points(share)} of {draws * context.count} within 5 %")
+    return CheckResult(share >= 0.95, f"{points(share)} of {draws * len(point)} within 5 %")
 
 
 STEP: Final = 1e-7  # small enough that few rectifiers switch in between; float64 keeps 9 digits of the loss

@@ -1,4 +1,4 @@
-"""All thirty-five checks, in order, each finished one kept on disk; from Carlini et al. (2019), Pintor et al. (2022),
+"""All thirty-six checks, in order, each finished one kept on disk; from Carlini et al. (2019), Pintor et al. (2022),
 AutoAttack's flags and Athalye et al. (2018). The list is neither necessary nor sufficient."""
 
 import json
@@ -12,7 +12,7 @@ from service.audit.checks.base import Check, CheckContext, evaluate_check
 from service.audit.config import digest_of
 from service.audit.events import CheckEvent
 
-CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS, *planted.CHECKS)
+CHECKS: Final[tuple[Check, ...]] = (*model.CHECKS, *attacks.CHECKS, *report.CHECKS, *planted.CHECKS, attacks.ROUNDING)
 
 
 def run_checks(run: AuditRun) -> list[Json]:

@@ -1,8 +1,9 @@
 """Members: networks on a device, the sets they form, and what an attack sees of them."""
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, cast
 
 import torch
@@ -15,24 +16,33 @@ from model_store.ticket import Ticket
 from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import ATTACK_DRAWS, Defense, DrawSet, draws_of
 from service.audit.evaluation.threads import WorkerThreads
+from service.cpu import free_memory_bytes
 
 PASS_IMAGES: Final = 64  # images of one forward pass on a CPU
-GRAPH_BYTES: Final = 5e8  # of all members' activations, kept for a backward pass on a CPU
+GRAPH_IMAGES: Final = 128  # images of one forward and backward pass on a CPU: more are no faster
+FREE_SHARE: Final = 0.25  # of free memory, for the activations of all members that a backward pass needs
 CUDA_PASS_IMAGES: Final = 512  # launches, not arithmetic, set the pace of small members on a GPU
-CUDA_FREE_SHARE: Final = 0.25  # of a GPU's free memory, for activations
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One ticket or baseline on a device. images [N, 3, H, W] in [0, 1] -> calibrated logits [N, classes]."""
+    """One ticket or baseline on a device. images [N, 3, H, W] in [0, 1] -> calibrated logits [N, classes].
+
+    bfloat16: computes in it, and gives float32. Attacks may be crafted so; nothing is scored so.
+    """
 
     name: str
     network: nn.Module
     temperature: float
+    bfloat16: bool = False
     measured: dict[torch.Size, int] = field(default_factory=dict, repr=False)  # what graph_bytes has measured
 
     def __call__(self, images: Tensor) -> Tensor:
-        return cast("Tensor", self.network(images)) / self.temperature
+        if not self.bfloat16:
+            return cast("Tensor", self.network(images)) / self.temperature
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = cast("Tensor", self.network(images))
+        return logits.float() / self.temperature
 
     def graph_bytes(self, image: Tensor) -> int:
         """Bytes that one image's forward pass keeps for the backward pass, weights apart. image: [1, 3, H, W]."""
@@ -66,9 +76,13 @@ class PassLimits(NamedTuple):
 
 def pass_limits(device: torch.device) -> PassLimits:
     if device.type != "cuda":
-        return PassLimits(PASS_IMAGES, GRAPH_BYTES)
+        return PassLimits(GRAPH_IMAGES, FREE_SHARE * free_memory_bytes())
     free, _ = torch.cuda.mem_get_info(device)
-    return PassLimits(CUDA_PASS_IMAGES, CUDA_FREE_SHARE * free)
+    return PassLimits(CUDA_PASS_IMAGES, FREE_SHARE * free)
+
+
+def power_of_two_below(number: float) -> int:
+    return 1 << int(math.log2(max(1.0, number)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +109,10 @@ class CandidateSet:
     def names(self) -> tuple[str, ...]:
         return tuple(member.name for member in self.members)
 
+    def in_bfloat16(self) -> "CandidateSet":
+        """The same networks, computing in bfloat16, for attacks to be crafted with."""
+        return replace(self, members=tuple(replace(m, bfloat16=True, measured={}) for m in self.members))
+
     def logits(self, pixels: Tensor) -> Tensor:
         """Of images on the uint8 grid: uint8 [N, 3, H, W] -> float32 [M, N, classes] on the CPU."""
         return logits_of(self.members, pixels, self.device, self.threads)
@@ -109,10 +127,13 @@ class AttackTarget:
     threads: WorkerThreads = field(default_factory=WorkerThreads)
 
     def batch(self, images: Tensor) -> int:
-        """How many of these images' graphs through all members fit into memory together."""
+        """How many of these images' graphs through all members fit into memory together: a power of two, at least 4.
+
+        Free memory varies from one moment to the next; the last bits of a result should not.
+        """
         limits = pass_limits(images.device)
         each = sum(member.graph_bytes(images[:1]) for member in self.members)
-        return max(4, min(limits.images, int(limits.graph_bytes / max(1, each))))
+        return max(4, power_of_two_below(min(limits.images, limits.graph_bytes / max(1, each))))
 
     def parts(self, images: Tensor, *along: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The images, with what belongs to them, as many at once as fit into memory."""

@@ -102,6 +102,8 @@ def score_exactly(
     total = float(p.sum() * q.sum()) - empty
 
     def run(image: int) -> tuple[float, bool]:
+        if (alike := same_everywhere(first[:, image], second[:, image], int(labels[image]), policy.every)) is not None:
+            return float(alike), not alike
         right = ~pairs_wrong(first[:, image], second[:, image], int(labels[image]))
         states = right.numel()
         if not policy.every:
@@ -111,6 +113,21 @@ def score_exactly(
 
     right, any_wrong = zip(*(threads or WorkerThreads()).map(run, range(len(labels))), strict=True)
     return Scores(torch.tensor(right, dtype=torch.float64).clamp(0, 1), torch.tensor(any_wrong), sampled.by_size)
+
+
+def same_everywhere(first: Tensor, second: Tensor, label: int, every: bool) -> bool | None:
+    """Whether all states are right, or all wrong; None where that takes counting.
+
+    If one class leads in each part of each half, or none does in any, then so it is in every sum.
+    """
+    parts = [half if every else half[1:] for half in (first, second)]
+    parts = [part for part in parts if len(part)]
+    least = torch.stack([(part - part[:, label : label + 1]).amin(dim=0) for part in parts]).amin(dim=0)
+    most = torch.stack([(part - part[:, label : label + 1]).amax(dim=0) for part in parts]).amax(dim=0)
+    others = torch.arange(first.shape[1], device=first.device) != label
+    if bool((least[others] > 0).any()):
+        return False
+    return True if bool((most[others] < 0).all()) else None
 
 
 def pairs_wrong(first: Tensor, second: Tensor, label: int) -> Tensor:

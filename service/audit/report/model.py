@@ -214,6 +214,7 @@ class AuditPart(Part):
 class ProfilePart(Part):
     about: str
     left_out: list[str]
+    crafted_in: str = Field(default="float32", description="what attacks computed in; every image is scored in float32")
 
 
 class Timings(Part):

@@ -92,7 +92,9 @@ def summarize(run: AuditRun, checks: Sequence[Mapping[str, Any]], seconds: float
         "version": VERSION,
         **verdict(rows, partial=bool(run.audit.attacks)),
         "audit": audit_part(run),
-        "profile": ProfilePart(about=PROFILES[run.audit.profile].about, left_out=skipped_attacks(run.steps)),
+        "profile": ProfilePart(
+            about=PROFILES[run.audit.profile].about, left_out=skipped_attacks(run.steps), crafted_in=run.crafted_in
+        ),
         "threat_model": {**threat_model(run.audit), **(BLACK_BOX if run.endpoint else {})},
         "not_covered": list(NOT_COVERED),
         "library": library_part(run),
@@ -320,15 +322,15 @@ def comparisons(run: AuditRun) -> list[Comparison]:
     }
     robust = {name: paired_difference(own, theirs) for name, (theirs, _) in pairs.items()}
     if (reading := read_secrecy(run)) is not None:
-        clean_known = torch.stack([run.clean(theta).right for theta in run.known]).mean(dim=0)
+        clean_known = torch.stack([run.clean(theta).right for theta in run.known]).mean(dim=0)[: len(reading.secret)]
         pairs[FIXED_DRAW] = (reading.known.mean(dim=0).numpy(), clean_known.numpy())
         robust[FIXED_DRAW] = reading.difference
-    corrected = holm([sign_flip_p(own, theirs) for theirs, _ in pairs.values()])
+    corrected = holm([sign_flip_p(own[: len(theirs)], theirs) for theirs, _ in pairs.values()])
     return [
         Comparison(
             against=name,
             robust=interval(robust[name]),
-            clean=interval(paired_difference(own_clean, clean)),
+            clean=interval(paired_difference(own_clean[: len(clean)], clean)),
             words=words(robust[name], p, randomness=name in RANDOMNESS),
             p=round(p, DIGITS),
         )

@@ -14,7 +14,7 @@ import torch
 from model_store.library import Library
 from model_store.policy import Policy
 from model_store.processor import has_bfloat16
-from service.audit import plan
+from service.audit import attack_runner, plan
 from service.audit.attack_runner import AuditRun, Json, RunOptions
 from service.audit.checks import attacks, model, report
 from service.audit.checks.base import CheckContext, evaluate_check
@@ -59,6 +59,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, profile in PROFILES.items():
         monkeypatch.setitem(PROFILES, name, shorten_profile(profile))
     monkeypatch.setattr(plan, "REACH", shorten(REACH))
+    monkeypatch.setattr(attack_runner, "has_bfloat16", lambda: False)  # which CUDA is compared with
     for module in (model, attacks, report):
         monkeypatch.setattr(module, "PROBE", shorten(model.PROBE))
 

@@ -14,8 +14,9 @@ from scipy.stats import binomtest
 from torch import nn
 
 from model_store.policy import Policy, inclusion_probabilities, size_probabilities, states
+from service.audit.evaluation import members
 from service.audit.evaluation.draws import DrawSet, draws_of, enumerate_states, scoring_draws
-from service.audit.evaluation.members import GRAPH_BYTES, PASS_IMAGES, AttackTarget, Member
+from service.audit.evaluation.members import GRAPH_IMAGES, AttackTarget, Member
 from service.audit.evaluation.pixel_grid import distance, quantize_to_uint8
 from service.audit.evaluation.scoring import Scores, failure, pointwise_worst, riskiest, score_exactly, scores
 from service.audit.evaluation.threads import WorkerThreads
@@ -189,16 +190,16 @@ def test_members_side_by_side_give_what_one_after_another_gives() -> None:
     assert torch.allclose(gradients[0], expected, atol=1e-6)
 
 
-def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory() -> None:
+def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held: the convolution's input and the rectifier's output, of one image, in float32."""
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten()).requires_grad_(requires_grad=False)
     member = Member("network", network, 2.0)
     image = torch.zeros(1, 3, 32, 32)
     assert member.graph_bytes(image) == 4 * 32 * 32 * (3 + 8)
     draws = DrawSet(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), exhaustive=True)
-    assert AttackTarget((member,), draws).batch(image) == PASS_IMAGES
-    assert AttackTarget((member,) * 400, draws).batch(image) == int(GRAPH_BYTES / 400 / member.graph_bytes(image))
-    assert AttackTarget((member,) * 10_000, draws).batch(image) == 4
+    for free, held in ((1e15, GRAPH_IMAGES), (4 * 100 * member.graph_bytes(image), 64), (0.0, 4)):
+        monkeypatch.setattr(members, "free_memory_bytes", lambda free=free: free)
+        assert AttackTarget((member,), draws).batch(image) == held
 
 
 def test_a_tie_never_goes_to_the_clean_image() -> None:

@@ -18,7 +18,7 @@ from service.audit.evaluation.members import CandidateSet, Member
 from service.audit.profiles import PROFILES, SHARED
 from service.audit.report.formats import figures_by_name, to_markdown
 from service.audit.report.markdown_report import document_section
-from service.audit.report.summary import secrecy_part, summarize
+from service.audit.report.summary import FIXED_DRAW, comparisons, secrecy_part, summarize
 from service.audit.report.verdicts import has_figures
 from service.audit.secrecy import SecrecyReading, read_secrecy
 from service.audit.stats import crossed_difference, paired_difference
@@ -74,11 +74,27 @@ def test_known_and_secret_theta_face_the_same_attacks(tmp_path: Path) -> None:
 
     def faced(system: str) -> set[Any]:
         steps = [step for step in headline if step.system == system and step.stage <= SHARED]
-        return {(step.name, step.settings, step.images, step.stage, step.warm) for step in steps}
+        return {(step.name, step.settings, step.stage, step.warm) for step in steps}
 
     assert len(run.known) >= 16
     assert all(faced(theta.name) == faced("tombola") for theta in run.known)
     assert {len(theta.used) for theta in run.known} >= {1, 2}
+    thetas = {theta.name for theta in run.known}
+    assert {step.images for step in headline if step.system in thetas} == {PROFILES["standard"].theta_images}
+
+
+def test_both_sides_of_the_reading_are_on_the_images_where_thetas_were_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROFILES, "smoke", replace(PROFILES["smoke"], theta_images=4))
+    run = matching_pennies(tmp_path)
+    run.attack()
+    reading = read_secrecy(run)
+    assert reading is not None
+    assert (reading.secret.shape, reading.known.shape) == ((4,), (PROFILES["smoke"].thetas, 4))
+    assert reading.difference.value == 0.5
+    fixed = next(row for row in comparisons(run) if row.against == FIXED_DRAW)
+    assert fixed.robust.value == 0.5
 
 
 def test_a_secret_that_leaves_less_than_a_known_theta_fails_the_check(
