@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_store import labelled_images as reader
+from model_store.data_layout import PartName
 from model_store.errors import DataRejected
 from model_store.input_spec import InputSpec
+
+PREFERRED: Final[tuple[PartName, ...]] = ("test", "val", "all")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def read_sample(
         part, held_out = part_to_sample(data)
         labels = reader.class_indices(data.where, part, classes)
         order = round_robin(labels)
+        remarks = absent_classes(labels, classes)
         pixels = np.empty((min(images, len(order)), *spec.shape), np.uint8)
         index: list[int] = []
         while len(index) < len(pixels) and len(order):  # more than once only where damaged ones are passed over
@@ -68,14 +73,24 @@ def read_sample(
         torch.from_numpy(labels[index]),
         tuple(part.ids[place] for place in index),
         held_out,
-        tuple(data.notes.lines(spec)),
+        (*data.notes.lines(spec), *remarks),
     )
+
+
+def absent_classes(labels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
+    """What to say of classes without a picture: accuracy is over the others alone."""
+    absent = sorted(set(range(len(classes))) - set(labels.tolist()))
+    if not absent:
+        return []
+    names = ", ".join(classes[label][:40] for label in absent[:5])
+    return [f"no pictures of {len(absent)} of the library's {len(classes)} classes, such as {names}: not measured"]
 
 
 def part_to_sample(data: reader.DataSet) -> tuple[reader.Part, bool]:
     """The test images, or else validation images, or all where there are no parts; and whether no search saw them."""
-    for name in ("test", "val", "all"):
+    for name in PREFERRED:
         if part := data.parts.get(name):
+            data.notes.leave_out({other: data.parts[other] for other in data.parts if other != "train"}, (name,))
             return part, name != "all"
     raise DataRejected(f"{data.where}: images under train/ and none under test/; a search may have seen them")
 

@@ -73,6 +73,7 @@ Pixels = NDArray[np.uint8]
 
 # Process-wide and once: warnings.catch_warnings is not safe in threads. Beyond Pillow's own limit, not ours.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # a lenient decoder's remarks, with its paths
 
 
 @dataclass(frozen=True)

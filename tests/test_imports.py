@@ -42,6 +42,8 @@ LADDER: Final = (
     "quiet_imports",
     "arithmetic",
     "processor",
+    "data_layout",
+    "data_files",
     "labelled_images",
     "image_sample",
     "structures",

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
+from model_store.data_files import unzip, what_raised
+from model_store.data_layout import SYSTEM_FILES, SYSTEM_FOLDERS
 from model_store.errors import DataRejected, TombolaError, os_error_text
-from model_store.labelled_images import SYSTEM_FILES, SYSTEM_FOLDERS, UNREADABLE, unzip
 
 SUFFIXES: Final = frozenset((".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"))
 MAX_BYTES: Final = 256 << 20  # of one file; a larger one is an error of its own
@@ -95,9 +96,10 @@ def list_zip(path: str) -> Iterator[Source]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [item.filename for item in archive.infolist() if not item.is_dir() and is_picture(item.filename)]
-    except UNREADABLE as error:
-        text = os_error_text(error) if isinstance(error, OSError) else f"{path}: not a readable zip ({error!s:.100})"
-        raise SourceRejected(text) from None
+    except OSError as error:
+        raise SourceRejected(os_error_text(error)) from None
+    except Exception as error:  # noqa: BLE001 -- hostile bytes make a reader raise anything
+        raise SourceRejected(f"{path}: not a readable zip ({what_raised(error)})") from None
     if not members:
         raise SourceRejected(f"{path}: no pictures in it; expected files such as .png, .jpg and .webp")
     for member in members:

@@ -24,12 +24,14 @@ from pydantic import TypeAdapter
 from rich.progress import track
 from torch import Tensor
 
+from model_store.data_files import LOCAL, fingerprint
+from model_store.data_layout import LAYOUTS, PartName, ordered
 from model_store.errors import DataRejected as ReadRejected
 from model_store.errors import DataUnlabelled
 from model_store.files import replacing
 from model_store.images import Pixels
 from model_store.input_spec import CIFAR10_INPUT, InputSpec, Three
-from model_store.labelled_images import LAYOUTS, LOCAL, DataSet, Part, decode_part, open_data, ordered
+from model_store.labelled_images import DataSet, Part, decode_part, open_data
 from training.errors import DataRejected
 from training.files import write_text
 
@@ -37,7 +39,7 @@ SELECTION_PER_CLASS: Final = 100
 SELECTION_SHARE: Final = 5  # one training image of so many is for selection, where a class has fewer than 500
 CACHE: Final = ".images"  # in a --state folder: decoded arrays
 HELD_OUT_SHARE: Final = 10  # one image of so many is a test image, where the data set has no part for it
-KEY_VERSION: Final = 3  # of the cache: another decoder or another layout
+KEY_VERSION: Final = 4  # of the cache: another decoder or another layout
 UNBALANCED: Final = 5  # times as many images in one class as in another, from which a person is warned
 LONGEST_CLASS: Final = 200  # characters of a class's name, as a library's manifest holds it
 COPIED: Final = 256  # images in memory while arrays are copied
@@ -158,7 +160,7 @@ def read_split(
     if not path.exists():
         raise DataRejected(f"{path}: no such file or folder; {LAYOUTS}")
     key = hashlib.sha256(repr((KEY_VERSION, spec.shape, spec.resize, spec.interpolation, skip_damaged)).encode())
-    key.update(path.read_bytes() if path.is_file() else folder_key(path).encode())
+    key.update(fingerprint(path).encode())
     folder = os.environ.get("TOMBOLA_CACHE") or cache
     stored = Path(folder) / key.hexdigest() if folder else None
     if stored and (stored / INDEX).exists():
@@ -248,8 +250,9 @@ class ListedParts:
 
 def list_parts(path: Path, data: DataSet) -> ListedParts:
     """Raises DataRejected for parts that nothing can be searched on."""
-    train = data.parts.get("train") or data.parts.get("all")
-    test = data.parts.get("test") or data.parts.get("val")
+    learnt, held_out = (first_of(data, names) for names in (("train", "all"), ("test", "val")))
+    train, test = (data.parts[name] if name else None for name in (learnt, held_out))
+    data.notes.leave_out(data.parts, [name for name in (learnt, held_out) if name])
     classes = classes_of(data, train)
     if train is None or len(classes) < 2:
         names = ", ".join(sorted(data.parts))
@@ -262,6 +265,10 @@ def list_parts(path: Path, data: DataSet) -> ListedParts:
             f"{path}: test/{strange[0]} has no counterpart under train/; expected the same classes in both"
         )
     return ListedParts(classes, train, test)
+
+
+def first_of(data: DataSet, names: Sequence[PartName]) -> PartName | None:
+    return next((name for name in names if name in data.parts), None)
 
 
 def decode_parts(path: Path, data: DataSet, spec: InputSpec, allocate: Allocate | None, skip_damaged: bool) -> Decoded:
@@ -338,16 +345,6 @@ def held_out_places(labels: Tensor, names: Sequence[str]) -> tuple[Tensor, Tenso
     apart = {place for places in members.values() for place in places[-max(1, len(places) // HELD_OUT_SHARE) :]}
     rest = [place for place in range(len(names)) if place not in apart]
     return torch.tensor(rest, dtype=torch.int64), torch.tensor(sorted(apart))
-
-
-def folder_key(root: Path) -> str:
-    """Changes when a file is added, removed, resized or rewritten."""
-    state = hashlib.sha256(str(root.resolve()).encode())
-    for file in sorted(root.rglob("*")):
-        if file.is_file():
-            about = file.stat()
-            state.update(f"{file.relative_to(root)}\n{about.st_size}\n{about.st_mtime_ns}\n".encode())
-    return state.hexdigest()
 
 
 PARTS: Final = ("search", "selection", "test")

@@ -11,9 +11,10 @@ from typing import Final
 import numpy as np
 import torch
 
+from model_store.data_files import LOCAL
 from model_store.errors import DataRejected as ReadRejected
 from model_store.input_spec import InputSpec
-from model_store.labelled_images import LOCAL, DataSet, open_data
+from model_store.labelled_images import DataSet, open_data
 from model_store.structures import Structure
 from model_store.ticket import kept_count, layers
 from training.data import Images, ListedParts, Split, decode_images, list_parts, measured_input

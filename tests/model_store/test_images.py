@@ -3,6 +3,8 @@
 import ast
 import io
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -199,6 +201,25 @@ def test_a_pixel_limit_that_pillow_would_not_honour_is_refused_when_it_is_set() 
     assert Settings(max_pixels=MAX_PIXELS).max_pixels == MAX_PIXELS
     with pytest.raises(ValueError, match="max_pixels"):
         Settings(max_pixels=MAX_PIXELS + 1)
+
+
+def test_nothing_but_the_refusal_is_said_of_a_damaged_file(tmp_path: Path) -> None:
+    """Pillow warns of some, with the paths of its own files. A sound one of which it warns is read."""
+    file = tmp_path / "cut.tif"
+    file.write_bytes(encoded(photo(), "TIFF")[:100])
+    script = """
+import sys
+from model_store.images import DATA_FORMATS, ImageRejected, decode
+from model_store.input_spec import CIFAR10_INPUT
+try:
+    decode(open(sys.argv[1], "rb").read(), CIFAR10_INPUT, formats=DATA_FORMATS)
+except ImageRejected as error:
+    print(error)
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", script, str(file)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert (shown.stdout, shown.stderr) == ("begins as TIFF and is none\n", "")
 
 
 # Resizing

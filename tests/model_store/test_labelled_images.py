@@ -2,9 +2,11 @@
 
 import io
 import os
+import re
 import tarfile
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,21 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model_store.data_files import LOCAL, UNTRUSTED, Limits
+from model_store.data_layout import ordered
 from model_store.errors import DataRejected
 from model_store.images import DATA_FORMATS
 from model_store.input_spec import CIFAR10_INPUT
 from model_store.labelled_images import (
-    LOCAL,
-    UNTRUSTED,
     DataSet,
-    Limits,
     Part,
     class_indices,
     decode_part,
     open_data,
-    ordered,
 )
 from model_store.quiet_imports import import_dataset
+from tools.wild.data_sets import WildSet, wild_sets
 from tools.wild.pictures import encoded, photo
 
 PNG: Final = encoded(photo().resize((32, 32)), "PNG")
@@ -67,6 +68,38 @@ def listing(path: Path, limits: Limits = LOCAL) -> dict[str, list[str]]:
 def decode_all(data: DataSet, part: Part, *, skip_damaged: bool = False) -> list[int]:
     out = np.empty((len(part), *CIFAR10_INPUT.shape), np.uint8)
     return decode_part(data, part, range(len(part)), CIFAR10_INPUT, out, skip_damaged=skip_damaged)
+
+
+# As people send them
+
+
+@pytest.mark.parametrize("example", wild_sets(), ids=lambda example: example.name)
+def test_a_data_set_as_people_send_it_is_read_or_refused_in_one_line_that_names_it(
+    example: WildSet, tmp_path: Path
+) -> None:
+    path = example.write(tmp_path)
+    if example.read is None:
+        with pytest.raises(DataRejected, match=example.said) as refused:
+            listing(path)
+        assert str(refused.value).startswith(f"{path.name}: ")
+        assert "\n" not in str(refused.value)
+        return
+    with open_data(path, LOCAL) as data:
+        for part in data.parts.values():
+            assert decode_all(data, part) == list(range(len(part)))
+            assert len(set(part.ids)) == len(part)
+        found = {name: Counter(part.labels) for name, part in data.parts.items()}
+        assert found == example.read
+        if data.classes is not None:
+            expected = [kind for kinds in example.read.values() for kind in kinds]
+            assert list(data.classes) == list(dict.fromkeys(expected))
+        lines = data.notes.lines(CIFAR10_INPUT)
+    assert any(re.search(example.said, line) for line in lines) == bool(example.said), lines
+
+
+def test_data_sets_have_names_of_their_own() -> None:
+    names = [example.name for example in wild_sets()]
+    assert len(set(names)) == len(names) > 90
 
 
 FILES: Final = {"train/cat/1.png": PNG, "train/dog/2.png": PNG, "test/cat/3.png": PNG}

@@ -71,6 +71,34 @@ def test_a_folder_and_a_zip_of_it_are_the_same_data(folder: Path, archive: Path,
     assert [len(part) for part in (from_zip.search, from_zip.selection, from_zip.test)] == [168, 40, 6]
 
 
+def test_pictures_that_a_search_does_not_read_are_counted_and_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A validation part beside a test part, and a class beside the parts."""
+    for name in ("val/cat/1.png", "val/dog/1.png", "dog/2.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(next(iter(files().values())))
+    read_split(folder, cache=tmp_path / "cache")
+    lines = capsys.readouterr().err
+    assert "2 files passed over: pictures of val/, since test/ and train/ is read, such as val" in lines
+    assert "1 files passed over: pictures beside the parts, since test/ and train/ is read" in lines
+
+
+def test_the_cache_sees_what_changes_behind_a_link(folder: Path, tmp_path: Path) -> None:
+    kind = next(path for path in sorted((folder / "train").iterdir()) if path.is_dir())
+    kind.rename(tmp_path / "elsewhere")
+    kind.symlink_to(tmp_path / "elsewhere")
+
+    def training_images() -> int:
+        split = read_split(folder, cache=tmp_path / "cache")
+        return len(split.search) + len(split.selection)
+
+    before = training_images()
+    picture = next(iter((tmp_path / "elsewhere").iterdir()))
+    (tmp_path / "elsewhere" / "zz-new.png").write_bytes(picture.read_bytes())
+    assert training_images() == before + 1
+
+
 def test_the_cache_gives_back_the_same_data(archive: Path, tmp_path: Path) -> None:
     first = read_split(archive, cache=tmp_path / "cache")
     again = read_split(archive, cache=tmp_path / "cache")

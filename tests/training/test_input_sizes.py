@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from model_store.data_files import LOCAL
 from model_store.input_spec import CIFAR10_INPUT
-from model_store.labelled_images import LOCAL, open_data
+from model_store.labelled_images import open_data
 from model_store.library import EMBEDDED, open_library
 from model_store.structures import STRUCTURES
 from tests.support.searches import CPU

@@ -59,6 +59,16 @@ def test_a_zip_is_dealt_class_by_class_and_only_its_test_images_are_read(tmp_pat
     assert read_data(path, CLASSES, 100).first(4).digest == data.digest
 
 
+def test_what_an_audit_does_not_measure_is_said(tmp_path: Path) -> None:
+    """A class without a picture, and pictures that lie beside the part that is read."""
+    files = {"test/cat/1.png": png(1), "val/cat/1.png": png(2), "val/dog/1.png": png(3), "train/dog/1.png": png(4)}
+    notes = read_data(zipped(tmp_path / "set.zip", files), CLASSES, 4).notes
+    assert notes == (
+        "2 files passed over: pictures of val/, since test/ is read, such as val",
+        "no pictures of 2 of the library's 3 classes, such as dog, ship: not measured",
+    )
+
+
 def test_a_folder_reads_as_a_zip_of_it_does(tmp_path: Path) -> None:
     path = zipped(tmp_path / "set.zip", tree())
     with zipfile.ZipFile(path) as archive:

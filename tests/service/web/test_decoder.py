@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from model_store.data_files import LOCAL
 from model_store.images import Pixels, orientation
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
-from model_store.labelled_images import LOCAL, open_data
+from model_store.labelled_images import open_data
 from service.errors import BadRequest, ContentTooLarge, ErrorMessage, ServiceError, UnsupportedMediaType
 from service.observability.metrics import Metrics
 from service.settings import Settings
