@@ -226,8 +226,10 @@ def check_end(archive: tarfile.TarFile, stream: IO[bytes], limits: Limits) -> No
     stream.seek(archive.offset)
     block = stream.read(BLOCK)
     if block.count(0) != BLOCK:
-        found = "no header" if block else "nothing"
-        raise DataRejected(f"cut short or damaged: {found} at byte {archive.offset}; expected a file or the tar's end")
+        content = "no header" if block else "nothing"
+        raise DataRejected(
+            f"cut short or damaged: {content} at byte {archive.offset}; expected a file or the tar's end"
+        )
     read = 0
     while part := stream.read(COPIED):
         read += len(part)

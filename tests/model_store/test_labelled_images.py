@@ -79,7 +79,7 @@ def test_a_data_set_as_people_send_it_is_read_or_refused_in_one_line_that_names_
 ) -> None:
     path = example.write(tmp_path)
     if example.read is None:
-        with pytest.raises(DataRejected, match=example.said) as refused:
+        with pytest.raises(DataRejected, match=example.message) as refused:
             listing(path)
         assert str(refused.value).startswith(f"{path.name}: ")
         assert "\n" not in str(refused.value)
@@ -88,13 +88,13 @@ def test_a_data_set_as_people_send_it_is_read_or_refused_in_one_line_that_names_
         for part in data.parts.values():
             assert decode_all(data, part) == list(range(len(part)))
             assert len(set(part.ids)) == len(part)
-        found = {name: Counter(part.labels) for name, part in data.parts.items()}
-        assert found == example.read
+        counts = {name: Counter(part.labels) for name, part in data.parts.items()}
+        assert counts == example.read
         if data.classes is not None:
             expected = [kind for kinds in example.read.values() for kind in kinds]
             assert list(data.classes) == list(dict.fromkeys(expected))
         lines = data.notes.lines(CIFAR10_INPUT)
-    assert any(re.search(example.said, line) for line in lines) == bool(example.said), lines
+    assert any(re.search(example.message, line) for line in lines) == bool(example.message), lines
 
 
 def test_data_sets_have_names_of_their_own() -> None:

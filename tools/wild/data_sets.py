@@ -46,13 +46,13 @@ class WildSet:
       name: unique.
       write: puts it into an empty folder and says where it is.
       read: what is read of it; None where it is refused.
-      said: a regular expression: of the refusal, or of one of the lines that tell what was passed over.
+      message: a regular expression: of the refusal, or of one of the lines that tell what was passed over.
     """
 
     name: str
     write: Callable[[Path], Path]
     read: Read | None
-    said: str = ""
+    message: str = ""
 
 
 def wild_sets() -> list[WildSet]:
@@ -158,14 +158,14 @@ def others_files() -> Iterator[WildSet]:
         "dog/Thumbs.db": b"x",
         ".DS_Store": b"x",
     }
-    said = r"6 files passed over: files of an operating system or a notebook"
-    yield WildSet("files of operating systems", file_of(zipped(TWO | system), "set.zip"), {"all": BOTH}, said)
+    message = r"6 files passed over: files of an operating system or a notebook"
+    yield WildSet("files of operating systems", file_of(zipped(TWO | system), "set.zip"), {"all": BOTH}, message)
     kinds = {f"cat/1.{suffix}": b"x" for suffix in ("heic", "svg", "ppm", "jp2", "jxl", "txt")}
     yield WildSet("files of other kinds", folder(TWO | kinds), {"all": BOTH}, r"6 files passed over: .* kind not read")
     several = {f"cat/{kind}.{kind}": drawn(3, kind) for kind in ("gif", "bmp", "tiff", "avif", "webp")}
     several["cat/a.jfif"] = JPEG
-    said = r"converted to RGB: 1 of mode P"
-    yield WildSet("every kind that is read", folder(TWO | several), {"all": {"cat": 7, "dog": 1}}, said)
+    message = r"converted to RGB: 1 of mode P"
+    yield WildSet("every kind that is read", folder(TWO | several), {"all": {"cat": 7, "dog": 1}}, message)
     wrong = {"cat/1.png": JPEG, "dog/1.jpg": drawn(3, "WEBP")}
     yield WildSet("suffixes of other formats", folder(wrong), {"all": BOTH})
     yield WildSet("hidden folders", folder(TWO | {".git/objects/1.png": PNG}), {"all": BOTH}, r"1 files .* hidden")
@@ -235,8 +235,8 @@ def containers() -> Iterator[WildSet]:
         names = TWO | {"../../ship/1.png": PNG}
         yield WildSet(f"{name} that leads out of its folder", file_of(archive(names), f"set.{name}"), read, outwards)
         names = under("../", TWO)
-        said = r"2 names that lead out of their folder"
-        yield WildSet(f"{name} of nothing else", file_of(archive(names), f"set.{name}"), None, said)
+        message = r"2 names that lead out of their folder"
+        yield WildSet(f"{name} of nothing else", file_of(archive(names), f"set.{name}"), None, message)
     again = zipped(TWO, zipfile.ZIP_STORED, ("cat/1.png", JPEG))
     yield WildSet("a zip with a name twice", file_of(again, "set.zip"), read)
     others = []
@@ -250,8 +250,8 @@ def containers() -> Iterator[WildSet]:
 def damaged() -> Iterator[WildSet]:
     for name, method in (("bzip2", zipfile.ZIP_BZIP2), ("lzma", zipfile.ZIP_LZMA), ("deflate", zipfile.ZIP_DEFLATED)):
         data = zipped(TWO, method)
-        said = r"cat/1\.png: cannot be unpacked \("
-        yield WildSet(f"damaged zip of {name}", file_of(changed(data, 64), "set.zip"), None, said)
+        message = r"cat/1\.png: cannot be unpacked \("
+        yield WildSet(f"damaged zip of {name}", file_of(changed(data, 64), "set.zip"), None, message)
     yield WildSet("a zip cut short", file_of(zipped(TWO)[:-30], "set.zip"), None, r"not a readable zip")
     encrypted = bytearray(zipped(TWO))
     for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
@@ -285,8 +285,8 @@ def damaged() -> Iterator[WildSet]:
         "no bytes": b"",
     }
     for name, data in pictures.items():
-        said = r"dog/2\.jpg: not a readable image"
-        yield WildSet(name, file_of(zipped(TWO | {"dog/2.jpg": data}), "set.zip"), None, said)
+        message = r"dog/2\.jpg: not a readable image"
+        yield WildSet(name, file_of(zipped(TWO | {"dog/2.jpg": data}), "set.zip"), None, message)
 
 
 # Arrays and CIFAR
@@ -296,8 +296,8 @@ def arrays() -> Iterator[WildSet]:
     pixels = np.random.default_rng(5).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
     labels, each = np.arange(3), {"0": 1, "1": 1, "2": 1}
 
-    def npz(name: str, read: Read | None, said: str = "", **named: Any) -> WildSet:
-        return WildSet(f"npz, {name}", file_of(saved(**named), "set.npz"), read, said)
+    def npz(name: str, read: Read | None, message: str = "", **named: Any) -> WildSet:
+        return WildSet(f"npz, {name}", file_of(saved(**named), "set.npz"), read, message)
 
     yield npz("images and labels", {"all": each}, images=pixels, labels=labels)
     yield npz("X and y", {"all": each}, X=pixels, y=labels)
@@ -313,11 +313,11 @@ def arrays() -> Iterator[WildSet]:
     yield npz("yes and no", {"all": {"0": 2, "1": 1}}, images=pixels, labels=labels == 1)
     yield npz("other byte order", {"all": each}, images=pixels, labels=labels.astype(">i8"))
     yield npz("Fortran's order", {"all": each}, images=np.asfortranarray(pixels), labels=labels)
-    said = r"1 files passed over: arrays of other names, such as ids"
-    yield npz("an array more", {"all": each}, said, images=pixels, labels=labels, ids=labels)
+    message = r"1 files passed over: arrays of other names, such as ids"
+    yield npz("an array more", {"all": each}, message, images=pixels, labels=labels, ids=labels)
     small = pixels[:, :28, :28, :1]
-    said = r"images are uint8 \[3, 28, 28, 1\]; expected .* search and audit at 28x28"
-    yield npz("28x28x1", None, said, images=small, labels=labels)
+    message = r"images are uint8 \[3, 28, 28, 1\]; expected .* search and audit at 28x28"
+    yield npz("28x28x1", None, message, images=small, labels=labels)
     yield npz("fractions", None, r"labels of float64 with fractions", images=pixels, labels=np.array([0.5, 1, 2]))
     yield npz("no number", None, r"with fractions", images=pixels, labels=np.array([np.nan, 1, 2]))
     yield npz("labels below zero", None, r"labels from -1 to 2", images=pixels, labels=np.array([-1, 1, 2]))
@@ -342,12 +342,12 @@ def cifars() -> Iterator[WildSet]:
     """Not the published files, which are 170 MB: others are refused, wherever they lie and whatever they are called."""
     ten, hundred = {"data_batch_1": b"x", "batches.meta": b"x"}, {"train": b"x", "test": b"x", "meta": b"x"}
     for name, contents in (("cifar-10-batches-py", ten), ("cifar-100-python", hundred)):
-        said = r"a file of CIFAR100? is missing, or its MD5 is not that of the published one"
+        message = r"a file of CIFAR100? is missing, or its MD5 is not that of the published one"
         packed = under(f"{name}/", contents)
-        yield WildSet(f"{name} itself", folder(contents, name), None, said)
-        yield WildSet(f"{name} in a folder", folder(packed), None, said)
-        yield WildSet(f"{name} renamed", folder(contents, "mine"), None, said)
-        yield WildSet(f"{name} in a tar", file_of(gzip.compress(tarred(packed)), f"{name}.tar.gz"), None, said)
-        yield WildSet(f"{name} in a zip", file_of(zipped(packed), f"{name}.zip"), None, said)
+        yield WildSet(f"{name} itself", folder(contents, name), None, message)
+        yield WildSet(f"{name} in a folder", folder(packed), None, message)
+        yield WildSet(f"{name} renamed", folder(contents, "mine"), None, message)
+        yield WildSet(f"{name} in a tar", file_of(gzip.compress(tarred(packed)), f"{name}.tar.gz"), None, message)
+        yield WildSet(f"{name} in a zip", file_of(zipped(packed), f"{name}.zip"), None, message)
     binary = gzip.compress(tarred({"cifar-10-batches-bin/data_batch_1.bin": b"x"}))
     yield WildSet("CIFAR's binary version", file_of(binary, "cifar-10-binary.tar.gz"), None, r"binary version")
