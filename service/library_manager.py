@@ -25,7 +25,7 @@ from service.engine.factory import open_for_serving, start_ahead
 from service.engine.gpu import gpu_usage
 from service.engine.launcher import ForkServer
 from service.errors import NotReady
-from service.library_source import local_library
+from service.library_source import local_library, remove_unused
 from service.observability.metrics import Metrics
 from service.scheduling.scheduler import AdmissionController, Scheduler
 from service.scheduling.worker_pool import WorkerPool
@@ -65,6 +65,7 @@ class LibraryManager:
         self.workers = WorkerPool(settings, metrics, on_broken)
         self.workers.on_heartbeat = self.on_heartbeat
         self.first_fork_server: ForkServer | None = None  # one that was started for the first library before
+        self.libraries_in_use: Callable[[], set[Path]] = set  # of others than requests: audits that are not over
         self.on_step: Callable[[str], None] = lambda step: log.info("start: %s", step)
         self.opening = asyncio.Lock()
         self.retired_engines: list[weakref.ref[Engine]] = []  # of libraries that were replaced
@@ -101,8 +102,13 @@ class LibraryManager:
             self.current = LoadedLibrary(library, engine, scheduler)
             self.workers.probe = lambda: engine.forward(0, np.zeros((1, *engine.input_shape), np.uint8))
             self.describe(library)
+            await asyncio.to_thread(self.remove_unused_libraries, library.path)
             log.info("library %s is being served by %s (%s)", library.digest, engine.name, engine.note)
             return self.current
+
+    def remove_unused_libraries(self, serving: Path) -> None:
+        for old in remove_unused(self.settings, {serving, *self.libraries_in_use()}):
+            log.info("library %s is no longer used and was removed from %s", old.name, old.parent)
 
     async def open_configured_library(self) -> Library:
         """The library that `reload` would serve now, verified whole; nothing is served. Raises StoreError."""

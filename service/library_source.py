@@ -1,16 +1,19 @@
 """Libraries from elsewhere: fetched into STATE_DIR, pinned by digest, verified whole before they are opened.
 
-A location is `https://HOST/PATH#sha256=DIGEST`, or `s3://` and `hf://` by fsspec. What lies there is a library's folder
-as it is: manifest.json and the tickets that it names. DIGEST is the library's, as `tombola check` prints it.
+A location is `https://HOST/PATH#sha256=DIGEST`, `s3://` and `hf://` by fsspec, or `oci://` for a registry. What lies
+there is a library's folder as it is: manifest.json and the tickets that it names. DIGEST is the library's, as
+`tombola check` prints it.
 """
 
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,16 +24,22 @@ from model_store.errors import LibraryRejected
 from model_store.files import sync_folder
 from model_store.library import MANIFEST, Library, open_library
 from model_store.ticket import MAX_FILE_BYTES
+from service.oci_registry import Artifact, parse_reference
 from service.outbound import http_client
 from service.settings import Settings, ensure_state_dir
 
+log = logging.getLogger(__name__)
+
 WEB: Final = ("http", "https")
+REGISTRY: Final = "oci"
 STORES: Final = {"s3": "s3fs", "hf": "huggingface_hub"}
 """Schemes of fsspec and the package that each needs."""
 PIN: Final = re.compile(r"sha256=([0-9a-f]{64})")
 TIMEOUT_S: Final = 60.0  # of each wait for bytes
 CHUNK: Final = 1 << 20
 FOLDER: Final = "libraries"
+KEPT: Final = 2  # fetched libraries that stay beside those in use: the way back from a bad one needs no network
+ABANDONED_S: Final = 86_400.0  # age from which a half-fetched library belongs to no process
 Step = Callable[[str], None]
 
 
@@ -50,13 +59,15 @@ def parse_location(text: str, *, pinned: bool = True) -> Location:
     """Raises LibraryRejected: an unknown scheme, a secret in it, or no digest where one is needed."""
     url, _, fragment = text.partition("#")
     parts = urlsplit(url)
-    if parts.scheme not in (*WEB, *STORES):
-        raise LibraryRejected(f"{parts.scheme}://: expected a folder, or {', '.join((*WEB, *STORES))}")
+    if parts.scheme not in (*WEB, *STORES, REGISTRY):
+        raise LibraryRejected(f"{parts.scheme}://: expected a folder, or {', '.join((*WEB, *STORES, REGISTRY))}")
     if parts.username or parts.password or parts.query:
         raise LibraryRejected(f"{parts.scheme}://{parts.hostname}: no credentials and no query in a library's location")
     pin = PIN.fullmatch(fragment)
     if pin is None and (pinned or fragment):
         raise LibraryRejected(f"{url}: expected #sha256= and the library's digest after it, 64 hex digits")
+    if parts.scheme == REGISTRY:
+        parse_reference(url)
     return Location(url.rstrip("/"), pin[1] if pin else None)
 
 
@@ -72,7 +83,36 @@ def local_library(settings: Settings, on_step: Step = lambda _: None) -> Path | 
     if not folder.is_dir():
         on_step(f"fetching the library from {location.url}")
         fetch(location, folder)
+    with suppress(OSError):
+        os.utime(folder)  # its last use, for remove_unused
     return folder
+
+
+def remove_unused(settings: Settings, in_use: Collection[Path]) -> list[Path]:
+    """Removes fetched libraries but those in use and the KEPT that were used last, and halves that were left behind.
+
+    Each is renamed first: whoever opens it meanwhile finds the whole library or none.
+    """
+    root = settings.state_dir / FOLDER
+    kept = {path.absolute() for path in in_use}
+    removed = []
+    try:
+        ages = {path: path.stat().st_mtime for path in root.iterdir() if path.is_dir() and not path.is_symlink()}
+        whole = [path for path in ages if re.fullmatch("[0-9a-f]{64}", path.name) and path.absolute() not in kept]
+        old = sorted(whole, key=lambda path: ages[path])[: max(0, len(whole) - KEPT)]
+        for path in old:
+            part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+            path.rename(part)
+            shutil.rmtree(part, ignore_errors=True)
+            removed.append(path)
+        for path, changed in ages.items():
+            if path.name.startswith(".") and path.suffix == ".part" and time.time() - changed > ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
+    except FileNotFoundError:  # nothing was ever fetched, or another process removes the same
+        return removed
+    except OSError as error:
+        log.warning("%s: old libraries stay: %s", root, error)
+    return removed
 
 
 def fetch(location: Location, folder: Path) -> Library:
@@ -127,6 +167,10 @@ Read = Callable[[str, int], bytes]
 
 @contextmanager
 def reader(location: Location) -> Iterator[Read]:
+    if location.scheme == REGISTRY:
+        with Artifact(location.url) as artifact:
+            yield artifact.read
+        return
     if location.scheme not in WEB:
         store = open_store(location)
         yield lambda name, most: read_store(store, f"{location.url}/{name}", most)
@@ -164,6 +208,11 @@ def open_store(location: Location) -> Any:
         import fsspec
 
         options: dict[str, Any] = {"config_kwargs": {"proxies": {}}} if location.scheme == "s3" else {}
+        if location.scheme == "hf":
+            import huggingface_hub
+
+            # Its own would take a proxy from the environment, and wait for ever. The Hub leads to its stores.
+            huggingface_hub.set_client_factory(lambda: http_client(timeout_s=TIMEOUT_S, follow_redirects=True))
         return fsspec.filesystem(location.scheme, skip_instance_cache=True, **options)
     except ImportError:
         package = STORES[location.scheme]
@@ -175,10 +224,15 @@ def read_store(store: Any, url: str, most: int) -> bytes:
         with store.open(url, "rb") as file:
             data: bytes = file.read(most + 1)
     except Exception as error:  # noqa: BLE001 -- each file system has errors of its own
-        raise LibraryRejected(f"{url}: {type(error).__name__}: {error!s:.200}") from None
+        raise LibraryRejected(f"{url}: {one_line(error)}") from None
     if len(data) > most:
         raise LibraryRejected(f"{url}: more than {most} bytes, which is the limit")
     return data
+
+
+def one_line(error: Exception) -> str:
+    """Its kind and the beginning of its text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def push(library: Library, location: Location) -> str:
@@ -191,12 +245,17 @@ def push(library: Library, location: Location) -> str:
       LibraryRejected: a place that cannot be written to.
     """
     if location.scheme in WEB:
-        raise LibraryRejected(f"{location.url}: only {', '.join(STORES)} can be written to; copy the folder instead")
-    store = open_store(location)
+        writable = ", ".join((*STORES, REGISTRY))
+        raise LibraryRejected(f"{location.url}: only {writable} can be written to; copy the folder instead")
     names = [*(entry.file for entry in library.manifest.entries), MANIFEST]
+    if location.scheme == REGISTRY:
+        with Artifact(location.url) as artifact:
+            artifact.write({name: (library.path / name).read_bytes() for name in names})
+        return f"{location.url}#sha256={library.digest}"
+    store = open_store(location)
     try:
         for name in names:
             store.pipe_file(f"{location.url}/{name}", (library.path / name).read_bytes())
     except Exception as error:  # noqa: BLE001 -- each file system has errors of its own
-        raise LibraryRejected(f"{location.url}: {type(error).__name__}: {error!s:.200}") from None
+        raise LibraryRejected(f"{location.url}: {one_line(error)}") from None
     return f"{location.url}#sha256={library.digest}"

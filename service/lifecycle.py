@@ -103,6 +103,7 @@ def create_service(settings: Settings) -> ServerProcess:
     admin_socket = bind(settings.admin_host, settings.admin_port, "ADMIN_PORT")
     manager = LibraryManager(settings, metrics)
     jobs = AuditQueue(settings, metrics, manager.library, url(public_socket))
+    manager.libraries_in_use = jobs.libraries
     public_app = create_public_app(manager, settings, metrics, keys)
     history = TrafficHistory(metrics)
     admin_app = create_admin_app(manager, settings, metrics, token, jobs, history)

@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     library: Annotated[Path | str | None, BeforeValidator(read_library)] = setting(
         None,
         "path or location",
-        "Folder of the library to serve, or https://, s3:// or hf:// with #sha256= and its digest",
+        "Folder of the library to serve, or https://, s3://, hf:// or oci:// with #sha256= and its digest",
         "Unset: the embedded one. From elsewhere it is fetched into STATE_DIR and verified before it is opened",
     )
     device: str = setting(

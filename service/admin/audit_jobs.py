@@ -14,7 +14,7 @@ from model_store.library import Library
 from service.admin import audit_process
 from service.admin.audit_estimate import CostEstimator
 from service.admin.audit_gauges import AuditGauges
-from service.admin.audit_store import PENDING, REPORT, Cost, Job, JobStore, Result, State
+from service.admin.audit_store import PENDING, REPORT, RESUMABLE, Cost, Job, JobStore, Result, State
 from service.admin.dataset_store import DatasetStore
 from service.audit.config import Audit, read_audit
 from service.audit.errors import AuditConflict, QueueFull
@@ -105,6 +105,11 @@ class AuditQueue:
             device=str(resolve_device(self.settings.device)),
             url=None if self.settings.api_keys_file else self.url,
         )
+
+    def libraries(self) -> set[Path]:
+        """The folders of libraries that audits will still open."""
+        paths = ((job.library, job.outside) for job in self.store.all() if job.state in RESUMABLE)
+        return {Path(path) for pair in paths for path in pair if path}
 
     # The thread that runs them
 

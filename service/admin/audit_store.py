@@ -20,6 +20,7 @@ REPORT: Final = "report.json"
 PAGE: Final = "report.html"
 State = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
 PENDING: Final[tuple[State, ...]] = ("queued", "running")
+RESUMABLE: Final[tuple[State, ...]] = (*PENDING, "interrupted")
 
 
 class Record(BaseModel):

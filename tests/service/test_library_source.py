@@ -1,11 +1,15 @@
 """Libraries from elsewhere: a web server and an S3 of this machine; pinned, verified, whole or not at all."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import boto3
 import pytest
@@ -13,8 +17,11 @@ from moto.server import ThreadedMotoServer
 
 from model_store.errors import LibraryRejected
 from model_store.library import Library
-from service.library_source import Location, fetch, local_library, parse_location, push
+from service.library_manager import LibraryManager
+from service.library_source import Location, fetch, local_library, parse_location, push, remove_unused
+from service.observability.metrics import Metrics
 from service.settings import Settings, read_settings
+from tests.support.hub import REPOSITORY, hub
 from tests.support.planes import png
 from tests.support.serving import environment, serving, tiny_library
 from tests.support.side_effects import listening
@@ -104,6 +111,93 @@ def test_a_bucket_is_asked_itself_whatever_proxy_the_environment_names(
     assert proxy.heard == []
 
 
+HUB: Final = """
+import json, sys
+from tombola.cli import main
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0, words
+"""
+
+
+def test_a_repository_of_the_hub_is_pushed_to_and_pulled_from_without_a_proxy(library: Library, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (extra hf)")
+    location, copy, home = f"hf://{REPOSITORY}", tmp_path / "copy", tmp_path / "home"
+    home.mkdir()
+    lines = [
+        ["library", "push", str(library.path), location],
+        ["library", "pull", f"{location}#sha256={library.digest}", str(copy)],
+        ["library", "diff", location, str(library.path)],
+    ]
+    with hub() as served, listening() as proxy:
+        variables = environment(HF_ENDPOINT=served.url, HF_TOKEN="hf_of_a_test", HOME=str(home), **proxy.environment)
+        command = [sys.executable, "-c", HUB, json.dumps(lines)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pushed, pulled, differs = done.stdout.splitlines()
+    assert pushed == f"{location}#sha256={library.digest}"
+    assert pulled == f"{copy}: library {library.digest}, 4 tickets"
+    assert differs.endswith(": 0 differences")
+    assert set(served.files) == {"manifest.json", *(entry.file for entry in library.manifest.entries)}
+    assert "Bearer hf_of_a_test" in served.tokens
+    assert proxy.heard == []
+    assert list(home.iterdir()) == []
+
+
+def test_a_repository_that_the_hub_does_not_have_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (extra hf)")
+    command = [sys.executable, "-m", "tombola", "library", "pull", "hf://acme/other", str(tmp_path / "copy")]
+    with hub() as served:
+        variables = environment(HF_ENDPOINT=served.url, HOME=str(tmp_path))
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tombola: hf://acme/other/manifest.json: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fetched_libraries_are_removed_but_those_in_use_and_the_last_two(tmp_path: Path) -> None:
+    settings, root = Settings(state_dir=tmp_path / "state"), tmp_path / "state" / "libraries"
+    assert remove_unused(settings, ()) == []
+    names = [f"{number:064x}" for number in range(5)]
+    for age, name in enumerate([*names, f".{names[0]}.12.part", f".{names[1]}.34.part", "somebody-s-own"]):
+        (root / name).mkdir(parents=True)
+        (root / name / "manifest.json").write_text("{}")
+        os.utime(root / name, (1000 + age, 1000 + age))
+    fresh = root / f".{names[2]}.56.part"
+    fresh.mkdir()
+    removed = remove_unused(settings, {root / names[0]})
+    assert [path.name for path in removed] == [names[1], names[2]]
+    left = {path.name for path in root.iterdir()}
+    assert left == {names[0], names[3], names[4], fresh.name, "somebody-s-own"}
+    assert remove_unused(settings, {root / names[0]}) == []
+
+
+def test_a_library_s_use_is_what_keeps_it(library: Library, web: str, tmp_path: Path) -> None:
+    settings = Settings(library=f"{web}#sha256={library.digest}", state_dir=tmp_path / "state")
+    folder = local_library(settings)
+    assert folder is not None
+    others = [folder.with_name(f"{number:064x}") for number in range(3)]
+    for other in others:
+        other.mkdir()
+    os.utime(folder, (1000, 1000))
+    local_library(settings)
+    os.utime(others[0], (2000, 2000))
+    assert others[0] in remove_unused(settings, ())
+    assert folder.is_dir()
+
+
+def test_the_service_removes_what_nobody_uses_once_another_library_serves(tmp_path: Path, library: Library) -> None:
+    root = tmp_path / "state" / "libraries"
+    old, audited = [root / f"{number:064x}" for number in range(4)], root / ("ab" * 32)
+    for age, folder in enumerate([*old, audited]):
+        folder.mkdir(parents=True)
+        os.utime(folder, (age, age if folder != audited else 0))
+    manager = LibraryManager(Settings(library=library.path, state_dir=tmp_path / "state", engine="torch"), Metrics())
+    manager.libraries_in_use = lambda: {audited}
+    manager.remove_unused_libraries(library.path)
+    assert {folder.name for folder in root.iterdir()} == {old[2].name, old[3].name, audited.name}
+
+
 def test_what_is_shown_and_what_differs(
     library: Library, web: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,8 +217,8 @@ def test_what_is_shown_and_what_differs(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ftp://host/x#sha256=" + DIGEST, "ftp://: expected a folder, or http, https, s3, hf"),
-        ("oci://host/x#sha256=" + DIGEST, "oci://: expected a folder, or http, https, s3, hf"),
+        ("ftp://host/x#sha256=" + DIGEST, "ftp://: expected a folder, or http, https, s3, hf, oci"),
+        ("oci://host#sha256=" + DIGEST, "oci://host: expected oci://HOST/NAME:TAG"),
         ("https://host/x", "https://host/x: expected #sha256="),
         ("https://host/x#sha256=12", "https://host/x: expected #sha256="),
         ("https://me:secret@host/x#sha256=" + DIGEST, "https://host: no credentials and no query"),

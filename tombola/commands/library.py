@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Shows, compares, fetches and publishes libraries. A LIBRARY is a folder, or a location such as
-https://host/path#sha256=DIGEST, s3://bucket/path or hf://owner/name. The digest is the library's.
+https://host/path#sha256=DIGEST, s3://bucket/path, hf://owner/name or oci://registry/name:tag. The digest is the
+library's.
 """
 EPILOG = """\
 examples:
   tombola library show my-library
   tombola library diff my-library https://models.example/robust
   tombola library push my-library s3://models/robust
+  tombola library push my-library oci://registry.example/models/robust:1
   tombola library pull s3://models/robust#sha256=DIGEST my-copy
 """
 
@@ -37,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     pull = add_action(actions, "pull", "fetch a library into a new folder, verified")
     pull.add_argument("source", metavar="LOCATION", help="with or without #sha256= and the digest")
     pull.add_argument("folder", type=Path, metavar="FOLDER", help="the new folder")
-    push = add_action(actions, "push", "publish a folder's library to s3:// or hf://")
+    push = add_action(actions, "push", "publish a folder's library to s3://, hf:// or oci://")
     push.add_argument("folder", type=Path, metavar="FOLDER", help="a library's folder")
     push.add_argument("target", metavar="LOCATION", help="where to put it")
     for action, run in ((show, run_show), (diff, run_diff), (pull, run_pull), (push, run_push)):
