@@ -136,7 +136,11 @@ def test_the_wheel_has_the_committed_files_of_the_packages_and_no_others(wheel: 
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     assert sorted(names) == sorted(set(committed(*PACKAGES)) - {LOG})
-    for place in (*(f"{package}/py.typed" for package in PACKAGES), "service/admin/console/index.html"):
+    for place in (
+        *(f"{package}/py.typed" for package in PACKAGES),
+        "service/admin/console/index.html",
+        "service/admin/console/uPlot.esm.js",
+    ):
         assert place in names
     for library in ("library", "library-scratch"):
         entries = parse((ROOT / "model_store" / library / MANIFEST).read_bytes()).entries

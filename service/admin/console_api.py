@@ -32,14 +32,14 @@ from service.admin.schemas import (
     Traffic,
     TriedImage,
 )
-from service.admin.traffic_history import INTERVAL_S, KEEP_S, TrafficHistory, answered
+from service.admin.traffic_history import INTERVAL_S, KEEP_S, TrafficHistory
 from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, Audit, read_audit
 from service.audit.errors import AuditConflict, AuditRejected, AuditUnknown, CostRejected
 from service.audit.plan import attacks_of
 from service.audit.profiles import PROFILES, Profile
 from service.errors import BadRequest, ErrorMessage, NotReady
 from service.library_manager import LibraryManager, LoadedLibrary
-from service.observability.metrics import OUTCOMES, REASONS, SECONDS, Metrics
+from service.observability.metrics import OUTCOMES, REASONS, Metrics
 from service.settings import Settings
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES
@@ -180,7 +180,6 @@ def traffic(metrics: Metrics) -> Traffic:
         "outcomes": {name: value("inference_requests_total", outcome=name) for name in OUTCOMES},
         "shed": {name: value("shed_total", reason=name) for name in REASONS},
         "images": value("inference_images_total"),
-        "latency": {"bounds": list(SECONDS), "counts": list(answered(metrics))},
     }
 
 
@@ -191,6 +190,12 @@ def library_summary(serving: LoadedLibrary) -> LibrarySummary:
         "tickets": len(library.tickets),
         "baselines": len(library.baselines),
         "classes": len(library.classes),
+        "input": {
+            "height": library.input.height,
+            "width": library.input.width,
+            "resize": library.input.resize,
+            "interpolation": library.input.interpolation,
+        },
     }
 
 

@@ -6,6 +6,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from model_store.attacks import Norm
+from model_store.input_spec import Interpolation, Resize
 from model_store.library_diff import LibraryDiff
 from model_store.manifest import Manifest
 from service.admin.audit_store import Summary
@@ -51,20 +52,12 @@ class PolicyDescription(TypedDict):
 # The console
 
 
-class Latency(TypedDict):
-    """How many classifications took at most so many seconds; the last count is of all."""
-
-    bounds: list[float]
-    counts: list[float]
-
-
 class Traffic(TypedDict):
     """Counters since the process began."""
 
     outcomes: dict[str, float]
     shed: dict[str, float]
     images: float
-    latency: Latency
 
 
 class TrafficFigures(TypedDict):
@@ -105,11 +98,21 @@ class EngineState(TypedDict):
     restarts: float
 
 
+class Picture(TypedDict):
+    """What the library's networks take, and what becomes of pictures of other sizes."""
+
+    height: int
+    width: int
+    resize: Resize
+    interpolation: Interpolation
+
+
 class LibrarySummary(TypedDict):
     digest: str
     tickets: int
     baselines: int
     classes: int
+    input: Picture
 
 
 class TicketDraws(TypedDict):

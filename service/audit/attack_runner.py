@@ -229,6 +229,7 @@ class AuditRun:
         """The event of one finished attack."""
         step = outcome.step
         right = float(self.scores(self.system(step.system), outcome).right.mean())
+        ours = float(self.scores(self.systems[0], outcome).right.mean())
         return StepEvent(
             id=step.id,
             attack=step.name,
@@ -236,6 +237,7 @@ class AuditRun:
             epsilon=step.epsilon,
             images=step.images,
             accuracy=round(right, 4),
+            tombola=round(ours, 4),
             share=round(share, 4),
             seconds_left=left,
         )

@@ -32,6 +32,7 @@ class StepEvent(AuditEvent):
     epsilon: float = Field(description="in 255ths")
     images: int
     accuracy: float = Field(description="of the attacked system, mean over the images")
+    tombola: float | None = Field(default=None, description="left to the served ensemble by the same images")
     share: float = Field(description="of the attacks' cost that is done, from 0 to 1")
     seconds_left: float
 

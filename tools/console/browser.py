@@ -45,7 +45,8 @@ def complaints(page: Page) -> list[str]:
 
 
 def sign_in(page: Page, url: str, token: str) -> None:
+    """At an address whose hash names a tab."""
     page.goto(url)
     page.get_by_label("Admin token").fill(token)
     page.get_by_role("button", name="Sign in").click()
-    page.get_by_role("heading", name="Live").wait_for()
+    page.get_by_role("navigation", name="Sections").wait_for()

@@ -1,4 +1,4 @@
-// The admin API. The token lives in this tab: in memory, and in sessionStorage so that a reload does not ask again.
+// The admin API. The token lives in this tab: in memory, and in sessionStorage so that a reload does not need it again.
 // Browsers copy sessionStorage into a tab that is duplicated, and back into one that is opened again after it was
 // closed. Neither is a reload, and neither finds the token.
 
@@ -11,10 +11,10 @@ let token = sessionStorage.getItem(KEPT);
 
 export const hasToken = () => token !== null;
 
-export function setToken(given) {
-  token = given;
-  if (given === null) sessionStorage.removeItem(KEPT);
-  else sessionStorage.setItem(KEPT, given);
+export function setToken(value) {
+  token = value;
+  if (value === null) sessionStorage.removeItem(KEPT);
+  else sessionStorage.setItem(KEPT, value);
 }
 
 // status 0: nobody answered.
@@ -25,7 +25,7 @@ export class Refused extends Error {
   }
 }
 
-// What is told about every answer: null, or the Refused that came instead. app.js listens.
+// What is called after every answer, with null or the Refused that came instead. app.js listens.
 export const watch = { answered: () => {} };
 
 async function send(path, { method = "GET", body = null, type = null, signal = null, patience = PATIENCE_MS } = {}) {
@@ -44,11 +44,11 @@ async function send(path, { method = "GET", body = null, type = null, signal = n
 
 async function checked(response) {
   if (response.ok) return response;
-  let message = "";
+  let reason = "";
   try {
-    message = (await response.json()).error;
+    reason = (await response.json()).error;
   } catch { /* no JSON: a proxy may stand in between */ }
-  throw new Refused(response.status, message || `The server answered with status ${response.status}.`);
+  throw new Refused(response.status, reason || `The server answered with status ${response.status}.`);
 }
 
 async function request(path, options = {}) {

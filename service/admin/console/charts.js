@@ -23,15 +23,6 @@ export function sparkline(values, room) {
     path ? svg("path", { d: path }) : null);
 }
 
-// A share against what is expected of it; both as parts of `top`.
-export function bar(share, expected, top) {
-  const at = (value) => `${Math.min(100, (100 * value) / top).toFixed(2)}%`;
-  return svg("svg", { class: "bar", "aria-hidden": "true" },
-    svg("rect", { width: "100%", height: "100%", class: "track" }),
-    svg("rect", { width: at(share), height: "100%", class: "value" }),
-    expected === null ? null : svg("line", { x1: at(expected), x2: at(expected), y1: 0, y2: "100%", class: "law" }));
-}
-
 // A range from low to high, 0 to 1, with its mean.
 export function range(low, mean, high) {
   const at = (value) => `${(100 * value).toFixed(2)}%`;

@@ -1,6 +1,7 @@
 // Two reports side by side, and what has to be known before their figures are.
 
-import { h, percent, short, table, when, whole } from "./dom.js";
+import { figure as shown, h, table } from "./dom.js";
+import { interval, percent, short, when, whole } from "./format.js";
 
 const OURS = "tombola";
 const VERDICTS = {
@@ -24,8 +25,8 @@ function caution([a, b]) {
   if (a.audit.headline !== b.audit.headline || a.audit.norm !== b.audit.norm) differ.push("size of the attack");
   if (a.audit.seed !== b.audit.seed) differ.push("seed");
   if (differ.length === 0) return h("p", {}, "Same library, images, profile and seed: the two should agree.");
-  const opening = differ.length === 1 ? "This differs" : "These differ";
-  return h("p", {}, `${opening} between the two: ${differ.join(", ")}. Overlapping intervals are no difference.`);
+  const begin = differ.length === 1 ? "This differs" : "These differ";
+  return h("p", {}, `${begin} between the two: ${differ.join(", ")}. Overlapping intervals are no difference.`);
 }
 
 function conditions(reports) {
@@ -39,7 +40,7 @@ function conditions(reports) {
   ];
 }
 
-const figure = ({ value, low, high }) => h("span", {}, percent(value), " ", h("small", { class: "interval" }, `[${percent(low)}, ${percent(high)}]`));
+const figure = (one) => shown(percent(one.value), interval(one));
 
 function change(a, b) {
   const points = 100 * (b.value - a.value);

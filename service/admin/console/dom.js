@@ -1,4 +1,4 @@
-// Elements, and numbers in words. Text enters the page as text, never as HTML.
+// Elements. Text enters the page as text, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -18,10 +18,18 @@ export const h = (tag, attributes = {}, ...children) => fill(document.createElem
 export const svg = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
 
-// Changes only what changed: a screen reader is told nothing twice, and a selection is not lost.
-export function say(element, text) {
+// Changes only what changed: a screen reader hears nothing twice, and a selection is not lost.
+export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
+
+// Names and values. pairs: [name, text or node].
+export const pairs = (rows, name = "pairs") => h("dl", { class: name }, rows.map(([key, value]) =>
+  h("div", {}, h("dt", {}, key), h("dd", { class: "break" }, value))));
+
+// A figure with its interval below it.
+export const figure = (value, interval) =>
+  h("span", { class: "figure" }, h("strong", {}, value), " ", h("small", { class: "interval" }, interval));
 
 // A table that on a narrow screen becomes one block for each row, which is why every part says its role and its head.
 // heads: texts or {text, number}.  rows: {cells, ...attributes}, or lists of cells; a cell is a text or nodes.
@@ -34,7 +42,7 @@ export class Table {
       h("th", { scope: "col", role: "columnheader", class: number ? "number" : null }, text)));
     this.element = h("div", { class: "scroll", "aria-label": caption },
       h("table", { class: name, role: "table", "aria-label": caption }, h("thead", { role: "rowgroup" }, top), this.body));
-    new ResizeObserver(() => reachable(this.element)).observe(this.element);
+    new ResizeObserver(() => makeReachable(this.element)).observe(this.element);
   }
 
   row(given) {
@@ -46,7 +54,7 @@ export class Table {
   }
 }
 
-function reachable(element) {
+function makeReachable(element) {
   const scrolls = element.scrollWidth > element.clientWidth;
   element.setAttribute("role", scrolls ? "region" : "presentation");
   element.toggleAttribute("tabindex", scrolls);
@@ -59,46 +67,40 @@ export function table(caption, heads, rows, name) {
   return made.element;
 }
 
-const wholes = new Intl.NumberFormat("en-GB");
-
-export const whole = (value) => wholes.format(Math.round(value));
-export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
-export const short = (digest) => digest.slice(0, 12);
-export const clock = (time) => new Date(time).toLocaleTimeString("en-GB");
-export const when = (seconds) => {
-  const date = new Date(seconds * 1000);
-  return `${date.toLocaleDateString("en-GB", { day: "numeric", month: "short" })}, ${clock(date)}`;
-};
-
-export function rate(perSecond) {
-  if (perSecond === 0) return "0";
-  return perSecond < 10 ? perSecond.toFixed(1) : whole(perSecond);
-}
-
-export function milliseconds(seconds) {
-  const ms = seconds * 1000;
-  if (ms >= 1000) return `${seconds.toFixed(1)} s`;
-  return `${ms < 10 ? ms.toFixed(1) : ms.toFixed(0)} ms`;
-}
-
-export function duration(seconds) {
-  if (seconds < 90) return `${Math.max(0, Math.round(seconds))} s`;
-  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
-  if (seconds < 48 * 3600) return `${(seconds / 3600).toFixed(1)} h`;
-  return `${Math.round(seconds / 86400)} days`;
-}
-
 // A question before something that cannot be taken back lightly. Resolves to whether it was confirmed.
-export function ask(title, text, yes) {
-  const dialog = by("ask");
-  by("ask-title").textContent = title;
-  by("ask-text").textContent = text;
-  by("ask-yes").textContent = yes;
+export function confirm(title, text, yes, no) {
+  const dialog = by("confirm");
+  by("confirm-title").textContent = title;
+  by("confirm-text").textContent = text;
+  by("confirm-yes").textContent = yes;
+  by("confirm-no").textContent = no;
   return new Promise((resolve) => {
-    by("ask-yes").onclick = () => dialog.close("yes");
-    by("ask-no").onclick = () => dialog.close("no");
+    by("confirm-yes").onclick = () => dialog.close("yes");
+    by("confirm-no").onclick = () => dialog.close("no");
     dialog.onclose = () => resolve(dialog.returnValue === "yes");
     dialog.returnValue = "";
     dialog.showModal();
+  });
+}
+
+// A place where an image file may be dropped or chosen. use: called with the file.
+export function dropZone(place, input, use) {
+  input.addEventListener("change", () => {
+    const [file] = input.files;
+    input.value = ""; // the same file may be chosen again
+    if (file) use(file);
+  });
+  for (const kind of ["dragenter", "dragover"]) {
+    place.addEventListener(kind, (event) => {
+      event.preventDefault();
+      place.classList.add("over");
+    });
+  }
+  place.addEventListener("dragleave", () => place.classList.remove("over"));
+  place.addEventListener("drop", (event) => {
+    event.preventDefault();
+    place.classList.remove("over");
+    const [file] = event.dataTransfer.files;
+    if (file) use(file);
   });
 }

@@ -1,7 +1,12 @@
-// What is served, ticket by ticket, and how another takes its place.
+// What is served: the library, its tickets by structure, and where each comes from.
 
-import { get, post, Refused } from "./api.js";
-import { ask, by, duration, h, percent, say, short, table, whole } from "./dom.js";
+import { get, Refused } from "./api.js";
+import { by, figure, h, pairs, table } from "./dom.js";
+import { duration, interval, number, percent, resizing, short, whole } from "./format.js";
+
+const HEADS = ["Ticket", { text: "Kept", number: true }, { text: "Clean", number: true },
+  { text: "Under attack", number: true }, "SHA-256", "Where it comes from"];
+const WIDE = matchMedia("(min-width: 60rem)");
 
 export async function show() {
   const place = by("library-body");
@@ -17,31 +22,59 @@ export async function show() {
 const waiting = (error) => (error.status === 503 ? "No library is loaded yet." : error.message);
 
 function summary(library, policy) {
-  const pairs = [
+  return pairs([
     ["Digest", h("code", { class: "break", id: "digest" }, library.digest)],
     ["Holds", `${library.tickets} tickets, ${library.baselines} baselines, ${library.classes.length} classes`],
-    ["Pictures", picture(library.input)],
+    ["Pictures", resizing(library.input)],
     ["Searched on", library.data],
     ["Ensembles", `${whole(policy.states)} (${policy.entropy_bits.toFixed(1)} bits); ${policy.expected_size.toFixed(2)} members on average`],
-  ];
-  return h("dl", { class: "pairs" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+    ["Classes", h("span", { class: "classes" }, library.classes.slice(0, 20).join(", "), library.classes.length > 20 ? ", …" : "")],
+  ]);
 }
 
-// What becomes of a picture of another size: "64×48 pixels (width × height), cut to the centre, bilinear".
-function picture({ width, height, resize, interpolation }) {
-  const how = { squash: "stretched", cover: "cut to the centre", contain: "whole, on white" }[resize];
-  return `${width}×${height} pixels (width × height); others are ${how}, ${interpolation}`;
-}
-
+// One group for each structure, and one of what is there to be compared with.
 function tickets(library) {
-  const heads = ["Ticket", { text: "Kept", number: true }, { text: "Clean", number: true },
-    { text: "Under attack", number: true }, "SHA-256", "Where it comes from"];
   const shared = { clean: common(library, "clean"), pgd: common(library, "pgd") };
-  const conditionsOfAll = [["Clean", shared.clean], ["Under attack", shared.pgd]].filter(([, text]) => text !== null);
+  const conditions = [["Clean", shared.clean], ["Under attack", shared.pgd]].filter(([, text]) => text !== null);
+  const groups = Map.groupBy(library.entries, ({ role, structure }) => (role === "ticket" ? structure.name : "baselines"));
   return [
-    table("Tickets of the library", heads, library.entries.map((entry) => ticket(entry, shared)), "tickets stack"),
-    conditionsOfAll.length === 0 ? "" : h("p", { class: "fine", id: "conditions" }, "In brackets the 95 % intervals. ",
-      conditionsOfAll.map(([name, text]) => `${name}, every ticket: ${text}. `)),
+    h("div", { class: "card groups", id: "tickets" }, [...groups].map(([name, entries], index) =>
+      group(name, entries, shared, index === 0 && WIDE.matches))),
+    conditions.length === 0 ? "" : h("p", { class: "fine", id: "conditions" }, "In brackets the 95 % intervals. ",
+      conditions.map(([name, text]) => `${name}, every ticket: ${text}. `)),
+  ];
+}
+
+function group(name, entries, shared, open) {
+  const sorted = [...entries].sort((a, b) => a.density - b.density);
+  const about = [
+    `${entries.length} ${entries.length === 1 ? "network" : "networks"}`,
+    `${span(sorted.map(({ density }) => density), 0)} % kept`,
+    claims(entries, "clean", "clean"),
+    claims(entries, "pgd", "under attack"),
+  ].filter(Boolean);
+  return h("details", { open }, h("summary", {}, h("strong", {}, name), " ", h("span", { class: "fine" }, about.join(" · "))),
+    table(`Tickets: ${name}`, HEADS, sorted.map((entry) => ticket(entry, shared)), "tickets stack"));
+}
+
+function claims(entries, metric, word) {
+  const values = entries.map((entry) => best(entry, metric)?.value).filter((value) => value !== undefined);
+  return values.length === 0 ? null : `${span(values, 1)} % ${word}`;
+}
+
+function span(values, digits) {
+  const [low, high] = [Math.min(...values), Math.max(...values)].map((value) => (100 * value).toFixed(digits));
+  return low === high ? low : `${low} to ${high}`;
+}
+
+function ticket(entry, shared) {
+  return [
+    h("span", {}, h("strong", { class: "break" }, entry.name), h("br"), h("small", {}, `${entry.kind}, width ${entry.structure.width}`)),
+    percent(entry.density, 0),
+    claim(entry, "clean", shared.clean),
+    claim(entry, "pgd", shared.pgd),
+    h("code", { title: entry.sha256 }, short(entry.sha256)),
+    origin(entry),
   ];
 }
 
@@ -51,21 +84,9 @@ function common({ entries }, metric) {
   return all.size === 1 ? [...all][0] || null : null;
 }
 
-function ticket(entry, shared) {
-  return [
-    h("span", {}, h("strong", {}, entry.name), h("br"), h("small", {}, `${entry.kind}, width ${entry.structure.width}`,
-      entry.role === "ticket" ? "" : `, ${entry.role}`)),
-    percent(entry.density, 0),
-    claim(entry, "clean", shared.clean),
-    claim(entry, "pgd", shared.pgd),
-    h("code", { title: entry.sha256 }, short(entry.sha256)),
-    origin(entry),
-  ];
-}
-
 // The claim on test images, or else any.
-function best({ claims }, metric) {
-  const all = claims.filter((one) => one.metric === metric);
+function best({ claims: every }, metric) {
+  const all = every.filter((one) => one.metric === metric);
   return all.find((one) => one.data.split === "test") ?? all[0];
 }
 
@@ -79,17 +100,15 @@ function conditions({ images, data, attack }) {
 
 // A figure with its interval, and its conditions unless they stand below the table for all.
 function claim(entry, metric, shared) {
-  const reported = best(entry, metric);
-  if (!reported) return h("span", { class: "fine" }, "no claim");
-  const own = shared === null ? [h("br"), h("small", {}, conditions(reported))] : null;
-  return h("span", {}, percent(reported.value), " ", h("small", { class: "interval" }, `[${points(reported.low)}, ${points(reported.high)}]`), own);
+  const one = best(entry, metric);
+  if (!one) return h("span", { class: "fine" }, "no claim");
+  const own = shared === null ? h("small", {}, conditions(one)) : null;
+  return h("span", {}, figure(`${number(one.value)} %`, interval(one)), own);
 }
 
-const points = (share) => (100 * share).toFixed(1);
-
-function origin({ provenance, claims }) {
-  const recipe = provenance.recipe;
-  const pairs = {
+function origin({ provenance, claims: every }) {
+  const { recipe } = provenance;
+  const rows = {
     "searched for": duration(provenance.seconds),
     commit: provenance.commit,
     seed: provenance.seed,
@@ -97,40 +116,9 @@ function origin({ provenance, claims }) {
     "continued from": provenance.parent ?? "nothing",
     packages: Object.entries(provenance.packages).map(([name, version]) => `${name} ${version}`).join(", "),
     recipe: Object.entries(recipe).filter(([, value]) => typeof value !== "object").map(([name, value]) => `${name} ${value}`).join(", "),
-    claims: claims.map((one) => `${one.metric} ${percent(one.value)} on ${one.data.split} (${one.images}), ${one.measured}`).join("; "),
+    claims: every.map((one) => `${one.metric} ${percent(one.value)} on ${one.data.split} (${one.images}), ${one.measured}`).join("; "),
   };
   return h("details", {},
     h("summary", {}, `commit ${provenance.commit.slice(0, 8)}, seed ${provenance.seed}`),
-    h("dl", { class: "small-pairs" }, Object.entries(pairs).map(([name, value]) =>
-      h("div", {}, h("dt", {}, name), h("dd", { class: "break" }, String(value))))));
-}
-
-// Swap
-
-const QUESTION = "The server opens its configured library again, verifies and warms it beside the present one, and then " +
-  "serves it. Requests are answered throughout. If anything is wrong with it, the present one stays.";
-
-async function swap() {
-  if (!(await ask("Swap the library?", QUESTION, "Swap it"))) return;
-  const button = by("swap");
-  button.disabled = true;
-  say(by("swap-message"), "Reading, verifying and warming up…");
-  try {
-    say(by("swap-message"), swapped(await post("/admin/library", {}, { patience: 600000 })));
-    await show();
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    say(by("swap-message"), error.message);
-  } finally {
-    button.disabled = false;
-  }
-}
-
-function swapped({ digest, before }) {
-  if (digest === before) return `Read again: it is the same library, ${short(digest)}.`;
-  return `Now serving ${short(digest)}; before it was ${short(before)}.`;
-}
-
-export function begin() {
-  by("swap").addEventListener("click", swap);
+    pairs(Object.entries(rows).map(([name, value]) => [name, String(value)]), "small-pairs"));
 }

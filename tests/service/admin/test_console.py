@@ -1,6 +1,7 @@
 """The console: its files and their policy in process, and the page itself in a real Chromium before a real server."""
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -10,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 
 from service.admin import console_files
+from service.admin.audit_jobs import result_of
+from service.audit.report.model import read_report
 from service.errors import ErrorMessage
 from service.web.static_files import KINDS
 from tests.support.planes import admin_app, ask, refused
@@ -25,11 +28,17 @@ from tombola.sample_image import draw_sample
 from tools.console.browser import CHROMIUM, chromium, complaints, sign_in
 
 FOLDER: Final = console_files.FOLDER
-SCRIPTS: Final = sorted(FOLDER.glob("*.js"))
+VENDORED: Final = {  # of uPlot 1.6.32, as FOLDER's README says
+    "uPlot.esm.js": "5dd9b3281aa64b461b42d9945f6adb2649d346502b12281a9ae0d46599a80eba",
+    "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+}
+OURS: Final = sorted(path for path in FOLDER.iterdir() if path.suffix in KINDS and path.name not in VENDORED)
+SCRIPTS: Final = [path for path in OURS if path.suffix == ".js"]
 PAGE: Final = (FOLDER / "index.html").read_text(encoding="utf-8")
 SLOW_MS: Final = 90_000  # the machine may be busy
 AUDIT_MS: Final = 600_000  # an audit is a process of its own, which begins by loading torch
 CONTRAST: Final = 4.5  # WCAG 2.2, 1.4.3, level AA, for text
+PUBLISHED: Final = Path("service/audit/results/report.json")
 PAIRS: Final = (
     ("ink", "card"),
     ("ink", "ground"),
@@ -42,7 +51,17 @@ PAIRS: Final = (
     ("bad", "bad-ground"),
     ("bad", "card"),
     ("warn", "card"),
+    ("warn", "warn-ground"),
+    ("ink", "low-1"),
+    ("ink", "low-2"),
+    ("on-strong", "low-3"),
+    ("ink", "high-1"),
+    ("ink", "high-2"),
+    ("on-strong", "high-3"),
 )
+MOST_LINES: Final = 250
+SCREENS: Final = 5  # of the window's height, that a page may be long
+TABS: Final = {"live": "Live", "try": "Try an image", "audits": "Audits", "library": "Library"}
 
 
 class TestFiles:
@@ -70,7 +89,7 @@ class TestFiles:
         named = set(re.findall(r'"(/console/[^"]+)"', text)) | {
             f"/console/{name}" for name in re.findall(r'from "\./([^"]+)"', text)
         }
-        assert {f"/console/{path.name}" for path in SCRIPTS} <= named
+        assert {f"/console/{path.name}" for path in SCRIPTS} | {f"/console/{name}" for name in VENDORED} <= named
         for path in named:
             response = ask(admin_app(), "GET", path)
             assert response.status_code == 200, path
@@ -82,16 +101,24 @@ class TestFiles:
         refused(ask(admin_app(), "GET", "/console/none.js"), 404, ErrorMessage.NOT_FOUND)
 
     def test_nothing_comes_from_elsewhere(self) -> None:
-        for path in FOLDER.iterdir():
+        for path in OURS:
             text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
             assert not re.search(r"https?:|//\w+\.\w", text), path.name
 
     def test_text_never_becomes_html_but_in_the_report_s_frame(self) -> None:
-        unsafe = [
+        writers = [
             path.name for path in SCRIPTS if re.search("innerHTML|insertAdjacent|document.write|eval", read(path))
         ]
-        assert unsafe == ["audits.js"]
-        assert len(re.findall("innerHTML", read(FOLDER / "audits.js"))) == 1
+        assert writers == ["audit_view.js"]
+        assert len(re.findall("innerHTML", read(FOLDER / "audit_view.js"))) == 1
+
+    def test_scripts_are_small(self) -> None:
+        assert {path.name: lines for path in SCRIPTS if (lines := len(read(path).splitlines())) > MOST_LINES} == {}
+
+    def test_the_charting_library_is_the_published_one_with_its_licence(self) -> None:
+        assert {name: hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() for name in VENDORED} == VENDORED
+        assert "MIT License" in read(FOLDER / "uPlot.LICENSE.txt")
+        refused(ask(admin_app(), "GET", "/console/README.md"), 404, ErrorMessage.NOT_FOUND)
 
     def test_every_field_of_the_page_has_a_label(self) -> None:
         fields = re.findall(r"<(?:input|select)[^>]*\bid=\"([^\"]+)\"", PAGE)
@@ -184,8 +211,8 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as instance:
-        yield instance
+    with chromium() as made:
+        yield made
 
 
 @pytest.fixture
@@ -250,46 +277,43 @@ class TestSigningIn:
         page.keyboard.type(stand.token)
         page.keyboard.press("Enter")
         expect(page.get_by_role("main")).to_be_focused()
+        start = page.get_by_role("link", name="Start an audit")
+        expect(start).to_be_visible()
         page.keyboard.press("Tab")
-        expect(page.get_by_role("button", name="Swap the library…")).to_be_focused()
+        expect(start).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.locator("#cost")).to_contain_text("Estimated cost")
         page.reload()
         expect(page.locator("#cost")).to_contain_text("Estimated cost")
-        expect(page.get_by_role("table", name="Tickets of the library")).to_be_visible()
         reached: list[str] = []
         while "start" not in reached and len(reached) < 60:
             page.keyboard.press("Tab")
             reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-        assert reached[0] == "Skip to the content"
-        wanted = [
-            "Live",
-            "Library",
-            "Audits",
-            "sign-out",
-            "swap",
-            "file",
-            "profile-smoke",
-            "data",
-            "epsilons",
-            "images",
-        ]
+        assert reached[0] == "skip"
+        wanted = ["Live", "Try", "Audits", "Library", "sign-out", "profile-smoke", "data", "epsilons", "images"]
         assert [name for name in reached if name in {*wanted, "start"}] == [*wanted, "start"]
         page.get_by_role("link", name="Skip to the content").focus()
         page.keyboard.press("Enter")
         expect(page.get_by_role("main")).to_be_focused()
+        assert page.url.endswith("#audits/new")
 
 
 TAGS: Final = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-OURS: Final = {"runOnly": TAGS, "resultTypes": ["violations"], "iframes": False}  # an audit's report has its own tests
+OPTIONS: Final = {"runOnly": TAGS, "resultTypes": ["violations"], "iframes": False}  # a report has its own tests
 
 
 def barriers(page: Page) -> list[str]:
     """What axe finds wrong, each with its element: names, roles, structure, and contrast as the browser computes it."""
-    violations = Axe().run(page, options=OURS).response["violations"]
+    violations = Axe().run(page, options=OPTIONS).response["violations"]
     return [f"{one['id']}: {node['html'][:200]}" for one in violations for node in one["nodes"]]
 
 
+def show(page: Page, hash: str) -> None:
+    page.evaluate("hash => { location.hash = hash }", hash)
+
+
 @needs_chromium
-@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_barrier(page: Page, stand: Stand, scheme: Literal["light", "dark"], width: int) -> None:
     page.emulate_media(color_scheme=scheme)
@@ -301,18 +325,54 @@ def test_axe_finds_no_barrier(page: Page, stand: Stand, scheme: Literal["light",
     page.keyboard.press("Enter")
     expect(page.locator("#sign-in-error")).not_to_be_empty()
     assert barriers(page) == []
+    page.route("**/admin/overview", with_everything)
     sign_in(page, stand.url, stand.token)
+    expect(page.locator("#curve canvas")).to_be_visible()
+    expect(page.locator("#heat table")).to_be_visible()
+    assert barriers(page) == []
+    show(page, "#audits/new")
     expect(page.locator("#cost")).to_contain_text("Estimated cost")
     page.get_by_text("all of the profile").click()
+    assert barriers(page) == []
     page.get_by_label("Drop an image here").set_input_files(picture())
     expect(page.locator("#verdict")).to_contain_text("draws say")
-    expect(page.get_by_role("table", name="Tickets of the library")).to_be_visible()
     assert barriers(page) == []
-    page.get_by_role("button", name="Swap the library…").click()
-    expect(page.get_by_role("dialog").get_by_role("button", name="Leave it")).to_be_focused()
+    show(page, "#library")
+    page.locator("#tickets > details > summary").last.click()
+    page.get_by_role("button", name="Reload…").click()
+    expect(page.locator("#dry-run")).to_be_focused()
     assert barriers(page) == []
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("button", name="Swap the library…")).to_be_focused()
+    page.get_by_role("button", name="Close").click()
+    expect(page.get_by_role("button", name="Reload…")).to_be_focused()
+    page.unroute_all(behavior="ignoreErrors")
+
+
+def with_everything(route: Route) -> None:
+    """The overview, with draws of every level and the figures of an audit of another library."""
+    data = route.fetch().json()
+    data["draws"]["images"] = 1000
+    for row, deviation in zip(data["draws"]["tickets"], (-6.5, -2.2, 1.5, 3.4), strict=True):
+        row |= {"drawn": 1000, "expected": 1000, "deviation": deviation}
+    route.fulfill(json={**data, "audit": measured()})
+
+
+def measured(**changes: Any) -> dict[str, Any]:
+    """A finished audit as the overview has it: that of the committed report."""
+    report = read_report(PUBLISHED)
+    result = result_of(report).model_dump(mode="json")
+    result["secrecy"] = {"value": 0.012, "low": -0.004, "high": 0.03}
+    job = {"id": "20260101-000000-00000000", "state": "done", "created": 1.7e9, "started": 1.7e9, "finished": 1.7e9}
+    cost = {"attacks": 208, "giga_multiply_adds": 1.0, "seconds": 100, "cpu_share": 1.0, "seconds_now": 100}
+    request = {"profile": "standard", "data": "photographs-of-" + "very-" * 30 + "long-names.zip"}
+    return {
+        **job,
+        "request": request,
+        "cost": cost,
+        "digest": report.library.digest,
+        "why": "",
+        "result": result,
+        **changes,
+    }
 
 
 def picture(name: str = "ship.png", content: bytes | None = None) -> FilePayload:
@@ -320,10 +380,99 @@ def picture(name: str = "ship.png", content: bytes | None = None) -> FilePayload
 
 
 REASONS: Final = {
-    "loading": "the library is being verified and warmed up",
-    "draining": "the server is shutting down",
-    "engine": "the engine is not answering",
+    "loading": ("the library is being verified and warmed up", "state warn"),
+    "draining": ("the server is shutting down as planned", "state warn"),
+    "engine": ("the engine is not answering", "state bad"),
 }
+
+
+@needs_chromium
+class TestTabs:
+    def test_each_has_an_address_that_can_be_opened_reloaded_and_gone_back_to(self, page: Page, stand: Stand) -> None:
+        sign_in(page, f"{stand.url}#library", stand.token)
+        expect(page.get_by_role("heading", name="Library", exact=True)).to_be_visible()
+        for name, heading in TABS.items():
+            link = page.get_by_role("navigation", name="Sections").get_by_role("link", name=name.capitalize())
+            link.click()
+            expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
+            expect(link).to_have_attribute("aria-current", "page")
+            expect(page.locator("#console > section:visible")).to_have_count(1)
+            assert page.url == f"{stand.url}#{name}"
+            assert page.title() == f"{heading} · Tombola"
+        page.go_back()
+        expect(page.get_by_role("heading", name="Audits", exact=True)).to_be_visible()
+        page.reload()
+        expect(page.get_by_role("heading", name="Audits", exact=True)).to_be_visible()
+
+    @pytest.mark.parametrize(
+        "hash", ["#", "#nothing", "#%", "#live/%E0%A4%A", "#<img src=x onerror=alert(1)>", "#__proto__"]
+    )
+    def test_an_address_that_names_no_tab_shows_the_first(self, inside: Page, hash: str) -> None:
+        show(inside, "#library")
+        show(inside, hash)
+        expect(inside.get_by_role("heading", name="Live")).to_be_visible()
+
+    @pytest.mark.parametrize(
+        ("hash", "reason"),
+        [
+            ("#audits/20200101-000000-00000000", "No such audit."),
+            ("#audits/..%2F..%2Flibrary", "No such"),
+            ("#audits/<img src=x onerror=alert(1)>", "No such audit."),
+            ("#audits/compare", "Choose two audits in the list."),
+            ("#audits/compare/x/y", "No such audit."),
+        ],
+    )
+    def test_an_audit_that_is_not_there_is_refused_in_words(self, inside: Page, hash: str, reason: str) -> None:
+        show(inside, hash)
+        expect(inside.locator("#audits .error:visible")).to_contain_text(reason)
+
+    @pytest.mark.parametrize("width", [360, 1280])
+    def test_no_tab_scrolls_sideways_or_is_longer_than_five_screens(self, page: Page, stand: Stand, width: int) -> None:
+        page.set_viewport_size({"width": width, "height": 800})
+        page.route("**/admin/overview", with_everything)
+        page.route("**/admin/audits", many_audits)
+        page.route("**/admin/library", forty_tickets)
+        sign_in(page, stand.url, stand.token)
+        expect(page.locator("#curve canvas")).to_be_visible()
+        sizes = {"live": page_size(page)}
+        for tab, ready in (
+            ("try", "#drop"),
+            ("audits", "#audit-list table"),
+            ("audits/new", "#profile-smoke"),
+            ("library", "#tickets"),
+        ):
+            show(page, f"#{tab}")
+            expect(page.locator(ready).first).to_be_visible()
+            sizes[tab] = page_size(page)
+        assert {tab: size[0] for tab, size in sizes.items()} == dict.fromkeys(sizes, width)
+        assert {tab: size[1] for tab, size in sizes.items() if size[1] > SCREENS * 800} == {}
+        if width == 1280:
+            assert sizes["live"][1] <= 800  # the first screen answers without scrolling
+        page.unroute_all(behavior="ignoreErrors")
+
+
+def page_size(page: Page) -> tuple[int, int]:
+    width, height = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+    return int(width), int(height)
+
+
+def many_audits(route: Route) -> None:
+    """Forty, of every state."""
+    states = ["running", "queued", "failed", "cancelled", "interrupted"]
+    rows = [measured(id=f"20260101-{number:06}-00000000", created=1.7e9 - number) for number in range(40)]
+    for row, state in zip(rows, states, strict=False):
+        row |= {"state": state, "result": None}
+    route.fulfill(json={"audits": rows})
+
+
+def forty_tickets(route: Route) -> None:
+    data = route.fetch().json()
+    entries = [
+        {**entry, "name": f"{entry['name']}-{'long' * 10}-{number}"}
+        for number in range(10)
+        for entry in data["entries"]
+    ]
+    route.fulfill(json={**data, "entries": entries, "classes": [f"{name}-{'long' * 10}" for name in data["classes"]]})
 
 
 @needs_chromium
@@ -331,69 +480,99 @@ class TestLive:
     @pytest.mark.parametrize("reason", REASONS)
     def test_why_the_server_is_not_ready_is_said(self, page: Page, stand: Stand, reason: str) -> None:
         def unready(route: Route) -> None:
-            overview = route.fetch().json()
+            data = route.fetch().json()
             gone = dict.fromkeys(("library", "engine", "draws")) if reason == "loading" else {}
-            route.fulfill(json={**overview, "ready": False, "reason": reason, **gone})
+            route.fulfill(json={**data, "ready": False, "reason": reason, **gone})
 
         page.route("**/admin/overview", unready)
         sign_in(page, stand.url, stand.token)
-        state = page.get_by_role("status").filter(has_text="Not ready")
-        expect(state).to_contain_text(REASONS[reason])
-        expect(state).to_have_class("state bad")
+        state = page.locator("#state")
+        text, name = REASONS[reason]
+        expect(state).to_contain_text(text)
+        expect(state).to_have_class(name)
         page.unroute_all(behavior="ignoreErrors")
 
     def test_trouble_stands_out(self, page: Page, stand: Stand) -> None:
         """Every second request turned away and every fourth failed, a full queue, and a ticket drawn too often."""
-        looks = 0
 
         def troubled(route: Route) -> None:
-            nonlocal looks
-            looks += 1
-            overview = route.fetch().json()
-            traffic, queue, tickets = overview["traffic"], overview["queue"], overview["draws"]["tickets"]
-            traffic["outcomes"] |= {"ok": 10 * looks, "shed": 20 * looks, "error": 10 * looks}
-            queue["depth"] = queue["limit"]
-            for row in tickets:
-                row |= {"expected": 1000 * row["probability"], "drawn": 1000 * row["probability"]}
-            tickets[0]["drawn"] *= 1.5
-            route.fulfill(json=overview)
+            data = route.fetch().json()
+            data["now"] |= {"turned_away": 0.5, "failed": 0.25, "p99_s": 1.5}
+            data["queue"]["depth"] = data["queue"]["limit"]
+            data["draws"]["images"] = 1000
+            for row in data["draws"]["tickets"]:
+                row |= {"expected": 500, "drawn": 500, "deviation": 0.0}
+            data["draws"]["tickets"][0] |= {"drawn": 750, "deviation": 15.8}
+            route.fulfill(json=data)
 
         page.route("**/admin/overview", troubled)
         sign_in(page, stand.url, stand.token)
         expect(page.locator("#tile-shed")).to_have_text("50.0 %")
         expect(page.locator("#tile-failed")).to_have_text("25.0 %")
-        expect(page.locator(".tile.warn")).to_have_count(3)
-        expect(page.locator("#draws-verdict")).to_contain_text("Off the law: resnet18 at 20 %")
+        expect(page.locator("#tile-p99")).to_have_text("1.5 s")
+        expect(page.locator(".tile.warn")).to_have_count(4)
+        expect(page.locator("#draws-verdict")).to_contain_text("Not as expected: resnet18 at 20 %")
         expect(page.locator("#draws-verdict")).to_have_class("bad")
+        expect(page.locator("#heat [data-level='4']")).to_have_text("+15.8")
+        expect(page.locator("#heat [data-level='0']")).to_have_count(3)
         assert barriers(page) == []
         page.unroute_all(behavior="ignoreErrors")
 
-    def test_readiness_rates_and_the_law(self, inside: Page, stand: Stand) -> None:
-        expect(inside.locator("#state")).to_contain_text("Ready")
+    def test_readiness_rates_history_and_draws(self, inside: Page, stand: Stand) -> None:
+        expect(inside.locator("#state")).to_have_text("Ready")
         assert stand.process is not None
         picture = draw_sample()
         for _ in range(5):
             assert stand.process.classify(picture)[0] == 200
         expect(inside.locator("#tile-p50")).to_contain_text("s")
-        expect(inside.locator("#tile-rate")).not_to_have_text(re.compile("^(0|…)$"))
+        expect(inside.locator("#tile-rate")).not_to_have_text(re.compile("^(0|–)$"))
+        expect(inside.locator(".tile:first-child .spark path")).to_have_attribute("d", re.compile("^M.*L"))
         for _ in range(8):
             inside.evaluate(TRY_AGAIN, stand.token)
-        expect(inside.locator("#draws-verdict")).to_contain_text("within chance")
-        expect(inside.get_by_role("table", name="resnet34")).to_contain_text("20 % kept")
+        expect(inside.locator("#draws-verdict")).to_contain_text("As expected: all within chance")
+        expect(inside.locator("#heat td[data-level]")).to_have_count(4)
 
-    def test_the_library_is_shown_with_digests_and_claims(self, inside: Page, stand: Stand) -> None:
-        tickets = inside.get_by_role("table", name="Tickets of the library")
-        expect(tickets.get_by_role("row")).to_have_count(5)
-        manifest = json.loads(read(stand.folder / "library" / "manifest.json"))
-        expect(tickets).to_contain_text(manifest["entries"][0]["sha256"][:12])
-        tickets.get_by_text("commit").first.click()
-        expect(tickets.get_by_text("searched for").first).to_be_visible()
+    def test_history_outlives_the_tab(self, inside: Page) -> None:
+        """The server keeps it: a reload shows the same lines at once."""
+        line = inside.locator(".tile:first-child .spark path")
+        expect(line).to_have_attribute("d", re.compile("^M.*L"))
+        before = line.get_attribute("d") or ""
+        inside.reload()
+        expect(line).to_have_attribute("d", re.compile("^M.*L"))
+        assert len((line.get_attribute("d") or "").split("L")) >= len(before.split("L"))
 
-    @pytest.mark.parametrize("width", [360, 1440])
-    def test_nothing_is_wider_than_the_window(self, inside: Page, width: int) -> None:
-        inside.set_viewport_size({"width": width, "height": 800})
-        expect(inside.get_by_role("table", name="Tickets of the library")).to_be_visible()
-        assert inside.evaluate("document.documentElement.scrollWidth") == width
+    def test_the_last_audit_s_figure_has_its_interval_age_and_library(self, page: Page, stand: Stand) -> None:
+        page.route("**/admin/overview", with_everything)
+        sign_in(page, stand.url, stand.token)
+        robust = page.locator("#robust")
+        figure = measured()["result"]["robust"]
+        expect(robust).to_contain_text(f"{100 * figure['value']:.1f} %")
+        expect(robust).to_contain_text(f"[{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]")
+        expect(robust).to_contain_text("at ε = 8/255")
+        expect(robust).to_contain_text("days ago")
+        expect(robust).to_contain_text("another than the one served")
+        expect(robust).to_contain_text("+1.2 points [−0.4, +3.0]: no difference shown")
+        numbers = page.get_by_role("table", name="Accuracy against epsilon")
+        expect(numbers.get_by_role("row")).to_have_count(len(measured()["result"]["curve"]) + 1)
+        assert page.locator("#curve canvas").evaluate(COLOURED) > 100
+        page.unroute_all(behavior="ignoreErrors")
+
+    def test_without_an_audit_the_first_screen_says_how_to_get_a_figure(self, page: Page, stand: Stand) -> None:
+        page.route("**/admin/overview", lambda route: route.fulfill(json={**route.fetch().json(), "audit": None}))
+        sign_in(page, stand.url, stand.token)
+        expect(page.locator("#robust")).to_contain_text("No audit of this server has measured anything yet")
+        expect(page.locator("#curve")).to_be_hidden()
+        page.get_by_role("link", name="Start an audit").click()
+        expect(page.get_by_role("heading", name="Start an audit")).to_be_visible()
+        page.unroute_all(behavior="ignoreErrors")
+
+
+COLOURED: Final = """canvas => {
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  let count = 0;
+  for (let index = 3; index < data.length; index += 4) count += data[index] > 0;
+  return count;
+}"""
 
 
 TRY_AGAIN: Final = """token => fetch("/console/icon.svg").then(() => {
@@ -424,19 +603,26 @@ class TestTryingAnImage:
         inside.get_by_role("button", name="Twenty more draws").click()
         expect(verdict.get_by_role("table")).to_be_visible()
 
-    def test_an_image_can_be_dropped(self, inside: Page) -> None:
-        inside.locator("#drop").evaluate(DROP, base64.b64encode(draw_sample()).decode())
+    @pytest.mark.parametrize("place", ["#drop", "#drop-live"])
+    def test_an_image_can_be_dropped(self, inside: Page, place: str) -> None:
+        inside.locator(place).evaluate(DROP, base64.b64encode(draw_sample()).decode())
         expect(inside.locator("#verdict")).to_contain_text("draws say")
         expect(inside.locator("#tried-name")).to_have_text("dropped.png")
+        assert inside.url.endswith("#try")
+        expect(inside.locator("#trial-input")).to_have_text(
+            "The networks see 32 × 32 pixels; others are stretched (bilinear)."
+        )
 
     def test_what_is_no_image_is_refused_in_words(self, inside: Page) -> None:
         inside.get_by_label("Drop an image here").set_input_files(picture("notes.png", b"no image"))
         expect(inside.locator("#verdict")).to_contain_text("unsupported format")
+        expect(inside.locator("#again")).to_be_hidden()  # the same file would be refused again
 
 
 @needs_chromium
 class TestAudits:
     def test_one_is_priced_started_watched_and_read_and_two_are_compared(self, inside: Page, stand: Stand) -> None:
+        show(inside, "#audits/new")
         price = inside.locator("#cost")
         expect(price).to_contain_text("Estimated cost")
         inside.get_by_label("Norm", exact=True).select_option("l2")
@@ -452,7 +638,10 @@ class TestAudits:
         inside.get_by_role("button", name="Start the audit").click()
         panel = inside.locator("#audit")
         expect(panel.get_by_role("progressbar")).to_be_visible()
-        expect(panel.locator(".steps tbody tr").first).to_be_visible(timeout=AUDIT_MS)
+        expect(panel.locator("#audit-worst")).to_contain_text(
+            "left to the served ensemble at 8/255, the worst so far, by fgsm", timeout=AUDIT_MS
+        )
+        expect(panel.locator(".groups summary").first).to_contain_text("ticket resnet18-20 1 attack, worst")
         report = panel.frame_locator("iframe")
         expect(report.get_by_role("heading", name="Sanity checks")).to_be_visible(timeout=AUDIT_MS)
         expect(report.get_by_text("Not a measurement").first).to_be_visible()  # of generated images
@@ -466,6 +655,7 @@ class TestAudits:
         twin = shutil.copytree(first, first.with_name(first.name[:-8] + "0" * 8))
         job = json.loads(read(twin / "job.json"))
         (twin / "job.json").write_text(json.dumps({**job, "id": twin.name, "created": job["created"] + 60}))
+        show(page, "#audits")
         page.reload()
         boxes = page.get_by_role("checkbox", name=re.compile("Compare the audit"))
         expect(boxes).to_have_count(2)
@@ -475,10 +665,19 @@ class TestAudits:
         compared = page.get_by_role("table", name="Two audits compared")
         expect(compared.get_by_role("row", name=re.compile("Clean accuracy"))).to_contain_text("0.0")
         expect(page.locator("#comparison")).to_contain_text("Same library, images, profile and seed")
+        assert barriers(page) == []
+        page.reload()
+        expect(compared).to_be_visible()  # a comparison has an address
+        show(page, "#audits/new")
         expect(page.locator("#experience")).to_contain_text("The last smoke audit here took")
+        show(page, "#audits")
+        row = page.get_by_role("table", name="Audits").get_by_role("row").nth(1)
+        expect(row).to_contain_text("not a measurement")
+        expect(row).to_contain_text(first_digest(stand))
         assert barriers(page) == []
 
     def test_one_is_cancelled(self, inside: Page) -> None:
+        show(inside, "#audits/new")
         expect(inside.locator("#cost")).to_contain_text("Estimated cost")
         inside.get_by_label("How many").fill("500")
         inside.get_by_role("button", name="Start the audit").click()
@@ -486,30 +685,130 @@ class TestAudits:
         panel.get_by_role("button", name="Cancel this audit").click()
         inside.get_by_role("dialog").get_by_role("button", name="Cancel the audit").click()
         expect(panel).to_contain_text("It was cancelled before its end")
+        panel.get_by_role("link", name="All audits").click()
         expect(inside.locator("#audit-list")).to_contain_text("cancelled")
+
+    def test_steps_are_grouped_by_system_with_the_worst_so_far_and_the_time_left(
+        self, page: Page, stand: Stand
+    ) -> None:
+        job = {**measured(), "state": "running", "finished": None, "result": None, "attempts": 1, "progress": None}
+        steps = [
+            ("fgsm", "tombola", 8, 0.6, 0.1, 30),
+            ("eot-risk", "tombola", 8, 0.31, 0.2, 20),
+            ("eot-risk", "tombola", 12, 0.1, 0.3, 15),
+            ("fgsm", "best-ticket", 8, 0.2, 0.4, 10),
+        ]
+        lines = [
+            {"id": "x", "attack": attack, "system": system, "epsilon": epsilon, "images": 128, "accuracy": accuracy}
+            | {
+                "tombola": accuracy + 0.05 if system == "best-ticket" else accuracy,
+                "share": share,
+                "seconds_left": left,
+                "time": 1.7e9 + 100 * (place + 1),
+            }
+            for place, (attack, system, epsilon, accuracy, share, left) in enumerate(steps)
+        ]
+        body = "".join(f"event: step\ndata: {json.dumps(line)}\n\n" for line in lines)
+        page.route("**/admin/audits/*", lambda route: route.fulfill(json=job))
+        streams: list[Route] = []
+
+        def stream(route: Route) -> None:
+            """Breaks after the last step; the next one brings nothing yet."""
+            streams.append(route)
+            if len(streams) == 1:
+                route.fulfill(body=body, content_type="text/event-stream")
+
+        page.route("**/admin/audits/*/events", stream)
+        sign_in(page, f"{stand.url}#audits/{job['id']}", stand.token)
+        panel = page.locator("#audit")
+        expect(panel.locator("#audit-worst")).to_contain_text(
+            "25.0 % left to the served ensemble at 8/255, the worst so far, by fgsm on best-ticket"
+        )
+        left = "40 % of the attacks · 7 min since the start · about 10 s left for the attacks, at the speed so far"
+        expect(panel.locator("#audit-left")).to_have_text(left)
+        groups = panel.locator(".groups summary")
+        expect(groups).to_have_text(
+            [
+                "tombola 3 attacks, worst 10.0 % at 12/255 (eot-risk)",
+                "best-ticket 1 attack, worst 20.0 % at 8/255 (fgsm)",
+            ]
+        )
+        groups.first.click()
+        expect(panel.get_by_role("table", name="Attacks on tombola").get_by_role("row")).to_have_count(4)
+        assert barriers(page) == []
+        page.unroute_all(behavior="ignoreErrors")
+
+
+def first_digest(stand: Stand) -> str:
+    manifest = json.loads(read(stand.folder / "first" / "manifest.json"))
+    return str(manifest["digest"])[:12]
 
 
 @needs_chromium
-class TestSwapping:
-    def swap(self, page: Page) -> None:
-        page.get_by_role("button", name="Swap the library…").click()
-        page.get_by_role("dialog").get_by_role("button", name="Swap it").click()
+class TestLibrary:
+    def test_tickets_are_shown_by_structure_with_digests_and_claims(self, inside: Page, stand: Stand) -> None:
+        show(inside, "#library")
+        groups = inside.locator("#tickets > details > summary")
+        expect(groups).to_have_count(2)
+        expect(groups.first).to_contain_text("resnet18 2 networks · 20 to 50 % kept")
+        tickets = inside.get_by_role("table", name="Tickets: resnet18")
+        expect(tickets.get_by_role("row")).to_have_count(3)
+        manifest = json.loads(read(stand.folder / "library" / "manifest.json"))
+        expect(tickets).to_contain_text(manifest["entries"][0]["sha256"][:12])
+        tickets.get_by_text("commit").first.click()
+        expect(tickets.get_by_text("searched for").first).to_be_visible()
 
-    def test_another_library_takes_its_place_and_a_damaged_one_does_not(self, inside: Page, stand: Stand) -> None:
-        second = tiny_library(stand.folder / "second", seed=500)
-        before = inside.locator("#digest").text_content()
+    def test_a_reload_shows_what_would_change_and_serves_that_alone_once_confirmed(
+        self, inside: Page, stand: Stand
+    ) -> None:
+        second = tiny_library(stand.folder / "second", seed=500, structures=("resnet18", "wideresnet32"))
+        show(inside, "#library")
+        before = inside.locator("#digest").text_content() or ""
         assert before != second.digest
+        reload, dry_run = inside.get_by_role("button", name="Reload…"), inside.locator("#dry-run")
+        reload.click()
+        expect(dry_run).to_contain_text("Nothing would change")
+        expect(dry_run.locator("#serve")).to_have_count(0)
         stand.link(stand.folder / "second")
-        self.swap(inside)
-        expect(inside.locator("#swap-message")).to_contain_text(f"Now serving {second.digest[:12]}")
+        reload.click()
+        expect(dry_run).to_contain_text(f"{before[:12]} → {second.digest[:12]}")
+        expect(dry_run).to_contain_text("2 new, 2 go, 2 changed, 0 as they are")
+        expect(dry_run).to_contain_text(str(stand.folder / "library"))
+        differences = dry_run.get_by_role("table", name="Tickets that differ")
+        expect(differences.get_by_role("row", name="wideresnet32-20")).to_contain_text("new")
+        expect(differences.get_by_role("row", name="wideresnet32-20")).to_contain_text("under attack 40.0 %")
+        expect(differences.get_by_role("row", name="resnet34-50")).to_contain_text("goes")
+        expect(differences.get_by_role("row", name="resnet18-20")).to_contain_text("other weights")
+        assert barriers(inside) == []
+        dry_run.get_by_role("button", name="Cancel").click()
+        expect(inside.locator("#digest")).to_have_text(before)
+        reload.click()
+        dry_run.get_by_role("button", name=f"Serve {second.digest[:12]}").click()
+        expect(inside.locator("#reload-status")).to_contain_text(f"Now serving {second.digest[:12]}")
         expect(inside.locator("#digest")).to_have_text(second.digest)
-        damaged = Path(shutil.copytree(stand.folder / "second", stand.folder / "damaged"))
+
+    def test_neither_a_damaged_library_nor_another_than_the_one_shown_is_served(
+        self, inside: Page, stand: Stand
+    ) -> None:
+        show(inside, "#library")
+        before = inside.locator("#digest").text_content() or ""
+        third = tiny_library(stand.folder / "third", seed=900)
+        stand.link(third.path)
+        reload, status = inside.get_by_role("button", name="Reload…"), inside.locator("#reload-status")
+        reload.click()
+        serve = inside.get_by_role("button", name=f"Serve {third.digest[:12]}")
+        expect(serve).to_be_visible()
+        fourth = tiny_library(stand.folder / "fourth", seed=1300)
+        stand.link(fourth.path)
+        serve.click()
+        expect(status).to_contain_text("not the one of that digest")
+        damaged = Path(shutil.copytree(fourth.path, stand.folder / "damaged"))
         (damaged / "manifest.json").write_text("{}")
         stand.link(damaged)
-        self.swap(inside)
-        expect(inside.locator("#swap-message")).to_contain_text("the old one keeps serving")
-        expect(inside.locator("#digest")).to_have_text(second.digest)
-        stand.link(stand.folder / "second")
+        reload.click()
+        expect(status).to_contain_text("the old one keeps serving")
+        expect(inside.locator("#digest")).to_have_text(before)
+        stand.link(stand.folder / "first")
 
 
 @needs_chromium
@@ -519,10 +818,11 @@ class TestTheServerGoesAway:
         expect(state).to_contain_text("Ready")
         assert stand.process is not None
         stand.process.process.send_signal(signal.SIGTERM)
-        expect(state).to_contain_text("Not ready: the server is shutting down")
+        expect(state).to_contain_text("Draining: the server is shutting down as planned")
+        expect(state).to_have_class("state warn")
         stand.end()
         expect(banner).to_contain_text("No answer from the server")
-        expect(state).to_contain_text("Unknown")
+        expect(state).to_have_class("state away")
         stand.start()
         expect(banner).to_contain_text("The server is back")
         expect(state).to_contain_text("Ready")

@@ -107,7 +107,9 @@ def test_requests_images_and_latencies_are_counted_and_draws_beside_their_law(ti
             assert (await plane.admin.post("/admin/try", content=png())).status_code == 200
         overview = (await plane.admin.get("/admin/overview")).json()
         assert (overview["ready"], overview["reason"]) == (True, "")
-        assert overview["library"] == {"digest": tiny.digest, "tickets": 4, "baselines": 0, "classes": 10}
+        picture = {"height": 32, "width": 32, "resize": "squash", "interpolation": "bilinear"}
+        counts = {"tickets": 4, "baselines": 0, "classes": 10}
+        assert overview["library"] == {"digest": tiny.digest, **counts, "input": picture}
         assert overview["traffic"]["outcomes"]["ok"] == 1
         assert overview["traffic"]["outcomes"]["invalid"] == 1
         assert overview["traffic"]["images"] == 1 + 2 * DRAWS
