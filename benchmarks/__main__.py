@@ -20,11 +20,13 @@ from benchmarks.beside import beside_an_audit
 from benchmarks.chaos import overload, soak
 from benchmarks.figure import draw
 from benchmarks.load import closed_loop, open_figures
-from benchmarks.report import best_peers, markdown_tables, ratios, replace_section
+from benchmarks.report import MARKS, best_peers, markdown_tables, ratios
 from benchmarks.requests import Form
 from benchmarks.servers import ROOT, VENV, Running, Server, ours, peers, prepare_peers, started
+from model_store.errors import PageRejected
 from model_store.files import write_atomically
 from model_store.library import open_library
+from model_store.pages import replace_section
 from service.benchmarks.command import machine
 
 CLIENTS: Final = (1, 8, 32, 128)
@@ -35,7 +37,11 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 def main() -> int:
     given = arguments()
     if given.what == "report":
-        return report(given)
+        try:
+            return report(given)
+        except PageRejected as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return error.exit_code
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers under test are ended, too
     if shutil.which("wrk") is None:
         print("bench: wrk is not installed; on Debian: apt-get install wrk", file=sys.stderr)
@@ -213,7 +219,7 @@ def report(given: argparse.Namespace) -> int:
     if given.into is None:
         print(text)
     else:
-        replace_section(given.into, text)
+        replace_section(given.into, MARKS, text)
         print(f"{given.into}: its table of benchmarks is that of {given.out}")
     return 0
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.load import closed_loop
 from benchmarks.requests import files
+from model_store.files import write_atomically
 from model_store.library import Library
 from service import lifecycle
 from service.engine.base import Engine, Images, Logits
@@ -169,7 +170,7 @@ def main() -> None:
         codes = [code.resolve() for code in given.codes]
         figures: dict[str, Any] = compare(codes, given.clients, given.seconds, given.rounds)
         if given.json:
-            given.json.write_text(json.dumps(figures, indent=1) + "\n")
+            write_atomically(given.json, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

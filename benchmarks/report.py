@@ -1,11 +1,8 @@
 """From results to the figures to reach and the README's table."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Final
-
-from model_store.files import write_atomically
 
 MARKS: Final = ("<!-- benchmarks: python -m benchmarks report -->", "<!-- end of benchmarks -->")
 OURS: Final = "tombola"
@@ -198,13 +195,3 @@ def describe_conditions(whole: Figures) -> str:
 
 def table_row(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def replace_section(page: Path, text: str) -> None:
-    """Replaces what stands between the marks."""
-    begin, end = MARKS
-    whole = page.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(whole):
-        raise SystemExit(f"{page}: expected {begin} and {end} in it, found neither")
-    write_atomically(page, pattern.sub(lambda _: f"{begin}\n{text}\n{end}", whole))

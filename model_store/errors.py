@@ -13,6 +13,10 @@ class StoreError(TombolaError):
     """A stored model, or a request to draw from one, that cannot be used."""
 
 
+class PageRejected(TombolaError):
+    """A Markdown page without the marks of the section that is to be written."""
+
+
 class StructureUnknown(StoreError):
     """A structure's name, width or class count that does not exist."""
 

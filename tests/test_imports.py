@@ -39,6 +39,7 @@ LADDER: Final = (
     "colour",
     "images",
     "files",
+    "pages",
     "code_version",
     "quiet_imports",
     "arithmetic",

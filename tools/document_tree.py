@@ -4,12 +4,11 @@ import ast
 from pathlib import Path
 from typing import Final
 
-from model_store.files import write_atomically
+from model_store.pages import replace_section, with_section
 
 ROOT: Final = Path(__file__).parent.parent
 PAGE: Final = ROOT / "docs" / "ARCHITECTURE.md"
-BEGIN: Final = "<!-- tree: python -m tools.document_tree -->"
-END: Final = "<!-- end of tree -->"
+MARKS: Final = ("<!-- tree: python -m tools.document_tree -->", "<!-- end of tree -->")
 PACKAGES: Final = ("tombola", "model_store", "training", "service")
 WIDTH: Final = 116
 
@@ -40,10 +39,8 @@ def row(name: str, module: Path, depth: int) -> str:
 
 
 def with_tree(page: str) -> str:
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tree()}\n\n{END}{after}"
+    return with_section(page, MARKS, f"\n{tree()}\n")
 
 
 if __name__ == "__main__":
-    write_atomically(PAGE, with_tree(PAGE.read_text(encoding="utf-8")))
+    replace_section(PAGE, MARKS, f"\n{tree()}\n")

@@ -20,6 +20,7 @@ from model_store.files import write_atomically
 from model_store.input_spec import CIFAR10_INPUT, InputSpec, Interpolation, Resize
 from model_store.library import EMBEDDED, Library, open_library
 from model_store.manifest import Entry
+from model_store.pages import END, replace_section
 from model_store.quiet_imports import import_dataset
 from model_store.structures import STRUCTURES
 from training import export, trial
@@ -349,7 +350,7 @@ def show_table(arguments: argparse.Namespace) -> None:
     if arguments.into is None:
         print(text)
     else:
-        export.write_into(arguments.into, text, export.mark(arguments.library))
+        replace_section(arguments.into, (export.mark(arguments.library), END), text)
         print(f"{arguments.into}: table of {arguments.library or 'the embedded library'} rebuilt")
 
 

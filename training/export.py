@@ -5,7 +5,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
-from model_store.files import write_atomically
 from model_store.library import Library, open_library, write_library
 from model_store.manifest import Claim, Entry, Provenance
 from model_store.structures import STRUCTURES
@@ -104,21 +103,9 @@ def table(library: Library) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + conditions(library)
 
 
-END: Final = "<!-- end -->"
-
-
 def mark(library: Path | None) -> str:
     """The line of a page under which the library's table stands: the command that makes it. None: the embedded one."""
     return f"<!-- table: tombola table{'' if library is None else f' {library}'} -->"
-
-
-def write_into(page: Path, text: str, begin: str) -> None:
-    """Replaces what stands between a mark and END in a Markdown page. Raises TrainingError if they are not there."""
-    before, mark_text, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, end, after = rest.partition(END)
-    if not mark_text or not end:
-        raise TrainingError(f"{page}: no table to replace; expected a line {begin} and after it {END}")
-    write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def claim_on_test(entry: Entry, metric: str) -> Claim:

@@ -343,7 +343,8 @@ def read_answer(response: Any) -> dict[str, Any]:
 
 
 def run_tables(path: Path, folder: Path, into: Path | None) -> int:
-    from service.audit.report.markdown_report import document_section, replace_section, write_figures
+    from model_store.pages import replace_section
+    from service.audit.report.markdown_report import MARKS, document_section, write_figures
     from service.audit.report.model import read_report
 
     report = read_report(path)
@@ -352,7 +353,7 @@ def run_tables(path: Path, folder: Path, into: Path | None) -> int:
     if into is None:
         print(text)
     else:
-        replace_section(into, text)
+        replace_section(into, MARKS, text)
         print(f"{into}: table and figures of report {report.digest[:12]}")
     for written in write_figures(report, folder):
         print(f"written: {written}", file=sys.stderr)

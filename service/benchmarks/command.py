@@ -20,6 +20,7 @@ import torch
 
 from model_store.files import write_atomically
 from model_store.library import Library, open_library
+from model_store.pages import END, replace_section
 from model_store.policy import Theta, draw_theta
 from model_store.structures import Network
 from service.audit.errors import DataRejected
@@ -57,21 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     whole = {"library": library.digest, "machine": machine(), "engine": described(engine), **results}
     print(json.dumps(whole, indent=2))
     if benchmark.table is not None and arguments.into is not None:
-        replace_section(arguments.into, benchmark.table(whole))
+        mark, _, table = benchmark.table(whole).partition("\n")
+        replace_section(arguments.into, (mark, END), table)
     if arguments.json is not None:
         write_atomically(arguments.json, json.dumps(whole, indent=2) + "\n")
     print(line)
     return 0
-
-
-def replace_section(page: Path, table: str) -> None:
-    """Puts a table in the place of the one that begins with the same line, an HTML comment, in a page."""
-    begin, end = table.split("\n", 1)[0], "<!-- end -->"
-    whole = page.read_text(encoding="utf-8")
-    before, mark, rest = whole.partition(begin)
-    if not mark or end not in rest:
-        raise SettingsRejected(f"{page}: expected {begin} and {end} in it")
-    write_atomically(page, before + table + "\n" + end + rest.split(end, 1)[1])
 
 
 def machine() -> dict[str, Any]:

@@ -10,8 +10,10 @@ import pytest
 from benchmarks.beside import AUDIT
 from benchmarks.chaos import slope_per_hour
 from benchmarks.load import quantile_ms
-from benchmarks.report import MARKS, best_peers, markdown_tables, ratios, replace_section
+from benchmarks.report import MARKS, best_peers, markdown_tables, ratios
 from benchmarks.requests import files, tensors
+from model_store.errors import PageRejected
+from model_store.pages import replace_section
 from service.benchmarks.timing_leakage import entropy, mutual_information, named_right
 
 
@@ -69,9 +71,9 @@ def test_the_table_is_rebuilt_between_its_marks_and_again_the_same(figures: dict
     (tmp_path / "compare.json").write_text(json.dumps(whole))
     page = tmp_path / "README.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
-    replace_section(page, markdown_tables(tmp_path))
+    replace_section(page, MARKS, markdown_tables(tmp_path))
     once = page.read_text("utf-8")
-    replace_section(page, markdown_tables(tmp_path))
+    replace_section(page, MARKS, markdown_tables(tmp_path))
     assert page.read_text("utf-8") == once
     assert once.startswith("before\n")
     assert once.endswith("\nafter\n")
@@ -83,8 +85,8 @@ def test_the_table_is_rebuilt_between_its_marks_and_again_the_same(figures: dict
 def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("nothing here")
-    with pytest.raises(SystemExit, match="expected <!-- benchmarks"):
-        replace_section(page, "text")
+    with pytest.raises(PageRejected, match="expected <!-- benchmarks"):
+        replace_section(page, MARKS, "text")
     assert page.read_text("utf-8") == "nothing here"
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from model_store.library import open_library
+from model_store.pages import END
 from model_store.structures import STRUCTURES, StructureName
 from tombola.cli import Parser, parser
 from tools.document_tree import PACKAGES, with_tree
 from tools.reference import page
 from training.cost import GPU_SPEED, cost
-from training.export import END, PRINTED, mark, table
+from training.export import PRINTED, mark, table
 from training.recipes import DENSITIES, PRESETS
 
 ROOT = Path(__file__).parents[2]

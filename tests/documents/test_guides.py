@@ -12,9 +12,8 @@ import torch
 
 from model_store.policy import expected_size
 from service.benchmarks import capacity, output_leakage, rounding, timing_leakage
-from service.benchmarks.command import replace_section
 from service.observability.metrics import PREFIX, TABLE
-from service.settings import OTHER_VARIABLES, SettingsRejected, setting_docs
+from service.settings import OTHER_VARIABLES, setting_docs
 from tests.support.serving import some_rows, tiny_library
 from tombola.cli import main
 
@@ -150,11 +149,3 @@ def test_a_server_s_cost_is_measured_on_a_real_one(tmp_path: Path, capsys: pytes
     assert result["series"] > len(TABLE)
     assert page.read_text("utf-8") == f"before\n{capacity.table(result)}\n<!-- end -->\nafter\n"
     assert "processor time" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_a_page_without_the_table_s_place_is_refused(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("nothing\n")
-    with pytest.raises(SettingsRejected, match=r"page\.md: expected <!-- a -->"):
-        replace_section(page, "<!-- a -->\ntable")
-    assert page.read_text("utf-8") == "nothing\n"

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Final
 
 from model_store.files import write_atomically
-from service.audit.errors import AuditError
 from service.audit.report.model import Interval, Report
 
 FIGURES: Final = {"Transfer between tickets": "transfer.svg", "Accuracy against epsilon": "accuracy.svg"}
@@ -68,18 +67,6 @@ def beside_the_paper(report: Report) -> str:
         "is worth is the difference from `mean-of-all` and from `fixed-equal-cost`, with which the paper does not "
         "compare."
     )
-
-
-def replace_section(page: Path, text: str) -> None:
-    """Replaces what stands between the marks of a Markdown page. Raises AuditError if they are not there."""
-    try:
-        before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    except OSError as error:
-        raise AuditError(f"{page}: cannot be read ({error.strerror})") from None
-    _, end, after = rest.partition(MARKS[1])
-    if not begin or not end:
-        raise AuditError(f"{page}: no table to replace; expected a line {MARKS[0]} and after it {MARKS[1]}")
-    write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
 
 
 def points(interval: Interval, sign: str = "") -> str:
