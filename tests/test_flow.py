@@ -3,8 +3,6 @@
 import base64
 import io
 import json
-import subprocess
-import sys
 import urllib.request
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +18,7 @@ from model_store.library import open_library
 from model_store.structures import Structure
 from service.outbound import open_url
 from tests.support.digits import digits
+from tests.support.serving import serving
 from training.data import Images, as_floats
 from training.export import export
 from training.jobs import Job
@@ -50,32 +49,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_search_s_tickets_answer_pictures_over_http(library: Path, tmp_path: Path) -> None:
     images = digits().test.balanced(200)
-    command = [sys.executable, "-m", "tombola", "serve", "--library", str(library), "--port", "0", "--admin-port", "0"]
-    with subprocess.Popen(
-        [*command, "--state-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as server:
-        try:
-            address = address_of(server)
-            answers = [answer for part in range(0, 200, 50) for answer in classify(address, library, images, part)]
-        finally:
-            server.terminate()
-            _, log = server.communicate(timeout=60)
-    assert server.returncode == 0, log
+    with serving(library, tmp_path / "state", "--engine", "auto") as server:
+        answers = [answer for part in range(0, 200, 50) for answer in classify(server.public, library, images, part)]
+        assert server.end() == 0, (tmp_path / "log.jsonl").read_text()
     right = sum(answer["index"] == label for answer, label in zip(answers, images.labels.tolist(), strict=True))
     print(f"\nan ensemble of one or two tickets of {library}: {right} of 200 test digits right")
     assert right > 120  # chance is 20; 60 % is far beyond it and far below what the tickets reach
-
-
-def address_of(server: subprocess.Popen[str]) -> str:
-    """The public plane's address, once the process has said that it is ready."""
-    assert server.stdout is not None
-    address = ""
-    for line in server.stdout:
-        if line.startswith("public"):
-            address = line.split()[1]
-        if line.startswith("Ready"):
-            return address
-    raise AssertionError(f"the server ended: {server.stderr.read() if server.stderr else ''}")
 
 
 def classify(address: str, library: Path, images: Images, start: int) -> list[dict[str, object]]:

@@ -13,7 +13,7 @@ import pytest
 
 from model_store.library import Library
 from tests.support.audit_models import tiny
-from tests.support.serving import ROOT, Process, announced, holds
+from tests.support.serving import ROOT, Process, announced
 from tests.support.side_effects import (
     WITHOUT,
     Listener,
@@ -26,6 +26,7 @@ from tests.support.side_effects import (
     outside,
     read_trace,
 )
+from tests.support.waiting import until
 from tests.training.conftest import data
 from tombola.sample_image import draw_sample
 
@@ -198,7 +199,7 @@ def audit_until_it_attacks(process: Process, token: str) -> None:
         state = json.loads(process.get(f"{process.admin}/admin/audits/{job}", **bearer)[1])
         return state["progress"] is not None
 
-    holds(attacks, limit_s=180)
+    until(attacks, limit_s=180)
 
 
 def imported(file: Path) -> Iterator[tuple[str, int]]:

@@ -16,7 +16,8 @@ import pytest
 
 from tests.deploy.test_files import DEPLOY
 from tests.deploy.test_prometheus import free_port
-from tests.support.serving import Process, fetch, holds, serving, tiny_library
+from tests.support.serving import Process, fetch, serving, tiny_library
+from tests.support.waiting import until
 from tombola.sample_image import draw_sample
 
 CLIENTS = 3
@@ -82,13 +83,13 @@ def test_a_rolling_restart_of_two_replicas_loses_no_request(tmp_path: Path) -> N
 
         old = [start(f"old{port}", port) for port in ports]
         proxy = stack.enter_context(haproxy(*ports))
-        holds(lambda: answers(proxy))
+        until(lambda: answers(proxy))
         with Load(proxy) as load:
-            holds(lambda: all(took_part(replica) for replica in old))
+            until(lambda: all(took_part(replica) for replica in old))
             for port, replica in zip(ports, old, strict=True):
                 assert replica.end() == 0
                 new = start(f"new{port}", port)
-                holds(partial(took_part, new))
+                until(partial(took_part, new))
     assert load.lost == []
     assert set(load.statuses) == {200}
     print(f"\n{len(load.statuses)} requests, all answered")

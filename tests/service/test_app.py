@@ -42,7 +42,8 @@ from service.web import server
 from service.web.auth import ApiKeyStore
 from service.web.http_protocol import WriteCoalescingTransport
 from tests.support.planes import behind_a_port
-from tests.support.serving import TOKEN, tiny_library, until
+from tests.support.serving import TOKEN, tiny_library
+from tests.support.waiting import until_async
 from tombola.cli import main
 from tombola.sample_image import draw_sample
 
@@ -223,7 +224,7 @@ def test_a_crowd_is_turned_away_while_health_is_answered(tiny: Library, state: P
             yield draw_sample()[100:]
 
         waiting = asyncio.ensure_future(planes.public.post("/v1/classify", content=slow_body()))
-        await until(lambda: planes.metrics.value("http_requests_in_flight") == 1)
+        await until_async(lambda: planes.metrics.value("http_requests_in_flight") == 1)
         refused = await planes.classify()
         assert refused.status_code == 503
         assert refused.json() == {"error": ErrorMessage.FULL}
@@ -298,7 +299,7 @@ def test_a_replaced_library_goes_though_something_dead_still_holds_it(tiny: Libr
         gc.disable()  # a server at rest allocates nothing that would start a collection
         try:
             await planes.manager.reload()
-            await until(lambda: engine() is None)
+            await until_async(lambda: engine() is None)
         finally:
             gc.enable()
         assert (await planes.classify()).status_code == 200
@@ -319,7 +320,7 @@ def test_a_request_keeps_the_library_it_began_with(state: Path, tmp_path: Path) 
             yield draw_sample()[100:]
 
         begun = asyncio.ensure_future(planes.public.post("/v1/classify", content=slow_body()))
-        await until(lambda: planes.metrics.value("http_requests_in_flight") == 1)
+        await until_async(lambda: planes.metrics.value("http_requests_in_flight") == 1)
         second = tiny_library(folder, seed=50)
         await planes.manager.reload()
         assert (await planes.classify()).json()["library"] == second.digest

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from tests.support.serving import ROOT, Process, holds, serving, tiny_library
+from tests.support.serving import ROOT, Process, serving, tiny_library
+from tests.support.waiting import until
 from tombola.sample_image import draw_sample
 
 
@@ -99,22 +100,22 @@ def test_it_starts_and_answers_the_line_it_prints_and_swaps_and_ends_without_los
         assert process.output[-1].startswith("Ready: every image gets one of ")
 
         clients = callers(process.public, 6)
-        holds(lambda: all(len(client.answers) > 5 for client in clients))
+        until(lambda: all(len(client.answers) > 5 for client in clients))
 
         second = tiny_library(folder, seed=50)
         process.process.send_signal(signal.SIGHUP)
-        holds(lambda: all(second.digest in client.digests for client in clients))
+        until(lambda: all(second.digest in client.digests for client in clients))
 
         (folder / "manifest.json").write_text("{}")
         process.process.send_signal(signal.SIGHUP)
-        holds(lambda: process.metric('library_swaps_total{outcome="refused"}') == 1)
+        until(lambda: process.metric('library_swaps_total{outcome="refused"}') == 1)
         assert process.ready()
         assert process.classify(draw_sample())[1]["library"] == second.digest
 
         process.process.send_signal(signal.SIGTERM)
-        holds(lambda: not process.ready())
+        until(lambda: not process.ready())
         answered = [len(client.answers) for client in clients]
-        holds(lambda: all(len(client.answers) > before for client, before in zip(clients, answered, strict=True)))
+        until(lambda: all(len(client.answers) > before for client, before in zip(clients, answered, strict=True)))
         assert process.process.wait(timeout=60) == 0
     for client in clients:
         client.join(timeout=60)
@@ -176,7 +177,7 @@ def test_slow_clients_are_let_go_and_a_storm_of_hang_ups_leaves_nothing_behind(f
         assert process.classify(draw_sample())[0] == 200
         ends = [until_closed(connection) for connection in slow]
         assert all(b"408" in end for end in ends[150:])
-        holds(lambda: process.metric("http_requests_in_flight") == 0)
+        until(lambda: process.metric("http_requests_in_flight") == 0)
         assert process.metric("http_body_memory_bytes") == 0
         assert process.metric("queue_depth") == 0
         assert process.classify(draw_sample())[0] == 200

@@ -12,7 +12,8 @@ import pytest
 
 from tests.deploy.test_prometheus import free_port
 from tests.support.planes import png
-from tests.support.serving import fetch, holds, over_and_over, tiny_library
+from tests.support.serving import fetch, over_and_over, tiny_library
+from tests.support.waiting import until
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve", exc_type=ImportError)
@@ -87,7 +88,7 @@ def test_two_replicas_draw_apart_and_the_death_of_one_costs_no_more_than_what_it
         answers.append(json.dumps(classify(address)))
         return busy(handle, known)
 
-    holds(both, 300)
+    until(both, limit_s=300)
     # Nine draws and 64 images: the odds of two equal sequences among so few are below 1e-20.
     assert len(set(answers)) == len(answers)
 
@@ -100,11 +101,11 @@ def test_two_replicas_draw_apart_and_the_death_of_one_costs_no_more_than_what_it
             outcomes.append(False)
 
     with over_and_over(ask):
-        holds(lambda: len(outcomes) > 5, 300)
+        until(lambda: len(outcomes) > 5, limit_s=300)
         os.kill(next(iter(known)), 9)
         before = len(outcomes)
         new: dict[int, float] = {}
-        holds(lambda: busy(handle, new) and set(new) != set(known) and len(outcomes) > before + 5, 300)
+        until(lambda: busy(handle, new) and set(new) != set(known) and len(outcomes) > before + 5, limit_s=300)
     lost = outcomes.count(False)
     print(f"\n{len(outcomes)} requests of {IMAGES} images, {lost} lost with the replica that was killed")
     assert lost <= 1  # one client: what was in flight in the replica that died

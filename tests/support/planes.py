@@ -5,7 +5,6 @@ import io
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from service.web.auth import ApiKeyStore
 from service.web.inference import Probabilities
 from service.web.server import create_server, loop_factory
 from tests.support.tickets import CLASSES
+from tests.support.waiting import until
 
 DIGEST: Final = "ab" * 32
 TOKEN: Final = "a-token-for-the-tests-alone"
@@ -185,14 +185,6 @@ def behind_a_port(app: FastAPI, listener: socket.socket | None = None, **knobs: 
         server.should_exit = True
         thread.join(timeout=30)
         listener.close()
-
-
-def until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
-    """Waits for a condition, looking every few milliseconds."""
-    late = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < late, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def picture(red: int = 100, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:

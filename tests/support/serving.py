@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -128,20 +127,6 @@ def with_scheduler(
             workers.stop()
 
     return asyncio.run(run())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Gives way until the condition holds; fails after half a minute."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 -- the condition is somebody else's
-            await asyncio.sleep(0.002)
-
-
-def holds(condition: Callable[[], bool], limit_s: float = 60) -> None:
-    late = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < late, "the condition did not come true"
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from pyarrow import parquet
 
 from service.errors import ErrorMessage, Overloaded
 from tests.support.planes import StandIn, behind_a_port, png, public_app
-from tests.support.serving import environment, holds, tiny_library
+from tests.support.serving import environment, tiny_library
 from tests.support.tickets import CLASSES
+from tests.support.waiting import until
 from tombola.cli import main
 from tombola.results_file import COLUMNS, ResultsFile, ResultsRejected, Row
 from tombola.sources import list_pictures, read_pictures
@@ -207,7 +208,7 @@ def test_this_machine_answers_as_the_service_does_and_is_resumed_after_a_kill(fo
     words += ["--library", str(library.path), "--engine", "torch", "--device", "cpu"]
     journal = tmp_path / ".results.jsonl.unfinished"
     with subprocess.Popen(words, cwd=tmp_path, env=environment()) as process:
-        holds(lambda: (journal.exists() and journal.read_bytes().count(b"\n") > 2) or process.poll() is not None)
+        until(lambda: (journal.exists() and journal.read_bytes().count(b"\n") > 2) or process.poll() is not None)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     begun = journal.read_bytes().count(b"\n") - 1

@@ -35,12 +35,12 @@ from service.settings import Settings
 from tests.support.audit_models import tiny
 from tests.support.planes import TOKEN, StandIn, admin_app, behind_a_port, refused
 from tests.support.tickets import items, make_ticket
+from tests.support.waiting import until
 from tombola.cli import main
 
 Json = dict[str, Any]
 PUBLISHED = Path("service/audit/results/report.json")
 SMOKE: Json = {"profile": "smoke", "images": 2, "attacks": ["paper-eot"], "epsilons": [8]}
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +109,6 @@ def plane(library: Library, tmp_path: Path) -> Iterator[Plane]:
     made = Plane(library, tmp_path / "state")
     yield made
     made.jobs.stop()
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    late = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < late, f"waited too long for: {what}"
-        time.sleep(0.05)
 
 
 class Pretend:

@@ -6,7 +6,7 @@ import pytest
 
 from service.admin.traffic_history import INTERVAL_S, KEEP_S, LATEST_S, TrafficHistory, answered, quantile
 from service.observability.metrics import SECONDS, Metrics
-from tests.support.serving import until
+from tests.support.waiting import until_async
 
 ROUTE = "/v1/classify"
 
@@ -122,7 +122,7 @@ def test_it_samples_by_itself_until_it_is_cancelled(history: TrafficHistory, mon
 
     async def run() -> None:
         task = asyncio.ensure_future(history.run())
-        await until(lambda: len(history.samples) >= 4)
+        await until_async(lambda: len(history.samples) >= 4)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

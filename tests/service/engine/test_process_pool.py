@@ -43,7 +43,8 @@ from service.scheduling.batch import (
     run_shard,
 )
 from service.settings import Settings
-from tests.support.serving import holds, over_and_over, serving, some_rows, tiny_library
+from tests.support.serving import over_and_over, serving, some_rows, tiny_library
+from tests.support.waiting import until
 from tombola.sample_image import draw_sample
 
 pytest.importorskip("service.engine.openvino_engine")
@@ -183,7 +184,7 @@ def test_the_processes_share_one_copy_of_the_tickets(shared: Engine) -> None:
 def test_a_process_that_is_killed_while_it_waits_costs_nobody_anything(engine: Engine) -> None:
     for pid in workers(engine):
         os.kill(pid, signal.SIGKILL)
-        holds(lambda gone=pid: not alive(gone))  # type: ignore[misc]
+        until(lambda gone=pid: not alive(gone))  # type: ignore[misc]
     assert engine.forward(0, some_rows(2)).shape == (2, 10)
     assert len(workers(engine)) == 1
 
@@ -196,13 +197,13 @@ def test_a_process_that_hangs_is_ended_and_another_takes_its_place(engine: Engin
         with pytest.raises(EngineDied):
             engine.forward(0, some_rows(1))
     assert engine.forward(0, some_rows(1)).shape == (1, 10)
-    holds(lambda: not any(alive(pid) for pid in stopped))
+    until(lambda: not any(alive(pid) for pid in stopped))
 
 
 def test_without_its_host_there_is_no_engine(engine: Engine) -> None:
     pids = engine.pids()
     os.kill(pids[0], signal.SIGKILL)
-    holds(lambda: not any(alive(pid) for pid in pids))
+    until(lambda: not any(alive(pid) for pid in pids))
     with pytest.raises(EngineDied):
         engine.forward(0, some_rows(1))
 
@@ -213,7 +214,7 @@ def test_a_forgotten_engine_ends_its_processes(tiny: Library, state: Path) -> No
     assert len(pids) == 3
     del made
     gc.collect()
-    holds(lambda: not any(alive(pid) for pid in pids))
+    until(lambda: not any(alive(pid) for pid in pids))
 
 
 def test_what_the_processes_use_is_told(shared: Engine) -> None:
@@ -223,7 +224,7 @@ def test_what_the_processes_use_is_told(shared: Engine) -> None:
         shared.forward(0, some_rows(64))
         return sum(cpu_s(pid) for pid in shared.pids()) > before + 0.05
 
-    holds(more)
+    until(more)
     assert resident_bytes(shared.pids()[0]) > 50e6
     assert (cpu_s(2**22 + 1), resident_bytes(2**22 + 1)) == (0, 0)
 
@@ -276,17 +277,17 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
     with serving(tiny.path, tmp_path / "state", *flags) as process:
         pids = process_tree(process.process.pid)[1:]
         process.process.send_signal(signal.SIGHUP)
-        holds(lambda: process.metric('library_swaps_total{outcome="ok"}') == 1)
-        holds(lambda: not any(alive(pid) for pid in pids))  # the old library's have no more to do
+        until(lambda: process.metric('library_swaps_total{outcome="ok"}') == 1)
+        until(lambda: not any(alive(pid) for pid in pids))  # the old library's have no more to do
         host, *first = process_tree(process.process.pid)[1:]
         assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in first} == {min(19, os.nice(0) + NICE_INFERENCE)}
         answers: list[int] = []
         with over_and_over(lambda: answers.append(process.classify(draw_sample())[0])):
-            holds(lambda: len(answers) > 10)
+            until(lambda: len(answers) > 10)
             for pid in first:
                 os.kill(pid, signal.SIGKILL)
             seen = len(answers)
-            holds(lambda: len(answers) > seen + 50)
+            until(lambda: len(answers) > seen + 50)
         assert set(answers[-20:]) == {200}
         assert answers.count(500) <= 2  # what each of the two was at
         assert process.ready()
@@ -295,7 +296,7 @@ def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_a
         now = process_tree(host)
         assert not set(first) & set(now)
         assert process.end() == 0
-    holds(lambda: not any(alive(pid) for pid in now))
+    until(lambda: not any(alive(pid) for pid in now))
 
 
 def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being_opened(
@@ -305,7 +306,7 @@ def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being
     command += ["--library", str(tiny.path), "--state-dir", str(tmp_path), "--engine", "openvino"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        holds(
+        until(
             lambda: b"service.engine.fork_server" in Path(f"/proc/{process_tree(process.pid)[-1]}/cmdline").read_bytes()
         )
         host = process_tree(process.pid)[-1]
@@ -323,7 +324,7 @@ def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path
         pids = process_tree(process.process.pid)
         assert len(pids) >= 3
         os.kill(pids[0], signal.SIGKILL)
-        holds(lambda: not any(alive(pid) for pid in pids[1:]))
+        until(lambda: not any(alive(pid) for pid in pids[1:]))
 
 
 def test_a_host_without_its_service_ends(tiny: Library, state: Path) -> None:

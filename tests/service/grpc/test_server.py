@@ -28,9 +28,10 @@ from service.web.auth import ApiKeyStore
 from service.web.inference import DataPlane
 from service.web.open_inference import OpenInferenceApi
 from service.web.server import loop_factory
-from tests.support.planes import StandIn, picture, png, until
+from tests.support.planes import StandIn, picture, png
 from tests.support.serving import serving, tiny_library
 from tests.support.tickets import CLASSES
+from tests.support.waiting import until
 
 SERVICE: Final = "/inference.GRPCInferenceService/"
 TRITON: Final = Path(__file__).parent / "clients" / "triton_check.py"

@@ -38,7 +38,8 @@ from service.scheduling.batch import (
 from service.scheduling.scheduler import DrawStatistics
 from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
-from tests.support.serving import Stand, engine, marks_its_members, some_rows, stand_in_library, until, with_scheduler
+from tests.support.serving import Stand, engine, marks_its_members, some_rows, stand_in_library, with_scheduler
+from tests.support.waiting import until_async
 
 # The law: a batched answer is the solo answer
 
@@ -252,7 +253,7 @@ def test_beyond_the_bound_rows_are_refused_with_a_time_to_come_back() -> None:
 
     async def overload(stand: Stand) -> None:
         first = stand.task(some_rows(6))
-        await until(lambda: stand.admission.in_flight == 6)
+        await until_async(lambda: stand.admission.in_flight == 6)
         with pytest.raises(Overloaded) as refused:
             await stand.submit(some_rows(3))
         assert refused.value.status == 503
@@ -280,7 +281,7 @@ def test_a_deadline_is_answered_while_the_engine_is_busy_and_the_rest_is_not_com
 
     async def late(stand: Stand) -> None:
         blocker = stand.task(some_rows(1))
-        await until(entered.is_set)
+        await until_async(entered.is_set)
         with pytest.raises(DeadlineExceeded) as passed:
             await stand.task(some_rows(5), within_s=0.05)
         assert passed.value.status == 504
@@ -307,14 +308,14 @@ def test_what_cannot_be_ready_in_time_is_refused_at_once() -> None:
 
     async def hopeless(stand: Stand) -> None:
         blocker = stand.task(some_rows(10))
-        await until(lambda: stand.admission.in_flight == 10)
+        await until_async(lambda: stand.admission.in_flight == 10)
         stand.admission.throughput.seconds_per_image = 1.0
         for within_s in (5.0, 20.0):  # 11 s by the estimate: two fifths of the time have to do
             with pytest.raises(Overloaded) as refused:
                 await stand.task(some_rows(1), within_s=within_s)
             assert refused.value.retry_after == 10
         sure = stand.task(some_rows(1), within_s=60.0)
-        await until(lambda: stand.admission.in_flight == 11)
+        await until_async(lambda: stand.admission.in_flight == 11)
         release.set()
         await asyncio.gather(blocker, sure)
 
@@ -326,9 +327,9 @@ def test_rows_of_a_cancelled_request_are_dropped_before_they_run() -> None:
 
     async def cancel(stand: Stand) -> None:
         blocker = stand.task(some_rows(1))
-        await until(entered.is_set)
+        await until_async(entered.is_set)
         gone = stand.task(some_rows(20))
-        await until(lambda: stand.scheduler.queue.length == 20)
+        await until_async(lambda: stand.scheduler.queue.length == 20)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
@@ -414,7 +415,7 @@ def test_the_event_loop_is_free_while_the_engine_works() -> None:
 
     async def other_work(stand: Stand) -> None:
         answer = stand.task(some_rows(1))
-        await until(entered.is_set)
+        await until_async(entered.is_set)
         for _ in range(100):
             await asyncio.sleep(0)
         assert not answer.done()
@@ -508,7 +509,7 @@ def test_an_engine_that_keeps_dying_is_given_up_and_fails_everything_at_once() -
     async def die(stand: Stand) -> None:
         answers = await asyncio.gather(*(stand.task(some_rows(4)) for _ in range(20)), return_exceptions=True)
         assert all(isinstance(error, EngineFailed) for error in answers)
-        await until(lambda: stand.broken == [True])
+        await until_async(lambda: stand.broken == [True])
         assert not stand.workers.healthy
         assert stand.admission.in_flight == 0
         with pytest.raises(NotReady):
@@ -524,7 +525,7 @@ def test_a_new_thread_has_to_pass_the_probe_first() -> None:
         stand.workers.probe = lambda: probes.append(1)
         with pytest.raises(EngineFailed):
             await stand.submit(some_rows(1))
-        await until(lambda: probes == [1])
+        await until_async(lambda: probes == [1])
 
     with_scheduler(die, forward=Mortal(1), threads=1)
 
@@ -565,7 +566,7 @@ def test_two_libraries_share_the_workers_and_a_forgotten_one_is_freed() -> None:
         forgotten = weakref.ref(other)
         del other
         await stand.submit(some_rows(4))  # the threads have moved on
-        await until(lambda: gc.collect() >= 0 and forgotten() is None)
+        await until_async(lambda: gc.collect() >= 0 and forgotten() is None)
 
     with_scheduler(swap)
 
@@ -637,7 +638,7 @@ def test_an_engine_on_which_every_image_fails_dies_and_is_given_up() -> None:
         for _ in range(3):
             with pytest.raises(EngineFailed):
                 await stand.submit(some_rows(2))
-        await until(lambda: stand.broken == [True])
+        await until_async(lambda: stand.broken == [True])
         assert stand.metrics.value("engine_restarts_total") == 3
         assert not stand.workers.healthy
 

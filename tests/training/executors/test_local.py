@@ -1,8 +1,6 @@
 """Real processes, killed and continued."""
 
 import signal
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +9,9 @@ import torch
 
 from model_store.ticket import load_ticket
 from tests.support.jobs import job_in, recipe
+from tests.support.waiting import until
 from training.executors.local import record_crash, run_local, start_worker
 from training.jobs import initialize, read_result, status
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "gave up waiting"
-        time.sleep(0.02)
 
 
 def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, done_state: Path, tmp_path: Path) -> None:
