@@ -4,7 +4,7 @@ A picture becomes what a browser shows on a white page, within one level (tools/
 
 - Format: told by the first bytes; names and content types are not believed.
 - Size: read from the header and checked before anything is decoded. A JPEG of more than SCALED_ABOVE pixels is decoded
-  at a half, a quarter or an eighth, still at least twice as large as the network's input.
+  at a half, a quarter or an eighth. It is still at least twice as large as the network's input.
 - Orientation: EXIF's tag is applied, as SHORT or LONG, also after a doubled header, in PNG and WebP too. Chromium
   applies it as SHORT in JPEG and PNG alone; Pillow and ImageMagick do as is done here.
 - Animations: the first frame; for APNG the default image. The others are never decoded.

@@ -1,7 +1,7 @@
 """Library: a manifest and the tickets it names, verified whole before use, and replaced whole or not at all.
 
-A ticket's file name ends in the first twelve characters of its SHA-256, so a new library never writes over a file of
-the old one, and the one atomic replacement of manifest.json is the moment at which the new library is there.
+A ticket's file name ends in the first twelve characters of its SHA-256. So a new library never writes over a file of
+the old one. The new library is there once manifest.json is replaced, which is atomic.
 """
 
 import hashlib

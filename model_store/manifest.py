@@ -1,7 +1,7 @@
 """Manifest: what a library says of itself. Digests, provenance, and numbers with the attack that measured them.
 
-Read strictly: a field missing, unknown or of another type is refused, and so is any text but the canonical one, so
-that one content has one digest. FORMAT.md lists every key.
+Read strictly: a field missing, unknown or of another type is refused. So is any text but the canonical one: one content
+has one digest. FORMAT.md lists every key.
 """
 
 import hashlib

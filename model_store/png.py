@@ -1,7 +1,7 @@
 """A PNG file's chunks: what Pillow needs to decode the pixels, and apart from that what they mean.
 
 Pillow reads only the chunks that make up the pixels. So text of any length, profiles of any size and animations cost
-nothing, and whatever changes the meaning of a pixel (PNG specification, third edition, section 11.3) is read here.
+nothing. Whatever changes the meaning of a pixel is read here (PNG specification, third edition, section 11.3).
 """
 
 import struct

@@ -34,8 +34,8 @@ WIDE_RESNET_BLOCKS: Final[dict[str, tuple[int, ...]]] = {"wideresnet32": (5, 5, 
 class Norm(nn.BatchNorm2d):
     """Batch norm without affine parameters. In train mode it uses the batch and never touches the stored statistics.
 
-    The statistics belong to one mask: they are measured by `calibrate` once the mask stands, not accumulated on the
-    way, so that neither an attack nor an audit can change them by running the network.
+    The statistics belong to one mask: `calibrate` measures them once the mask stands. They are not accumulated on the
+    way, so neither an attack nor an audit can change them by running the network.
     """
 
     def __init__(self, channels: int) -> None:

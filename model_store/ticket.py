@@ -1,7 +1,7 @@
 """Ticket: one sparse network as it is stored, and its file.
 
-A file is one safetensors container. Its single metadata string describes the ticket whole, and carries a SHA-256 of
-the file itself, so that a ticket on its own is checked as closely as one inside a library. FORMAT.md is the reference.
+A file is one safetensors container. Its single metadata string describes the ticket whole and carries a SHA-256 of the
+file itself. So a ticket on its own is checked as closely as one inside a library. FORMAT.md is the reference.
 """
 
 import hashlib

@@ -2,9 +2,13 @@
 
     serve run service.ray_serve:application replicas=4 cores=2 library=/data/library
 
-Words beside replicas and cores are settings. For those who run Ray anyway: its proxy costs a hop per request, there is
-no admin plane (audits, metrics and swaps belong to `tombola serve`), and clients are told apart by API keys
-alone, since all come from the proxy. A replica that dies, or whose engine does, is replaced; the others go on.
+Words beside replicas and cores are settings. It is for those who run Ray anyway:
+
+- Ray's proxy costs a hop per request;
+- there is no admin plane: audits, metrics and swaps belong to `tombola serve`;
+- API keys alone tell clients apart, since all come from the proxy.
+
+A replica that dies, or whose engine does, is replaced; the others go on.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
 """`python -m tools.shapes FOLDER`: pictures of five shapes to walk through docs/TRAINING.md with.
 
-Each is a shape of a random colour, size and place on a noisy ground of another, 80 to 200 pixels wide, as PNG or JPEG.
+Each is a shape of a random colour, size and place on a noisy ground of another colour. They are PNG or JPEG, 80 to 200
+pixels wide.
 They are drawn, not copied, so anybody may use them; the same arguments give the same pictures.
 """
 

@@ -1,9 +1,9 @@
 """Adversarial mask search of one ticket, resumable to the step.
 
-A network with frozen random signs is trained by choosing which of its weights exist (the scores' top-k), on
-adversarial images made against the very mask in force; then, unless the ticket is a scratch ticket, the mask is frozen
-and the kept weights are trained on. All chance comes from (seed, step), so that a run that was interrupted anywhere
-and goes on from its checkpoint ends in the same bits.
+A network with frozen random signs is trained by choosing which of its weights exist: the scores' top-k. Its images are
+adversarial, made against the very mask in force. Then the mask is frozen and the kept weights are trained on, unless
+the ticket is a scratch ticket. All chance comes from (seed, step). So a run that was interrupted anywhere and goes on
+from its checkpoint ends in the same bits.
 """
 
 import json

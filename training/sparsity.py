@@ -1,8 +1,9 @@
 """Densities of layers, scores, and their masks: the top-k of each layer by magnitude.
 
-The mask is a step function of the scores, so its gradient is taken straight through |score| (Ramanujan et al.,
-"What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020; Robust Scratch Tickets, NeurIPS 2021): each score,
-kept or not, moves by d loss / d mask, times sign(score). Without that sign half of all scores move the wrong way.
+The mask is a step function of the scores, so its gradient is taken straight through |score|. Each score, kept or not,
+moves by d loss / d mask, times sign(score). Without that sign half of all scores move the wrong way.
+Sources: Ramanujan et al., "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020; Robust Scratch Tickets,
+NeurIPS 2021.
 """
 
 import math

@@ -1,8 +1,8 @@
 """tombola bench capacity: what an image costs a server, and how many replicas a load takes.
 
-A server is started as it would be in production and asked over HTTP; its cost is the processor time that it itself
-counts (process_cpu_seconds_total and tombola_engine_cpu_seconds_total), so that neither the client nor other work on
-the machine is in it. The same quotient can be watched on servers that are in use; docs/OPERATING.md says how, and what
+A server is started as it would be in production and asked over HTTP. Its cost is the processor time that it counts
+itself: process_cpu_seconds_total and tombola_engine_cpu_seconds_total. So neither the client nor other work on the
+machine is in it. The same quotient can be watched on servers that are in use; docs/OPERATING.md says how, and what
 to do with the number.
 """
 

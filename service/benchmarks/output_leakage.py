@@ -1,7 +1,7 @@
 """tombola bench precision: how well one answer tells the ensemble that gave it, by how much an answer says.
 
-The attacker of this measurement has the library, so knows what every ensemble would answer to the image, and sees one
-answer of the Open Inference Protocol: all classes' probabilities, rounded, and the label. It names the likeliest of
+The attacker of this measurement has the library, and so knows what every ensemble would answer to the image. It sees
+one answer of the Open Inference Protocol: all classes' probabilities, rounded, and the label. It names the likeliest of
 the ensembles that agree with that, and is right as often as these figures say.
 """
 

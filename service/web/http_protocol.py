@@ -239,8 +239,10 @@ class HttpProtocol(HttpToolsProtocol):
             self.running = None if self.running is cycle else self.running
 
     def end(self) -> None:
-        """Sends the refusal and closes this side; the other side is read on for a moment, for a close with unread bytes
-        would reset the connection before the client has read the refusal."""
+        """Sends the refusal and closes this side; the other side is read on for a moment.
+
+        A close with unread bytes would reset the connection before the client has read the refusal.
+        """
         if self.transport.is_closing():
             return
         self._unset_keepalive_if_required()

@@ -1,7 +1,7 @@
 """The Grafana dashboard's panels, drawn without Grafana: python -m tools.console.dashboard FILE [--seconds N]
 
-A real server with the embedded library under load, a real Prometheus with the shipped rules that scrapes it, and every
-query of deploy/grafana/tombola.json put to that Prometheus as Grafana would put it. What comes back is drawn by
+A real server with the embedded library is under load, and a real Prometheus with the shipped rules scrapes it. Every
+query of deploy/grafana/tombola.json is put to that Prometheus as Grafana would put it. What comes back is drawn by
 matplotlib where the dashboard places it. Titles, queries, legends, units and places are the dashboard's; the looks are
 not Grafana's, and the picture says so.
 """

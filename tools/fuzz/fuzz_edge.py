@@ -3,8 +3,8 @@
     pip install "atheris>=3,<4"
     python tools/fuzz/fuzz_edge.py -max_total_time=600 -rss_limit_mb=4096 -timeout=5
 
-The arguments are libFuzzer's. It ends with a message and a file `crash-*` (or `slow-unit-*`, `oom-*`) if an input
-made anything but an answer or a refusal with a text of the catalogue.
+The arguments are libFuzzer's. An input must lead to an answer, or to a refusal with a text of the catalogue. Otherwise
+it ends with a message and a file `crash-*` (or `slow-unit-*`, `oom-*`).
 
 From outside, over the routes of a running server and from its own description of them (`pip install schemathesis`):
 

@@ -1,8 +1,8 @@
 """ARC (Dbouk and Shanbhag, 2022), over draws of theta: an attack on one draw at a time that never gives up a gain.
 
 The averaged gradient may fool no member although one exists that fools some. So each step goes over the nearest
-boundary of one drawn ensemble, linearised where the image stands, by the least step that keeps what earlier draws of
-the same sweep gained (the paper's beta). A second proposal goes straight over that boundary and far beyond.
+boundary of one drawn ensemble, linearised where the image stands. It is the least step that keeps what earlier draws
+of the same sweep gained (the paper's beta). A second proposal goes straight over that boundary and far beyond.
 """
 
 from collections.abc import Iterator, Sequence
@@ -141,8 +141,10 @@ def nearest_rows(
 def nearest_boundary(
     target: AttackTarget, row: Tensor, images: Tensor, labels: Tensor, threat: ThreatModel, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """The linearised distance [N] to the nearest wrong class of one draw, at most 0 where it errs already, and the
-    gradient of the right class's lead over that class."""
+    """The linearised distance [N] to the nearest wrong class of one draw, and the gradient of the lead over it.
+
+    The distance is at most 0 where the draw errs already.
+    """
     drawn = [(member, float(count)) for member, count in zip(target.members, row, strict=True) if count]
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
@@ -162,8 +164,10 @@ def nearest_boundary(
 
 
 def protected_step(local: Tensor, away: Tensor, gradient: Tensor, threat: ThreatModel, *, first: bool) -> Tensor:
-    """The local perturbation of length beta_m that crosses this draw's boundary and gives up as little as it can of
-    what it crossed before (Dbouk and Shanbhag, 2022, algorithm 1)."""
+    """The local perturbation of length beta_m that crosses this draw's boundary (Dbouk and Shanbhag, algorithm 1).
+
+    It gives up as little as it can of what it crossed before.
+    """
     radius = LOCAL * threat.epsilon
     direction = -steepest_direction(gradient, threat.norm)
     unit = -gradient / per_image(dual_norm(gradient, threat).clamp_min(EPS), gradient)

@@ -1,8 +1,12 @@
 """Losses over theta in factored form: from the members' logits, each computed once, to a number for every image.
 
-All are maximised. (a) to (e) of the literature: the loss of the expected output (BARRE), the expected loss (Athalye et
-al., 2018), the mean of the candidates' own losses (Peng et al.), a hinge that lets go of draws already fooled (Carlini
-et al., 2019), and the smoothed 0-1 risk itself.
+All are maximised. Of the literature:
+
+- (a) the loss of the expected output (BARRE);
+- (b) the expected loss (Athalye et al., 2018);
+- (c) the mean of the candidates' own losses (Peng et al.);
+- (d) a hinge that lets go of draws already fooled (Carlini et al., 2019);
+- (e) the smoothed 0-1 risk itself.
 """
 
 from collections.abc import Callable
@@ -157,8 +161,10 @@ def leading_wrong(logits: Tensor, labels: Tensor, draws: DrawSet) -> Tensor:
 
 
 def reweighted(logits: Tensor, labels: Tensor, draws: DrawSet, _: Stage) -> Tensor:
-    """The margin of the mean logits with members weighted by how far each can still move the ensemble's softmax from
-    the right class to its rival: MORA (Yu et al., 2022), for sums of logits."""
+    """The margin of the mean logits: MORA (Yu et al., 2022), for sums of logits.
+
+    A member weighs as much as it can still move the ensemble's softmax from the right class to its rival.
+    """
     shares = member_shares(draws, logits)
     mean = torch.einsum("m,mnc->nc", shares, logits)
     rival = leading_wrong(logits, labels, draws)

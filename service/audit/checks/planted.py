@@ -1,6 +1,6 @@
 """Check 35: are examples that are known to exist found (Zimmermann et al., 2022)?
 
-For each image a readout of the networks' own logits is made that calls random points of the ball right and one corner
+For each image a readout of the networks' own logits is made. It calls random points of the ball right and one corner
 of it wrong. That corner is a planted example: an attack that cannot find one as bad fails where an answer is known.
 """
 

@@ -64,8 +64,10 @@ def scores_of(model: Linear, images: Tensor) -> Tensor:
 
 
 def two_against_one_direction() -> tuple[AttackTarget, Tensor, Tensor, ThreatModel]:
-    """Two linear members 120 degrees apart, each 0.9 epsilon away (l2): either can be fooled, but not along the mean of
-    their gradients, which gains only half of epsilon on each (the counterexample of Dbouk and Shanbhag, 2022)."""
+    """Two linear members 120 degrees apart, each 0.9 epsilon away (l2): the counterexample of Dbouk and Shanbhag, 2022.
+
+    Either can be fooled, but not along the mean of their gradients, which gains only half of epsilon on each.
+    """
     threat = ThreatModel("l2", 0.1)
     first, second = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-0.5, math.sqrt(0.75), 0.0])
     members = [Linear(w, 0.9 * threat.epsilon - 0.5 * float(w.sum())) for w in (first, second)]
