@@ -384,10 +384,10 @@ def test_one_perturbation_takes_the_same_steps_however_much_fits_into_memory(mon
     """One network fits 64 images where forty fit a few: an attack on the one must not have fewer steps for it."""
     _, images, labels = some(40)
     results = []
-    for free, held in ((1e15, 128), (0.0, 4)):
+    for free, size in ((1e15, 128), (0.0, 4)):
         monkeypatch.setattr(evaluation, "free_memory_bytes", lambda free=free: free)
         target = alone(undefended())
-        assert target.batch(images) == held
+        assert target.batch(images) == size
         results.append(simple.universal(target, images, labels, EIGHT, UniversalPerturbation(epochs=3), generator()))
     assert torch.allclose(results[0], results[1], atol=1e-5)
 

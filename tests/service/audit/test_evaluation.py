@@ -197,9 +197,9 @@ def test_a_pass_takes_as_many_images_as_their_activations_fit_into_memory(monkey
     image = torch.zeros(1, 3, 32, 32)
     assert member.graph_bytes(image) == 4 * 32 * 32 * (3 + 8)
     draws = DrawSet(torch.ones(1, 1), torch.ones(1, dtype=torch.float64), exhaustive=True)
-    for free, held in ((1e15, GRAPH_IMAGES), (4 * 100 * member.graph_bytes(image), 64), (0.0, 4)):
+    for free, size in ((1e15, GRAPH_IMAGES), (4 * 100 * member.graph_bytes(image), 64), (0.0, 4)):
         monkeypatch.setattr(members, "free_memory_bytes", lambda free=free: free)
-        assert AttackTarget((member,), draws).batch(image) == held
+        assert AttackTarget((member,), draws).batch(image) == size
 
 
 def test_a_tie_never_goes_to_the_clean_image() -> None:
