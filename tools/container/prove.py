@@ -4,10 +4,10 @@ As root, with Debian's debootstrap, buildah, iproute2 and util-linux:
 
     python -m tools.container.prove            everything; ends with the figures as JSON, 0 if all holds
 
-The file's own instructions are run by buildah, each in a chroot, on a Debian made by debootstrap. That stands in for the
-slim Python image. The image is then started as an engine would start it. Its entry point is process 1 of new process,
-mount and network namespaces, as its user: root read-only, no capabilities, no way out of its network. torch is the CPU build if
-pip's own configuration has one among its links, else the CUDA build.
+The file's own instructions are run by buildah, each in a chroot, on a Debian made by debootstrap. That stands in for
+the slim Python image. The image is then started as an engine would start it. Its entry point is process 1 of new
+process, mount and network namespaces, as its user: root read-only, no capabilities, no way out of its network. torch is
+the CPU build if pip's own configuration has one among its links, else the CUDA build.
 """
 
 import argparse
