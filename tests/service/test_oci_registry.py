@@ -21,8 +21,9 @@ from service.oci_registry import Artifact, parse_reference
 from service.outbound import http_client
 from service.settings import Settings
 from tests.deploy.test_prometheus import free_port
-from tests.support.serving import holds, tiny_library
+from tests.support.serving import tiny_library
 from tests.support.side_effects import listening
+from tests.support.waiting import until
 from tombola.cli import main
 
 needs_registry = pytest.mark.skipif(
@@ -48,7 +49,7 @@ def registry(folder: Path, **auth: Any) -> Iterator[str]:
     command = ["docker-registry", "serve", str(folder / "config.yml")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            holds(lambda: answers(address))
+            until(lambda: answers(address))
             yield address
         finally:
             process.kill()
