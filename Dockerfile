@@ -13,6 +13,8 @@ FROM ${PYTHON_IMAGE} AS dependencies
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/tombola/bin:$PATH
 RUN python -m venv /opt/tombola
 WORKDIR /src
+# Writes the bill of materials below, and stays behind in this stage.
+RUN python -m venv /sbom && /sbom/bin/pip install cyclonedx-bom==7.5.0
 COPY pyproject.toml ./
 # torchvision reads training data; the image only serves.
 ARG EXTRAS=grpc
@@ -26,7 +28,8 @@ RUN grep '^torch' all.txt > torch.txt \
     && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
 # The second step must not trade the chosen torch for another. A server has no use for headers, compilers, tests,
 # examples, OpenVINO's plugins for devices that we run with torch, its readers of other formats, and pip. Licences stay where
-# each package keeps them; packages.json lists every package with its version and licence.
+# each package keeps them; packages.json lists every package with its version and licence, and sbom.json is the same as
+# CycloneDX. The base image's own packages are not in it.
 RUN pip freeze > held.txt \
     && pip install --constraint held.txt -r all.txt \
     && cd /opt/tombola/lib/python*/site-packages \
@@ -38,7 +41,9 @@ RUN pip freeze > held.txt \
     && rm -rf pyautoattack/examples sklearn/datasets/data sklearn/datasets/images \
     && find numpy matplotlib sympy scipy sklearn -type d -name tests -prune -exec rm -r {} + \
     && pip inspect --local > /opt/tombola/packages.json \
-    && pip uninstall --yes pip
+    && pip uninstall --yes pip \
+    && /sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --spec-version 1.6 \
+        --output-reproducible --output-file /opt/tombola/sbom.json /opt/tombola
 
 FROM ${PYTHON_IMAGE} AS code
 WORKDIR /src

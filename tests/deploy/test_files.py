@@ -234,7 +234,7 @@ def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, folder)
     command = ["docker-compose", "-f", "compose.yaml", "config"]
     pinned = f"registry.example/tombola:{VERSION}@sha256:{'ab' * 32}"
-    for variables, image in (({}, f"tombola:{VERSION}"), ({"TOMBOLA_IMAGE": pinned}, pinned)):
+    for variables, image in (({}, f"tombola:{VERSION}"), ({"SERVICE_IMAGE": pinned}, pinned)):
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=folder, env=os.environ | variables, check=False
         )

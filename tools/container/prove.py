@@ -296,7 +296,8 @@ def prove_config(proof: Proof, image: Json) -> None:
     proof.check("the user is a number and not 0", holds=all(part.isdigit() and part != "0" for part in user))
     proof.check("the entry point is no shell", holds=image["Entrypoint"] == ["python", "-m", "tombola"])
     proof.check("SIGTERM stops it", holds=image["StopSignal"] in ("SIGTERM", "15"))
-    proof.check("one port is exposed", holds=list(image["ExposedPorts"]) == ["8000/tcp"])
+    exposed = set(image["ExposedPorts"])
+    proof.check("the ports of HTTP and gRPC are exposed", holds=exposed == {"8000/tcp", "8002/tcp"})
     labels = {name.rsplit(".", 1)[1] for name in image["Labels"] if name.startswith("org.opencontainers.image.")}
     wanted = {"title", "description", "version", "revision", "created"}
     proof.check("OCI labels name what it is", holds=wanted <= labels)
@@ -370,6 +371,11 @@ def prove_licences(proof: Proof, root: Path) -> None:
     proof.figures["packages"] = len(there)
     proof.check("every package kept its licence", holds=not silent)
     proof.check("packages.json lists every package", holds=there == names - {"pip"})
+    bill = json.loads((root / "opt" / "tombola" / "sbom.json").read_text(encoding="utf-8"))
+    components = {part["name"].replace("-", "_").replace(".", "_").casefold() for part in bill["components"]}
+    proof.check(
+        "sbom.json is CycloneDX and lists every package", holds=bill["bomFormat"] == "CycloneDX" and components == there
+    )
 
 
 def prove(proof: Proof) -> None:
