@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,18 @@ from training.recipes import TrainConfig
 
 
 def top_k(scores: Tensor, density: float) -> Tensor:
-    """Booleans in the shape of `scores`, true for the kept_count() largest by magnitude, however many are tied."""
-    kept = torch.topk(scores.abs().flatten(), kept_count(scores.numel(), density), sorted=False).indices
+    """Booleans in the shape of `scores`, true for the kept_count() largest by magnitude, however many are tied.
+
+    On a CPU NumPy finds the smallest of them ten times as fast as torch.topk. Where others tie with it, torch chooses.
+    """
+    magnitudes, count = scores.abs(), kept_count(scores.numel(), density)
+    if scores.device.type == "cpu":
+        place = scores.numel() - count
+        mask = magnitudes >= float(np.partition(magnitudes.detach().flatten().numpy(), place)[place])
+        if int(mask.sum()) == count:
+            return mask
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[kept] = True
+    mask[torch.topk(magnitudes.flatten(), count, sorted=False).indices] = True
     return mask.view_as(scores)
 
 

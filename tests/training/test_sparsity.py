@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +11,17 @@ from torch.nn import functional
 from model_store.structures import Structure, convs
 from model_store.ticket import kept_count
 from training.sparsity import erk_densities, init_scores, init_weights, mask_of, overlap, score_gradient, top_k
+
+
+@pytest.mark.parametrize("density", [0.07, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("distinct", [1, 3, 10_000], ids=["all tied", "many tied", "none tied"])
+def test_top_k_keeps_so_many_and_none_larger_is_left(density: float, distinct: int) -> None:
+    scores = torch.from_numpy(np.random.default_rng(7).integers(-distinct, distinct + 1, (40, 7, 3, 3))).float()
+    mask = top_k(scores.requires_grad_(), density)
+    assert mask.shape == scores.shape
+    assert int(mask.sum()) == kept_count(scores.numel(), density)
+    if density < 1:
+        assert scores[mask].abs().min() >= scores[~mask].abs().max()
 
 
 def test_top_k_keeps_the_largest_scores_by_magnitude() -> None:
