@@ -39,7 +39,9 @@ GROUPS: Final[dict[str, tuple[Command, ...]]] = {
     ),
     "Audit": (
         Command("audit", "service.audit.command:add_options", "attack a library, and check the attacks"),
-        Command("explore", "service.audit.explore_command:add_options", "compare laws on an audit's stored attacks"),
+        Command(
+            "audit explore", "service.audit.explore_command:add_options", "compare laws on the attacks of an audit"
+        ),
         Command("gate", "service.audit.command:add_gate_options", "hold an audit's report against requirements"),
     ),
     "Make libraries": (
@@ -135,13 +137,19 @@ def overview() -> str:
     """The listed commands by group."""
     lines = []
     for title, group in GROUPS.items():
-        lines += [f"{title.lower()}:", *(f"  {each.name:10s} {each.help}" for each in group if each.help), ""]
+        lines += [f"{title.lower()}:", *(f"  {each.name:14s} {each.help}" for each in group if each.help), ""]
     return "\n".join(lines)
+
+
+def join_names(words: Sequence[str]) -> list[str]:
+    """The words, those of a command of two as one: `audit explore`."""
+    joined = " ".join(words[:2])
+    return [joined, *words[2:]] if joined in {c.name for group in GROUPS.values() for c in group} else list(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
-    top, words = parser(), sys.argv[1:] if argv is None else argv
+    top, words = parser(), join_names(sys.argv[1:] if argv is None else argv)
     check_command(top, words)
     arguments = top.parse_args(words)
     if arguments.command is None:

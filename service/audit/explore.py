@@ -1,7 +1,7 @@
 """Which law of theta is worth its price, from the attack images that an audit has stored.
 
-Laws are chosen on one half of the images and reported on the other. The law chosen is attacked once more, because its
-images were made against another.
+Laws are chosen on the images of another audit, or on one half of these, and reported on the rest. The law chosen is
+attacked once more, because its images were made against another.
 """
 
 import io
@@ -17,7 +17,8 @@ from torch import Tensor
 from model_store.attacks import Norm, ThreatModel
 from model_store.files import write_atomically
 from service.audit.errors import AuditError
-from service.audit.laws import Game, Kept, Law, family, keep, menu, rights, solve
+from service.audit.evaluation.threads import WorkerThreads
+from service.audit.laws import Game, Kept, Law, family, keep, menu, prove, rights
 from service.audit.report.model import Interval, read_report
 from service.audit.stats import bootstrap, paired_difference
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 INDEX: Final = "explore.npz"
 SERVED: Final = "served"
-CHOSEN: Final = "best law over the menu"
+CHOSEN: Final = "best law"
 TRIES: Final = 10
 LEAST_WEIGHT: Final = 1e-4  # of a choice in the law that is chosen; smaller ones are noise of the solver
 LEAST_IMAGES: Final = 4
@@ -57,9 +58,9 @@ class Exploration(Part):
     chosen_on: int = Field(description="images")
     reported_on: int
     laws: list[LawFigures]
-    menu: int = Field(description="single tickets, pairs and trios of the linear program")
-    value: float = Field(description="of the best law over the menu, on the images that chose it")
-    bound: float = Field(description="what no law over the menu exceeds on the reported images, by the dual program")
+    draws: int = Field(description="that the bound covers: all of at most two tickets of each structure, or a menu")
+    value: float = Field(description="of the best law, on the images that chose it")
+    bound: float = Field(description="what no law over these draws exceeds on the reported images, by duality")
     gain: Interval = Field(description="the chosen law less the served one, on the reported images")
     members: list[tuple[float, list[str]]] = Field(description="the chosen law: probability, tickets")
     confirmed: Interval | None = Field(description="the chosen law after an attack on itself; None without the library")
@@ -126,11 +127,13 @@ def load_attack(path: Path) -> tuple[Tensor, Tensor]:
 # Exploring
 
 
-def explore(folder: Path, library: Path | None = None, threads: int = 1) -> Exploration:
+def explore(folder: Path, library: Path | None = None, threads: int = 1, selection: Path | None = None) -> Exploration:
     """Holds laws against an audit's stored attacks.
 
     Args:
       folder: of a finished audit.
+      selection: of another audit of the same library, on held-out training images, whose images choose the law; None
+        lets every other image of the first choose, and reports the rest.
       library: the audited library, for the confirming attack; None leaves it out.
       threads: cores to use.
 
@@ -138,14 +141,19 @@ def explore(folder: Path, library: Path | None = None, threads: int = 1) -> Expl
       AuditError: the folder is not that of a whole audit, or the library is another.
     """
     stored = Stored(folder)
-    game, served_cost = stored.game, stored.served.cost(stored.game.multiply_adds)
-    index = torch.arange(len(game.labels))
-    choosing, reporting = game.pick(index[0::2]), game.pick(index[1::2])
+    served_cost = stored.served.cost(stored.game.multiply_adds)
+    index, workers = torch.arange(len(stored.game.labels)), WorkerThreads(threads)
+    if selection is None:
+        choosing, reported = stored.game.pick(index[0::2]), index[1::2]
+    else:
+        choosing, reported = held_out(stored, selection), index
+    game, reporting = stored.game, stored.game.pick(reported)
     seed = stored.report.audit.seed
     choices = menu(game.structures, seed)
-    best = solve(rights(choosing.logits, choosing.labels, choices).numpy())
+    found = prove(choosing, choices, workers)
+    best = found.solved
     shares = torch.from_numpy(np.where(best.weights >= LEAST_WEIGHT, best.weights, 0))
-    chosen = Law(CHOSEN, choices[shares > 0], shares[shares > 0] / shares.sum())
+    chosen = Law(CHOSEN, found.choices[shares > 0], shares[shares > 0] / shares.sum())
     laws = [*family(game.structures, seed), chosen]
     first = [(law.cost(game.multiply_adds), keep(choosing, law).after(1)) for law in laws]
     there = keep(reporting, stored.served)
@@ -157,7 +165,8 @@ def explore(folder: Path, library: Path | None = None, threads: int = 1) -> Expl
     gain = paired_difference(kept[CHOSEN].right.numpy(), there.right.numpy())
     confirmed = None
     if library is not None:
-        confirmed = as_interval(confirm(stored, chosen, index[1::2], library, threads).right)
+        confirmed = as_interval(confirm(stored, chosen, reported, library, threads).right)
+    proved = prove(reporting, torch.unique(torch.cat([choices, found.choices]), dim=0), workers)
     return Exploration(
         report=stored.report.digest,
         epsilon=stored.report.audit.headline,
@@ -165,9 +174,9 @@ def explore(folder: Path, library: Path | None = None, threads: int = 1) -> Expl
         chosen_on=len(choosing.labels),
         reported_on=len(reporting.labels),
         laws=rows,
-        menu=len(choices),
+        draws=proved.draws,
         value=round(best.value, 6),
-        bound=round(solve(rights(reporting.logits, reporting.labels, choices).numpy()).bound, 6),
+        bound=round(proved.bound, 6),
         gain=Interval(value=gain.value, low=gain.low, high=gain.high),
         members=[
             (round(float(p), 4), [stored.names[j] for j in row.nonzero().flatten().tolist()])
@@ -175,6 +184,17 @@ def explore(folder: Path, library: Path | None = None, threads: int = 1) -> Expl
         ],
         confirmed=confirmed,
     )
+
+
+def held_out(stored: Stored, selection: Path) -> Game:
+    """The attack images of another audit of the same library. Raises AuditError: another library, or images in both."""
+    other = Stored(selection)
+    audited, theirs = (each.report.library.digest for each in (stored, other))
+    if audited != theirs:
+        raise AuditError(f"{selection}: library {theirs[:12]}; expected that of the first audit, {audited[:12]}")
+    if shared := set(stored.report.data.ids) & set(other.report.data.ids):
+        raise AuditError(f"{selection}: {len(shared)} of its images are in both audits; expected held-out ones")
+    return other.game
 
 
 def figures_of(law: Law, kept: Kept, cost: float, *, frontier: bool) -> LawFigures:
@@ -200,7 +220,6 @@ def confirm(stored: Stored, law: Law, index: Tensor, library: Path, threads: int
     from service.audit.evaluation.draws import DrawSet
     from service.audit.evaluation.members import AttackTarget, as_floats, candidates_of
     from service.audit.evaluation.pixel_grid import quantize_to_uint8
-    from service.audit.evaluation.threads import WorkerThreads
     from service.audit.profiles import apgd, refine
 
     opened = open_library(library)

@@ -1,4 +1,4 @@
-"""tombola explore: laws of theta compared on the attack images that an audit has stored."""
+"""tombola audit explore: laws of theta compared on the attack images that an audit has stored."""
 
 import argparse
 from pathlib import Path
@@ -12,6 +12,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = run.__doc__
     parser.add_argument("folder", type=Path, help="of a finished audit: its --out")
     parser.add_argument("--library", type=Path, help="the audited library, to attack the chosen law once more")
+    parser.add_argument(
+        "--selection",
+        type=Path,
+        metavar="FOLDER",
+        help="another audit, on held-out images, to choose the law on",
+    )
     parser.add_argument("--threads", type=int, default=0, help="cores to use (those of this container)")
     parser.set_defaults(run=run)
 
@@ -26,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from service.cpu import usable_cores
 
     torch.set_num_threads(1)
-    exploration = explore(options.folder, options.library, options.threads or usable_cores())
+    exploration = explore(options.folder, options.library, options.threads or usable_cores(), options.selection)
     write_atomically(options.folder / RESULT, exploration.model_dump_json(indent=1).encode())
     write_atomically(options.folder / FIGURE, plot_frontier(exploration.laws, exploration.bound).encode())
     shown = sorted((row for row in exploration.laws if row.frontier or row.name == SERVED), key=lambda row: row.cost)
@@ -37,10 +43,10 @@ def run(options: argparse.Namespace) -> int:
             f"ten tries {100 * row.after_ten:5.1f} %  endless {100 * row.for_ever:5.1f} %  {row.name}"
         )
     if exploration.confirmed is not None:
-        print(f"the best law over the menu after an attack on itself: {100 * exploration.confirmed.value:.1f} %")
+        print(f"the best law after an attack on itself: {100 * exploration.confirmed.value:.1f} %")
     print(
-        f"no law over {exploration.menu} choices keeps more than {100 * exploration.bound:.1f} % of these "
-        f"{exploration.reported_on} images under these {exploration.attacks} attacks; the served law keeps "
+        f"no law over {exploration.draws:,} draws of these tickets keeps more than {100 * exploration.bound:.1f} % "
+        f"of these {exploration.reported_on} images under these {exploration.attacks} attacks; the served law keeps "
         f"{100 * exploration.laws[0].robust.value:.1f} %"
     )
     return 0

@@ -1,7 +1,7 @@
 """Laws of theta held against stored attack images: what each would keep, and what none of a menu can exceed.
 
 The attacker chooses among the images that an audit made; the defender chooses how to draw. That is a zero-sum game, and
-its linear program has a dual: a mixture of attack images under which no law over the menu does better than its value.
+its linear program has a dual: a mixture of attack images under which no law does better than the best single draw.
 """
 
 import itertools
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from model_store.ensemble import combine, predictions
 from model_store.policy import Policy
-from service.audit.evaluation.draws import DrawSet, draws_of
+from service.audit.evaluation.draws import MAX_EXACT_STATES, DrawSet, draws_of
+from service.audit.evaluation.scoring import pairs_wrong, same_everywhere
+from service.audit.evaluation.threads import WorkerThreads
 
 SIZES: Final = ((1.0,), (0.65, 0.35), (0.35, 0.65), (0.0, 1.0))  # P(n = 1), P(n = 2) of each chosen group
 TRIOS: Final = 300  # of different structures where there are three, in the menu of the linear program
@@ -24,6 +26,9 @@ GAP: Final = 1e-6  # of the linear program's value, at which its rows are enough
 MAX_ROUNDS: Final = 200
 CHUNK: Final = 2**23  # floats of ensemble logits at once
 LAW_DRAWS: Final = 500
+PROOF_ROUNDS: Final = 6  # of counting all draws
+CLOSE: Final = 0.005  # between what a law keeps and what is proved of all, at which rounds end
+ADDED: Final = 200  # draws that a round adds to the menu
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,93 @@ def solve(right: NDArray[np.bool_]) -> Solved:
         shares, mixture = linear_program(right, rows)
         solved = Solved(value, dual_bound(right, mixture), shares, mixture)
     return solved
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A game solved over every draw of some kind. bound: what no law over them exceeds.  draws: how many they are.
+
+    choices: float32 [S, M], the draws of the solution.  solved: the game over these.
+    """
+
+    bound: float
+    draws: int
+    choices: Tensor
+    solved: Solved
+
+
+def prove(game: Game, choices: Tensor, threads: WorkerThreads) -> Proved:
+    """Solves the game over all draws of at most two tickets of each structure, and a menu's, by column generation.
+
+    A mixture of attack images bounds every law by the draw that keeps most of it: weak duality. So each round counts
+    all draws, and adds the strongest to the menu. Where there are too many to count, the menu is all that is proved.
+    """
+    halves = halves_of(game.structures)
+    draws = len(halves[0]) * len(halves[1]) - 1 + count_beyond(choices, game.structures)
+    solved = solve(rights(game.logits, game.labels, choices).numpy())
+    if draws > MAX_EXACT_STATES:
+        return Proved(solved.bound, len(choices), choices, solved)
+    bound = 1.0
+    for _ in range(PROOF_ROUNDS):
+        highest, strongest = strongest_draws(game, solved.mixture, halves, threads)
+        bound = min(bound, max(highest, solved.bound))
+        if bound - solved.value <= CLOSE:
+            break
+        choices = torch.unique(torch.cat([choices, strongest]), dim=0)
+        solved = solve(rights(game.logits, game.labels, choices).numpy())
+    return Proved(bound, draws, choices, solved)
+
+
+def count_beyond(choices: Tensor, structures: Sequence[str]) -> int:
+    """How many draws of a menu have more than two tickets of one structure."""
+    groups = torch.tensor([[each == name for each in structures] for name in dict.fromkeys(structures)]).float()
+    return int(((choices @ groups.T) > 2).any(dim=1).sum())
+
+
+def halves_of(structures: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """float32 [K, M], [L, M]: nothing, or up to two tickets of each structure; a draw is one row of each, added."""
+    names = list(dict.fromkeys(structures))
+    options = []
+    for name in names:
+        group = [j for j, each in enumerate(structures) if each == name]
+        options.append([(), *((j,) for j in group), *itertools.combinations(group, 2)])
+    halves = []
+    for part in (options[: len(names) // 2], options[len(names) // 2 :]):
+        listed = [tuple(itertools.chain.from_iterable(state)) for state in itertools.product(*part)]
+        rows = torch.zeros(len(listed), len(structures))
+        for place, members in enumerate(listed):
+            rows[place, list(members)] = 1
+        halves.append(rows)
+    return halves[0], halves[1]
+
+
+@torch.no_grad()
+def strongest_draws(
+    game: Game, mixture: Sequence[tuple[int, int, float]], halves: tuple[Tensor, Tensor], threads: WorkerThreads
+) -> tuple[float, Tensor]:
+    """The most that any draw keeps under a mixture of attack images, and the draws that keep most, [ADDED, M]."""
+    first, second = halves
+    kept = torch.zeros(len(first), len(second), dtype=torch.float64)
+    covered = torch.zeros(len(game.labels), dtype=torch.float64)
+    always = 0.0
+
+    def right(attack: int, image: int, _: float) -> bool | Tensor:
+        logits, label = game.logits[attack, :, image], int(game.labels[image])
+        one, other = first @ logits, second @ logits
+        alike = same_everywhere(one, other, label, every=False)
+        return ~pairs_wrong(one, other, label) if alike is None else alike
+
+    for (_, image, weight), outcome in zip(mixture, threads.map(right, *zip(*mixture, strict=True)), strict=True):
+        covered[image] += weight
+        if isinstance(outcome, Tensor):
+            kept += weight * outcome
+        else:
+            always += weight * outcome
+    kept[0, 0] = -torch.inf  # nothing drawn
+    always += float((1 / len(covered) - covered).clamp_min(0).sum())
+    places = kept.flatten().topk(min(ADDED, kept.numel() - 1)).indices
+    rows = first[places // len(second)] + second[places % len(second)]
+    return float(kept.max()) + always, rows
 
 
 def linear_program(

@@ -253,7 +253,7 @@ def plot_frontier(laws: Sequence["LawFigures"], bound: float) -> str:
         axes.scatter([served.cost], [100 * served.robust.value], s=40, color=COLOURS[1], zorder=3)
         axes.annotate("served", (served.cost, 100 * served.robust.value), textcoords="offset points", xytext=(6, 6))
         axes.axhline(100 * bound, color=INK, linestyle=":", linewidth=1)
-        axes.annotate("no law over the menu", (0.02, 100 * bound), xycoords=("axes fraction", "data"), va="bottom")
+        axes.annotate("no law of these tickets", (0.02, 100 * bound), xycoords=("axes fraction", "data"), va="bottom")
         axes.set_xscale("log")
         axes.set_xlabel("multiply-adds of an image, as a share of the served law's")
         axes.set_ylabel("robust accuracy, %")

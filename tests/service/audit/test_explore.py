@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from model_store.library import open_library
 from service.audit.config import Audit
+from service.audit.errors import AuditError
+from service.audit.evaluation.threads import WorkerThreads
 from service.audit.explore import CHOSEN, SERVED, explore
-from service.audit.laws import Game, Law, dual_bound, family, keep, menu, solve
+from service.audit.laws import Game, Law, dual_bound, family, halves_of, keep, menu, prove, rights, solve
+from service.audit.report.model import read_report
+from service.audit.report.summary import with_digest
 from service.audit.run import load_images, run_audit
 from tests.support.audit_models import tiny
 from tombola.cli import main
@@ -57,6 +62,33 @@ def test_any_mixture_of_attacks_bounds_every_law() -> None:
     assert dual_bound(right[1:], []) == 1.0  # what no attack covers counts as right
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_law_over_any_draw_keeps_more_than_is_proved(seed: int) -> None:
+    """Against the linear program over all 63 draws at once: the menu has fewer, and its own bound holds for fewer."""
+    generator, structures = torch.Generator().manual_seed(seed), ("a", "a", "b", "b", "c", "c")
+    logits = torch.randn(5, 6, 14, 3, generator=generator)
+    game = Game(logits, torch.randint(0, 3, (14,), generator=generator), (1,) * 6, structures)
+    first, second = halves_of(structures)
+    rows = (first[:, None] + second[None]).flatten(0, 1)[1:]
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows) == 63
+    proved = prove(game, menu(structures, 0)[:6], WorkerThreads())
+    whole = solve(rights(game.logits, game.labels, rows).numpy())
+    assert proved.draws == 63
+    assert whole.value - 1e-6 <= proved.bound <= whole.value + 0.005 + 1e-6
+    assert solve(rights(game.logits, game.labels, menu(structures, 0)[:6]).numpy()).bound < whole.value
+
+
+def test_draws_of_more_tickets_of_a_structure_are_counted_in() -> None:
+    """Three tickets of one structure, each wrong on an image of its own: only all three together are always right."""
+    logits = torch.ones(1, 3, 3, 2)
+    logits[..., 1] = 0.0
+    for ticket in range(3):
+        logits[0, ticket, ticket] = torch.tensor([0.0, 1.9])
+    game = Game(logits, torch.zeros(3, dtype=torch.int64), (1, 1, 1), ("a", "a", "a"))
+    proved = prove(game, torch.ones(1, 3), WorkerThreads())
+    assert (proved.bound, proved.draws, proved.solved.value) == (1.0, 7, 1.0)
+
+
 def three_tickets() -> Game:
     """Clean all right; one attack fools ticket 0 on image 0, and tickets 1 and 2 narrowly on image 1."""
     logits = torch.zeros(2, 3, 2, 2)
@@ -97,7 +129,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_command_explores_an_audit_and_attacks_the_law_it_chose(audited: Path, capsys: Any) -> None:
-    words = ["explore", str(audited / "audit"), "--library", str(audited / "library"), "--threads", "1"]
+    words = ["audit", "explore", str(audited / "audit"), "--library", str(audited / "library"), "--threads", "1"]
     assert main(words) == 0
     assert "no law over" in capsys.readouterr().out
     exploration = json.loads((audited / "audit/explore.json").read_text())
@@ -116,16 +148,30 @@ def test_the_command_explores_an_audit_and_attacks_the_law_it_chose(audited: Pat
 
 
 def test_a_folder_that_is_no_audit_is_refused_in_one_line(audited: Path, tmp_path: Path, capsys: Any) -> None:
-    assert main(["explore", str(tmp_path)]) == 2
+    assert main(["audit", "explore", str(tmp_path)]) == 2
     assert "not a report" in capsys.readouterr().err
     (tmp_path / "report.json").write_bytes((audited / "audit/report.json").read_bytes())
-    assert main(["explore", str(tmp_path)]) == 2
+    assert main(["audit", "explore", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "explore.npz: cannot be read" in error
     assert len(error.strip().splitlines()) == 1
     other = tiny(tmp_path / "other", densities=(0.3, 0.4))
-    assert main(["explore", str(audited / "audit"), "--library", str(other.path), "--threads", "1"]) == 2
+    assert main(["audit", "explore", str(audited / "audit"), "--library", str(other.path), "--threads", "1"]) == 2
     assert "audited was" in capsys.readouterr().err
+
+
+def test_another_audit_chooses_the_law_and_shares_no_image(audited: Path, tmp_path: Path) -> None:
+    library = open_library(audited / "library")
+    audit = Audit("smoke", epsilons=(8.0,), images=5, seed=1)
+    run_audit(tmp_path / "held-out", audit, library, load_images(audit, library, None))
+    report = read_report(tmp_path / "held-out/report.json")
+    ids = [f"train/{place}" for place in range(5)]
+    renamed = report.model_copy(update={"data": report.data.model_copy(update={"ids": ids})})
+    (tmp_path / "held-out/report.json").write_bytes(with_digest(renamed).as_bytes())
+    exploration = explore(audited / "audit", selection=tmp_path / "held-out")
+    assert (exploration.chosen_on, exploration.reported_on) == (5, 6)
+    with pytest.raises(AuditError, match="6 of its images are in both"):
+        explore(audited / "audit", selection=audited / "audit")
 
 
 def test_the_chosen_law_is_reported_on_images_that_did_not_choose_it(audited: Path) -> None:
