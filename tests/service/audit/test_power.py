@@ -11,11 +11,12 @@ import torch
 from scipy import stats as reference
 from torch import Tensor
 
+from service.audit.attack_runner import Outcome
 from service.audit.checks import attacks, base
-from service.audit.checks.base import CheckContext, judged, right_at_first
+from service.audit.checks.base import CheckContext, TicketAlone, judged, right_at_first
 from service.audit.checks.power import Effect, Share, worst
 from service.audit.config import Audit
-from tests.support.audit_models import run_on, undefended
+from tests.support.audit_models import Scaled, run_on, undefended
 
 
 def half_right(count: int, more: int) -> tuple[Tensor, Tensor]:
@@ -124,3 +125,32 @@ def test_hop_skip_jump_without_its_queries_has_no_power(tmp_path: Path) -> None:
     finding = attacks.below_hard_label(CheckContext(run))
     assert finding.ok
     assert finding.powerless
+
+
+@pytest.mark.parametrize(("taken", "ok"), [(10, True), (17, False)])
+def test_a_masked_ticket_shows_at_eight_points_of_two_hundred_images(
+    taken: int, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PGD-20 leaves all of 200 images, and APGD-T takes some: 5 points pass, 8.5 do not. The old limit was 10 of 24."""
+    context = CheckContext(run_on(undefended(), tmp_path, Audit("standard", images=4), 4))
+    every = torch.ones(200, dtype=torch.float64)
+    context.alone[0] = TicketAlone(torch.arange(200), every, every)
+    monkeypatch.setattr(attacks, "attacked_alone", lambda _: [0])
+    monkeypatch.setattr(attacks, "under_library", lambda *_: (torch.arange(200) >= taken).double())
+    fgsm = next(step for step in context.run.steps if step.name == "fgsm")
+    context.run.outcomes = [Outcome(fgsm, context.run.data.pixels, context.run.clean_logits, {}, {}, 0, 0.0)]
+    finding = attacks.no_masked_ticket(context)
+    assert finding.ok is ok
+    assert finding.seen is not None
+    assert 0.06 < finding.seen.detectable < 0.12
+
+
+def test_a_ticket_whose_cross_entropy_is_saturated_is_masked(tmp_path: Path) -> None:
+    """Logits of a thousand times the size: PGD-20 on cross-entropy has no gradient, APGD-T on DLR has."""
+    run = run_on(Scaled(undefended(), 1e4), tmp_path, Audit("standard", images=40), 40)
+    run.steps = [step for step in run.steps if step.system.startswith("ticket")]
+    run.costs = [1.0] * len(run.steps)
+    run.attack()
+    finding = attacks.no_masked_ticket(CheckContext(run))
+    assert finding.ok is False
+    assert finding.warn
