@@ -23,11 +23,12 @@ from pydantic_settings import (
 
 from model_store.errors import TombolaError
 from model_store.files import write_new
-from model_store.input_spec import MAX_PIXELS
+from model_store.input_spec import CHANNELS, MAX_PIXELS, MAX_SIDE
 
 PREFIX: Final = "TOMBOLA_"
 CONFIG_FILE: Final = Path("tombola.toml")  # read from the working directory, if it is there
 CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"  # names another file
+MAX_PICTURE_BYTES: Final = CHANNELS * MAX_SIDE**2  # of the largest picture that a library takes
 TOKEN_CHARACTERS: Final = 16  # the shortest admin token accepted: 16 random characters are beyond guessing
 # Kubernetes sets these for every Service of the namespace whose name begins with "tombola". They are not for us.
 SERVICE_LINK: Final = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*)")
@@ -186,6 +187,13 @@ class Settings(BaseSettings):
         "Memory for the bodies of all concurrent requests; beyond it 503",
         "Bounds memory, whatever clients send",
         ge=1024,
+    )
+    pixel_memory_bytes: int = setting(
+        256 << 20,
+        "bytes",
+        "Memory for the pixels of all images that are decoded or wait; beyond it 503",
+        "A library of large pictures gets a shorter queue and smaller requests",
+        ge=MAX_PICTURE_BYTES,
     )
     max_pixels: int = setting(
         4_000_000,

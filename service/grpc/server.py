@@ -238,7 +238,8 @@ class GrpcServer:
 
     async def answer(self, message: Any, admitted: InferenceContext, left_s: float | None) -> Any:
         library = admitted.serving.library
-        model = ModelSpec(self.protocol.outputs, len(library.classes), self.settings.max_images, library.input)
+        most = self.data_plane.max_images(library.input)
+        model = ModelSpec(self.protocol.outputs, len(library.classes), most, library.input)
         inference = infer_message.read_inference(message, model)
         limits = [limit for limit in (inference.timeout_s, left_s) if limit is not None]
         probabilities = await self.data_plane.classify(admitted, inference.images, min(limits, default=None))

@@ -40,9 +40,8 @@ class ClassifyApi:
     async def classify(self, request: Request) -> Response:
         async with self.data_plane.open(request) as context:
             timeout_s = timeout_of(context.headers, self.settings.deadline_s)
-            probabilities = await self.data_plane.classify(
-                context, parse_body(context, self.settings.max_images), timeout_s
-            )
+            images = parse_body(context, self.data_plane.max_images(context.serving.library.input))
+            probabilities = await self.data_plane.classify(context, images, timeout_s)
             with self.data_plane.encoding():
                 return self.respond(request.scope[REQUEST_ID], context.serving.library, probabilities)
 

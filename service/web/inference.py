@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope
 
 from model_store.images import Pixels
+from model_store.input_spec import InputSpec
 from service.errors import (
     BadRequest,
     ClientDisconnected,
@@ -76,6 +77,7 @@ class DataPlane:
         self.keys = keys
         self.bodies = BodyReader(settings, metrics)
         self.decoder = Decoder(settings, metrics)
+        self.pixel_bytes = 0  # of all images that are decoded or wait for their answer
 
     def serving(self) -> LoadedLibrary:
         serving = self.manager.current
@@ -136,8 +138,9 @@ class DataPlane:
         self, context: InferenceContext, images: Sequence[bytes] | Pixels, timeout_s: float | None = None
     ) -> Probabilities:
         """Encoded files, or uint8 [N, 3, H, W] -> [N, classes]. A client that hangs up meanwhile: ClientGone."""
-        if len(images) > self.settings.max_images:
-            raise ContentTooLarge(ErrorMessage.IMAGES_TOO_MANY, limit=self.settings.max_images)
+        most = self.max_images(context.serving.library.input)
+        if len(images) > most:
+            raise ContentTooLarge(ErrorMessage.IMAGES_TOO_MANY, limit=most)
         deadline = context.deadline if timeout_s is None else min(context.deadline, context.arrived + timeout_s)
         if not isinstance(images, np.ndarray):  # these have to be decoded: not for a request that will be refused
             left_s = deadline - asyncio.get_running_loop().time()
@@ -147,13 +150,27 @@ class DataPlane:
     async def submit(
         self, context: InferenceContext, images: Sequence[bytes] | Pixels, deadline: float
     ) -> Probabilities:
-        with stage("decode"):
-            rows = (
-                images
-                if isinstance(images, np.ndarray)
-                else await self.decoder.rows(images, context.serving.library.input)
-            )
-        return await context.serving.scheduler.submit(rows, client=context.client, deadline=deadline)
+        spec = context.serving.library.input
+        with self.pixel_memory(len(images) * spec.numel):
+            with stage("decode"):
+                rows = images if isinstance(images, np.ndarray) else await self.decoder.rows(images, spec)
+            return await context.serving.scheduler.submit(rows, client=context.client, deadline=deadline)
+
+    def max_images(self, spec: InputSpec) -> int:
+        """Images of one request, so that one alone never needs more than all the memory for pixels."""
+        return min(self.settings.max_images, self.settings.pixel_memory_bytes // spec.numel)
+
+    @contextmanager
+    def pixel_memory(self, size: int) -> Iterator[None]:
+        """Bytes of pixels that a request holds. Raises Overloaded when all requests together would hold too many."""
+        if self.pixel_bytes + size > self.settings.pixel_memory_bytes:
+            self.metrics.inc("shed_total", reason="queue")
+            raise Overloaded
+        self.pixel_bytes += size
+        try:
+            yield
+        finally:
+            self.pixel_bytes -= size
 
     @contextmanager
     def encoding(self) -> Iterator[None]:

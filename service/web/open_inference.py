@@ -155,10 +155,10 @@ class OpenInferenceApi:
         """In Triton's terms, where a model that batches leaves the number of images out of `dims`."""
         require_model(request)
         scalar = {"dims": [1], "reshape": {"shape": []}}
-        shape = self.data_plane.serving().library.input.shape
+        spec = self.data_plane.serving().library.input
         inputs = [
             {"name": "image", "data_type": "TYPE_STRING", **scalar, "optional": True},
-            {"name": "pixels", "data_type": "TYPE_UINT8", "dims": [*shape], "optional": True},
+            {"name": "pixels", "data_type": "TYPE_UINT8", "dims": [*spec.shape], "optional": True},
         ]
         types = {"FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "BYTES": "TYPE_STRING"}
         outputs = []
@@ -170,7 +170,7 @@ class OpenInferenceApi:
                 "name": MODEL,
                 "platform": "",
                 "backend": MODEL,
-                "max_batch_size": self.data_plane.settings.max_images,
+                "max_batch_size": self.data_plane.max_images(spec),
                 "input": inputs,
                 "output": outputs,
                 "dynamic_batching": {},
@@ -203,7 +203,7 @@ class OpenInferenceApi:
             raise UnsupportedMediaType(
                 ErrorMessage.JSON_TYPE if looks_like_json(context.body) else ErrorMessage.V2_TYPE
             )
-        model = ModelSpec(self.outputs, len(library.classes), self.data_plane.settings.max_images, library.input)
+        model = ModelSpec(self.outputs, len(library.classes), self.data_plane.max_images(library.input), library.input)
         inference = read_inference(context.body, context.headers, model)
         probabilities = await self.data_plane.classify(context, inference.images, inference.timeout_s)
         self.statistics.images += len(probabilities)

@@ -26,6 +26,7 @@ OF_SETTINGS: Final[dict[str, set[float]]] = {
     "int8_images": {8},
     "threads": {0},
     "body_memory_bytes": {Overloaded.status},
+    "pixel_memory_bytes": {Overloaded.status},
     "max_requests": {Overloaded.status},
     "max_queue_size": {Overloaded.status},
     "rate_images_per_s": {RateLimited.status, 0},

@@ -1,5 +1,6 @@
 """The Open Inference Protocol: its forms in JSON and binary, byte by byte, and every refusal."""
 
+import asyncio
 import base64
 import gzip
 import json
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 from model_store.input_spec import InputSpec
 from service.errors import ErrorMessage
 from service.observability.metrics import Metrics
+from service.settings import MAX_PICTURE_BYTES
 from service.web.infer_request import flatten, quantise
 from tests.support.planes import StandIn, ask, encoded, picture, png, public_app, refused, stand_in_of
 from tests.support.tickets import CLASSES
@@ -577,6 +579,37 @@ def test_tensors_of_the_library_s_size_are_taken_and_all_others_refused_by_its_s
         assert "[N, 3, 48, 64]" in text
     short = binary_tensor(bytes(LARGER.numel - 1), shape=[1, 3, 48, 64])
     refused(infer({"inputs": [short]}, bytes(LARGER.numel - 1), app=app), 400, ErrorMessage.V2_BINARY_SIZE)
+
+
+def test_a_request_holds_no_more_images_than_the_memory_for_pixels_whatever_their_size() -> None:
+    """3 MiB are 341 pictures of 48x64, and more than the 512 of a request of 32x32."""
+    for manager, most in ((stand_in_of(LARGER), 341), (StandIn(), 512)):
+        app = public_app(manager, pixel_memory_bytes=MAX_PICTURE_BYTES)
+        assert ask(app, "GET", "/v2/models/tombola/config").json()["max_batch_size"] == most
+        text = refused(infer({"inputs": [image_tensor(*[110] * (most + 1))]}, app=app), 413)
+        assert text == ErrorMessage.IMAGES_TOO_MANY.format(limit=most)
+        assert infer({"inputs": [image_tensor(*[110] * most)]}, app=app).is_success
+
+
+def test_images_that_are_decoded_or_wait_share_the_memory_for_pixels() -> None:
+    """Two requests of two thirds of it: the second is refused until the first is answered, or hung up on."""
+
+    async def run() -> None:
+        manager, metrics = stand_in_of(LARGER), Metrics()
+        manager.scheduler.hold = asyncio.Event()
+        app = public_app(manager, metrics, pixel_memory_bytes=MAX_PICTURE_BYTES)
+        content = {"inputs": [image_tensor(*[110] * 227)]}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tombola") as client:
+            first = asyncio.ensure_future(client.post(INFER, json=content))
+            await manager.scheduler.submitted.wait()
+            refused(await client.post(INFER, json=content), 503, ErrorMessage.FULL)
+            assert metrics.value("shed_total", reason="queue") == 1
+            manager.scheduler.hold.set()
+            assert (await first).status_code == 200
+            assert (await client.post(INFER, json=content)).status_code == 200
+        assert app.state.protocol.data_plane.pixel_bytes == 0
+
+    asyncio.run(run())
 
 
 def test_a_picture_of_any_size_becomes_one_of_the_library_s() -> None:
