@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from model_store.quiet_imports import import_matplotlib
 from service.outbound import open_url
 from tests.deploy.test_prometheus import answer, filled, prometheus
 from tests.support.serving import ROOT, serving
-from tools.console.screenshots import AUDIT, submit, wait_for_audits
 from tools.console.traffic import traffic
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 matplotlib = import_matplotlib()
 DASHBOARD: Final = ROOT / "deploy" / "grafana" / "tombola.json"
 RATE_INTERVAL: Final = "15s"  # the server has been scraped for two minutes
+AUDIT_S: Final = 3600.0  # at most, on a machine that has other things to do
+AUDIT: Final = {"profile": "smoke", "images": 4, "attacks": ["fgsm", "paper-eot"], "epsilons": [8]}
 COLUMNS: Final = 24  # of the dashboard's grid
 UNIT_IN: Final = 0.72, 0.34  # width and height of one of the grid's cells
 FILLED: Final = 0.62  # the part of a panel's height that its axes take
@@ -199,6 +201,24 @@ def rows_of(axes: "Axes", panel: Json, address: str, _: Period) -> None:
 
 Drawing = Callable[["Axes", Json, str, Period], None]
 KINDS: Final[dict[str, Drawing]] = {"timeseries": lines, "stat": stat, "bargauge": bars, "table": rows_of}
+
+
+def submit(url: str, token: str, content: dict[str, Any]) -> None:
+    headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
+    with open_url(urllib.request.Request(f"{url}/admin/audits", json.dumps(content).encode(), headers)):
+        return
+
+
+def wait_for_audits(url: str, token: str) -> None:
+    """Until none waits or runs."""
+    late = time.monotonic() + AUDIT_S
+    request = urllib.request.Request(f"{url}/admin/audits", headers={"authorization": f"Bearer {token}"})
+    while time.monotonic() < late:
+        with open_url(request) as response:
+            if all(job["state"] == "done" for job in json.load(response)["audits"]):
+                return
+        time.sleep(1)
+    raise SystemExit(f"the audits were not done within {AUDIT_S:g} s")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pictures of the console: python -m tools.console.screenshots FOLDER [--whole] [--url URL --token TOKEN]
 
-Without --url it serves the embedded library with its published audit, runs a short audit, and looks while clients ask.
+Without --url it serves the embedded library with its published audit, and looks while clients ask.
 With --library it serves that library instead, and takes pictures of what its size changes. A picture is what a window
 shows; with --whole, whole pages in every width and scheme, to be reviewed.
 """
@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
@@ -34,10 +34,8 @@ from tools.console.traffic import traffic
 Scheme = Literal["light", "dark"]
 PUBLISHED: Final = Path("service/audit/results/report.json")
 SLOW_MS: Final = 300_000
-AUDIT_S: Final = 3600.0  # at most, on a machine that has other things to do
-LOOK_S: Final = 180.0  # of traffic, so that the lines of the tiles have something to show
+LOOK_S: Final = 120.0  # of traffic, so that the lines of the tiles have something to show
 PAUSE_MS: Final = 2000
-AUDIT: Final = {"profile": "smoke", "images": 4, "attacks": ["fgsm", "paper-eot"], "epsilons": [8]}
 COLOURS: Final = 128  # of a picture's palette: a page of few colours loses nothing that is seen
 MAX_BYTES: Final = 150_000
 ALL_TABS: Final = ("live", "try", "audits", "audits/new", "library")
@@ -102,7 +100,7 @@ def main() -> None:
 
 @contextmanager
 def busy_server(library: Path) -> Iterator[tuple[str, str]]:
-    """The admin plane's address and token. Clients ask; of the embedded library, audits have ended."""
+    """The admin plane's address and token. Clients have asked for a while."""
     with tempfile.TemporaryDirectory() as place:
         state = Path(place) / "state"
         if library == EMBEDDED:
@@ -110,9 +108,6 @@ def busy_server(library: Path) -> Iterator[tuple[str, str]]:
         with serving(library, state, "--engine", "openvino") as process:
             token = (state / "admin-token").read_text(encoding="ascii").strip()
             with traffic(process.public):
-                if library == EMBEDDED:
-                    submit(process.admin, token, AUDIT)
-                    wait_for_audits(process.admin, token)
                 time.sleep(LOOK_S)
                 yield process.admin, token
 
@@ -140,24 +135,6 @@ def keep(state: Path, report: Report) -> None:
     (store.folder / name / "report.json").write_bytes(report.as_bytes())
     page = html_report.render(report, plots.all_figures(report), [])
     (store.folder / name / "report.html").write_text(page, encoding="utf-8")
-
-
-def submit(url: str, token: str, content: dict[str, Any]) -> None:
-    headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
-    with open_url(urllib.request.Request(f"{url}/admin/audits", json.dumps(content).encode(), headers)):
-        return
-
-
-def wait_for_audits(url: str, token: str) -> None:
-    """Until none waits or runs."""
-    late = time.monotonic() + AUDIT_S
-    request = urllib.request.Request(f"{url}/admin/audits", headers={"authorization": f"Bearer {token}"})
-    while time.monotonic() < late:
-        with open_url(request) as response:
-            if all(job["state"] == "done" for job in json.load(response)["audits"]):
-                return
-        time.sleep(1)
-    raise SystemExit(f"the audits were not done within {AUDIT_S:g} s")
 
 
 def opened(browser: Browser, url: str, token: str, shot: Shot) -> Page:
