@@ -121,7 +121,13 @@ def png_transparency() -> Iterator[Picture]:
             for interlaced in (False, True):
                 data = write_png(samples, TRUECOLOUR, depth, before=[chunk(b"tRNS", colour)], interlaced=interlaced)
                 yield Picture(f"png-rgb-{depth}-trns-{name}{'-adam7' if interlaced else ''}", data)
+    deep = gradient(1, 16)
+    before = [chunk(b"tRNS", struct.pack(">H", int(deep[10, 20, 0])))]
+    yield Picture("png-grey-16-trns-adam7", write_png(deep, GREY, 16, before=before, interlaced=True))
     for depth in DEPTHS[INDEXED]:
+        before = [palette(depth), chunk(b"tRNS", b"\x40")]
+        data = write_png(gradient(1, depth), INDEXED, depth, before=before, interlaced=True)
+        yield Picture(f"png-palette-{depth}-trns-adam7", data)
         for name, opacities in (("first", b"\0"), ("half", b"\xff\x80"), ("all", bytes(range(0, 256, 256 >> depth)))):
             before = [palette(depth), chunk(b"tRNS", opacities[: 1 << depth])]
             yield Picture(
@@ -186,6 +192,7 @@ def png_oddities() -> Iterator[Picture]:
              chunk(b"fcTL", struct.pack(">5I2H2B", 0, WIDTH, HEIGHT, 0, 0, 1, 10, 0, 0))]  # fmt: skip
     yield Picture("png-animation-of-one", write_png(rgb, TRUECOLOUR, 8, before=still))
     yield Picture("png-trailing-bytes", write_png(rgb, TRUECOLOUR, 8) + b"trailing bytes" * 10)
+    yield Picture("png-suggested-palette", write_png(rgb, TRUECOLOUR, 8, before=[palette(2)]))
     beyond = write_png(gradient(1, 4), INDEXED, 4, before=[palette(2)])
     yield Picture("png-palette-index-beyond", beyond)
 
@@ -210,6 +217,11 @@ def jpegs() -> Iterator[Picture]:
     for name, progressive in (("baseline", False), ("progressive", True)):
         whole = encoded(photo(), "JPEG", progressive=progressive)
         yield Picture(f"jpeg-no-end-{name}", whole[:-2], whole=whole)
+    two = encoded(photo(), "MPO", save_all=True, append_images=[photo().transpose(Image.Transpose.ROTATE_180)])
+    yield Picture("jpeg-of-two-pictures", two)
+    yield Picture("jpeg-411", encoded(photo(), "JPEG", subsampling="4:1:1"))
+    yield Picture("jpeg-one-pixel", encoded(photo().resize((1, 1)), "JPEG"))
+    yield Picture("jpeg-cmyk-exif-6", encoded(photo("CMYK"), "JPEG", exif=b"Exif\0\0" + write_exif(6)))
     yield Picture("jpeg-trailing-bytes", encoded(photo(), "JPEG") + b"trailing bytes" * 10)
 
 
@@ -235,6 +247,7 @@ def webps() -> Iterator[Picture]:
         yield Picture(f"webp-{name}-lossless", encoded(image, "WEBP", lossless=True))
         yield Picture(f"webp-{name}-lossy", encoded(image, "WEBP", quality=80))
     yield Picture("webp-rgba-exact", encoded(alpha, "WEBP", lossless=True, exact=True))
+    yield Picture("webp-rgba-exif-6", encoded(alpha, "WEBP", lossless=True, exif=b"Exif\0\0" + write_exif(6)), 6)
     frames = [alpha, alpha.transpose(Image.Transpose.ROTATE_180)]
     yield Picture("webp-animation", encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
 
