@@ -150,10 +150,10 @@ def explore(folder: Path, library: Path | None = None, threads: int = 1, selecti
     game, reporting = stored.game, stored.game.pick(reported)
     seed = stored.report.audit.seed
     choices = menu(game.structures, seed)
-    found = prove(choosing, choices, workers)
-    best = found.solved
+    proof = prove(choosing, choices, workers)
+    best = proof.solved
     shares = torch.from_numpy(np.where(best.weights >= LEAST_WEIGHT, best.weights, 0))
-    chosen = Law(CHOSEN, found.choices[shares > 0], shares[shares > 0] / shares.sum())
+    chosen = Law(CHOSEN, proof.choices[shares > 0], shares[shares > 0] / shares.sum())
     laws = [*family(game.structures, seed), chosen]
     first = [(law.cost(game.multiply_adds), keep(choosing, law).after(1)) for law in laws]
     there = keep(reporting, stored.served)
@@ -166,7 +166,7 @@ def explore(folder: Path, library: Path | None = None, threads: int = 1, selecti
     confirmed = None
     if library is not None:
         confirmed = as_interval(confirm(stored, chosen, reported, library, threads).right)
-    proved = prove(reporting, torch.unique(torch.cat([choices, found.choices]), dim=0), workers)
+    proved = prove(reporting, torch.unique(torch.cat([choices, proof.choices]), dim=0), workers)
     return Exploration(
         report=stored.report.digest,
         epsilon=stored.report.audit.headline,
