@@ -40,7 +40,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tiny tickets, searched on digits."""
     folder = tmp_path_factory.mktemp("flow")
     for density in (0.3, 0.5):
-        recipe = TrainConfig(Structure("resnet18", 8), density, 5, steps=240, batch=32, guards=1, precision="float32")
+        recipe = TrainConfig(
+            Structure("resnet18", 8, stem_stride=2),
+            density,
+            5,
+            steps=240,
+            batch=32,
+            guards=1,
+            precision="float32",
+            muon_rate=0.014,
+        )
         job = Job(recipe, folder / "state" / recipe.name, data="digits", classes=digits().classes)
         run_job(job, replace(digits(), test=digits().test.balanced(60)), torch.device("cpu"))
     export(folder / "library", [folder / "state"])
