@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from service.audit.errors import AuditError, AuditRejected, OracleFailed
 from service.benchmarks.capacity import RunningServer
 from service.observability.tracing import provider
 from service.outbound import http_client, open_url
+from tests.support.http_server import running
 from tests.support.serving import ROOT, serving, tiny_library
 from tests.support.side_effects import Listener, listening
 
@@ -61,15 +61,10 @@ def origin() -> Iterator[Origin]:
 
         def log_message(self, *_: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with running(server):
         site = Origin(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield site
-        finally:
-            server.shutdown()
-            thread.join()
+        yield site
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -22,6 +21,7 @@ import yaml
 from service.observability.metrics import Metrics
 from service.outbound import open_url
 from tests.deploy.test_files import PROMETHEUS, alerts, queries, rules
+from tests.support.http_server import running
 from tests.support.planes import png
 from tests.support.serving import Process, over_and_over, serving, tiny_library
 
@@ -46,14 +46,9 @@ def audited() -> Iterator[str]:
 
         def log_message(self, *_: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Exposition) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Exposition)
+    with running(server):
+        yield f"127.0.0.1:{server.server_port}"
 
 
 def free_port() -> int:

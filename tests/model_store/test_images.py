@@ -117,10 +117,10 @@ def test_usual_pngs_are_read_as_pillow_s_plugin_reads_them_and_damaged_ones_refu
         assert by_us(data) == by_pillow(data) == rgb.tobytes()
     for filtered in range(5):
         rows = b"".join(bytes((filtered,)) + bytes(rng.integers(0, 256, 30 * 3, np.uint8)) for _ in range(20))
-        packed = zlib.compress(rows)
+        deflated = zlib.compress(rows)
         head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30, 20, 8, 2, 0, 0, 0))
         for number in range(600):
-            body = bytearray(packed)
+            body = bytearray(deflated)
             if number:
                 body[int(rng.integers(len(body)))] ^= int(rng.integers(1, 256))
             if number % 7 == 1:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +20,7 @@ from service.library_manager import LibraryManager
 from service.library_source import Location, fetch, local_library, parse_location, push, remove_unused
 from service.observability.metrics import Metrics
 from service.settings import Settings, read_settings
+from tests.support.http_server import running
 from tests.support.hub import REPOSITORY, hub
 from tests.support.planes import png
 from tests.support.serving import environment, serving, tiny_library
@@ -43,14 +43,9 @@ def library(tmp_path: Path) -> Library:
 def web(library: Library) -> Iterator[str]:
     """The library's folder behind a web server."""
     handler = partial(Handler, directory=str(library.path.parent))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/robust"
-        finally:
-            server.shutdown()
-            thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with running(server):
+        yield f"http://127.0.0.1:{server.server_port}/robust"
 
 
 @pytest.fixture

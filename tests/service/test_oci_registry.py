@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +20,7 @@ from service.oci_registry import Artifact, parse_reference
 from service.outbound import http_client
 from service.settings import Settings
 from tests.deploy.test_prometheus import free_port
+from tests.support.http_server import running
 from tests.support.serving import tiny_library
 from tests.support.side_effects import listening
 from tests.support.waiting import until
@@ -130,14 +130,9 @@ def wrong_registry(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Ite
 
         def log_message(self, *_: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with running(server):
+        yield f"127.0.0.1:{server.server_port}"
 
 
 def manifest(digest: str, size: int, name: str = MANIFEST) -> tuple[int, dict[str, str], bytes]:

@@ -19,6 +19,7 @@ from service.audit.events import CheckEvent, StepEvent
 from service.errors import ErrorMessage, Overloaded
 from tests.service.admin.test_audit_jobs import SMOKE, Plane
 from tests.support.audit_models import tiny
+from tests.support.http_server import running
 from tests.support.planes import TOKEN, StandIn, behind_a_port, picture, png, public_app
 from tests.support.serving import serving, tiny_library
 from tests.support.tickets import CLASSES
@@ -69,16 +70,13 @@ def scripted(*answers: tuple[int, dict[str, str], bytes], delay_s: float = 0.0) 
         def log_message(self, *_: Any) -> None: ...
 
     closing = threading.Event()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        script = Scripted(f"http://127.0.0.1:{server.server_port}", list(answers))
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    script = Scripted(f"http://127.0.0.1:{server.server_port}", list(answers))
+    with running(server):
         try:
             yield script
         finally:
             closing.set()
-            server.shutdown()
-            thread.join()
 
 
 def both(url: str, call: Callable[[Client], Any], acall: Callable[[AsyncClient], Any], **options: Any) -> Any:

@@ -343,11 +343,11 @@ def cifars() -> Iterator[WildSet]:
     ten, hundred = {"data_batch_1": b"x", "batches.meta": b"x"}, {"train": b"x", "test": b"x", "meta": b"x"}
     for name, contents in (("cifar-10-batches-py", ten), ("cifar-100-python", hundred)):
         message = r"a file of CIFAR100? is missing, or its MD5 is not that of the published one"
-        packed = under(f"{name}/", contents)
+        inside = under(f"{name}/", contents)
         yield WildSet(f"{name} itself", folder(contents, name), None, message)
-        yield WildSet(f"{name} in a folder", folder(packed), None, message)
+        yield WildSet(f"{name} in a folder", folder(inside), None, message)
         yield WildSet(f"{name} renamed", folder(contents, "mine"), None, message)
-        yield WildSet(f"{name} in a tar", file_of(gzip.compress(tarred(packed)), f"{name}.tar.gz"), None, message)
-        yield WildSet(f"{name} in a zip", file_of(zipped(packed), f"{name}.zip"), None, message)
+        yield WildSet(f"{name} in a tar", file_of(gzip.compress(tarred(inside)), f"{name}.tar.gz"), None, message)
+        yield WildSet(f"{name} in a zip", file_of(zipped(inside), f"{name}.zip"), None, message)
     binary = gzip.compress(tarred({"cifar-10-batches-bin/data_batch_1.bin": b"x"}))
     yield WildSet("CIFAR's binary version", file_of(binary, "cifar-10-binary.tar.gz"), None, r"binary version")

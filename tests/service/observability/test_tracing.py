@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from service.engine.base import Images
 from service.errors import EngineFailed
 from service.observability.tracing import PATIENCE_S, TracingMiddleware, provider
 from service.settings import SettingsRejected
+from tests.support.http_server import running
 from tests.support.planes import Oracle, StandIn, png, public_app
 from tests.support.serving import Stand, environment, serving, tiny_library, with_scheduler
 
@@ -257,14 +257,9 @@ def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
 
         def log_message(self, *_: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", sent
-        finally:
-            server.shutdown()
-            thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    with running(server):
+        yield f"http://127.0.0.1:{server.server_port}", sent
 
 
 def test_the_real_process_sends_its_traces_where_the_standard_variables_say(
