@@ -21,9 +21,9 @@ from model_store.library import EMBEDDED, Library, open_library
 from service.cpu import NICE_INFERENCE, NICE_LOADING, cpu_s, lower_priority, resident_bytes
 from service.engine.base import Engine
 from service.engine.errors import EngineRejected
-from service.engine.factory import open_for_serving, start_ahead
+from service.engine.factory import open_for_serving
 from service.engine.gpu import gpu_usage
-from service.engine.launcher import ForkServer
+from service.engine.launcher import ForkServer, start_ahead
 from service.errors import NotReady
 from service.library_source import local_library, remove_unused
 from service.observability.metrics import Metrics
@@ -134,7 +134,8 @@ class LibraryManager:
         fork_server, self.first_fork_server = self.first_fork_server, None
         try:
             if fork_server is None:
-                start = partial(start_ahead, path, settings, self.on_step, background=background)
+                gpu = torch.cuda.is_available()
+                start = partial(start_ahead, path, settings, self.on_step, gpu=gpu, background=background)
                 fork_server = await asyncio.to_thread(start)
             self.on_step("verifying the library")
             library = await loop.run_in_executor(pool, open_library, path)

@@ -190,7 +190,7 @@ def run(
 ) -> int:
     """Serves in this thread until told to end. Raises SettingsRejected, StoreError.
 
-    on_step: called with each step of loading a library; None to log it.  fork_server: the launcher's start_at_once.
+    on_step: called with each step of loading a library; None to log it.  fork_server: one that opens it already.
     """
     configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_S)

@@ -28,7 +28,7 @@ from service.audit.attacks.simple import RandomCorners, SingleModelPgd, Universa
 from service.audit.errors import AuditRejected
 
 ProfileName = Literal["smoke", "standard", "full", "reference"]
-Settings = (
+AttackConfig = (
     PgdConfig
     | ArcConfig
     | AutoAttackConfig
@@ -173,7 +173,7 @@ class Step:
     norm: Norm
     epsilon: float  # in 255ths
     images: int
-    settings: Settings
+    settings: AttackConfig
     stage: int = 0  # of the plan
     warm: bool = False  # starts from the riskiest images of earlier stages, for whichever system they were made
 

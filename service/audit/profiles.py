@@ -10,9 +10,9 @@ from service.audit.attacks.black_box import QueryAttackConfig
 from service.audit.attacks.eot import PgdConfig, Reach
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.baselines import BEST, COST, DENSE_COST, MEAN, OURS
-from service.audit.config import MAX_IMAGES, ProfileName, Settings
+from service.audit.config import MAX_IMAGES, AttackConfig, ProfileName
 
-Named = tuple[tuple[str, Settings], ...]
+Named = tuple[tuple[str, AttackConfig], ...]
 
 FAR: Final[dict[Norm, tuple[float, float]]] = {"linf": (64.0, 128.0), "l2": (1020.0, 2040.0)}  # 255ths, for the checks
 PAPER: Final = PgdConfig("mean-candidates", steps=20, step=0.25)

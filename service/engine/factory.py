@@ -84,10 +84,10 @@ def open_for_serving(
 ) -> Engine:
     """As open_engine, but in processes of its own where that is possible. Raises EngineRejected.
 
-    fork_server: what `start_ahead` gave for this library, or the launcher's start_at_once.
+    fork_server: what the launcher's `start_ahead` gave for this library; None to start one here.
     """
     if fork_server is not None and (chooses_by_speed(settings) or not uses_processes(settings)):
-        fork_server.close()  # torch knows of a GPU that the launcher could not see
+        fork_server.close()  # torch knows of a GPU that the launcher was not told of
     if chooses_by_speed(settings):
         candidates = [settings.model_copy(update=dict(choice)) for choice in CHOICES]
         return open_fastest(
@@ -95,30 +95,16 @@ def open_for_serving(
         )
     if not uses_processes(settings):
         return open_engine(library, settings, on_step=on_step)
+    from service.engine.launcher import start_fork_server
     from service.engine.process_pool import open_in_processes
 
     try:
-        return open_in_processes(library, settings, fork_server or start_ahead(library.path, settings, on_step))
+        return open_in_processes(library, settings, fork_server or start_fork_server(library.path, settings, on_step))
     except EngineRejected as error:
         if settings.engine != "auto" or settings.int8_images is not None:
             raise
         log.warning("engine refused, another is tried: %s", error)
     return open_engine(library, settings.model_copy(update={"engine": "torch"}), on_step=on_step)
-
-
-def start_ahead(
-    path: Path | None, settings: Settings, on_step: Step = lambda _: None, *, background: bool = True
-) -> "ForkServer | None":
-    """Starts to open the library for `open_for_serving`, in a process of its own, beside what the caller does.
-
-    None where no such process is used.  background: see start_fork_server.
-    """
-    if chooses_by_speed(settings) or not uses_processes(settings):
-        return None
-    from service.engine.launcher import start_fork_server
-
-    chosen = settings.model_copy(update={"engine": "openvino"})
-    return start_fork_server(path, chosen, on_step, background=background)
 
 
 CHOICES: Final = (

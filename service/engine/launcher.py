@@ -55,12 +55,13 @@ def start_fork_server(
     *,
     background: bool = True,
 ) -> ForkServer:
-    """Starts a process that opens the library in a folder (None: the embedded one). Does not wait for it.
+    """Starts a process that opens the library in a folder (None: the embedded one) with OpenVINO. Does not wait for it.
 
     background: whether it stands back for requests that another library answers meanwhile.
     """
     ours, theirs = socketpair()
     forwarded = {name: value for name in FORWARDED_SETTINGS if (value := getattr(settings, name)) is not None}
+    forwarded["engine"] = "openvino"
     arguments = json.dumps({"library": path, "settings": forwarded, "background": background}, default=str)
     packages = str(Path(__file__).parents[2])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
@@ -78,19 +79,26 @@ def start_fork_server(
     return ForkServer(Connection(ours.detach()), popen, on_step)
 
 
-def start_at_once(settings: Settings, on_step: Callable[[str], None]) -> ForkServer | None:
-    """Starts the fork server of the library that the service will load first, where it is certain to need one.
+def start_ahead(
+    path: Path | str | None,
+    settings: Settings,
+    on_step: Callable[[str], None] = lambda _: None,
+    *,
+    gpu: bool,
+    background: bool = True,
+) -> ForkServer | None:
+    """Starts the fork server of a library that is about to be opened for serving, beside what the caller does.
 
-    None where torch has to say first whether there is a GPU, and for a library that has to be fetched.
+    None where no fork server is used, or torch has to choose first; and for a URL, which has to be fetched.
+
+    gpu: whether there is one, or may be.  background: as start_fork_server has it.
     """
-    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not NVIDIA_DRIVER.exists())
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not gpu)
     by_openvino = settings.engine != "torch" and importlib.util.find_spec("openvino") is not None
-    if not (on_cpu and by_openvino and settings.engine_processes and sys.platform == "linux"):
+    in_processes = settings.engine_processes and sys.platform == "linux"
+    if isinstance(path, str) or not (on_cpu and by_openvino and in_processes):
         return None
-    if isinstance(settings.library, str):
-        return None
-    chosen = settings.model_copy(update={"engine": "openvino"})
-    return start_fork_server(settings.library, chosen, on_step, background=False)
+    return start_fork_server(path, settings, on_step, background=background)
 
 
 def close(control: Connection, popen: "subprocess.Popen[bytes]") -> None:

@@ -22,16 +22,15 @@ from model_store.library import Library
 from service.engine.base import Engine, Heartbeat, Images, JobResult, Jobs, Logits
 from service.engine.errors import EngineDied, EngineRejected
 from service.engine.ipc import ERROR, HEARTBEAT, READY, WORD, decode_result, encode_request
-from service.engine.launcher import ForkServer, close, start_fork_server
+from service.engine.launcher import ForkServer, close
 from service.settings import Settings
 
 
-def open_in_processes(library: Library, settings: Settings, fork_server: "ForkServer | None" = None) -> Engine:
+def open_in_processes(library: Library, settings: Settings, server: ForkServer) -> Engine:
     """The library's tickets, compiled by a fork server, which proved that they are this library's.
 
-    fork_server: one that was started for this library before; None to start one.  Raises EngineRejected.
+    server: one that was started for this library.  Raises EngineRejected.
     """
-    server = fork_server or start_fork_server(library.path, settings)
     description = server.wait()
     if "refused" in description or description["digest"] != library.digest:
         server.close()

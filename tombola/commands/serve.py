@@ -27,9 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments))
     ensure_state_dir(settings)
     admin_token(settings)  # what it refuses, it refuses before a process starts
-    from service.engine.launcher import start_at_once
+    from service.engine.launcher import NVIDIA_DRIVER, start_ahead
 
-    fork_server = start_at_once(settings, print_step)
+    gpu = NVIDIA_DRIVER.exists()
+    fork_server = start_ahead(settings.library, settings, print_step, gpu=gpu, background=False)
     try:
         from service import lifecycle  # takes seconds, in which the library is being opened
 

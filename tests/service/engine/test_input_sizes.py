@@ -13,6 +13,7 @@ from model_store.structures import STRUCTURES
 from service.benchmarks.library_check import figures
 from service.engine.base import Images
 from service.engine.factory import open_engine
+from service.engine.launcher import start_fork_server
 from service.engine.process_pool import open_in_processes
 from service.settings import Settings
 from tests.support.tickets import items, make_ticket
@@ -48,7 +49,10 @@ def test_both_engines_give_the_tickets_own_logits_at_every_size(size: tuple[int,
 def test_a_process_of_its_own_takes_pictures_of_the_library_s_size_alone(tmp_path: Path) -> None:
     library, images = library_of(tmp_path / "library", (64, 64)), images_of((64, 64))
     settings = Settings(engine="openvino", precision="float32", state_dir=tmp_path, threads=1)
-    near, apart = open_engine(library, settings), open_in_processes(library, settings)
+    near, apart = (
+        open_engine(library, settings),
+        open_in_processes(library, settings, start_fork_server(library.path, settings)),
+    )
     assert apart.input_shape == (3, 64, 64)
     assert apart.macs == near.macs
     np.testing.assert_allclose(apart.forward(2, images), near.forward(2, images), atol=1e-6)

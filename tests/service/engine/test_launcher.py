@@ -9,7 +9,7 @@ import pytest
 
 from model_store.library import Library
 from service.engine.factory import open_for_serving
-from service.engine.launcher import start_at_once
+from service.engine.launcher import start_ahead
 from service.settings import Settings
 from tests.support.serving import tiny_library
 
@@ -38,18 +38,18 @@ def test_starting_it_imports_nothing_slow() -> None:
     ],
 )
 def test_none_is_started_where_it_may_not_be_needed(settings: dict[str, Any], tmp_path: Path) -> None:
-    assert start_at_once(Settings(state_dir=tmp_path, **settings), lambda _: None) is None
+    made = Settings(state_dir=tmp_path, **settings)
+    assert start_ahead(made.library, made, gpu=False) is None
 
 
-def test_none_is_started_where_a_gpu_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.engine.launcher.NVIDIA_DRIVER", tmp_path)
-    assert start_at_once(Settings(state_dir=tmp_path), lambda _: None) is None
+def test_none_is_started_where_a_gpu_may_be_faster(tmp_path: Path) -> None:
+    assert start_ahead(None, Settings(state_dir=tmp_path), gpu=True) is None
 
 
 def test_the_service_uses_the_one_that_was_started(tiny: Library, tmp_path: Path) -> None:
     settings = Settings(library=tiny.path, state_dir=tmp_path, threads=1)
     steps: list[str] = []
-    fork_server = start_at_once(settings, steps.append)
+    fork_server = start_ahead(tiny.path, settings, steps.append, gpu=False, background=False)
     assert fork_server is not None
     engine = open_for_serving(tiny, settings, fork_server)
     assert engine.pids()[0] == fork_server.popen.pid
@@ -58,7 +58,7 @@ def test_the_service_uses_the_one_that_was_started(tiny: Library, tmp_path: Path
 
 
 def test_one_that_is_not_needed_after_all_ends(tiny: Library, tmp_path: Path) -> None:
-    fork_server = start_at_once(Settings(library=tiny.path, state_dir=tmp_path), lambda _: None)
+    fork_server = start_ahead(tiny.path, Settings(state_dir=tmp_path), gpu=False)
     assert fork_server is not None
     engine = open_for_serving(tiny, Settings(library=tiny.path, state_dir=tmp_path, engine="torch"), fork_server)
     assert engine.name == "torch"
