@@ -14,6 +14,7 @@ from torch import Tensor
 from model_store import labelled_images as reader
 from model_store.data_layout import PartName
 from model_store.errors import DataRejected
+from model_store.held_out import selection_places
 from model_store.input_spec import InputSpec
 
 PREFERRED: Final[tuple[PartName, ...]] = ("test", "val", "all")
@@ -57,23 +58,53 @@ def read_sample(
     with reader.open_data(path) as data:
         part, held_out = part_to_sample(data)
         labels = reader.class_indices(data.where, part, classes)
-        order = round_robin(labels)
-        remarks = absent_classes(labels, classes)
-        pixels = np.empty((min(images, len(order)), *spec.shape), np.uint8)
-        index: list[int] = []
-        while len(index) < len(pixels) and len(order):  # more than once only where damaged ones are passed over
-            batch, order = np.split(order, [len(pixels) - len(index)])
-            out = pixels[len(index) :]
-            index += reader.decode_part(data, part, batch.tolist(), spec, out, skip_damaged=skip_damaged)
-    kind = "arrays" if part.numbered else "files"
+        sample = decode_first(data, part, labels, round_robin(labels), images, spec, skip_damaged=skip_damaged)
+        notes = (*data.notes.lines(spec), *absent_classes(labels, classes))
+    return replace(sample, held_out=held_out, notes=notes)
+
+
+def read_selection(
+    path: Path, classes: Sequence[str], images: int, spec: InputSpec, *, skip_damaged: bool = False
+) -> LabelledImages | None:
+    """Like read_sample, of the training images that every search of the data set sets aside. None where test images
+    have no training images beside them, or those are too few. Raises DataRejected."""
+    with reader.open_data(path) as data:
+        part = data.parts.get("train")
+        if part is None or not any(name in data.parts for name in PREFERRED):
+            return None
+        labels = reader.class_indices(data.where, part, classes)
+        try:
+            _, chosen = selection_places(classes, torch.from_numpy(labels), part.ids)
+        except DataRejected:
+            return None
+        order = chosen.numpy()[round_robin(labels[chosen.numpy()])]
+        return decode_first(data, part, labels, order, images, spec, skip_damaged=skip_damaged)
+
+
+def decode_first(
+    data: reader.DataSet,
+    part: reader.Part,
+    labels: NDArray[np.int64],
+    order: NDArray[np.int64],
+    images: int,
+    spec: InputSpec,
+    *,
+    skip_damaged: bool,
+) -> LabelledImages:
+    """The first `images` of a part in an order. Raises DataRejected."""
+    pixels = np.empty((min(images, len(order)), *spec.shape), np.uint8)
+    index: list[int] = []
+    while len(index) < len(pixels) and len(order):  # more than once only where damaged ones are passed over
+        batch, order = np.split(order, [len(pixels) - len(index)])
+        out = pixels[len(index) :]
+        index += reader.decode_part(data, part, batch.tolist(), spec, out, skip_damaged=skip_damaged)
     return LabelledImages(
         data.where,
-        f"{kind} of {data.where}",
+        f"{'arrays' if part.numbered else 'files'} of {data.where}",
         torch.from_numpy(pixels[: len(index)]),
         torch.from_numpy(labels[index]),
         tuple(part.ids[place] for place in index),
-        held_out,
-        (*data.notes.lines(spec), *remarks),
+        held_out=True,
     )
 
 

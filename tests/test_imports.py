@@ -47,6 +47,7 @@ LADDER: Final = (
     "data_layout",
     "data_files",
     "labelled_images",
+    "held_out",
     "image_sample",
     "structures",
     "ticket",

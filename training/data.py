@@ -29,14 +29,13 @@ from model_store.data_layout import LAYOUTS, PartName, ordered
 from model_store.errors import DataRejected as ReadRejected
 from model_store.errors import DataUnlabelled
 from model_store.files import replacing
+from model_store.held_out import selection_places
 from model_store.images import Pixels
 from model_store.input_spec import CIFAR10_INPUT, InputSpec, Three
 from model_store.labelled_images import DataSet, Part, decode_part, open_data
 from training.errors import DataRejected
 from training.files import write_text
 
-SELECTION_PER_CLASS: Final = 100
-SELECTION_SHARE: Final = 5  # one training image of so many is for selection, where a class has fewer than 500
 CACHE: Final = ".images"  # in a --state folder: decoded arrays
 HELD_OUT_SHARE: Final = 10  # one image of so many is a test image, where the data set has no part for it
 KEY_VERSION: Final = 4  # of the cache: another decoder or another layout
@@ -118,28 +117,6 @@ def split_of(classes: tuple[str, ...], train: Images, test: Images, per_class: i
     """Sets aside the first images of each class, by file name, for selection: see `selection_places`."""
     kept, chosen = selection_places(classes, train.labels, train.names, per_class)
     return Split(classes, train.pick(kept), train.pick(chosen), test)
-
-
-def selection_places(
-    classes: Sequence[str], labels: Tensor, names: Sequence[str], per_class: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Where the search images and the selection images lie among training images, each class's by file name.
-
-    per_class: how many of each are for selection; None for SELECTION_PER_CLASS, or a fifth where there are few.
-    """
-    counts = labels.bincount(minlength=len(classes)).tolist()
-    share = [per_class or max(1, min(SELECTION_PER_CLASS, count // SELECTION_SHARE)) for count in counts]
-    for name, count, most in zip(classes, counts, share, strict=True):
-        if count <= most:
-            raise DataRejected(f"class {name!r}: {count} training images; expected more than {most}")
-    taken: dict[int, int] = {}
-    chosen: list[int] = []
-    kept: list[int] = []
-    for i in sorted(range(len(names)), key=lambda i: names[i]):
-        label = int(labels[i])
-        taken[label] = taken.get(label, 0) + 1
-        (chosen if taken[label] <= share[label] else kept).append(i)
-    return torch.tensor(kept), torch.tensor(chosen)
 
 
 def read_split(

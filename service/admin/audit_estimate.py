@@ -32,7 +32,8 @@ class CostEstimator:
         """Raises CostRejected beyond the configured hours, AuditRejected for a plan that cannot be made."""
         candidates = candidates_of(library, outside=self.outside, build=planning_stub)
         each = multiply_adds_of(library, self.outside)
-        compared = baselines.compared_systems(candidates, baselines.strengths(library), each)
+        rivals = baselines.claimed_rivals(candidates, baselines.strengths(library))
+        compared = baselines.compared_systems(candidates, rivals, each)
         known = baselines.known_draws(candidates, audit.seed, PROFILES[audit.profile].thetas)
         steps = plan(audit, candidates, compared, known)
         singles = (baselines.single(candidates, index) for index in range(len(candidates.members)))

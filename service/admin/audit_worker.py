@@ -51,13 +51,14 @@ def run(folder: Path, job: "Job", emit: "Callable[[Event], None]") -> None:
     from service.audit.attack_runner import RunOptions
     from service.audit.config import read_audit
     from service.audit.errors import AuditConflict
-    from service.audit.run import load_images, run_audit
+    from service.audit.run import load_held_out, load_images, run_audit
 
     audit = read_audit(job.request)
     library = open_library(Path(job.library) if job.library else None)
     if library.digest != job.digest:
         raise AuditConflict(f"the library is {library.digest[:12]} now; the audit was asked of {job.digest[:12]}")
-    data = load_images(audit, library, Path(job.data) if job.data else None, job.threads)
+    path = Path(job.data) if job.data else None
+    data, held_out = load_images(audit, library, path, job.threads), load_held_out(audit, library, path)
     options = RunOptions(
         device=job.device,
         threads=job.threads,
@@ -66,7 +67,7 @@ def run(folder: Path, job: "Job", emit: "Callable[[Event], None]") -> None:
         precision=job.precision,
         int8_images=Path(job.int8_images) if job.int8_images else None,
     )
-    run_audit(folder, audit, library, data, options, emit=emit)
+    run_audit(folder, audit, library, data, options, emit=emit, held_out=held_out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from service.audit.errors import DataRejected
 from service.audit.events import Event
 from service.audit.plan import images_of
 from service.audit.report.model import Report
-from service.audit.run import load_images, run_audit
+from service.audit.run import load_held_out, load_images, run_audit
 from service.audit.target import Target
 from service.cpu import usable_cores
 
@@ -69,6 +69,7 @@ def audit(
     path = Path(data) if isinstance(data, str | Path) else None
     request = read_audit({**fields, "data": path and path.name})
     cores = threads or usable_cores()
+    held_out = load_held_out(request, subject, path)
     if isinstance(data, tuple):
         labelled = from_arrays(*data, subject.classes)
         labelled = labelled.first(images_of(request))
@@ -77,7 +78,8 @@ def audit(
         labelled = load_images(request, subject, path, cores)
     with tempfile.TemporaryDirectory(prefix="tombola-audit-") as temporary:
         folder = Path(out) if out is not None else Path(temporary)
-        return run_audit(folder, request, subject, labelled, RunOptions(device=device, threads=cores), emit=emit)
+        options = RunOptions(device=device, threads=cores)
+        return run_audit(folder, request, subject, labelled, options, emit=emit, held_out=held_out)
 
 
 def from_arrays(images: ArrayLike, labels: ArrayLike, classes: Sequence[str]) -> LabelledImages:

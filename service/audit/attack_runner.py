@@ -36,7 +36,7 @@ from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.losses import STAGED
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.config import Audit, Step, digest_of
-from service.audit.cost import giga_multiply_adds, multiply_adds_of
+from service.audit.cost import giga_multiply_adds, multiply_adds_of_subject
 from service.audit.endpoint import PROBES, Endpoint, EndpointOracle
 from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import Defense, DrawSet, is_countable, scoring_draws
@@ -62,6 +62,7 @@ from service.audit.evaluation.scoring import (
 from service.audit.events import Event, StepEvent
 from service.audit.plan import endpoint_steps, plan
 from service.audit.profiles import PROFILES, SHARED
+from service.audit.rivals import Rivals
 from service.audit.target import Target
 from service.outbound import ProxyRejected, http_client
 from service.settings import PrecisionChoice
@@ -136,8 +137,17 @@ class AuditRun:
         *,
         emit: Emit = lambda _: None,
         candidates: CandidateSet | None = None,
+        rivals: Rivals | None = None,
     ) -> None:
-        """candidates: other networks than the library's, to try the checks on.  Raises AuditRejected."""
+        """Plans an audit. Nothing is attacked yet.
+
+        Args:
+          candidates: other networks than the library's, to try the checks on.
+          rivals: what the law is held against; by the library's claims if None.
+
+        Raises:
+          AuditRejected: the request does not fit the library or the data.
+        """
         outside = options.outside
         self.folder = folder
         self.audit = audit
@@ -149,13 +159,12 @@ class AuditRun:
         self.crafted_in = crafting_precision(audit, library, self.candidates)
         self.crafting = self.candidates.in_bfloat16() if self.crafted_in == "bfloat16" else self.candidates
         self.fingerprint = fingerprint(self.candidates.members)
-        self.strength = baselines.strengths(library) or [0.0] * self.candidates.tickets
+        claims = baselines.strengths(library) or [0.0] * self.candidates.tickets
+        self.rivals = rivals or baselines.claimed_rivals(self.candidates, claims)
         self.endpoint = library.endpoint if isinstance(library, Target) else None
-        self.multiply_adds = (
-            library.multiply_adds() if isinstance(library, Target) else multiply_adds_of(library, outside)
-        )
+        self.multiply_adds = multiply_adds_of_subject(library, outside)
         self.systems = (
-            baselines.compared_systems(self.candidates, self.strength, self.multiply_adds)
+            baselines.compared_systems(self.candidates, self.rivals, self.multiply_adds)
             if self.endpoint is None
             else [baselines.ours(self.candidates)]
         )
@@ -275,7 +284,9 @@ class AuditRun:
             part = self.part_digest(step.images)
             outside = self.options.outside and self.options.outside.digest
             about = [step.as_dict(), self.crafted_in]
-            parts = [CODE, *about, self.library.digest, outside, part, self.audit.seed, warm, service]
+            parts: list[Any] = [CODE, *about, self.library.digest, outside, part, self.audit.seed, warm, service]
+            if self.rivals.images and step.system in (baselines.BEST, baselines.COST):
+                parts.append(self.system(step.system).used)  # chosen by measuring, so that the library does not say it
             self.keys[step] = digest_of(parts)[:32]
         return self.keys[step]
 

@@ -6,9 +6,10 @@ from itertools import combinations
 from typing import Final
 
 from model_store.library import Library
-from model_store.policy import Policy, draw_theta, expected_size, inclusion_probabilities, states
+from model_store.policy import Policy, draw_theta, inclusion_probabilities, states
 from service.audit.evaluation.draws import Defense, widen
 from service.audit.evaluation.members import CandidateSet
+from service.audit.rivals import Rivals, rival_size
 from service.audit.target import Target
 
 OURS: Final = "tombola"
@@ -72,23 +73,36 @@ def switching(candidates: CandidateSet) -> list[Defense]:
     ]
 
 
-def best_ticket(candidates: CandidateSet, strength: Sequence[float]) -> Defense:
-    """The ticket most robust by the library's own claims on held-out training images."""
-    index = max(range(candidates.tickets), key=lambda j: strength[j])
-    about = f"{candidates.names[index]} alone: the best by the library's claims on held-out images"
-    return Defense(BEST, about, fixed(candidates, [index]))
-
-
-def equal_cost(candidates: CandidateSet, strength: Sequence[float]) -> Defense:
-    """As many fixed tickets as the law draws on average, rounded: the best by claims, structures as mixed as may be."""
-    count = min(candidates.tickets, max(1, round(expected_size(candidates.policy))))
+def claimed_rivals(candidates: CandidateSet, strength: Sequence[float]) -> Rivals:
+    """By the tickets' own claims: the best one, and as many as the law draws on average, structures mixed."""
+    count = rival_size(candidates)
     ranked = sorted(range(candidates.tickets), key=lambda j: -strength[j])[: max(count, 12)]
     chosen = max(
         combinations(ranked, count),
         key=lambda some: (len({candidates.structures[j] for j in some}), sum(strength[j] for j in some)),
     )
-    names = " + ".join(candidates.names[j] for j in chosen)
-    return Defense(COST, f"{names}, always: what one draw costs on average", fixed(candidates, chosen))
+    return Rivals(ranked[0], chosen)
+
+
+def best_ticket(candidates: CandidateSet, rivals: Rivals) -> Defense:
+    """The ticket most robust alone."""
+    about = f"{candidates.names[rivals.best]} alone: {describe_choice(rivals, rivals.best_accuracy)}"
+    return Defense(BEST, about, fixed(candidates, [rivals.best]))
+
+
+def equal_cost(candidates: CandidateSet, rivals: Rivals) -> Defense:
+    """As many fixed tickets as the law draws on average, rounded."""
+    names = " + ".join(candidates.names[j] for j in rivals.fixed)
+    about = f"{names}, always, as many as a draw has on average: {describe_choice(rivals, rivals.fixed_accuracy)}"
+    return Defense(COST, about, fixed(candidates, rivals.fixed))
+
+
+def describe_choice(rivals: Rivals, accuracy: float | None) -> str:
+    if accuracy is None:
+        return "the best by the library's claims on held-out images"
+    return (
+        f"the best under attack on {rivals.images} held-out training images, of which it keeps {100 * accuracy:.1f} %"
+    )
 
 
 def strengths(library: Library | Target) -> list[float]:
@@ -120,9 +134,7 @@ def dense_at_equal_cost(candidates: CandidateSet, multiply_adds: Sequence[int]) 
     return [Defense(DENSE_COST, about, fixed(candidates, chosen))]
 
 
-def compared_systems(
-    candidates: CandidateSet, strength: Sequence[float], multiply_adds: Sequence[int] = ()
-) -> list[Defense]:
+def compared_systems(candidates: CandidateSet, rivals: Rivals, multiply_adds: Sequence[int] = ()) -> list[Defense]:
     """All that face the same attacks: ours first. multiply_adds: of each member, for a rival of equal cost."""
     dense = [single(candidates, index) for index in range(candidates.tickets, candidates.own)]
     if multiply_adds:
@@ -130,8 +142,8 @@ def compared_systems(
     return [
         ours(candidates),
         mean_of_all(candidates),
-        equal_cost(candidates, strength),
-        best_ticket(candidates, strength),
+        equal_cost(candidates, rivals),
+        best_ticket(candidates, rivals),
         *switching(candidates),
         *dense,
     ]

@@ -139,7 +139,7 @@ def audit_in_process(options: argparse.Namespace) -> "Report":
     from model_store.library import open_library
     from service.audit.attack_runner import RunOptions
     from service.audit.config import read_audit
-    from service.audit.run import load_images, run_audit
+    from service.audit.run import load_held_out, load_images, run_audit
     from service.cpu import usable_cores
     from service.engine.errors import EngineRejected
     from service.engine.factory import resolve_device
@@ -161,8 +161,18 @@ def audit_in_process(options: argparse.Namespace) -> "Report":
     run_options = RunOptions(
         device=device, threads=threads, url=options.target_url, key=options.key, proxy=options.proxy, outside=outside
     )
+    held_out = load_held_out(audit, subject, path, skip_damaged=options.skip_damaged)
     with ProgressBar() as bar:
-        return run_audit(options.out, audit, subject, images, run_options, emit=bar.show, floor=options.fail_under)
+        return run_audit(
+            options.out,
+            audit,
+            subject,
+            images,
+            run_options,
+            emit=bar.show,
+            floor=options.fail_under,
+            held_out=held_out,
+        )
 
 
 def open_subject(options: argparse.Namespace) -> "Library | Target":
@@ -249,6 +259,8 @@ class ProgressBar:
                 self.bar.update(self.task, completed=event.share, description=left)
             case "check":
                 self.line(f"check {event.id:2d} {event.outcome:7s} {event.name}: {event.value}")
+            case "rivals":
+                self.line(f"choosing rivals on {event.images} held-out images, about {event.seconds / 60:.0f} min")
             case "cost":
                 self.line(f"{event.attacks} attacks and their checks, about {event.seconds / 60:.0f} min")
 

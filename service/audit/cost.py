@@ -16,6 +16,8 @@ from service.audit.evaluation.draws import Defense
 from service.audit.evaluation.members import all_members
 from service.audit.plan import images_of
 from service.audit.profiles import PROFILES
+from service.audit.rivals import FINALISTS, SECOND, SWAPS
+from service.audit.target import Target
 
 GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured: weights need no gradient
 BFLOAT16: Final = 0.5  # of float32's time: measured on AVX512-BF16 and AMX, at 128 images a pass
@@ -30,6 +32,11 @@ def multiply_adds_of(library: Library, outside: Library | None = None) -> list[i
     """Of one image through each member of the bench."""
     size = library.input.height, library.input.width
     return [multiply_adds(ticket.structure, size) for _, ticket in all_members(library, outside)]
+
+
+def multiply_adds_of_subject(subject: Library | Target, outside: Library | None = None) -> list[int]:
+    """Of a library, or of a model of another kind."""
+    return subject.multiply_adds() if isinstance(subject, Target) else multiply_adds_of(subject, outside)
 
 
 def forwards(step: Step, drawn: float, members: int) -> float:
@@ -72,6 +79,19 @@ def check_giga_multiply_adds(audit: Audit, each: Sequence[int], *, bfloat16: boo
     images = min(images_of(audit), PROFILES[audit.profile].check_images)
     forwards = CHECK_FORWARDS[audit.profile] * (BFLOAT16 if bfloat16 else 1)
     return images * forwards * sum(each) / 1e9
+
+
+def rivals_giga_multiply_adds(images: int, each: Sequence[int], size: int, *, bfloat16: bool = False) -> float:
+    """What the choice of rivals costs. each: multiply-adds of each ticket.  size: of the fixed set.
+
+    FGSM on every ticket, PGD on the finalists and on about size + SWAPS / 2 sets. All finalists read every attack.
+    """
+    finalists = min(FINALISTS, len(each))
+    gradient = GRADIENT * (BFLOAT16 if bfloat16 else 1)
+    sets = size - 1 + SWAPS / 2
+    passes = len(each) * (gradient + 1) + finalists * (SECOND.steps * gradient + finalists)
+    passes += sets * (size * SECOND.steps * gradient + finalists)
+    return images * passes * sum(each) / len(each) / 1e9
 
 
 def estimated_seconds(giga: float, threads: int = 1) -> float:

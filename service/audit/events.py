@@ -22,6 +22,14 @@ class CostEvent(AuditEvent):
     seconds: float = Field(description="estimate, on an idle machine")
 
 
+class RivalsEvent(AuditEvent):
+    """What the law is held against is being chosen."""
+
+    event: Literal["rivals"] = "rivals"
+    images: int = Field(description="held-out training images")
+    seconds: float = Field(description="estimate, on an idle machine")
+
+
 class StepEvent(AuditEvent):
     """One attack has ended."""
 
@@ -63,7 +71,9 @@ class StateEvent(AuditEvent):
     why: str
 
 
-Event = Annotated[CostEvent | StepEvent | CheckEvent | FailedEvent | StateEvent, Field(discriminator="event")]
+Event = Annotated[
+    CostEvent | RivalsEvent | StepEvent | CheckEvent | FailedEvent | StateEvent, Field(discriminator="event")
+]
 EVENT: Final[TypeAdapter[Event]] = TypeAdapter(Event)
 
 

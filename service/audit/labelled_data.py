@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model_store.errors import DataRejected as ReadRejected
-from model_store.image_sample import LabelledImages, read_sample
+from model_store.image_sample import LabelledImages, read_sample, read_selection
 from model_store.input_spec import InputSpec
 from service.audit.errors import DataRejected
 
@@ -22,6 +22,19 @@ def read_data(
     """A balanced sample of a data set. Raises DataRejected, which an audit's callers know."""
     try:
         return read_sample(path, classes, images, spec, skip_damaged=skip_damaged)
+    except ReadRejected as error:
+        raise DataRejected(str(error)) from None
+
+
+def read_held_out(
+    path: Path, classes: Sequence[str], images: int, spec: InputSpec, *, skip_damaged: bool = False
+) -> LabelledImages | None:
+    """A balanced sample of training images that searches set aside; None where the data set has none.
+
+    Raises DataRejected, which an audit's callers know.
+    """
+    try:
+        return read_selection(path, classes, images, spec, skip_damaged=skip_damaged)
     except ReadRejected as error:
         raise DataRejected(str(error)) from None
 

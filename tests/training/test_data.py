@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from model_store import images
+from model_store.held_out import selection_places
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from tests.support.digits import digits
 from training.data import (
@@ -21,7 +22,6 @@ from training.data import (
     batches,
     measured_input,
     read_split,
-    selection_places,
     split_of,
 )
 from training.errors import DataRejected

@@ -25,6 +25,7 @@ export class Progress {
   }
 
   take(event, data) {
+    if (event === "rivals") setText(this.left, `Rivals are being chosen on ${data.images} held-out images, about ${duration(data.seconds)} on an idle machine.`);
     if (event === "cost") setText(this.left, `${data.attacks} attacks are planned, about ${duration(data.seconds)} on an idle machine.`);
     if (event === "step") this.takeStep(data);
     if (event === "check") this.takeCheck(data);

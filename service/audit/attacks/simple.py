@@ -19,8 +19,9 @@ from model_store.attacks import (
     random_start,
     steepest_direction,
 )
+from model_store.ensemble import Classifier
 from service.audit.attacks.losses import LOSSES, Stage, typical_margin
-from service.audit.evaluation.members import CUDA_PASS_IMAGES, AttackTarget, Member
+from service.audit.evaluation.members import CUDA_PASS_IMAGES, AttackTarget
 from service.audit.evaluation.scoring import failure
 from service.audit.evaluation.threads import WorkerThreads
 
@@ -57,7 +58,7 @@ class RandomCorners:
 
 
 def attack_member(
-    member: Member,
+    member: Classifier,
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
@@ -66,7 +67,7 @@ def attack_member(
     loss: Loss = cross_entropy,
     threads: WorkerThreads | None = None,
 ) -> Tensor:
-    """Part by part, each with a generator of its own, in parallel on a CPU."""
+    """Part by part, each with a generator of its own, in parallel on a CPU. member: images to logits [N, classes]."""
 
     def run(some: Tensor, right: Tensor, seed: int) -> Tensor:
         if single.steps == 0:

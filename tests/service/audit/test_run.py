@@ -62,6 +62,11 @@ def one_commit() -> Iterator[None]:
         yield
 
 
+def compared_of(library: Any, candidates: Any) -> list[Any]:
+    rivals = baselines.claimed_rivals(candidates, baselines.strengths(library))
+    return baselines.compared_systems(candidates, rivals)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("audits")
@@ -315,7 +320,7 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
     for profile in ("smoke", "standard", "full"):
         audit = Audit(profile)
         candidates = candidates_of(library)
-        steps = plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
+        steps = plan(audit, candidates, compared_of(library, candidates))
         assert len({step.id for step in steps}) == len(steps)
         assert all(step.images <= images_of(audit) for step in steps)
         costs.append(sum(AuditRun(folder / "unused", audit, library, faint_digits(2)).costs))
@@ -329,7 +334,7 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
     for norm, usual, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
         audit = Audit("standard", norm=norm)  # type: ignore[arg-type]
         assert audit.headline == usual
-        steps = plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
+        steps = plan(audit, candidates, compared_of(library, candidates))
         assert max(step.epsilon for step in steps) == unbounded
         assert {step.epsilon for step in steps} >= set(audit.epsilons) - {0.0}
 
@@ -337,7 +342,7 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
 def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
     """Comparisons count stages 0 to 2: the same attacks with the same settings on every compared system."""
     candidates = candidates_of(library)
-    compared = baselines.compared_systems(candidates, baselines.strengths(library))
+    compared = compared_of(library, candidates)
     for profile in PROFILES:
         if profile in ("standard", "full"):
             margins = [s for _, s in PROFILES[profile].shared if isinstance(s, PgdConfig) and s.loss == "hinge"]
@@ -357,9 +362,7 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
 @pytest.mark.parametrize("name", ["smoke", "standard", "full", "reference"])
 def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
     candidates = candidates_of(library)
-    steps = plan(
-        Audit(name, norm=norm), candidates, baselines.compared_systems(candidates, baselines.strengths(library))
-    )
+    steps = plan(Audit(name, norm=norm), candidates, compared_of(library, candidates))
     assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
 
 
@@ -391,7 +394,7 @@ def test_a_dense_rival_costs_what_a_draw_costs(tmp_path: Path) -> None:
 def test_the_reference_profile_runs_autoattack_as_its_authors_publish_it(library: Any) -> None:
     """Standard: APGD-CE and APGD-T of 100 steps, FAB-T with nine targets, Square with 5,000 queries. Rand: CE, DLR."""
     candidates = candidates_of(library)
-    compared = baselines.compared_systems(candidates, baselines.strengths(library))
+    compared = compared_of(library, candidates)
     steps = plan(Audit("reference"), candidates, compared)
     for system in ("best-ticket", "mean-of-all"):
         ran = {s.name: s.settings for s in steps if s.system == system and isinstance(s.settings, AutoAttackConfig)}
@@ -409,7 +412,7 @@ def test_the_reference_profile_runs_autoattack_as_its_authors_publish_it(library
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
     candidates = candidates_of(library)
     audit = Audit("standard", attacks=("arc", "fgsm"))
-    steps = plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
+    steps = plan(audit, candidates, compared_of(library, candidates))
     assert {step.name for step in steps} == {"arc", "fgsm"}
 
 
@@ -426,7 +429,7 @@ def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
     """An audit of nothing would report the clean accuracy as what the attacks left."""
     candidates = candidates_of(library)
     with pytest.raises(AuditRejected, match=f"'{missing}': profile {audit.profile} in {audit.norm} does not run it"):
-        plan(audit, candidates, baselines.compared_systems(candidates, baselines.strengths(library)))
+        plan(audit, candidates, compared_of(library, candidates))
 
 
 def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:

@@ -16,9 +16,10 @@ def page(published: Report) -> str:
     return render(published, all_figures(published), [], 0.2)
 
 
-def test_three_numbers_and_two_verdicts_come_first(page: str) -> None:
+def test_three_numbers_and_two_verdicts_come_first(published: Report, page: str) -> None:
     head = page[: page.index("<nav")]
-    places = [head.index(text) for text in ("50.5", "28.5", "21.7", "Measurement: valid", "Result: above the floor")]
+    figures = [f"{100 * each.value:.1f}" for each in (published.clean, published.robust, published.ten_tries)]
+    places = [head.index(text) for text in (*figures, "Measurement: valid", "Result: above the floor")]
     assert places == sorted(places)
 
 
@@ -68,11 +69,11 @@ def test_the_two_verdicts_do_not_depend_on_each_other() -> None:
     assert judge_measurement(doubtful).word == "valid with warnings"
 
 
-def test_an_invalid_audit_shows_no_figure() -> None:
+def test_an_invalid_audit_shows_no_figure(published: Report) -> None:
     invalid = render(changed(verdict="invalid", failed=[5]), {}, [], 0.2)
     head = invalid[: invalid.index("<nav")]
     assert "Not a measurement" in head
-    assert "28.5" not in invalid
+    assert f"{100 * published.robust.value:.1f}" not in invalid
     assert "Hard checks failed: 5" in head
 
 
