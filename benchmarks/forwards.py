@@ -37,7 +37,7 @@ def forward_ms(engine: Engine, tickets: int, image: Images) -> list[float]:
 def main(state: Path, path: Path | None) -> None:
     library, rng = open_library(path), random.Random(0)
     engine = open_engine(library, Settings(state_dir=state))
-    image = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (1, *library.input.shape), np.uint8)
     times = forward_ms(engine, len(library.tickets), image)
     sums = [sum(times[member] for member in draw_theta(library.policy, rng).members) for _ in range(DRAWS)]
     figures = {"draws": DRAWS, "median_sum_ms": statistics.median(sums), "mean_forward_ms": statistics.mean(times)}

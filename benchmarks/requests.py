@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from model_store.input_spec import CIFAR10_INPUT
+
+INPUT: Final = CIFAR10_INPUT  # of the embedded library, from which every server of a benchmark answers
 IMAGES: Final = 64
 # wrk's own scripting: every thread goes round the prepared requests; at the end one line of JSON.
 LUA: Final = """\
@@ -62,12 +65,14 @@ class Form:
 
 
 def pictures(seed: int = 0) -> list[NDArray[np.uint8]]:
-    """uint8 [32, 32, 3]: smooth colours under a little noise, which compress about as photographs do."""
+    """uint8 [H, W, 3] of INPUT: smooth colours under a little noise, which compress about as photographs do."""
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(IMAGES):
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-        noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (32, 32, 3))
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(
+            (INPUT.width, INPUT.height), Image.Resampling.BICUBIC
+        )
+        noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (*INPUT.size, 3))
         images.append(noisy.clip(0, 255).astype(np.uint8))
     return images
 
@@ -94,9 +99,9 @@ def tensors() -> Form:
             "inputs": [
                 {
                     "name": "pixels",
-                    "shape": [1, 3, 32, 32],
+                    "shape": [1, *INPUT.shape],
                     "datatype": "UINT8",
-                    "parameters": {"binary_data_size": 3072},
+                    "parameters": {"binary_data_size": INPUT.numel},
                 }
             ]
         }

@@ -60,6 +60,11 @@ class InputSpec:
                 raise InputRejected(f"input {field} {values!r}; expected {CHANNELS} numbers from {least:g} to 1")
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         return self.channels, self.height, self.width
@@ -71,6 +76,14 @@ class InputSpec:
     def numel(self) -> int:
         """Numbers of one picture."""
         return self.channels * self.height * self.width
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width, of "64" or "48x64". Raises InputRejected."""
+    sides = [int(part) for part in text.split("x") if part.isdecimal()]
+    if len(sides) != text.count("x") + 1 or len(sides) > 2 or not all(MIN_SIDE <= side <= MAX_SIDE for side in sides):
+        raise InputRejected(f"{text}: expected a side such as 64, or 48x64, each from {MIN_SIDE} to {MAX_SIDE}")
+    return sides[0], sides[-1]
 
 
 # CIFAR-10: 32x32, and the mean and standard deviation of its training images. The input of every format 1 library.

@@ -225,7 +225,7 @@ def pixel_part(
 
     def load(index: int, spec: InputSpec) -> DecodedImage:
         height, width = array.shape[1:3]
-        if (height, width) != (spec.height, spec.width):
+        if (height, width) != spec.size:
             raise DataRejected(
                 f"{where}: images are uint8 {list(shape or array.shape)}; expected uint8 [N, {spec.height}, "
                 f"{spec.width}, 3] or [N, 3, {spec.height}, {spec.width}]: arrays are not resized, give the files they "

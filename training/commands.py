@@ -89,7 +89,7 @@ def read_field(item: str, kind: Any, text: str, *, least: int) -> Any:
 
 def size_of(arguments: argparse.Namespace) -> InputSpec:
     """What --size, --resize and --interpolation ask for, with CIFAR-10's statistics until others are measured."""
-    height, width = arguments.size or (CIFAR10_INPUT.height, CIFAR10_INPUT.width)
+    height, width = arguments.size or CIFAR10_INPUT.size
     resize: Resize = arguments.resize or "squash"
     interpolation: Interpolation = arguments.interpolation or "bilinear"
     return replace(CIFAR10_INPUT, height=height, width=width, resize=resize, interpolation=interpolation)

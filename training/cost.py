@@ -20,7 +20,7 @@ SPEEDS: Final = (
 def cost(recipe: TrainConfig, spec: InputSpec = CIFAR10_INPUT) -> float:
     """Floating-point operations of the whole search: the attack's passes and the update's, forward and backward."""
     shrink = max(1, min(spec.height, spec.width) // LOW_RESOLUTION)  # as Search.make_batch has it
-    sizes = (spec.height // shrink, spec.width // shrink), (spec.height, spec.width)
+    sizes = (spec.height // shrink, spec.width // shrink), spec.size
     low, high = (multiply_adds(recipe.structure, size) for size in sizes)
     low_steps = recipe.low_resolution_until * recipe.steps
     passes = 3 + 2 * recipe.attack_steps  # backward costs two forwards for weights and input, one for the input alone

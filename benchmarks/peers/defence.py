@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from model_store.ensemble import calibrated
+from model_store.input_spec import CIFAR10_INPUT
 from model_store.library import Library, open_library
 from model_store.policy import Theta, draw_theta
 from service.engine.factory import open_engine
@@ -29,12 +30,14 @@ from service.settings import Settings
 
 CHANCE = secrets.SystemRandom()
 Members = Callable[[int, Tensor], Tensor]
-"""(ticket, pixels [N, 3, 32, 32] from 0 to 255) -> its calibrated logits"""
+"""(ticket, pixels [N, 3, H, W] from 0 to 255) -> its calibrated logits"""
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(data)) as image:
-        pixels: NDArray[np.uint8] = np.asarray(image.convert("RGB").resize((32, 32))).transpose(2, 0, 1)
+        pixels: NDArray[np.uint8] = np.asarray(
+            image.convert("RGB").resize((CIFAR10_INPUT.width, CIFAR10_INPUT.height))
+        ).transpose(2, 0, 1)
     return pixels
 
 

@@ -14,6 +14,7 @@ from service.audit import baselines
 from service.audit.attack_runner import crafting_precision
 from service.audit.config import Audit
 from service.audit.cost import check_giga_multiply_adds, estimated_seconds, giga_multiply_adds, multiply_adds_of
+from service.audit.epsilons import epsilons_of
 from service.audit.errors import AuditConflict, CostRejected
 from service.audit.evaluation.members import Member, candidates_of
 from service.audit.plan import plan
@@ -30,12 +31,13 @@ class CostEstimator:
 
     def cost(self, audit: Audit, library: Library) -> Cost:
         """Raises CostRejected beyond the configured hours, AuditRejected for a plan that cannot be made."""
+        epsilons = epsilons_of(audit, library.input.numel)
         candidates = candidates_of(library, outside=self.outside, build=planning_stub)
         each = multiply_adds_of(library, self.outside)
         rivals = baselines.claimed_rivals(candidates, baselines.strengths(library))
         compared = baselines.compared_systems(candidates, rivals, each)
         known = baselines.known_draws(candidates, audit.seed, PROFILES[audit.profile].thetas)
-        steps = plan(audit, candidates, compared, known)
+        steps = plan(audit, epsilons, candidates, compared, known)
         singles = (baselines.single(candidates, index) for index in range(len(candidates.members)))
         by_name = {system.name: system for system in (*compared, *singles, *known)}
         bfloat16 = crafting_precision(audit, library, candidates) == "bfloat16"
@@ -54,6 +56,9 @@ class CostEstimator:
             seconds=round(seconds),
             cpu_share=round(share, 2),
             seconds_now=round(seconds / share),
+            epsilons=epsilons.swept,
+            headline=epsilons.headline,
+            epsilons_about=epsilons.about,
         )
 
     @cached_property

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.code_version import product_version
+from model_store.input_spec import CIFAR10_INPUT
 from service.admin.audit_api import BODY_REFUSES, map_audit_errors, read_json
 from service.admin.audit_jobs import AuditQueue
 from service.admin.audit_store import Cost, Summary
@@ -33,7 +34,8 @@ from service.admin.schemas import (
     TriedImage,
 )
 from service.admin.traffic_history import INTERVAL_S, KEEP_S, TrafficHistory
-from service.audit.config import ATTACKS, EPSILONS, HEADLINE, MAX_IMAGES, Audit, read_audit
+from service.audit.config import ATTACKS, MAX_IMAGES, NORMS, Audit, read_audit
+from service.audit.epsilons import epsilons_of
 from service.audit.errors import AuditConflict, AuditRejected, AuditUnknown, CostRejected
 from service.audit.plan import attacks_of
 from service.audit.profiles import PROFILES, Profile
@@ -147,13 +149,16 @@ class ConsoleApi:
         return await cancel_on_disconnect(request.receive, answer)
 
     async def profiles(self, _: Request) -> Response:
-        """What an audit can be asked for."""
+        """What an audit can be asked for, of the served library; before there is one, of CIFAR-10's pictures."""
+        serving = self.manager.current
+        numel = (CIFAR10_INPUT if serving is None else serving.library.input).numel
+        usual = {norm: epsilons_of(Audit(norm=norm), numel) for norm in NORMS}
         return json_response(
             {
                 "profiles": [summary(name, profile) for name, profile in PROFILES.items()],
                 "attacks": list(ATTACKS),
-                "epsilons": {norm: list(sizes) for norm, sizes in EPSILONS.items()},
-                "headline": HEADLINE,
+                "epsilons": {norm: list(sizes.swept) for norm, sizes in usual.items()},
+                "headline": {norm: sizes.headline for norm, sizes in usual.items()},
                 "max_images": MAX_IMAGES,
             }
         )
@@ -170,7 +175,7 @@ class ConsoleApi:
 
 
 def summary(name: str, profile: Profile) -> ProfileSummary:
-    attacks = {norm: attacks_of(profile, norm) for norm in EPSILONS}
+    attacks = {norm: attacks_of(profile, norm) for norm in NORMS}
     return {"name": name, "about": profile.about, "images": profile.images, "attacks": attacks}
 
 

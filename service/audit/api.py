@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from model_store.image_sample import LabelledImages
+from model_store.input_spec import InputSpec
 from model_store.library import Library, open_library
 from service.audit.attack_runner import RunOptions
 from service.audit.config import read_audit
@@ -46,7 +47,7 @@ def audit(
       target: a model, a library or its folder; the embedded library if None.
       data: a folder, zip or npz of labelled images; or images, uint8 [N, H, W, 3] or [N, 3, H, W], and labels [N].
       profile: which attacks run, on how many images.
-      epsilons: in 255ths; the norm's own if empty.
+      epsilons: in 255ths; those of the norm and the size of pictures if empty.
       norm: "linf" or "l2".
       attacks: only these of the profile's attacks.
       images: how many; the profile's number if None.
@@ -71,7 +72,7 @@ def audit(
     cores = threads or usable_cores()
     held_out = load_held_out(request, subject, path)
     if isinstance(data, tuple):
-        labelled = from_arrays(*data, subject.classes)
+        labelled = from_arrays(*data, subject.classes, subject.input)
         labelled = labelled.first(images_of(request))
         request = replace(request, images=len(labelled))
     else:
@@ -82,7 +83,7 @@ def audit(
         return run_audit(folder, request, subject, labelled, options, emit=emit, held_out=held_out)
 
 
-def from_arrays(images: ArrayLike, labels: ArrayLike, classes: Sequence[str]) -> LabelledImages:
+def from_arrays(images: ArrayLike, labels: ArrayLike, classes: Sequence[str], spec: InputSpec) -> LabelledImages:
     """Images in memory as a data set. Raises DataRejected."""
     pixels, truth = np.asarray(images), np.asarray(labels).reshape(-1)
     if pixels.ndim == 4 and pixels.shape[3] == 3:
@@ -94,6 +95,9 @@ def from_arrays(images: ArrayLike, labels: ArrayLike, classes: Sequence[str]) ->
         raise DataRejected(f"labels: {truth.dtype} [{len(truth)}]; expected {len(pixels)} whole numbers, at least one")
     if truth.min() < 0 or truth.max() >= len(classes):
         raise DataRejected(f"labels from {truth.min()} to {truth.max()}; expected 0 to {len(classes) - 1}")
+    if pixels.shape[2:] != spec.size:
+        height, width = pixels.shape[2:]
+        raise DataRejected(f"images of {height}x{width}; the model takes {spec.height}x{spec.width}: resize them")
     return LabelledImages(
         ARRAYS,
         "arrays handed over in Python",

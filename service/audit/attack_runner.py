@@ -38,6 +38,7 @@ from service.audit.attacks.simple import RandomCorners, SingleModelPgd, Universa
 from service.audit.config import Audit, Step, digest_of
 from service.audit.cost import giga_multiply_adds, multiply_adds_of_subject
 from service.audit.endpoint import PROBES, Endpoint, EndpointOracle
+from service.audit.epsilons import Epsilons, epsilons_of
 from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import Defense, DrawSet, is_countable, scoring_draws
 from service.audit.evaluation.members import (
@@ -151,6 +152,7 @@ class AuditRun:
         outside = options.outside
         self.folder = folder
         self.audit = audit
+        self.epsilons = epsilons_of(audit, data.pixels[0].numel())
         self.library = library
         self.options = options
         self.data = data
@@ -173,9 +175,9 @@ class AuditRun:
         singles = [baselines.single(self.candidates, index) for index in range(len(self.candidates.members))]
         self.by_name = {system.name: system for system in (*singles, *self.systems, *self.known)}
         self.steps = (
-            plan(audit, self.candidates, self.systems, self.known)
+            plan(audit, self.epsilons, self.candidates, self.systems, self.known)
             if self.endpoint is None
-            else begin_endpoint(self.endpoint, audit, len(data), folder)
+            else begin_endpoint(self.endpoint, audit, self.epsilons, len(data), folder)
         )
         self.costs = [self.cost(step) for step in self.steps]
         self.exact: dict[tuple[str, int, bool, bool], Scores] = {}
@@ -405,7 +407,7 @@ class AuditRun:
         on every state of the law, where there are not too many to count."""
         key = (system.name, images, shared, clean)
         if key not in self.exact:
-            epsilon = -1.0 if clean else self.audit.headline
+            epsilon = -1.0 if clean else self.epsilons.headline
             candidates = self.reached(system, epsilon, images, shared=shared)
             rights = torch.stack([tried.scores.right for tried in candidates])
             leads = torch.stack([self.leads(system, tried) for tried in candidates])
@@ -486,10 +488,10 @@ def builds_on_others(step: Step) -> bool:
     return step.stage > 0 and isinstance(step.settings, PgdConfig | ArcConfig | AutoAttackConfig)
 
 
-def begin_endpoint(endpoint: Endpoint, audit: Audit, images: int, folder: Path) -> list[Step]:
+def begin_endpoint(endpoint: Endpoint, audit: Audit, epsilons: Epsilons, images: int, folder: Path) -> list[Step]:
     """The attacks on an endpoint, whose ledger goes on in the folder. Raises AuditRejected: too small a budget."""
     averages = 1 if endpoint.repeats == 1 else AVERAGES
-    steps = endpoint_steps(audit, scores=endpoint.feedback == "score", averages=averages)
+    steps = endpoint_steps(audit, epsilons, scores=endpoint.feedback == "score", averages=averages)
     endpoint.keep_in(folder)
     each = endpoint.repeats + sum(queries_an_image(step, endpoint.repeats) for step in steps)
     if (needed := images * each + 2 * PROBES) > endpoint.budget:

@@ -58,6 +58,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feedback", help="of --endpoint: score or decision (what it gives)")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file for --timm")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="the model's class names, one a line (0 to 9)")
+    parser.add_argument(
+        "--size", metavar="SIDE|HxW", help="of the model's pictures: 64, or 48x64 for rows by columns (32)"
+    )
     parser.add_argument("--mean", nargs=3, type=float, metavar="M", help="of the model's normalised channels (none)")
     parser.add_argument("--std", nargs=3, type=float, metavar="S", help="their deviations (none)")
     parser.add_argument("--profile", default="standard", help="smoke, standard, full or reference (standard)")
@@ -71,7 +74,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--attacks", nargs="*", help="only these (all of the profile's)")
     parser.add_argument("--tickets", nargs="*", help="attack these one by one, for the transfer matrix (all)")
-    parser.add_argument("--epsilons", nargs="*", type=float, help="in 255ths (0 2 4 8 12 20; l2: 0 32 64 128 192 320)")
+    parser.add_argument(
+        "--epsilons",
+        nargs="*",
+        type=float,
+        help="in 255ths (0 2 4 8 12 20; l2: 0 32 64 128 192 320 for 32x32 pictures, by their size)",
+    )
     parser.add_argument("--norm", help="linf or l2 (linf)")
     parser.add_argument("--images", type=int, help="how many images (the profile's number)")
     parser.add_argument("--seed", type=int, help="of the attacker (0)")
@@ -185,14 +193,17 @@ def open_subject(options: argparse.Namespace) -> "Library | Target":
     chosen = [name for name in ("library", "model", "onnx", "timm", "endpoint") if getattr(options, name) is not None]
     if len(chosen) > 1:
         raise AuditRejected(f"{' and '.join(chosen)} were given; expected one thing to audit")
+    if options.size is not None and chosen in ([], ["library"]):
+        raise AuditRejected("--size is for models of other kinds; a library says its own size")
     if chosen in ([], ["library"]):
         settings = read_settings({} if options.library is None else {"library": options.library})
         return open_library(local_library(settings))
-    classes, normalise = read_classes(options.classes), {"mean": options.mean, "std": options.std}
+    classes, size = read_classes(options.classes), read_size(options.size)
+    expects = {"mean": options.mean, "std": options.std, "size": size}
     if options.model:
-        return Target.from_factory(options.model, classes, **normalise)
+        return Target.from_factory(options.model, classes, **expects)
     if options.onnx:
-        return Target.from_onnx(options.onnx, classes, **normalise)
+        return Target.from_onnx(options.onnx, classes, **expects)
     if options.endpoint:
         if options.budget is None:
             raise AuditRejected("--endpoint needs --budget: the most images that it may be asked about")
@@ -204,10 +215,22 @@ def open_subject(options: argparse.Namespace) -> "Library | Target":
             feedback=options.feedback,
             key=options.key,
             proxy=options.proxy,
+            size=size,
         )
     if options.weights is None:
         raise AuditRejected("--timm needs --weights: a safetensors file on this machine; nothing is downloaded")
-    return Target.from_timm(options.timm, options.weights, classes, **normalise)
+    return Target.from_timm(options.timm, options.weights, classes, **expects)
+
+
+def read_size(text: str | None) -> tuple[int, int]:
+    """Height and width of the model's pictures; CIFAR-10's where nobody says. Raises AuditRejected."""
+    from model_store.errors import InputRejected
+    from model_store.input_spec import CIFAR10_INPUT, parse_size
+
+    try:
+        return CIFAR10_INPUT.size if text is None else parse_size(text)
+    except InputRejected as error:
+        raise AuditRejected(f"--size {error}") from None
 
 
 def read_classes(path: Path | None) -> tuple[str, ...]:
@@ -262,7 +285,9 @@ class ProgressBar:
             case "rivals":
                 self.line(f"choosing rivals on {event.images} held-out images, about {event.seconds / 60:.0f} min")
             case "cost":
-                self.line(f"{event.attacks} attacks and their checks, about {event.seconds / 60:.0f} min")
+                sizes = f"epsilons {', '.join(f'{epsilon:g}' for epsilon in event.epsilons)} in 255ths"
+                why = f" ({event.epsilons_about})" if event.epsilons_about else ""
+                self.line(f"{event.attacks} attacks and their checks, {sizes}{why}, about {event.seconds / 60:.0f} min")
 
     def line(self, text: str) -> None:
         """One line whatever the width, for logs of CI pipelines."""

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from model_store.attacks import Norm, ThreatModel
+from model_store.input_spec import MAX_SIDE
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.autoattack import AutoAttackConfig
 from service.audit.attacks.black_box import QueryAttackConfig
@@ -37,13 +38,9 @@ AttackConfig = (
     | RandomCorners
     | QueryAttackConfig
 )
+NORMS: Final[tuple[Norm, ...]] = get_args(Norm)
 PROFILES: Final[tuple[ProfileName, ...]] = get_args(ProfileName)
-EPSILONS: Final[dict[Norm, tuple[float, ...]]] = {
-    "linf": (0.0, 2.0, 4.0, 8.0, 12.0, 20.0),
-    "l2": (0.0, 32.0, 64.0, 128.0, 192.0, 320.0),  # lengths over 3072 numbers: 128/255 is the literature's 0.5
-}
-HEADLINE: Final[dict[Norm, float]] = {"linf": 8.0, "l2": 128.0}
-LARGEST: Final[dict[Norm, float]] = {"linf": 255.0, "l2": 255 * math.sqrt(3 * 32 * 32)}  # from any image to any other
+LARGEST: Final[dict[Norm, float]] = {"linf": 255.0, "l2": 255 * math.sqrt(3) * MAX_SIDE}  # of pictures of any size
 MAX_IMAGES: Final = 10_000
 ATTACKS: Final = (
     "paper-eot",
@@ -129,10 +126,10 @@ class Audit:
     ] = ()
     epsilons: Annotated[
         tuple[Number, ...],
-        Field(max_length=MAX_EPSILONS, description="in 255ths; the norm's own if empty"),
+        Field(max_length=MAX_EPSILONS, description="in 255ths; those of the norm and the size of pictures if empty"),
         expect(f"numbers, in 255ths, in a list of 1 to {MAX_EPSILONS}"),
     ] = ()
-    norm: Annotated[Norm, one_of(get_args(Norm))] = "linf"
+    norm: Annotated[Norm, one_of(NORMS)] = "linf"
     data: Annotated[
         Annotated[str, Strict()] | None,
         Field(description="the name of a data set; null for generated images"),
@@ -147,14 +144,9 @@ class Audit:
     defender_seed: Annotated[Seed, Field(description="of the draws that score")] = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilons", tuple(sorted(set(self.epsilons))) or EPSILONS[self.norm])
-        check_epsilons(self.epsilons, LARGEST[self.norm])
-
-    @property
-    def headline(self) -> float:
-        """The epsilon, in 255ths, that all systems face with every attack."""
-        usual = HEADLINE[self.norm]
-        return usual if usual in self.epsilons else max(self.epsilons)
+        object.__setattr__(self, "epsilons", tuple(sorted(set(self.epsilons))))
+        if self.epsilons:
+            check_epsilons(self.epsilons, LARGEST[self.norm])
 
     def wants(self, attack: str) -> bool:
         return not self.attacks or attack in self.attacks
@@ -230,25 +222,6 @@ def check_epsilons(epsilons: tuple[float, ...], largest: float) -> None:
 
 
 # In words
-
-
-def threat_model(audit: Audit) -> dict[str, str]:
-    """Every field that a robustness figure needs to mean anything."""
-    norm = {
-        "linf": "l-infinity: every channel of every pixel changes by at most epsilon",
-        "l2": "l2: the length of the whole change is at most epsilon",
-    }[audit.norm]
-    return {
-        "goal": "untargeted: any label but the image's own",
-        "norm": norm,
-        "epsilon": f"{audit.headline:g}/255 for the headline; swept: {', '.join(f'{e:g}' for e in audit.epsilons)}",
-        "pixels": "[0, 1], delivered as 8-bit RGB at the size of the model's input, scored on that grid",
-        "knowledge": "weights, temperatures and the law of theta are public; theta is secret and fresh for each image",
-        "order": "the attacker chooses the image before theta is drawn",
-        "queries": "none for gradient attacks; counted one by one for black-box attacks",
-        "compute": f"profile {audit.profile}",
-    }
-
 
 BLACK_BOX: Final = {
     "knowledge": "answers alone: neither weights, nor gradients, nor the law of chance",

@@ -30,7 +30,7 @@ CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 600, "
 
 def multiply_adds_of(library: Library, outside: Library | None = None) -> list[int]:
     """Of one image through each member of the bench."""
-    size = library.input.height, library.input.width
+    size = library.input.size
     return [multiply_adds(ticket.structure, size) for _, ticket in all_members(library, outside)]
 
 

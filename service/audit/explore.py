@@ -71,7 +71,7 @@ class Exploration(Part):
 
 def write_index(run: "AuditRun", path: Path) -> None:
     """The images, their labels, and which stored attacks lie within the headline epsilon and cover them all."""
-    stored = [o for o in run.outcomes if o.step.epsilon <= run.audit.headline and o.step.images == len(run.data)]
+    stored = [o for o in run.outcomes if o.step.epsilon <= run.epsilons.headline and o.step.images == len(run.data)]
     about = {
         "keys": [run.key_of(outcome.step) for outcome in stored],
         "tickets": list(run.candidates.names[: run.candidates.tickets]),

@@ -7,11 +7,12 @@ from typing import Final
 from model_store.attacks import Norm
 from service.audit.attacks.black_box import QueryAttackConfig
 from service.audit.baselines import DENSE, OURS, single
-from service.audit.config import ATTACKS, LARGEST, Audit, Step
+from service.audit.config import ATTACKS, Audit, Step
+from service.audit.epsilons import Epsilons
 from service.audit.errors import AuditRejected
 from service.audit.evaluation.draws import Defense
 from service.audit.evaluation.members import CandidateSet
-from service.audit.profiles import FAR, PROFILES, REACH, SMOKE_QUERIES, Named, Profile
+from service.audit.profiles import PROFILES, REACH, SMOKE_QUERIES, Named, Profile
 
 SHARED: Final = 2  # the last stage of what every compared system faces alike
 CHEAP: Final = ("fgsm", "pgd-20", "eot-mean-loss")  # of stage 0
@@ -25,7 +26,11 @@ def images_of(audit: Audit) -> int:
 
 
 def plan(
-    audit: Audit, candidates: CandidateSet, systems: Sequence[Defense], known: Sequence[Defense] = ()
+    audit: Audit,
+    epsilons: Epsilons,
+    candidates: CandidateSet,
+    systems: Sequence[Defense],
+    known: Sequence[Defense] = (),
 ) -> list[Step]:
     """Every attack, in stages, so that warm starts have images to start from.
 
@@ -43,21 +48,21 @@ def plan(
     targets = [system.name for system in systems]
     singles = [single(candidates, index).name for index in selected_members(audit, candidates)]
     alone, drawn = min(count, profile.single_images), min(count, profile.theta_images)
-    steps: list[Step] = steps_for(audit, profile.each, singles, audit.headline, alone)
-    for epsilon in (e for e in audit.epsilons if e > 0 and (profile.sweep or e == audit.headline)):
-        main = epsilon == audit.headline
+    steps: list[Step] = steps_for(audit, profile.each, singles, epsilons.headline, alone)
+    for epsilon in (e for e in epsilons.swept if e > 0 and (profile.sweep or e == epsilons.headline)):
+        main = epsilon == epsilons.headline
         images = count if main else min(count, profile.swept_images)
         steps += steps_for(audit, profile.shared if main else profile.swept, targets, epsilon, images)
-    steps += steps_for(audit, profile.shared, [theta.name for theta in known], audit.headline, drawn)
-    steps += headline_steps(audit, profile, count)
+    steps += steps_for(audit, profile.shared, [theta.name for theta in known], epsilons.headline, drawn)
+    steps += headline_steps(audit, profile, epsilons.headline, count)
     dense = [name for name in targets if name.startswith(DENSE)]
     there = [name for name in profile.published_systems if name in targets]
-    steps += steps_for(audit, profile.published, [*there, *dense], audit.headline, count, after=AIMED)
-    steps += large_epsilon_steps(audit, min(count, profile.far_images))
+    steps += steps_for(audit, profile.published, [*there, *dense], epsilons.headline, count, after=AIMED)
+    steps += large_epsilon_steps(audit, epsilons, min(count, profile.far_images))
     return sorted(dict.fromkeys(steps), key=lambda step: step.stage)
 
 
-def endpoint_steps(audit: Audit, *, scores: bool, averages: int) -> list[Step]:
+def endpoint_steps(audit: Audit, epsilons: Epsilons, *, scores: bool, averages: int) -> list[Step]:
     """What answers alone allow, at the headline epsilon.
 
     scores: whether the answers have probabilities.  averages: answers to each probe.
@@ -78,7 +83,7 @@ def endpoint_steps(audit: Audit, *, scores: bool, averages: int) -> list[Step]:
     for name in audit.attacks:
         if name not in there:
             raise AuditRejected(f"attacks {name!r}: needs more than an endpoint answers; expected {', '.join(there)}")
-    return steps_for(audit, attacks, [OURS], audit.headline, images_of(audit))
+    return steps_for(audit, attacks, [OURS], epsilons.headline, images_of(audit))
 
 
 def attacks_of(profile: Profile, norm: Norm) -> list[str]:
@@ -118,9 +123,9 @@ def selected_members(audit: Audit, candidates: CandidateSet) -> list[int]:
     return [index for index, name in enumerate(candidates.names) if not audit.tickets or name in audit.tickets]
 
 
-def headline_steps(audit: Audit, profile: Profile, count: int) -> list[Step]:
+def headline_steps(audit: Audit, profile: Profile, epsilon: float, count: int) -> list[Step]:
     """What is aimed at ours at the headline epsilon, and what is set beside it."""
-    epsilon, few, queried = audit.headline, min(count, profile.few_images), min(count, profile.queried_images)
+    few, queried = min(count, profile.few_images), min(count, profile.queried_images)
     universal = min(count, profile.universal_images)
     queries = queries_of(profile, audit.norm)
     fixed = tuple(
@@ -135,12 +140,12 @@ def headline_steps(audit: Audit, profile: Profile, count: int) -> list[Step]:
     ]
 
 
-def large_epsilon_steps(audit: Audit, images: int) -> list[Step]:
+def large_epsilon_steps(audit: Audit, epsilons: Epsilons, images: int) -> list[Step]:
     """Each size from where the one before it came."""
     reach = (("eot-mean-loss", REACH),)
     return [
         replace(step, stage=FAR_STAGE + place, warm=True)
-        for place, size in enumerate((*FAR[audit.norm], LARGEST[audit.norm]))
+        for place, size in enumerate((*epsilons.far, epsilons.largest))
         for step in steps_for(audit, reach, [OURS], size, images)
     ]
 

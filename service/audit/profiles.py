@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from model_store.attacks import Norm
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.autoattack import AutoAttackConfig
 from service.audit.attacks.black_box import QueryAttackConfig
@@ -14,7 +13,6 @@ from service.audit.config import MAX_IMAGES, AttackConfig, ProfileName
 
 Named = tuple[tuple[str, AttackConfig], ...]
 
-FAR: Final[dict[Norm, tuple[float, float]]] = {"linf": (64.0, 128.0), "l2": (1020.0, 2040.0)}  # 255ths, for the checks
 PAPER: Final = PgdConfig("mean-candidates", steps=20, step=0.25)
 REACH: Final = Reach("mean-loss", steps=60, schedule="adaptive")
 
@@ -28,7 +26,7 @@ class Profile:
     swept_images: int  # at every epsilon but the headline
     few_images: int  # for the attacks of `few`
     queried_images: int  # for the attacks of `queries`
-    far_images: int  # at the epsilons of FAR
+    far_images: int  # at epsilons where none should be left
     check_images: int  # right at first, for the checks that attack again
     shared: Named  # on every compared system at the headline epsilon
     swept: Named  # on every compared system at every other epsilon

@@ -33,6 +33,7 @@ from service.audit.cost import (
     multiply_adds_of_subject,
     rivals_giga_multiply_adds,
 )
+from service.audit.epsilons import epsilons_of
 from service.audit.errors import DataRejected
 from service.audit.evaluation.draws import scoring_draws
 from service.audit.evaluation.members import CandidateSet, candidates_of
@@ -124,7 +125,8 @@ def rivals_on(
     if candidates.tickets < 2:
         return None
     precision = crafting_precision(audit, library, candidates)
-    parts = [CODE, library.digest, data.digest, audit.norm, audit.headline, audit.seed, precision]
+    headline = epsilons_of(audit, data.pixels[0].numel()).headline
+    parts = [CODE, library.digest, data.digest, audit.norm, headline, audit.seed, precision]
     key = digest_of(parts)
     if (stored := stored_rivals(folder, key)) is not None:
         return stored
@@ -132,7 +134,7 @@ def rivals_on(
     giga = rivals_giga_multiply_adds(len(data), each, size, bfloat16=precision == "bfloat16")
     emit(RivalsEvent(images=len(data), seconds=round(estimated_seconds(giga, candidates.threads.count))))
     crafting = candidates.in_bfloat16() if precision == "bfloat16" else candidates
-    threat = ThreatModel(audit.norm, audit.headline / 255)
+    threat = ThreatModel(audit.norm, headline / 255)
     rivals = choose_rivals(candidates, crafting, data, threat, seed_of("rivals", audit.seed))
     store_rivals(folder, key, rivals)
     return rivals
@@ -142,4 +144,10 @@ def cost_event(run: AuditRun) -> CostEvent:
     bfloat16 = run.crafted_in == "bfloat16"
     giga = sum(run.costs) + check_giga_multiply_adds(run.audit, run.multiply_adds, bfloat16=bfloat16)
     seconds = estimated_seconds(giga, run.candidates.threads.count)
-    return CostEvent(attacks=len(run.steps), giga_multiply_adds=round(giga, 1), seconds=round(seconds))
+    return CostEvent(
+        attacks=len(run.steps),
+        giga_multiply_adds=round(giga, 1),
+        seconds=round(seconds),
+        epsilons=run.epsilons.swept,
+        epsilons_about=run.epsilons.about,
+    )

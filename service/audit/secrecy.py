@@ -40,7 +40,7 @@ def read_secrecy(run: AuditRun) -> SecrecyReading | None:
     every known theta."""
     if not run.known:
         return None
-    at_headline = [step for step in run.steps if step.epsilon == run.audit.headline]
+    at_headline = [step for step in run.steps if step.epsilon == run.epsilons.headline]
     attacked = {step.system for step in at_headline if step.stage <= SHARED}
     if not {run.systems[0].name, *(theta.name for theta in run.known)} <= attacked:
         return None

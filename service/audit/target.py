@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model_store.input_spec import InputSpec
+from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from model_store.policy import Policy
 from service.audit.endpoint import AnswersOf, Endpoint, Feedback, Protocol
 from service.audit.errors import AuditRejected, ModelFailed
@@ -55,7 +55,7 @@ class Target:
         classes: Sequence[str] | int,
         *,
         name: str = "model",
-        size: tuple[int, int] = (32, 32),
+        size: tuple[int, int] = CIFAR10_INPUT.size,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         law: Law = "one",
@@ -66,7 +66,7 @@ class Target:
           model: gives logits; or several, which answer by `law`.
           classes: their names in the order of the logits, or how many there are.
           name: for the report.
-          size: height and width of its images.
+          size: height and width of its images; CIFAR-10's if it is not given.
           mean: of each channel, in [0, 1], where the model expects normalised images.
           std: of each channel.
           law: "one" draws one of several models for each image; "mean" sums the logits of all.
@@ -152,7 +152,7 @@ class Target:
         feedback: Feedback | None = None,
         key: str | None = None,
         proxy: str | None = None,
-        size: tuple[int, int] = (32, 32),
+        size: tuple[int, int] = CIFAR10_INPUT.size,
     ) -> "Target":
         """Takes a model behind HTTP as a black box. It is asked about eight random images.
 
@@ -164,7 +164,7 @@ class Target:
           feedback: what attacks use, "score" or "decision"; what the endpoint gives if None.
           key: sent as a bearer token.
           proxy: on the way to it; the environment's is not used.
-          size: height and width of its images.
+          size: height and width of its images; CIFAR-10's if it is not given.
 
         Raises:
           AuditRejected: it takes no such images, or its labels are not in the classes' order.

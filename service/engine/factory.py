@@ -342,7 +342,7 @@ def build_backend(
 
 
 def macs_of(library: Library) -> tuple[int, ...]:
-    size = library.input.height, library.input.width
+    size = library.input.size
     structures = [ticket.structure for ticket in library.tickets]
     by_structure = {structure: multiply_adds(structure, size) for structure in set(structures)}
     return tuple(by_structure[structure] for structure in structures)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from model_store.errors import TombolaError
+from model_store.errors import InputRejected, TombolaError
+from model_store.input_spec import parse_size
 
 SEARCH_EXAMPLES: Final = """\
 a library from nothing, on two cores (hours; interrupt it at any time, the same command resumes it):
@@ -198,11 +199,11 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> tuple[int, int]:
-    """Height and width."""
-    sides = [int(part) for part in text.split("x") if part.isdecimal()]
-    if len(sides) != text.count("x") + 1 or len(sides) > 2 or not all(8 <= side <= 1024 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text}: expected a side such as 64, or 48x64, each from 8 to 1024")
-    return sides[0], sides[-1]
+    """Height and width, as argparse asks for them."""
+    try:
+        return parse_size(text)
+    except InputRejected as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_only(parser: argparse.ArgumentParser) -> None:

@@ -42,7 +42,7 @@ MAX_PIXELS: Final = 250_000
 
 def image(data: bytes) -> None:
     decoded = decode(data, CIFAR10_INPUT, MAX_PIXELS)
-    assert decoded.shape == (3, 32, 32), decoded.shape
+    assert decoded.shape == MODEL.input.shape, decoded.shape
 
 
 def exif(data: bytes) -> None:
@@ -83,11 +83,12 @@ def seeds(folder: Path) -> Path:
     """One good input of every kind for the fuzzer to begin from."""
     folder.mkdir(parents=True, exist_ok=True)
     tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(png()).decode()]}
-    pixels = {"name": "pixels", "shape": [1, 3, 32, 32], "datatype": "UINT8", "parameters": {"binary_data_size": 3072}}
+    shape, binary = [1, *MODEL.input.shape], {"binary_data_size": MODEL.input.numel}
+    pixels = {"name": "pixels", "shape": shape, "datatype": "UINT8", "parameters": binary}
     whole = json.dumps({"id": "1", "inputs": [tensor], "outputs": [{"name": "index"}]}).encode()
     head = json.dumps({"inputs": [pixels]}).encode()
     good = [b"\0" + encoded(picture(), kind) for kind in ("PNG", "JPEG", "WEBP")]
-    good += [b"\1\0\0" + whole, b"\1" + struct.pack("<H", 4 * len(head) + 1) + head + bytes(3072)]
+    good += [b"\1\0\0" + whole, b"\1" + struct.pack("<H", 4 * len(head) + 1) + head + bytes(MODEL.input.numel)]
     good += [b"\2" + json.dumps({"images": [tensor["data"]]}).encode(), b"\4II*\0" + bytes(20)]
     for number, data in enumerate(good):
         (folder / f"seed-{number}").write_bytes(data)

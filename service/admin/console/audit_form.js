@@ -34,18 +34,9 @@ export async function refresh() {
 function offer(all) {
   choices = all;
   by("profiles").replaceChildren(...choices.profiles.map(profile));
-  by("epsilons").value = usual(by("norm").value);
   by("attacks").replaceChildren(h("legend", { class: "hidden" }, "Attacks"), ...choices.attacks.map((name) =>
     h("label", { class: "tick" }, h("input", { type: "checkbox", value: name }), name)));
   adapt();
-}
-
-const usual = (norm) => choices.epsilons[norm].join(", ");
-
-// The other norm's usual sizes, unless somebody wrote some.
-function renorm() {
-  const all = Object.keys(choices.epsilons).map(usual);
-  if (all.includes(by("epsilons").value)) by("epsilons").value = usual(by("norm").value);
 }
 
 function profile({ name, about, images }) {
@@ -59,10 +50,11 @@ const chosen = () => document.querySelector("input[name=profile]:checked").value
 
 const wanted = () => [...by("attacks").querySelectorAll("input:checked:not(:disabled)")].map(({ value }) => value);
 
-// What goes with the profile and the norm: the number of images, and the attacks there are.
+// What goes with the profile and the norm: the number of images, the usual epsilons, and the attacks there are.
 function adapt() {
   const { images, attacks } = choices.profiles.find(({ name }) => name === chosen());
   by("images").placeholder = `${images}`;
+  by("epsilons").placeholder = choices.epsilons[by("norm").value].join(", ");
   for (const box of by("attacks").querySelectorAll("input")) {
     box.disabled = !attacks[by("norm").value].includes(box.value);
     box.parentElement.classList.toggle("off", box.disabled);
@@ -100,10 +92,11 @@ function fields() {
     profile: chosen(),
     data: by("data").value,
     norm: by("norm").value,
-    epsilons: by("epsilons").value.split(/[\s,;]+/).filter((text) => text !== "").map((text) => parse(text, "Epsilons")),
     seed: parse(by("seed").value || "0", "Seed"),
   };
   if (by("images").value.trim() !== "") request.images = parse(by("images").value, "How many");
+  const epsilons = by("epsilons").value.split(/[\s,;]+/).filter((text) => text !== "");
+  if (epsilons.length > 0) request.epsilons = epsilons.map((text) => parse(text, "Epsilons"));
   if (wanted().length > 0) request.attacks = wanted();
   return request;
 }
@@ -116,7 +109,6 @@ function parse(text, name) {
 
 function change(event) {
   if (choices === null) return;
-  if (event.target.id === "norm") renorm();
   adapt();
   if (event.target.name === "profile") recall();
   clearTimeout(costing);
@@ -128,9 +120,11 @@ async function showCost() {
   let text;
   let refused = false;
   try {
-    const cost = await post("/admin/audits/cost", fields());
+    const request = fields();
+    const cost = await post("/admin/audits/cost", request);
+    if (!request.epsilons) by("epsilons").placeholder = cost.epsilons.join(", "); // another library may be served by now
     text = `Estimated cost: about ${estimate(cost)}, for ${cost.attacks} attacks (${whole(cost.giga_multiply_adds)} ` +
-      "giga-multiply-adds). Loading and the checks at the end come on top.";
+      `giga-multiply-adds), at ε ${sizes(cost, by("norm").value)}. Loading and the checks at the end come on top.`;
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     if (error.status === 0) return;
@@ -141,6 +135,12 @@ async function showCost() {
   setText(by("cost"), text);
   by("cost").classList.toggle("refused", refused);
   by("start").disabled = refused;
+}
+
+// The epsilons of an estimate, and why they are not the best known ones; empty of an audit by an earlier version.
+export function sizes({ epsilons = [], epsilons_about: why }, norm) {
+  if (epsilons.length === 0) return "";
+  return `${epsilons.join(", ")} in 255ths, ${norm}${why ? `, which are ${why}` : ""}`;
 }
 
 // On a busy machine an audit gets only what is left of the cores.

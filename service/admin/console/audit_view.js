@@ -1,7 +1,7 @@
 // One audit: what it was to do, how it goes, and its report.
 
 import { events, get, getBlob, getText, Refused, remove } from "./api.js";
-import { estimate, options } from "./audit_form.js";
+import { estimate, options, sizes } from "./audit_form.js";
 import { Progress } from "./audit_progress.js";
 import { pending, pill } from "./audit_state.js";
 import { confirm, h, pairs } from "./dom.js";
@@ -73,7 +73,7 @@ export class AuditView {
     const rows = [
       ["Profile", profile],
       ["Images", `${images ?? "as many as the profile has"}, ${data ?? "generated"}`],
-      ["Epsilons", `${epsilons?.join(", ") ?? "the usual ones"} in 255ths, ${norm ?? "linf"}`],
+      ["Epsilons", sizes(job.cost, norm ?? "linf") || `${epsilons?.join(", ") ?? "the usual ones"} in 255ths, ${norm ?? "linf"}`],
       ["Seed", `${seed ?? 0}`],
       ["Library", h("code", {}, short(job.digest))],
       ["Estimate", `${estimate(job.cost)}, ${job.cost.attacks} attacks`],
@@ -85,8 +85,8 @@ export class AuditView {
 
   // Every event from the first one on. Returns whether the stream had its end; else it broke.
   async listen(job) {
-    const { headline } = await options();
-    const progress = new Progress(job, headline[job.request.norm ?? "linf"]);
+    const norm = job.request.norm ?? "linf";
+    const progress = new Progress(job, job.cost.headline ?? (await options()).headline[norm]);
     if (!this.body.hasChildNodes()) this.body.append(progress.element);
     for await (const { event, data } of events(`${this.path}/events`, this.stop.signal)) {
       if (this.closed || event === "state") return true;

@@ -24,12 +24,12 @@ from service.audit.attacks.simple import SingleModelPgd, attack_member
 from service.audit.checks.base import Check, CheckContext, CheckResult, TicketAlone, judged, points, right_at_first
 from service.audit.checks.model import PROBE
 from service.audit.checks.power import Effect, Share, worst
-from service.audit.config import ATTACKS, LARGEST, ProfileName
+from service.audit.config import ATTACKS, ProfileName
 from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget, Member, as_floats, logits_of
 from service.audit.evaluation.pixel_grid import quantize_to_uint8
 from service.audit.evaluation.scoring import CERTAIN, failure, pointwise_worst
-from service.audit.profiles import FAR, refine
+from service.audit.profiles import refine
 from service.audit.secrecy import read_secrecy
 
 GRADIENT_ATTACKS: Final = tuple(name for name in ATTACKS if name.startswith(("eot", "paper", "mora")))
@@ -222,7 +222,7 @@ def left_at(context: CheckContext, epsilon: float) -> Tensor | None:
 
 
 def reaches_zero(context: CheckContext) -> CheckResult:
-    sizes = FAR[context.run.audit.norm]
+    sizes = context.run.epsilons.far
     near, far = (left_at(context, size) for size in sizes)
     if near is None or far is None:
         return CheckResult(None, "the far end did not run")
@@ -236,7 +236,7 @@ def mean_of(values: Tensor) -> float:
 
 
 def unbounded(context: CheckContext) -> CheckResult:
-    left = left_at(context, LARGEST[context.run.audit.norm])
+    left = left_at(context, context.run.epsilons.largest)
     if left is None:
         return CheckResult(None, "did not run")
     return judged(Share.of(left > 0, 0.0), points(mean_of(left)))
@@ -247,7 +247,7 @@ def below_transfer(context: CheckContext) -> CheckResult:
     others = [
         o
         for o in context.run.outcomes
-        if o.step.name in ("fgsm", "pgd-20") and o.step.epsilon == context.run.audit.headline
+        if o.step.name in ("fgsm", "pgd-20") and o.step.epsilon == context.run.epsilons.headline
     ]
     mine = [o for o in context.attacks(*GRADIENT_ATTACKS) if not o.step.warm]  # a warm start has seen the transfers
     if not others or not mine:
@@ -395,7 +395,7 @@ def accuracy_left(context: CheckContext, name: str, target: AttackTarget) -> Ten
 def baselines_present(context: CheckContext) -> CheckResult:
     names = [system.name for system in context.run.systems]
     there = {baselines.MEAN, baselines.BEST, baselines.COST} <= set(names)
-    attacked = {o.step.system for o in context.run.outcomes if o.step.epsilon == context.run.audit.headline}
+    attacked = {o.step.system for o in context.run.outcomes if o.step.epsilon == context.run.epsilons.headline}
     missing = [name for name in names if name not in attacked and not context.run.audit.attacks]
     return CheckResult(there and not missing, f"{len(names) - 1} systems beside ours under the same attacks")
 
@@ -520,7 +520,7 @@ def output_range(context: CheckContext) -> CheckResult:
         proxy = ExpectedLogits(context.target, "mean-logits")(context.images)
     shares = bool(((proxy.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((proxy >= 0).all())
     largest = float(logits.abs().max())
-    figure = context.run.robust(context.ours, context.run.audit.headline, len(context.run.data)).right[context.index]
+    figure = context.run.robust(context.ours, context.run.epsilons.headline, len(context.run.data)).right[context.index]
     gains = []
     for heat in HEATS:
         heated = context.attack(HEATED, f"heat {heat}", at_temperature(context.crafting, heat)).images
@@ -572,7 +572,14 @@ ROWS: Final[tuple[Row, ...]] = (
         iterative_below_single_step,
     ),
     (14, "monotone in epsilon", "accuracy rises by at most 0.5 points or two standard errors", True, "smoke", monotone),
-    (15, "reaches zero", "at most 1 % at 64/255 and 0.5 % at 128/255 (l2: 4 and 8)", True, "smoke", reaches_zero),
+    (
+        15,
+        "reaches zero",
+        "at most 1 % at 64/255 and 0.5 % at 128/255 (l2: 4 and 8, by size of the pictures)",
+        True,
+        "smoke",
+        reaches_zero,
+    ),
     (16, "unbounded", "0 % where every image is in reach of every other", True, "smoke", unbounded),
     (
         17,

@@ -147,7 +147,7 @@ class CheckContext:
         return self.cache[key]
 
     def threat(self, epsilon: float | None = None) -> ThreatModel:
-        size = self.run.audit.headline if epsilon is None else epsilon
+        size = self.run.epsilons.headline if epsilon is None else epsilon
         return ThreatModel(self.run.audit.norm, size / 255)
 
     def right(self, images: Tensor, system: Defense | None = None, epsilon: float | None = None) -> Tensor:
@@ -158,7 +158,7 @@ class CheckContext:
 
     def attacks(self, *names: str, epsilon: float | None = None) -> list[Outcome]:
         """Ours, at the headline epsilon, by the attacks' names."""
-        size = self.run.audit.headline if epsilon is None else epsilon
+        size = self.run.epsilons.headline if epsilon is None else epsilon
         return [
             o
             for o in self.run.outcomes

@@ -16,7 +16,7 @@ from service.audit.attacks.eot import PgdConfig
 from service.audit.checks.base import Check, CheckContext, CheckResult, judged, points
 from service.audit.checks.model import PROBE
 from service.audit.checks.power import Effect
-from service.audit.config import threat_model
+from service.audit.epsilons import threat_model
 from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget, Member
 from service.audit.evaluation.pixel_grid import quantize_to_uint8
@@ -94,7 +94,7 @@ def closed_form(_: CheckContext) -> CheckResult:
 def pointwise_minimum(context: CheckContext) -> CheckResult:
     """The figure reported is the mean of the minima: below every single attack on the same images."""
     run = context.run
-    robust = run.robust(context.ours, run.audit.headline, len(run.data)).right
+    robust = run.robust(context.ours, run.epsilons.headline, len(run.data)).right
     excess = max(
         (
             float((robust[: o.step.images] - run.scores(context.ours, o).right).max())
@@ -107,13 +107,13 @@ def pointwise_minimum(context: CheckContext) -> CheckResult:
 
 
 def within(run: AuditRun, outcome: Outcome) -> bool:
-    return outcome.step.epsilon <= run.audit.headline
+    return outcome.step.epsilon <= run.epsilons.headline
 
 
 def clean_accuracy(context: CheckContext) -> CheckResult:
     clean, robust = (
         context.run.clean(context.ours),
-        context.run.robust(context.ours, context.run.audit.headline, len(context.run.data)),
+        context.run.robust(context.ours, context.run.epsilons.headline, len(context.run.data)),
     )
     below = bool((robust.right <= clean.right + 1e-12).all())
     text = (
@@ -149,7 +149,7 @@ def reproducible(context: CheckContext) -> CheckResult:
 
 def threat_model_stated(context: CheckContext) -> CheckResult:
     needed = {"goal", "norm", "epsilon", "pixels", "knowledge", "order", "queries", "compute"}
-    filled = {name for name, text in threat_model(context.run.audit).items() if text}
+    filled = {name for name, text in threat_model(context.run.audit, context.run.epsilons).items() if text}
     return CheckResult(needed <= filled, f"{len(filled)} fields")
 
 

@@ -209,7 +209,7 @@ def choose_examples(run: AuditRun) -> list[Example]:
     count = min(EXAMPLES, len(run.data))
     best, right = run.data.pixels[:count].clone(), run.clean(system).right[:count].clone()
     for outcome in run.outcomes:
-        if outcome.step.epsilon <= run.audit.headline:
+        if outcome.step.epsilon <= run.epsilons.headline:
             n = min(count, outcome.step.images)
             lower = run.scores(system, outcome).right[:n] < right[:n]
             best[:n][lower] = outcome.pixels[:n][lower]

@@ -18,7 +18,8 @@ from model_store.code_version import code_commit
 from model_store.ticket import ZERO_DIGEST
 from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome
-from service.audit.config import BLACK_BOX, NOT_COVERED, digest_of, threat_model
+from service.audit.config import BLACK_BOX, NOT_COVERED, digest_of
+from service.audit.epsilons import threat_model
 from service.audit.evaluation.draws import Defense, is_countable
 from service.audit.evaluation.scoring import Scores
 from service.audit.plan import skipped_attacks
@@ -95,7 +96,7 @@ def summarize(run: AuditRun, checks: Sequence[Mapping[str, Any]], seconds: float
         "profile": ProfilePart(
             about=PROFILES[run.audit.profile].about, left_out=skipped_attacks(run.steps), crafted_in=run.crafted_in
         ),
-        "threat_model": {**threat_model(run.audit), **(BLACK_BOX if run.endpoint else {})},
+        "threat_model": {**threat_model(run.audit, run.epsilons), **(BLACK_BOX if run.endpoint else {})},
         "not_covered": list(NOT_COVERED),
         "library": library_part(run),
         "data": data_part(run),
@@ -131,7 +132,8 @@ def verdict(checks: Sequence[Check], *, partial: bool = False) -> dict[str, Any]
 
 
 def audit_part(run: AuditRun) -> AuditPart:
-    return AuditPart(**{**asdict(run.audit), "images": len(run.data), "headline": run.audit.headline})
+    epsilons = {"epsilons": run.epsilons.swept, "headline": run.epsilons.headline}
+    return AuditPart(**{**asdict(run.audit), **epsilons, "images": len(run.data)})
 
 
 def library_part(run: AuditRun) -> LibraryPart:
@@ -205,12 +207,12 @@ def scored_on(run: AuditRun, system: Defense) -> str:
 
 
 def epsilons(run: AuditRun) -> list[float]:
-    return sorted({0.0} | {step.epsilon for step in run.steps if step.epsilon in (*run.audit.epsilons,)})
+    return sorted({0.0} | {step.epsilon for step in run.steps if step.epsilon in run.epsilons.swept})
 
 
 def covered(run: AuditRun) -> int:
     """The images on which every system was attacked at every epsilon: a curve has the same ones all along."""
-    counts = [step.images for step in run.steps if step.epsilon in run.audit.epsilons and step.stage <= SHARED]
+    counts = [step.images for step in run.steps if step.epsilon in run.epsilons.swept and step.stage <= SHARED]
     return min(counts, default=len(run.data))
 
 

@@ -272,6 +272,8 @@ def test_every_profile_names_its_attacks(tiny: Library, tmp_path: Path) -> None:
             assert set(profile["attacks"]) == set(answer["epsilons"])
             assert all(attacks and set(attacks) <= set(answer["attacks"]) for attacks in profile["attacks"].values())
 
+        assert answer["epsilons"] == {"linf": [0, 2, 4, 8, 12, 20], "l2": [0, 32, 64, 128, 192, 320]}
+
     with_plane(ask, tiny, tmp_path, load=False)
 
 

@@ -10,10 +10,14 @@ import pytest
 from model_store.input_spec import InputSpec
 from model_store.library import Library, write_library
 from model_store.structures import multiply_adds
+from service.admin.audit_estimate import CostEstimator
+from service.audit.api import audit
 from service.audit.attacks.black_box import place_square, side_of
+from service.audit.config import Audit
 from service.audit.cost import multiply_adds_of
 from service.audit.errors import DataRejected
 from service.audit.labelled_data import read_data
+from service.settings import Settings
 from tests.support.tickets import items, make_ticket
 from tombola.cli import main
 
@@ -41,6 +45,11 @@ def test_arrays_of_the_library_s_size_are_read_and_all_others_refused(library: L
         read_data(arrays, library.classes, 12, dataclasses.replace(library.input, height=32, width=32))
 
 
+def test_arrays_in_python_of_another_size_are_refused(library: Library) -> None:
+    with pytest.raises(DataRejected, match="images of 32x32; the model takes 48x64: resize them"):
+        audit(library, data=(np.zeros((2, 32, 32, 3), np.uint8), [0, 1]), profile="smoke")
+
+
 def test_an_audit_runs_at_the_library_s_own_size(library: Library, arrays: Path, tmp_path: Path) -> None:
     words = ["audit", str(library.path), "--data", str(arrays), "--profile", "smoke", "--images", "4"]
     words += ["--attacks", "fgsm", "paper-eot", "--epsilons", "8", "--out", str(tmp_path / "report")]
@@ -48,6 +57,25 @@ def test_an_audit_runs_at_the_library_s_own_size(library: Library, arrays: Path,
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["library"]["digest"] == library.digest
     assert report["data"]["images"] == 4
+
+
+def test_an_l2_audit_says_the_epsilons_of_the_size_and_why(
+    library: Library, arrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["audit", str(library.path), "--data", str(arrays), "--profile", "smoke", "--images", "4", "--norm", "l2"]
+    assert main([*words, "--attacks", "fgsm", "eot-mean-loss", "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["audit"]["headline"], report["audit"]["epsilons"]) == (222, [0, 55, 111, 222, 333, 554])
+    why = "1.73 times those of 32x32 pictures, for the same change of each pixel"
+    assert report["threat_model"]["epsilon"].endswith(why)
+    assert {attack["epsilon"] for attack in report["attacks"]} == {222, 1767, 3533, 255 * 9216**0.5}
+    assert f"epsilons 0, 55, 111, 222, 333, 554 in 255ths ({why}), about" in capsys.readouterr().out
+
+
+def test_the_estimate_of_a_service_says_them_too(library: Library, tmp_path: Path) -> None:
+    cost = CostEstimator(Settings(state_dir=tmp_path)).cost(Audit("smoke", norm="l2"), library)
+    assert (cost.headline, cost.epsilons) == (222, (0, 55, 111, 222, 333, 554))
+    assert cost.epsilons_about.startswith("1.73 times those of 32x32")
 
 
 def test_cost_is_that_of_the_library_s_size(library: Library) -> None:

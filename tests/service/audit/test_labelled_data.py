@@ -16,6 +16,7 @@ from model_store.image_sample import LabelledImages
 from model_store.input_spec import CIFAR10_INPUT
 from service.audit import labelled_data
 from service.audit.config import Audit, read_audit
+from service.audit.epsilons import epsilons_of
 from service.audit.errors import AuditRejected, DataRejected
 from service.audit.labelled_data import generated
 
@@ -221,5 +222,5 @@ def test_requests_of_other_kinds_are_refused(name: str) -> None:
 def test_a_request_becomes_an_audit() -> None:
     audit = read_audit({"profile": "full", "epsilons": [12, 4, 4], "images": 50, "seed": 3, "attacks": None})
     assert audit == Audit("full", epsilons=(4.0, 12.0), images=50, seed=3)
-    assert audit.headline == 12
-    assert Audit().headline == 8
+    assert epsilons_of(audit, 3072).headline == 12
+    assert epsilons_of(Audit(), 3072).headline == 8

@@ -24,6 +24,7 @@ from service.audit.checks.base import CheckContext, CheckResult
 from service.audit.command import BELOW, INVALID, conclude
 from service.audit.config import Audit, Step
 from service.audit.cost import multiply_adds_of
+from service.audit.epsilons import epsilons_of
 from service.audit.errors import AuditRejected, DataRejected
 from service.audit.evaluation import draws
 from service.audit.evaluation.members import candidates_of
@@ -44,6 +45,7 @@ from tombola.cli import main
 
 Json = dict[str, Any]
 SMALL = Audit("smoke", epsilons=(0.0, 2.0, 8.0), images=4)
+USUAL = epsilons_of(Audit(), 3072)
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +322,7 @@ def test_every_profile_knows_its_cost_and_grows(library: Any, folder: Path) -> N
     for profile in ("smoke", "standard", "full"):
         audit = Audit(profile)
         candidates = candidates_of(library)
-        steps = plan(audit, candidates, compared_of(library, candidates))
+        steps = plan(audit, epsilons_of(audit, 3072), candidates, compared_of(library, candidates))
         assert len({step.id for step in steps}) == len(steps)
         assert all(step.images <= images_of(audit) for step in steps)
         costs.append(sum(AuditRun(folder / "unused", audit, library, faint_digits(2)).costs))
@@ -333,10 +335,11 @@ def test_each_norm_has_sizes_of_its_own(library: Any) -> None:
     candidates = candidates_of(library)
     for norm, usual, unbounded in (("linf", 8.0, 255.0), ("l2", 128.0, 255 * 3072**0.5)):
         audit = Audit("standard", norm=norm)  # type: ignore[arg-type]
-        assert audit.headline == usual
-        steps = plan(audit, candidates, compared_of(library, candidates))
+        epsilons = epsilons_of(audit, 3072)
+        assert epsilons.headline == usual
+        steps = plan(audit, epsilons, candidates, compared_of(library, candidates))
         assert max(step.epsilon for step in steps) == unbounded
-        assert {step.epsilon for step in steps} >= set(audit.epsilons) - {0.0}
+        assert {step.epsilon for step in steps} >= set(epsilons.swept) - {0.0}
 
 
 def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
@@ -349,7 +352,7 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
             assert margins
             assert all(each.restarts >= 2 for each in margins)  # starts of their own, before the refinement
             assert {s.temperature for _, s in PROFILES[profile].shared if isinstance(s, PgdConfig)} == {0.1, 1.0, 10.0}
-        steps = [step for step in plan(Audit(profile), candidates, compared) if step.stage <= SHARED]
+        steps = [step for step in plan(Audit(profile), USUAL, candidates, compared) if step.stage <= SHARED]
         faced = {
             system.name: {(s.name, s.epsilon, s.settings, s.warm) for s in steps if s.system == system.name}
             for system in compared
@@ -362,7 +365,8 @@ def test_what_all_systems_face_is_the_same_for_all(library: Any) -> None:
 @pytest.mark.parametrize("name", ["smoke", "standard", "full", "reference"])
 def test_a_profile_runs_the_attacks_that_it_says_it_has(name: Any, norm: Any, library: Any) -> None:
     candidates = candidates_of(library)
-    steps = plan(Audit(name, norm=norm), candidates, compared_of(library, candidates))
+    audit = Audit(name, norm=norm)
+    steps = plan(audit, epsilons_of(audit, 3072), candidates, compared_of(library, candidates))
     assert {step.name for step in steps} == set(attacks_of(PROFILES[name], norm))
 
 
@@ -395,7 +399,7 @@ def test_the_reference_profile_runs_autoattack_as_its_authors_publish_it(library
     """Standard: APGD-CE and APGD-T of 100 steps, FAB-T with nine targets, Square with 5,000 queries. Rand: CE, DLR."""
     candidates = candidates_of(library)
     compared = compared_of(library, candidates)
-    steps = plan(Audit("reference"), candidates, compared)
+    steps = plan(Audit("reference"), USUAL, candidates, compared)
     for system in ("best-ticket", "mean-of-all"):
         ran = {s.name: s.settings for s in steps if s.system == system and isinstance(s.settings, AutoAttackConfig)}
         assert {name: (each.iterations, each.restarts) for name, each in ran.items()} == {
@@ -412,7 +416,7 @@ def test_the_reference_profile_runs_autoattack_as_its_authors_publish_it(library
 def test_a_chosen_attack_is_the_only_one(library: Any) -> None:
     candidates = candidates_of(library)
     audit = Audit("standard", attacks=("arc", "fgsm"))
-    steps = plan(audit, candidates, compared_of(library, candidates))
+    steps = plan(audit, epsilons_of(audit, 3072), candidates, compared_of(library, candidates))
     assert {step.name for step in steps} == {"arc", "fgsm"}
 
 
@@ -429,7 +433,7 @@ def test_an_attack_that_was_asked_for_is_refused_where_it_would_not_run(
     """An audit of nothing would report the clean accuracy as what the attacks left."""
     candidates = candidates_of(library)
     with pytest.raises(AuditRejected, match=f"'{missing}': profile {audit.profile} in {audit.norm} does not run it"):
-        plan(audit, candidates, compared_of(library, candidates))
+        plan(audit, epsilons_of(audit, 3072), candidates, compared_of(library, candidates))
 
 
 def test_some_attacks_alone_head_the_report_with_a_warning(report: Json) -> None:

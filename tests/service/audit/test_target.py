@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_store.input_spec import CIFAR10_INPUT
 from service.audit.api import audit, from_arrays
+from service.audit.command import INVALID
 from service.audit.errors import AuditRejected, DataRejected, ModelFailed
 from service.audit.report.model import digest_holds
 from service.audit.target import Target, count_multiply_adds
 from tests.support.audit_models import faint_digits, small_cnn, undefended
+from tombola.cli import main
 
 
 class Answers(nn.Module):
@@ -122,6 +125,28 @@ def test_multiply_adds_are_counted_by_hand() -> None:
     assert count_multiply_adds(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), (32, 32)) == 30_720
 
 
+def make_wide_network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 64, 3)).eval()
+
+
+def test_a_model_of_another_size_is_audited_where_its_size_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["audit", "--model", "tests.service.audit.test_target:make_wide_network"]
+    (tmp_path / "classes").write_text("a\nb\nc\n")
+    np.savez(tmp_path / "own.npz", images=np.zeros((6, 48, 64, 3), np.uint8), labels=np.arange(6) % 3)
+    words += ["--classes", str(tmp_path / "classes"), "--data", str(tmp_path / "own.npz"), "--out", str(tmp_path / "a")]
+    words += ["--profile", "smoke", "--images", "3", "--attacks", "fgsm", "--epsilons", "8"]
+    assert main(words) == 2  # 32x32 where nobody says
+    assert "mat1 and mat2 shapes cannot be multiplied" in capsys.readouterr().err
+    assert main([*words, "--size", "48x"]) == 2
+    assert capsys.readouterr().err.startswith("tombola: --size 48x: expected a side such as 64, or 48x64")
+    assert main([*words, "--size", "48x64"]) in (0, INVALID)
+    assert "model tests.service.audit.test_target:make_wide_network" in capsys.readouterr().out
+    assert main(["audit", "--size", "64", "--profile", "smoke"]) == 2
+    assert "--size is for models of other kinds; a library says its own size" in capsys.readouterr().err
+
+
 def test_weights_that_would_be_unpickled_are_refused() -> None:
     with pytest.raises(AuditRejected, match=r"expected a \.safetensors file"):
         Target.from_timm("resnet18", Path("weights.pth"), 10)
@@ -220,4 +245,4 @@ def test_a_model_that_fails_in_the_middle_keeps_what_was_measured(breakage: Any,
 )
 def test_arrays_of_other_kinds_are_refused(images: Any, labels: Any, text: str) -> None:
     with pytest.raises(DataRejected, match=text):
-        from_arrays(images, labels, tuple("0123456789"))
+        from_arrays(images, labels, tuple("0123456789"), CIFAR10_INPUT)
