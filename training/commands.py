@@ -373,8 +373,8 @@ def fetch(arguments: argparse.Namespace) -> None:
         cifar10(str(arguments.folder), download=True)
     except (OSError, RuntimeError) as error:
         raise TrainingError(
-            f"CIFAR-10 could not be downloaded ({error}). Without a network, copy cifar-10-python.tar.gz from a "
-            f"machine that has one into {arguments.folder} and unpack it there, or give any zip of train/<class>/* and "
+            f"CIFAR-10 could not be downloaded ({error}). Without a network, copy cifar-10-python.tar.gz from "
+            f"another machine into {arguments.folder} and unpack it there. Or give any zip of train/<class>/* and "
             "test/<class>/* images as --data."
         ) from None
     print(f"{arguments.folder}: CIFAR-10 is there; give it as --data {arguments.folder}")

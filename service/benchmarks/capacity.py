@@ -19,13 +19,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from model_store.input_spec import InputSpec
+from model_store.json_object import Json
 from service.outbound import open_url
 from service.settings import Settings, SettingsRejected
 
@@ -36,7 +37,6 @@ CORES: Final = 2  # of a replica, as deploy/kubernetes has it
 SHARE: Final = 0.6  # of its cores that a replica should be busy with at the peak: the rest is for bursts and failures
 LOADS: Final = (100, 1_000, 10_000, 100_000, 1_000_000)  # images per second
 SCRAPE_S: Final = 15  # as deploy/prometheus has it
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def table(figures: Json) -> str:
     """Markdown: the measured cost, and what loads take of replicas, memory and Prometheus."""
     one, many = figures["one"], figures["many"]
     summary = (
-        f"An image costs **{one['cpu_ms']:.2f} ms** of processor time in a request of its own and "
-        f"**{many['cpu_ms']:.2f} ms** in one of {figures['batch']} "
-        f"(n = {one['images']:,} and {many['images']:,} images, "
-        f"up to {figures['rows']} under way, library {figures['library'][:12]}, {figures['engine']['name']}; "
-        f"{figures['machine']['cpu']}, load {figures['machine']['load_before']:.1f} before). A replica takes "
-        f"{figures['memory_mb']:,} MB and exports {figures['series']:,} series."
+        f"An image costs **{one['cpu_ms']:.2f} ms** of processor time in a request of its own, and "
+        f"**{many['cpu_ms']:.2f} ms** in one of {figures['batch']}. "
+        f"Measured on {one['images']:,} and {many['images']:,} images, up to {figures['rows']} of them under way. "
+        f"Library {figures['library'][:12]}, {figures['engine']['name']}, {figures['machine']['cpu']}, load "
+        f"{figures['machine']['load_before']:.1f} before. A replica takes {figures['memory_mb']:,} MB and exports "
+        f"{figures['series']:,} series."
     )
     lines = [
         "<!-- tombola bench capacity -->",

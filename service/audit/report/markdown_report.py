@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from model_store.files import write_atomically
-from service.audit.report.model import Interval, Report
+from service.audit.report.model import REPORT, Interval, Report
 
 FIGURES: Final = {"Transfer between tickets": "transfer.svg", "Accuracy against epsilon": "accuracy.svg"}
 MARKS: Final = ("<!-- audit: tombola audit --tables -->", "<!-- end of audit -->")
@@ -56,16 +56,16 @@ def beside_the_paper(report: Report) -> str:
     theirs = f"{100 * own.expected.value:.1f} %" if own else "not run"
     clean, robust = 100 * report.ours.clean.expected.value, 100 * report.ours.robust.expected.value
     return (
-        f"The paper reports {PAPER['clean']} % clean and {PAPER['robust']} % robust for its ensemble, {PAPER['r2s']} % "
-        f"for R2S, and at most {PAPER['tickets']} % for single tickets. Two things separate those figures from "
-        f"{clean:.1f} % and {robust:.1f} % here. The networks: a sixteenth to a hundredth of the weights, searched on "
-        "two cores for minutes to hours, so that every accuracy is lower, with and without an attack. And the "
-        "attacker: the paper states neither the draws nor the loss nor the restarts of its EOT, and a figure far above "
-        "that of every single ticket is what an attacker gets who holds the wrong one: here, one ticket against "
-        f"another leaves {naive}. The paper's attack as it is worded (the mean of all candidates' gradients, 20 steps, "
-        f"scored exactly) leaves {theirs}; the worst of all attacks run is the figure to quote. What randomness itself "
-        "is worth is the difference from `mean-of-all` and from `fixed-equal-cost`, with which the paper does not "
-        "compare."
+        f"The paper reports {PAPER['clean']} % clean and {PAPER['robust']} % robust for its ensemble. It has "
+        f"{PAPER['r2s']} % for R2S, and at most {PAPER['tickets']} % for single tickets. Two things separate those "
+        f"figures from {clean:.1f} % and {robust:.1f} % here. The first is the networks. They have a sixteenth to a "
+        "hundredth of the weights and were searched on two cores for minutes to hours. So every accuracy is lower, "
+        "with an attack and without. The second is the attacker. The paper states neither the draws nor the loss nor "
+        "the restarts of its EOT. An attacker with the wrong ticket leaves far more than one with the right ticket: "
+        f"here, one ticket against another leaves {naive}. The paper's attack as it is worded is the mean of all "
+        f"candidates' gradients, 20 steps. Scored exactly, it leaves {theirs}; the worst of all attacks run is the "
+        "figure to quote. The worth of randomness itself is the difference from `mean-of-all` and from "
+        "`fixed-equal-cost`. The paper compares with neither."
     )
 
 
@@ -78,14 +78,13 @@ def conditions(report: Report) -> str:
     """What the figures hold for; without it they mean nothing."""
     audit, library = report.audit, report.library
     return (
-        f"{audit.norm}, epsilon {audit.headline:g}/255, n = {report.data.images} images of "
-        f"{report.data.name}, profile {audit.profile}, {len(report.attacks)} attacks, scored on "
-        f"{report.ours.scored_on} and the 8-bit grid; an upper bound. Difference: tombola less the "
-        f"system, same images, paired bootstrap, under the attacks that all systems faced, as in the column before; "
-        f"the last row adds the attacks aimed at tombola alone. Library `{library.digest[:12]}` of "
-        f"{len(library.tickets)} tickets, report `{report.digest[:12]}` ({report.verdict}), commit "
-        f"`{report.versions['commit'][:12]}`, seeds "
-        f"{audit.seed} and {audit.defender_seed}."
+        f"{audit.norm}, epsilon {audit.headline:g}/255, n = {report.data.images} images of {report.data.name}, profile "
+        f"{audit.profile}, {len(report.attacks)} attacks. They are scored on {report.ours.scored_on} and the 8-bit "
+        "grid: an upper bound. Difference: tombola less the system, on the same images, by paired bootstrap. It is "
+        "under the attacks that all systems faced, as is the column Robust. The last row adds the attacks aimed at "
+        f"tombola alone. Library `{library.digest[:12]}` of {len(library.tickets)} tickets, report "
+        f"`{report.digest[:12]}` ({report.verdict}), commit `{report.versions['commit'][:12]}`, seeds {audit.seed} and "
+        f"{audit.defender_seed}."
     )
 
 
@@ -94,7 +93,7 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
     from service.audit.report.plots import all_figures
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "report.json"]
+    written = [folder / REPORT]
     write_atomically(written[0], report.as_bytes())
     for title, picture in all_figures(report, themed=False).items():
         if title in FIGURES:
