@@ -1,7 +1,9 @@
 """Shared fixtures: small tickets of every structure, and a library of them."""
 
+import gc
 import shutil
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import settings
@@ -13,6 +15,36 @@ from tests.support.tickets import CLASSES, eight_tickets, items
 # The same examples in every run, on any machine at any load; nothing is written to the work tree.
 settings.register_profile("tombola", deadline=None, derandomize=True, database=None)
 settings.load_profile("tombola")
+
+# Files of few, long tests. Each is run by one worker, so that one which starts late keeps the others waiting.
+LONGEST: Final = (
+    "test_ray.py",
+    "test_flow.py",
+    "test_run.py",
+    "test_ray_serve.py",
+    "test_rolling.py",
+    "test_side_effects.py",
+    "test_cuda.py",
+    "test_jobs.py",
+    "test_explore.py",
+    "test_wheel.py",
+    "test_local.py",
+    "test_endpoint.py",
+    "test_console.py",
+    "test_training_guide.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others stay in their order."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: no collection of garbage has to walk over it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 
 from model_store.library import Library
 from tests.support.audit_models import tiny
-from tests.support.serving import ROOT, Process, announced
+from tests.support.serving import ROOT, Process, running
 from tests.support.side_effects import (
     WITHOUT,
     Listener,
@@ -27,10 +27,10 @@ from tests.support.side_effects import (
     read_trace,
 )
 from tests.support.waiting import until
-from tests.training.conftest import data
+from tests.training.conftest import data, digits_zip
 from tombola.sample_image import draw_sample
 
-__all__ = ["data"]  # the fixture
+__all__ = ["data", "digits_zip"]  # fixtures
 QUIET: Final = {"openvino", "matplotlib", "art", "torchvision"}  # packages that quiet_imports.py imports for the others
 PLACE: Final = "model_store/quiet_imports.py"
 PROGRAMS: Final = ("tombola", "model_store", "service", "training", "tests", "benchmarks", "tools")
@@ -165,23 +165,15 @@ def test_a_server_with_its_engine_and_its_audits_writes_and_calls_nowhere_else(
     flags = ["serve", "--library", str(tiny_library.path), "--state-dir", str(world.state), "--threads", "2"]
     flags += ["--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
     words = command(world.log, "-m", "tombola", *flags)
-    with subprocess.Popen(
-        words,
-        env=world.environment,
-        cwd=world.state,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-    ) as traced:
+    with running(words, world.environment, world.state) as process:
+        tracer = process.process
         try:
-            process = announced(traced)
             assert process.classify(draw_sample())[0] == 200
             audit_until_it_attacks(process, (world.state / "admin-token").read_text().strip())
         finally:
-            server = int(Path(f"/proc/{traced.pid}/task/{traced.pid}/children").read_text().split()[0])
+            server = int(Path(f"/proc/{tracer.pid}/task/{tracer.pid}/children").read_text().split()[0])
             os.kill(server, 15)
-            traced.wait(timeout=60)
+            tracer.wait(timeout=60)
     trace = read_trace(world.log)
     world.holds_nothing_else(trace)
     assert any(path.endswith(".blob") for path in trace.files)  # OpenVINO was at work

@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 from model_store.library import MANIFEST
 from model_store.manifest import parse
-from tests.support.serving import ROOT, announced
+from tests.support.serving import ROOT, running
 from tests.support.side_effects import bare
 from tombola.sample_image import draw_sample
 
@@ -185,24 +185,13 @@ def test_the_installed_command_serves_the_embedded_library_and_writes_only_its_s
     before = files(installed.folder)
     command = [installed.program("tombola"), "serve", "--port", "0", "--admin-port", "0", "--drain-delay-s", "0"]
     digest = parse((ROOT / "model_store" / "library" / MANIFEST).read_bytes()).digest
-    with subprocess.Popen(
-        command,
-        cwd=installed.home,
-        env=installed.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        try:
-            server = announced(process)
-            status, answer = server.classify(draw_sample())
-            assert (status, answer["library"]) == (200, digest)
-            assert answer["predictions"][0]["top"]
-            for address in (f"{server.public}/docs", f"{server.admin}/docs", f"{server.admin}/console/app.js"):
-                assert server.get(address)[0] == 200
-            assert server.end() == 0
-        finally:
-            process.kill()
+    with running(command, installed.environment, installed.home) as server:
+        status, answer = server.classify(draw_sample())
+        assert (status, answer["library"]) == (200, digest)
+        assert answer["predictions"][0]["top"]
+        for address in (f"{server.public}/docs", f"{server.admin}/docs", f"{server.admin}/console/app.js"):
+            assert server.get(address)[0] == 200
+        assert server.end() == 0
     assert [path.name for path in installed.home.iterdir()] == ["state"]
     assert files(installed.folder) == before
     assert list(installed.temporary.iterdir()) == []

@@ -9,12 +9,12 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final, TypeVar
+from typing import IO, Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,8 +214,24 @@ def serving(
     command = [sys.executable, *program, "serve", "--library", str(library), "--state-dir", str(state)]
     command += ["--port", "0", "--admin-port", "0", "--engine", "torch", *flags]
     inherited = {name: value for name, value in environment(**variables).items() if name not in without}
-    log = (state.parent / "log.jsonl").open("w")
-    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=inherited) as process:
+    with (state.parent / "log.jsonl").open("w") as log, running(command, inherited, log=log) as process:
+        yield process
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+    log: IO[str] | int = subprocess.DEVNULL,
+) -> Iterator[Process]:
+    """A command that serves, once it says it is ready. Killed if the test leaves it running.
+
+    folder: its working folder.  log: where its log lines go.
+    """
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
+    ) as process:
         try:
             yield announced(process)
         finally:

@@ -1,4 +1,3 @@
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,23 +10,25 @@ from training.data import read_split
 from training.run_job import run_job
 
 
-@pytest.fixture(scope="package")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A zip of 1,200 digits to search on and 40 to test on, and a cache of its own."""
-    folder = tmp_path_factory.mktemp("digits")
-    before = os.environ.get("TOMBOLA_CACHE")
-    os.environ["TOMBOLA_CACHE"] = str(folder / "cache")
-    write_zip(folder / "digits.zip", {"train": digits().search.balanced(1150), "test": digits().test.balanced(40)})
-    yield folder / "digits.zip"
-    if before is None:
-        os.environ.pop("TOMBOLA_CACHE", None)
-    else:
-        os.environ["TOMBOLA_CACHE"] = before
+@pytest.fixture(scope="session")
+def digits_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 digits to search and select on, and 40 to test on."""
+    path = tmp_path_factory.mktemp("digits") / "digits.zip"
+    write_zip(path, {"train": digits().search.balanced(400), "test": digits().test.balanced(40)})
+    return path
 
 
 @pytest.fixture(scope="package")
-def done_state(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(digits_zip: Path) -> Iterator[Path]:
+    """The zip of digits, and a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMBOLA_CACHE", str(digits_zip.parent / "cache"))
+        yield digits_zip
+
+
+@pytest.fixture(scope="session")
+def done_state(digits_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state folder with one finished ticket."""
     state = tmp_path_factory.mktemp("state")
-    run_job(job_in(state), read_split(data), CPU)
+    run_job(job_in(state), read_split(digits_zip), CPU)
     return state

@@ -11,11 +11,12 @@ from typing import Any, Final
 import pytest
 import torch
 
+from model_store.json_object import Json
 from model_store.library import Library
 from model_store.policy import Policy
 from model_store.processor import has_bfloat16
 from service.audit import attack_runner, plan
-from service.audit.attack_runner import AuditRun, Json, RunOptions
+from service.audit.attack_runner import AuditRun, RunOptions
 from service.audit.checks import attacks, model, report
 from service.audit.checks.base import CheckContext, evaluate_check
 from service.audit.checks.run import CHECKS
@@ -29,6 +30,7 @@ from service.settings import Settings
 from tests.support.audit_models import faint_digits, small_cnn, tiny, undefended
 from tests.support.pretend_cuda import pretend_cuda
 
+pytestmark = pytest.mark.usefixtures("native_convolutions")
 IMAGES: Final = 5
 FEW: Final = 3  # steps, restarts, probes: of whatever an attack counts
 PROBES: Final = 40  # of a query attack; with fewer HopSkipJump never begins

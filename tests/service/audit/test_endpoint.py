@@ -33,6 +33,7 @@ from tests.support.tickets import items
 from tombola.cli import main
 from training.search import Search
 
+pytestmark = pytest.mark.usefixtures("native_convolutions")
 IMAGES: Final = 12
 Answer = Callable[[Tensor], dict[str, Any] | Response]
 

@@ -20,6 +20,8 @@ from service.audit.run import load_images, run_audit
 from tests.support.audit_models import tiny
 from tombola.cli import main
 
+pytestmark = pytest.mark.usefixtures("native_convolutions")
+
 
 def test_matching_pennies_are_drawn_evenly() -> None:
     """Two choices, two attacks on each of three images: each attack fools one choice. Half is the best there is."""
