@@ -110,7 +110,7 @@ class ServiceError(Exception):
 
     status: ClassVar[int] = 500
     text: ClassVar[ErrorMessage] = ErrorMessage.FAILED
-    pause_s: ClassVar[int | None] = None
+    retry_after_s: ClassVar[int | None] = None
     outcome: ClassVar[str] = "invalid"  # of the metric inference_requests_total
     close_connection: ClassVar[bool] = False  # the body was left unread, so the connection cannot be used again
 
@@ -125,7 +125,7 @@ class ServiceError(Exception):
     ) -> None:
         number = str(int(limit)) if limit == int(limit) else str(limit)
         self.message: Final = (text or self.text).format(limit=number, height=height, width=width)
-        self.retry_after: Final = self.pause_s if retry_after is None else retry_after
+        self.retry_after: Final = self.retry_after_s if retry_after is None else retry_after
         super().__init__(self.message)
 
 
@@ -188,7 +188,7 @@ class UnsupportedMediaType(ServiceError):
 class RateLimited(ServiceError):
     status = 429
     text = ErrorMessage.RATE
-    pause_s = SECOND
+    retry_after_s = SECOND
     outcome = "shed"
 
 
@@ -204,7 +204,7 @@ class NotImplementedByServer(ServiceError):
 class Overloaded(ServiceError):
     status = 503
     text = ErrorMessage.FULL
-    pause_s = SECOND
+    retry_after_s = SECOND
     outcome = "shed"
 
 
@@ -215,7 +215,7 @@ class Draining(Overloaded):
 class NotReady(ServiceError):
     status = 503
     text = ErrorMessage.NOT_READY
-    pause_s = SECOND
+    retry_after_s = SECOND
     outcome = "error"
 
 

@@ -53,16 +53,16 @@ class LibraryManager:
     """Loads and swaps libraries, and knows whether the service is ready.
 
     current: None before the first library is verified and warm.  draining: from the moment the process is to end.
-    on_broken: called on the event loop when the engine has died for good.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, on_broken: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
         self.current: LoadedLibrary | None = None
         self.draining = False
         self.admission = AdmissionController(settings, metrics)
-        self.workers = WorkerPool(settings, metrics, on_broken)
+        self.on_broken: Callable[[], None] = lambda: None  # on the event loop, when the engine has died for good
+        self.workers = WorkerPool(settings, metrics, lambda: self.on_broken())
         self.workers.on_heartbeat = self.on_heartbeat
         self.first_fork_server: ForkServer | None = None  # one that was started for the first library before
         self.libraries_in_use: Callable[[], set[Path]] = set  # of others than requests: audits that are not over

@@ -53,14 +53,14 @@ class ServerProcess:
     history: TrafficHistory
     grpc: "GrpcServer | None" = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    force_exit: asyncio.Event = field(default_factory=asyncio.Event)
     delay: bool = True
     code: int = 0
 
     def on_signal(self, number: int) -> None:
         """SIGTERM and SIGINT. The second one of either kind ends the process without waiting for anybody."""
         if self.stop.is_set():
-            self.hurry.set()
+            self.force_exit.set()
             for server in self.planes:
                 server.should_exit = server.force_exit = True
             return
@@ -89,7 +89,7 @@ class ServerProcess:
         self.manager.drain()
         if self.delay:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.hurry.wait(), self.settings.drain_delay_s)
+                await asyncio.wait_for(self.force_exit.wait(), self.settings.drain_delay_s)
 
 
 def create_service(settings: Settings) -> ServerProcess:
@@ -111,7 +111,7 @@ def create_service(settings: Settings) -> ServerProcess:
     grpc = create_grpc_server(public_app.state.protocol) if settings.grpc else None
     urls = url(public_socket), url(admin_socket)
     service = ServerProcess(settings, manager, keys, planes, *urls, jobs, history, grpc)
-    manager.workers.on_broken = service.on_broken
+    manager.on_broken = service.on_broken
     return service
 
 
@@ -174,7 +174,7 @@ async def shut_down(service: ServerProcess, running: Sequence[Awaitable[None]]) 
     await service.drain()
     await asyncio.to_thread(service.jobs.stop)
     if service.grpc is not None:
-        await service.grpc.stop(0.0 if service.hurry.is_set() else service.settings.drain_timeout_s)
+        await service.grpc.stop(0.0 if service.force_exit.is_set() else service.settings.drain_timeout_s)
     for server, task in zip(service.planes, running, strict=True):
         server.should_exit = True
         await task

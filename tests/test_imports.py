@@ -34,6 +34,7 @@ FLOORS: Final = (
 # model_store's files from the top of the ladder down: each may import only files before it.
 LADDER: Final = (
     "errors",
+    "json_object",
     "input_spec",
     "png",
     "colour",

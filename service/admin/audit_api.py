@@ -15,8 +15,9 @@ from starlette.responses import Response, StreamingResponse
 
 from model_store.errors import os_error_text
 from model_store.files import create, naming, part_of
+from model_store.json_object import Json
 from service.admin.audit_jobs import AuditQueue
-from service.admin.audit_store import PAGE, PENDING, REPORT, Cost, State, Summary, View
+from service.admin.audit_store import PENDING, Cost, State, Summary, View
 from service.admin.dataset_store import NAME, Dataset, StoredDataset
 from service.audit.config import Audit
 from service.audit.errors import (
@@ -30,7 +31,7 @@ from service.audit.errors import (
 )
 from service.audit.events import StateEvent
 from service.audit.report.formats import FORMATS, Format, format_named
-from service.audit.report.model import Report
+from service.audit.report.model import PAGE, REPORT, Report
 from service.errors import ContentTooLarge, NotReady, ServiceError, UnsupportedMediaType
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES as REFUSES
@@ -49,7 +50,6 @@ STORE: Final = "Store a labelled data set: a zip or npz file"
 BODY_REFUSES: Final = (ContentTooLarge, UnsupportedMediaType)
 """What stream_body() raises, for the OpenAPI document."""
 Endpoint = Callable[[Request], Awaitable[Response]]
-Json = dict[str, Any]
 
 
 class SubmittedAudit(BaseModel):

@@ -4,8 +4,8 @@ import json
 import logging
 from typing import Final
 
-from service.admin.audit_store import REPORT, Job, JobStore
-from service.audit.report.model import OURS, Report
+from service.admin.audit_store import Job, JobStore
+from service.audit.report.model import OURS, REPORT, Report
 from service.observability.metrics import BOUNDS, Metrics
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ from model_store.library import Library
 from service.admin import audit_process
 from service.admin.audit_estimate import CostEstimator
 from service.admin.audit_gauges import AuditGauges
-from service.admin.audit_store import PENDING, REPORT, RESUMABLE, Cost, Job, JobStore, Result, State
+from service.admin.audit_store import PENDING, RESUMABLE, Cost, Job, JobStore, Result, State
 from service.admin.dataset_store import DatasetStore
 from service.audit.config import Audit, read_audit
 from service.audit.errors import AuditConflict, QueueFull
 from service.audit.events import FailedEvent
 from service.audit.labelled_data import GENERATED
-from service.audit.report.model import Report
+from service.audit.report.model import REPORT, Report
 from service.audit.report.verdicts import judge_measurement
 from service.engine.factory import resolve_device
 from service.observability.metrics import Metrics

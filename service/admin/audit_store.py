@@ -16,8 +16,6 @@ from service.settings import PrecisionChoice
 ID: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 JOB: Final = "job.json"
 EVENTS: Final = "events.jsonl"
-REPORT: Final = "report.json"
-PAGE: Final = "report.html"
 State = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
 PENDING: Final[tuple[State, ...]] = ("queued", "running")
 RESUMABLE: Final[tuple[State, ...]] = (*PENDING, "interrupted")

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from model_store.code_version import product_version
 from model_store.input_spec import CIFAR10_INPUT
+from model_store.json_object import Json
 from service.admin.audit_api import BODY_REFUSES, map_audit_errors, read_json
 from service.admin.audit_jobs import AuditQueue
 from service.admin.audit_store import Cost, Summary
@@ -42,19 +43,19 @@ from service.audit.profiles import PROFILES, Profile
 from service.errors import BadRequest, ErrorMessage, NotReady
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import OUTCOMES, REASONS, Metrics
+from service.scheduling.batch import Probabilities
 from service.settings import Settings
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES
 from service.web.body import cancel_on_disconnect, stream_body
 from service.web.decoder import Decoder
-from service.web.inference import REFUSES, Probabilities
+from service.web.inference import REFUSES
 from service.web.routing import RawRoute, json_response
 
 DRAWS: Final = 20  # of theta, for a picture that is tried
 CLIENT: Final = "console"  # its turn in the fair queue, beside the clients of the public plane
 DIGITS: Final = 4
 NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?", re.ASCII)
-Json = dict[str, Any]
 
 
 class ConsoleApi:

@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 from fastapi import APIRouter
 from prometheus_client.exposition import gzip_accepted
@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from model_store import policy as sampling
 from model_store.errors import StoreError
+from model_store.json_object import Json
 from model_store.library import Library
 from model_store.library_diff import compare_libraries
 from service.admin.schemas import DryRun, LibraryDescription, PolicyDescription, Swap
@@ -33,7 +34,6 @@ from service.web.routing import RawRoute, json_response, without_refused
 
 log = logging.getLogger(__name__)
 
-Json = dict[str, Any]
 REFUSES: Final = (*ADMIN_REFUSES, NotReady)
 DIGEST: Final = re.compile("[0-9a-f]{64}")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from model_store.attacks import margin
 from model_store.files import write_atomically
 from model_store.image_sample import LabelledImages
+from model_store.json_object import Json
 from model_store.library import Library
 from model_store.processor import has_bfloat16
 from service.audit import baselines
@@ -70,7 +71,6 @@ from service.settings import PrecisionChoice
 
 AVERAGES: Final = 5  # answers to each probe of an endpoint whose answers are random
 CODE: Final = 6  # of the attacks: a change that changes results makes stored ones stale
-Json = dict[str, Any]
 Emit = Callable[[Event], None]
 
 
@@ -91,7 +91,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Riskiest:
+class WorstCases:
     """Images of earlier attacks. pixels: uint8 [n, 3, H, W].  logits: float32 [M, n, classes]."""
 
     pixels: Tensor
@@ -271,7 +271,7 @@ class AuditRun:
         """float32 [M, n, classes]: of new images; those that an attack left as an earlier one made them have theirs."""
         if self.endpoint is not None:  # its answers may be random
             return self.candidates.logits(pixels)
-        earlier = self.riskiest(step) if builds_on_others(step) else Riskiest(self.data.pixels, self.clean_logits)
+        earlier = self.worst_cases(step) if builds_on_others(step) else WorstCases(self.data.pixels, self.clean_logits)
         logits = earlier.logits[:, : len(pixels)].clone()
         changed = (pixels != earlier.pixels[: len(pixels)]).flatten(1).any(dim=1).nonzero().flatten()
         if len(changed):
@@ -308,7 +308,7 @@ class AuditRun:
         part = self.data.first(step.images)
         images, labels = as_floats(part.pixels, self.candidates.device), part.labels.to(self.candidates.device)
         generator = torch.Generator().manual_seed(seed_of("attack", self.audit.seed, step.id, step.settings))
-        known = [as_floats(self.riskiest(step).pixels, self.candidates.device)] if builds_on_others(step) else []
+        known = [as_floats(self.worst_cases(step).pixels, self.candidates.device)] if builds_on_others(step) else []
         starts = known if step.warm else []
         match step.settings:
             case PgdConfig():
@@ -335,7 +335,7 @@ class AuditRun:
             case QueryAttackConfig():
                 return self.query(step, step.settings, part)
 
-    def riskiest(self, step: Step) -> "Riskiest":
+    def worst_cases(self, step: Step) -> "WorstCases":
         """For each image the worst for the system, on the attacker's draws, of all attacks so far in reach."""
         best, reachable = self.data.pixels[: step.images].clone(), set(self.before(step))
         logits = self.clean_logits[:, : step.images].clone()
@@ -348,7 +348,7 @@ class AuditRun:
                 best[:n][better] = outcome.pixels[:n][better]
                 logits[:, :n][:, better] = outcome.logits[:, :n][:, better]
                 lowest[:n] = torch.minimum(right, lowest[:n])
-        return Riskiest(best, logits)
+        return WorstCases(best, logits)
 
     def attackers_view(self, system: str, logits: Tensor) -> Tensor:
         """float64 [n]: p_i on the attacker's own draws, from an outcome's logits."""

@@ -360,9 +360,11 @@ def follow_events(client: Any, path: str, seen: int, bar: ProgressBar) -> int:
 
 
 def store_report(folder: Path, report: "Report", page: str) -> None:
+    from service.audit.report.model import PAGE, REPORT
+
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.json", report.as_bytes())
-    write_atomically(folder / "report.html", page)
+    write_atomically(folder / REPORT, report.as_bytes())
+    write_atomically(folder / PAGE, page)
 
 
 def read_answer(response: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -42,12 +41,9 @@ from service.audit.explore import INDEX, write_index
 from service.audit.plan import images_of
 from service.audit.profiles import PROFILES
 from service.audit.report import html_report, plots, summary
-from service.audit.report.model import Report
+from service.audit.report.model import PAGE, REPORT, Report
 from service.audit.rivals import Rivals, choose_rivals, rival_size, store_rivals, stored_rivals
 from service.audit.target import Target
-
-REPORT: Final = "report.json"
-PAGE: Final = "report.html"
 
 
 def load_images(

@@ -193,7 +193,7 @@ def answer_precision(
 ) -> tuple[dict[str, Any], str]:
     data = read_data(given.data, library.classes, given.images, library.input)
     figures = output_leakage.disclosure(library, data.pixels.float() / 255, given.seed)
-    rate = figures["named_right"]["2 decimals"]["theta"]
+    rate = figures["guess_accuracy"]["2 decimals"]["theta"]
     return figures | {"data": data.name}, f"two decimals tell theta in {100 * rate:.0f} % of answers"
 
 

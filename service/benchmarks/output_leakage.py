@@ -21,10 +21,10 @@ from model_store.policy import Theta, draw_theta, matrix, states
 
 DECIMALS: Final = (1, 2, 3, 4, 6)
 DRAWS: Final = 20_000  # of theta, for each image; with far fewer than the law has states the figures are too high
-Shown = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+OutputDetail = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def details() -> dict[str, Shown]:
+def details() -> dict[str, OutputDetail]:
     """What an answer shows of probabilities [T, classes]: by name, a function to rows that are equal or not."""
     rounded = {f"{digits} decimals": lambda p, digits=digits: np.round(p, digits) for digits in DECIMALS}
     return {"label": lambda p: p.argmax(1)[:, None].astype(np.float64), **rounded, "full": lambda p: p}
@@ -44,21 +44,21 @@ def disclosure(library: Library, images: Tensor, seed: int = 0) -> dict[str, Any
         answers = probabilities(sums[:, image], torch.tensor(sizes)).double().numpy()
         for name, shown in details().items():
             seen = [row.tobytes() for row in shown(answers)]
-            scores[name]["theta"].append(named_right(seen, thetas))
-            scores[name]["n"].append(named_right(seen, sizes))
+            scores[name]["theta"].append(guess_accuracy(seen, thetas))
+            scores[name]["n"].append(guess_accuracy(seen, sizes))
     return {
         "images": len(images),
         "draws": DRAWS,
         "states": states(library.policy),
-        "by_prior": {"theta": named_right([b""] * DRAWS, thetas), "n": named_right([b""] * DRAWS, sizes)},
-        "named_right": {
+        "by_prior": {"theta": guess_accuracy([b""] * DRAWS, thetas), "n": guess_accuracy([b""] * DRAWS, sizes)},
+        "guess_accuracy": {
             name: {what: round(float(np.mean(rates)), 4) for what, rates in rows.items()}
             for name, rows in scores.items()
         },
     }
 
 
-def named_right(seen: list[bytes], truths: list[Theta] | list[int]) -> float:
+def guess_accuracy(seen: list[bytes], truths: list[Theta] | list[int]) -> float:
     """How often the likeliest truth of each answer is the true one."""
     groups: dict[bytes, Counter[Any]] = defaultdict(Counter)
     for answer, truth in zip(seen, truths, strict=True):
@@ -75,7 +75,7 @@ def table(figures: dict[str, Any]) -> str:
         "| --- | ---: | ---: |",
         f"| nothing | {100 * prior['theta']:.1f} % | {100 * prior['n']:.1f} % |",
     ]
-    for name, rates in figures["named_right"].items():
+    for name, rates in figures["guess_accuracy"].items():
         lines.append(f"| {name} | {100 * rates['theta']:.1f} % | {100 * rates['n']:.1f} % |")
     about = f"One answer, all classes; library {figures['library'][:12]}, {figures['states']:,} states of θ; "
     about += f"n = {figures['images']} images of {figures['data']}, {figures['draws']:,} draws each."

@@ -54,7 +54,7 @@ def leak(
                 "bits": round(bits, 4),
                 "bits_by_chance": round(chance, 4),
                 "entropy_of_n_bits": round(entropy(Counter(sizes).values()), 4),
-                "names_n": round(named_right(seconds, sizes), 4),
+                "names_n": round(guess_accuracy(seconds, sizes), 4),
                 "commonest_n": round(max(Counter(sizes).values()) / len(sizes), 4),
                 "p50_ms": round(1000 * statistics.median(seconds), 3),
                 "p99_ms": round(1000 * float(np.quantile(seconds, 0.99)), 3),
@@ -98,7 +98,7 @@ def mutual_information(seconds: Sequence[float], sizes: Sequence[int]) -> tuple[
     return max(0.0, plug_in(bins, n) - chance), chance
 
 
-def named_right(seconds: Sequence[float], sizes: Sequence[int]) -> float:
+def guess_accuracy(seconds: Sequence[float], sizes: Sequence[int]) -> float:
     """How often n is named right from the time: each bin's commonest n in the first half, judged on the second."""
     half = len(seconds) // 2
     bins = binned(seconds[:half], seconds).tolist()

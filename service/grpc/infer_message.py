@@ -11,6 +11,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from model_store.images import Pixels
+from model_store.json_object import Json
 from service.errors import BadRequest, ErrorMessage
 from service.grpc.open_inference_pb2 import ModelInferRequest, ModelInferResponse
 from service.web import infer_request
@@ -23,7 +24,6 @@ CONTENTS: Final = {
     "INT64": "int64_contents",
 }
 LIMITS: Final = {"UINT8": (255, ErrorMessage.V2_DATA_UINT8), "FP32": (1, ErrorMessage.V2_DATA_FP32)}
-Json = dict[str, Any]
 
 
 def parse(data: bytes) -> Any:

@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder, generate_latest
 PREFIX: Final = "tombola_"
 # Images whose draws are published together: scrapes before and after one request then show no theta.
 PUBLISH_EVERY: Final = 128
+UNMATCHED: Final = "unmatched"  # the route of a request that no route answers
 OTHER: Final = "other"
 CACHE_SIZE: Final = 4096  # series found without prometheus_client's look-up; clients choose methods, so it is bounded
 

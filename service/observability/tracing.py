@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import REQUEST_ID
+from service.observability.metrics import UNMATCHED
 from service.settings import SettingsRejected
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Tracer
 
-UNMATCHED: Final = "unmatched"
 PATIENCE_S: Final = 2.0  # with a collector, a batch's repetitions included; so long it may hold up the process's end
 TIMEOUTS: Final = {"OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"}  # which override that
 PROVIDERS: Final = {  # which name a session of the user's own

@@ -7,18 +7,19 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from model_store.json_object import Json
 from model_store.library import Library
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, NotReady, UnsupportedMediaType
+from service.scheduling.batch import Probabilities
 from service.web import form_data, openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type, parse_json, whole_number
 from service.web.decoder import sniff
 from service.web.infer_request import from_base64
-from service.web.inference import DIGITS, REFUSES, DataPlane, InferenceContext, Probabilities
+from service.web.inference import DIGITS, REFUSES, DataPlane, InferenceContext
 from service.web.routing import FastRoute, RawRoute, json_response
 
 PATH: Final = "/v1/classify"
 TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
-Json = dict[str, Any]
 Endpoint = Callable[[Request], Awaitable[Response]]
 BODY: Final[Mapping[str, Json]] = {
     **dict.fromkeys((openapi.BYTES, "image/png", "image/jpeg", "image/webp"), openapi.BINARY),

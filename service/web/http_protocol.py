@@ -26,8 +26,15 @@ RAW_BYTES: Final = 16 * HEAD_BYTES  # of segments without any progress; one segm
 LINGER_S: Final = 1.0  # a refused connection is read and thrown away this long, so that the client can read why
 MAPPED: Final = "::ffff:"
 VERSIONS: Final = frozenset(("1.0", "1.1"))
-ONCE: Final = frozenset((b"host", b"content-length", b"transfer-encoding"))  # RFC 9112 3.2, 6.3: at most one each
-OBEYED: Final = ONCE | {b"connection", b"expect", b"proxy-connection", b"upgrade"}  # by llhttp in trailers, too
+SINGLE_VALUED: Final = frozenset(
+    (b"host", b"content-length", b"transfer-encoding")
+)  # RFC 9112 3.2, 6.3: at most one each
+OBEYED: Final = SINGLE_VALUED | {
+    b"connection",
+    b"expect",
+    b"proxy-connection",
+    b"upgrade",
+}  # by llhttp in trailers, too
 USUAL_OPTIONS: Final = frozenset((b"keep-alive", b"close", b"Keep-Alive", b"Close"))
 HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]*)?")
 ABSOLUTE: Final = re.compile(rb"(?i:https?)://([^/?#@]+)([^#]*)")
@@ -304,7 +311,7 @@ def by_name(headers: Headers) -> dict[bytes, bytes]:
         return fields
     fields.clear()
     for name, value in headers:
-        if name in ONCE and name in fields:
+        if name in SINGLE_VALUED and name in fields:
             raise BadRequest(ErrorMessage.HEADER_TWICE)
         fields[name] = b"%s,%s" % (fields[name], value) if name in fields else value
     return fields
@@ -325,7 +332,9 @@ def check_framing(fields: Mapping[bytes, bytes], version: str) -> None:
     if host is None or not is_host(host):
         raise BadRequest(ErrorMessage.HOST)
     options = fields.get(b"connection", b"close")
-    if options not in USUAL_OPTIONS and not ONCE.isdisjoint(option.strip() for option in options.lower().split(b",")):
+    if options not in USUAL_OPTIONS and not SINGLE_VALUED.isdisjoint(
+        option.strip() for option in options.lower().split(b",")
+    ):
         raise BadRequest(ErrorMessage.FRAMING)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from model_store.images import Pixels
 from model_store.input_spec import InputSpec
+from model_store.json_object import Json
 from service.errors import BadRequest, ContentTooLarge, ErrorMessage
 from service.web.body import parse_json, whole_number
 from service.web.decoder import sniff
@@ -30,7 +31,6 @@ BASE64_STARTS: Final = (b"ivbo", b"/9j/", b"_9j_", b"uklg", b"data:")  # of PNG,
 URL_SAFE_AS_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
 SPACES: Final = b" \t\r\n"
 INPUT_KEYS: Final = frozenset(("name", "shape", "datatype", "parameters", "data"))
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from service.errors import (
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import Metrics
 from service.observability.tracing import stage
+from service.scheduling.batch import Probabilities
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
 from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, unique_headers
@@ -39,7 +40,6 @@ from service.web.routing import ARRIVAL_TIME
 
 Detail = Literal["rounded", "label", "full"]
 DIGITS: Final = 2  # of a rounded probability
-Probabilities = NDArray[np.float32]
 
 
 REFUSES: Final = (

@@ -12,12 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, Overloaded
 from service.library_manager import LibraryManager
-from service.observability.metrics import Metrics
+from service.observability.metrics import UNMATCHED, Metrics
 from service.web.error_handling import answer
 
 log = logging.getLogger(__name__)
 
-UNMATCHED: Final = "unmatched"
 CLOSE: Final = (b"connection", b"close")
 CORS_METHODS: Final = ("GET", "HEAD", "POST")
 CORS_REQUEST_HEADERS: Final = (

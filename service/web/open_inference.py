@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.code_version import product_version
+from model_store.json_object import Json
 from service.errors import (
     ErrorMessage,
     NotFound,
@@ -26,10 +27,11 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaType,
 )
+from service.scheduling.batch import Probabilities
 from service.web import openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type
 from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference
-from service.web.inference import REFUSES, DataPlane, InferenceContext, Probabilities, apply_output_detail, rank_classes
+from service.web.inference import REFUSES, DataPlane, InferenceContext, apply_output_detail, rank_classes
 from service.web.routing import ENCODER, FastRoute, RawRoute, json_response, without_refused
 
 MODEL: Final = "tombola"
@@ -41,7 +43,6 @@ INFER_PATHS: Final = tuple(f"{prefix}/infer" for prefix in PREFIXES)
 EXTENSIONS: Final = ["binary_tensor_data", "classification", "model_configuration", "parameters", "statistics"]
 WORTH_PACKING: Final = 1024  # bytes; below it packing costs more than it saves
 DATATYPES: Final = {"probabilities": "FP32", "index": "INT64", "label": "BYTES"}
-Json = dict[str, Any]
 INFER_BODY: Final[Mapping[str, Json]] = {
     openapi.JSON: openapi.reference(schemas.InferRequestBody),
     openapi.BYTES: openapi.BINARY,

@@ -12,13 +12,13 @@ from pydantic import Field, TypeAdapter
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
+from model_store.json_object import Json
 from service.errors import EngineFailed, ErrorMessage
 
 JSON: Final = "application/json"
 BYTES: Final = "application/octet-stream"
 REFERENCE: Final = "#/components/schemas/{model}"
 BINARY: Final = {"type": "string", "format": "binary"}
-Json = dict[str, Any]
 Schema = Any  # a model, or a schema as a dict
 
 
@@ -98,7 +98,7 @@ def refusals(kinds: Sequence[type[Exception]]) -> dict[int | str, Json]:
 
 def refusal(kinds: Sequence[type[Exception]]) -> Json:
     headers: Json = {}
-    if any(getattr(kind, "pause_s", None) is not None for kind in kinds):
+    if any(getattr(kind, "retry_after_s", None) is not None for kind in kinds):
         headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds until it is worth a try."}
     return {"model": ErrorBody, "description": " ".join(map(reason, kinds)), "headers": headers}
 

@@ -14,7 +14,7 @@ from benchmarks.report import MARKS, best_peers, markdown_tables, ratios
 from benchmarks.requests import files, tensors
 from model_store.errors import PageRejected
 from model_store.pages import replace_section
-from service.benchmarks.timing_leakage import entropy, mutual_information, named_right
+from service.benchmarks.timing_leakage import entropy, guess_accuracy, mutual_information
 
 
 def server(kind: str, images: float, p99_ms: float) -> dict[str, Any]:
@@ -125,10 +125,10 @@ def test_a_time_that_tells_one_of_two_bits_tells_one_bit() -> None:
 def test_sizes_are_named_as_often_as_their_times_differ() -> None:
     chance = random.Random(2)
     sizes = [chance.choice((1, 2, 3, 4)) for _ in range(4000)]
-    assert named_right([size + chance.random() / 2 for size in sizes], sizes) > 0.95
-    assert named_right([(size > 2) + chance.random() / 2 for size in sizes], sizes) == pytest.approx(0.5, abs=0.05)
-    assert named_right([chance.random() for _ in sizes], sizes) == pytest.approx(0.25, abs=0.05)
-    assert named_right([0.01] * len(sizes), sizes) == pytest.approx(0.25, abs=0.05)
+    assert guess_accuracy([size + chance.random() / 2 for size in sizes], sizes) > 0.95
+    assert guess_accuracy([(size > 2) + chance.random() / 2 for size in sizes], sizes) == pytest.approx(0.5, abs=0.05)
+    assert guess_accuracy([chance.random() for _ in sizes], sizes) == pytest.approx(0.25, abs=0.05)
+    assert guess_accuracy([0.01] * len(sizes), sizes) == pytest.approx(0.25, abs=0.05)
 
 
 def test_serving_beside_an_audit_is_told_with_what_it_was_without(tmp_path: Path) -> None:

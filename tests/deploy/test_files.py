@@ -18,6 +18,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from model_store.json_object import Json
 from model_store.policy import Policy, draw_theta, expected_size
 from service.observability.metrics import PREFIX, PUBLISH_EVERY, TABLE, Metrics
 from service.scheduling.scheduler import DrawStatistics
@@ -30,7 +31,6 @@ VERSION: Final[str] = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text
 NEEDS_PROMTOOL: Final = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
 )
-Json = dict[str, Any]
 
 
 def rules() -> list[Json]:

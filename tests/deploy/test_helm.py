@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from model_store.json_object import Json
 from service.settings import setting_docs
 from tests.deploy.test_files import DEPLOY, NEEDS_PROMTOOL, PROMETHEUS, VERSION, promtool
 from tests.deploy.test_kubernetes import KUBERNETES, NEEDS_KUBECTL, built, container, validate
@@ -21,7 +22,6 @@ SCHEMA: Final = json.loads((CHART / "values.schema.json").read_text("utf-8"))
 WHOLE: Final = {"monitoring": {"enabled": True}, "autoscaling": {"adapter": {"enabled": True}}}
 OWN: Final = {"app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "helm.sh/chart"}
 """Labels that Helm's conventions add."""
-Json = dict[str, Any]
 
 
 def rendered(values: Json | None = None, name: str = "tombola") -> dict[tuple[str, str], Json]:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
+from model_store.json_object import Json
 from service.observability.metrics import PREFIX, TABLE
 from service.settings import SERVICE_LINK, Settings, setting_docs
 from tests.deploy.test_files import DEPLOY, PROMETHEUS, VERSION
@@ -23,7 +24,6 @@ BASE: Final = KUBERNETES / "base"
 VERSIONS: Final = ("1.30", "1.34")  # autoscaling/v2 and policy/v1 are older
 OPERATOR: Final[dict[str, Any]] = {"ServiceMonitor": operator.ServiceMonitor, "PrometheusRule": operator.PrometheusRule}
 NEEDS_KUBECTL: Final = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-Json = dict[str, Any]
 
 
 def documents(folder: Path) -> list[Json]:

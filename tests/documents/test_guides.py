@@ -92,7 +92,7 @@ def test_replicas_by_hand() -> None:
 
 def test_what_names_theta_right_by_hand() -> None:
     """Answer a: twice 1 and once 2; answer b: 3. Naming 1 and 3 is right three times out of four."""
-    assert output_leakage.named_right([b"a", b"a", b"a", b"b"], [1, 1, 2, 3]) == 0.75
+    assert output_leakage.guess_accuracy([b"a", b"a", b"a", b"b"], [1, 1, 2, 3]) == 0.75
 
 
 def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,10 +100,14 @@ def test_more_digits_never_tell_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
     library = tiny_library(tmp_path / "library")
     leaked = output_leakage.disclosure(library, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     for what in ("theta", "n"):
-        rates = [rates[what] for name, rates in leaked["named_right"].items() if name != "label"]
+        rates = [rates[what] for name, rates in leaked["guess_accuracy"].items() if name != "label"]
         assert rates == sorted(rates)
-        assert leaked["by_prior"][what] <= leaked["named_right"]["label"][what] <= leaked["named_right"]["full"][what]
-    assert leaked["named_right"]["full"]["theta"] == 1
+        assert (
+            leaked["by_prior"][what]
+            <= leaked["guess_accuracy"]["label"][what]
+            <= leaked["guess_accuracy"]["full"][what]
+        )
+    assert leaked["guess_accuracy"]["full"]["theta"] == 1
     assert expected_size(library.policy) > 1
 
 

@@ -24,9 +24,9 @@ from service.admin.audit_jobs import AuditQueue
 from service.app import create_admin_app, create_public_app
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
+from service.scheduling.batch import Probabilities
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
-from service.web.inference import Probabilities
 from service.web.server import create_server, loop_factory
 from tests.support.tickets import CLASSES
 from tests.support.waiting import until

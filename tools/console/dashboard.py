@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
 
+from model_store.json_object import Json
 from model_store.library import open_library
 from model_store.quiet_imports import import_matplotlib
 from service.outbound import open_url
@@ -48,7 +49,6 @@ UNITS: Final[dict[str, Callable[[float], str]]] = {
     "bytes": lambda value: f"{value / 1e6:.0f} MB",
     "short": lambda value: f"{value:.4g}",
 }
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

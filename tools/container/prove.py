@@ -27,6 +27,7 @@ from typing import Any, Final
 from benchmarks.servers import set_size_kb
 from model_store.errors import StoreError
 from model_store.files import write_atomically
+from model_store.json_object import Json
 from model_store.library import open_library, write_library
 from service.cpu import process_tree
 from service.outbound import open_url
@@ -51,7 +52,6 @@ WORK: Final = Path("/var/tmp/tombola-proof")  # noqa: S108 -- several GB, so not
 NETWORK: Final = "tombola-proof"
 OUTSIDE, INSIDE = "10.231.0.1", "10.231.0.2"
 BUDGET_MB: Final = {"cpu": 1200, "cuda": 7000}  # what our layers add to the base image, uncompressed
-Json = dict[str, Any]
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:

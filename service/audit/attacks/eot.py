@@ -323,8 +323,3 @@ def step_images(state: PgdState, gradient: Tensor, threat: ThreatModel, ascent: 
     drift = (1 - damping) * (state.images - state.previous)
     moved = project(state.images + damping * (ahead - state.images) + drift, state.clean, threat)
     state.previous, state.images = state.images, moved
-
-
-def scaled(ascent: PgdConfig, factor: float) -> PgdConfig:
-    """The same attack with so many times the steps."""
-    return replace(ascent, steps=max(1, round(ascent.steps * factor)))

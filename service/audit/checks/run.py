@@ -6,7 +6,8 @@ import time
 from typing import Final
 
 from model_store.files import write_atomically
-from service.audit.attack_runner import AuditRun, Json
+from model_store.json_object import Json
+from service.audit.attack_runner import AuditRun
 from service.audit.checks import attacks, model, planted, report
 from service.audit.checks.base import Check, CheckContext, evaluate_check
 from service.audit.config import digest_of

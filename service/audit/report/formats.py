@@ -7,7 +7,7 @@ from typing import Any, Final
 from xml.etree import ElementTree as ET
 
 from service.audit.errors import AuditRejected
-from service.audit.report.model import Check, Interval, Report
+from service.audit.report.model import REPORT, Check, Interval, Report
 from service.audit.report.verdicts import has_figures, headline, judge_measurement, percent
 
 SARIF_SCHEMA: Final = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -234,7 +234,7 @@ def card_args(report: Report) -> dict[str, Any]:
 FORMATS: Final[dict[str, Format]] = {
     each.name: each
     for each in (
-        Format("json", "report.json", "application/json", to_json),
+        Format("json", REPORT, "application/json", to_json),
         Format("junit", "junit.xml", "application/xml", to_junit),
         Format("sarif", "report.sarif", "application/sarif+json", to_sarif),
         Format("md", "summary.md", "text/markdown; charset=utf-8", to_markdown),

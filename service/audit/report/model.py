@@ -16,6 +16,8 @@ VERSION: Final = 1
 OUTSIDE_DIGEST: Final = ("digest", "timings")  # the digest covers everything else
 SCHEMA: Final = Path(__file__).with_name("tombola-audit.schema.json")
 OURS: Final = "tombola"
+REPORT: Final = "report.json"
+PAGE: Final = "report.html"
 Verdict = Literal["valid", "warnings", "invalid"]
 CheckOutcome = Literal["pass", "warn", "fail", "skipped", "no power"]
 Share = Annotated[float, Field(ge=0, le=1)]

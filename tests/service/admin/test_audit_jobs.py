@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 
+from model_store.json_object import Json
 from model_store.library import Library, write_library
 from service.admin import audit_process
 from service.admin.audit_jobs import AuditQueue
@@ -38,7 +39,6 @@ from tests.support.tickets import items, make_ticket
 from tests.support.waiting import until
 from tombola.cli import main
 
-Json = dict[str, Any]
 PUBLISHED = Path("service/audit/results/report.json")
 SMOKE: Json = {"profile": "smoke", "images": 2, "attacks": ["paper-eot"], "epsilons": [8]}
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from model_store.json_object import Json
 from model_store.library import write_library
 from model_store.policy import expected_size, inclusion_probabilities
 from service.audit import baselines, stats
@@ -43,7 +44,7 @@ from tests.support.serving import some_rows
 from tests.support.tickets import items, make_ticket
 from tombola.cli import main
 
-Json = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("native_convolutions")
 SMALL = Audit("smoke", epsilons=(0.0, 2.0, 8.0), images=4)
 USUAL = epsilons_of(Audit(), 3072)
 

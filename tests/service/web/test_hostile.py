@@ -35,9 +35,9 @@ from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.outbound import http_client
+from service.scheduling.batch import Probabilities
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
-from service.web.inference import Probabilities
 from tests.support.planes import (
     TOKEN,
     Oracle,

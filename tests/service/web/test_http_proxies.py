@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 from model_store.images import Pixels
-from service.web.inference import Probabilities
+from service.scheduling.batch import Probabilities
 from tests.support.http_wire import read_answers
 from tests.support.planes import TOKEN, Oracle, StandIn, admin_app, behind_a_port, png, public_app
 from tools.fuzz.http_differential import PROXIES, installed, main, proxy_before, run_duel
@@ -118,9 +118,11 @@ class Slow(Oracle):
 
 
 def attack(port: int) -> bytes:
-    """A POST that asks for an upgrade, whose body is a whole request after so many empty lines that they do not come in
-    one segment. Whoever believes the upgrade reads two requests, and answers the second one to whomever comes next over
-    the same upstream connection."""
+    """A POST that asks for an upgrade, whose body is a whole request after many empty lines.
+
+    They do not fit into one segment. A server that believes the upgrade reads two requests. It answers the second one
+    to whoever comes next over the same upstream connection.
+    """
     picture = PICTURES[ATTACKER]
     inner = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (CLASSIFY.encode(), len(picture))
     body = b"\r\n" * 200_000 + inner + picture

@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from model_store.input_spec import InputSpec
+from model_store.json_object import Json
 from service.errors import ErrorMessage
 from service.observability.metrics import Metrics
 from service.settings import MAX_PICTURE_BYTES
@@ -26,7 +27,6 @@ MODEL: Final = "/v2/models/tombola"
 INFER: Final = f"{MODEL}/infer"
 LENGTH: Final = "inference-header-content-length"
 PIXELS: Final = np.asarray(picture(110)).transpose(2, 0, 1)
-Json = dict[str, Any]
 
 
 LARGER: Final = InputSpec(48, 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))

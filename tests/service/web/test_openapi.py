@@ -18,6 +18,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
+from model_store.json_object import Json
 from service.errors import ErrorMessage
 from service.web.openapi import with_short_names
 from tests.support.serving import Process, serving, tiny_library
@@ -25,7 +26,6 @@ from tests.support.tickets import CLASSES
 from tombola.sample_image import draw_sample
 from tools.reference import apps
 
-Json = dict[str, Any]
 PLANES: Final = ("public", "admin")
 INFER: Final[Json] = {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES"}]}
 AUDIT: Final[Json] = {"profile": "smoke", "images": 2, "attacks": ["fgsm"], "epsilons": [8]}
