@@ -358,7 +358,13 @@ def verify(
     probes = random_images(PROBES, tickets[0].input.shape) if images is None else images
 
     def compare(index: int) -> float:
-        return max_relative_error(backend.forward(index, probes), reference_logits(tickets[index], probes))
+        try:
+            return max_relative_error(backend.forward(index, probes), reference_logits(tickets[index], probes))
+        except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise EngineRejected(
+                f"engine {name}: {tickets[index].name} cannot run pictures of {tickets[index].input}: {why:.160}"
+            ) from error
 
     with ThreadPoolExecutor(threads, "warm-up") as pool:
         worst = max(zip(pool.map(compare, range(len(tickets))), range(len(tickets)), strict=True))

@@ -23,6 +23,7 @@ from service.engine.base import (
 )
 
 MAX_BATCH: Final = 512  # images of one forward pass; beyond it activations cost memory and gain nothing
+BATCH_NUMBERS: Final = 2**23  # of the images of one forward pass, 32 MiB of floats: 55 images of 224x224
 
 
 def build(tickets: Sequence[FoldedTicket], *, device: torch.device) -> Backend:
@@ -71,12 +72,19 @@ class Networks:
     def forward_tensor(self, member: int, pixels: Tensor) -> Tensor:
         """uint8 pixels on the CPU -> logits on the CPU."""
         on_device = pixels.to(self.device)
-        return torch.cat([self.run(member, chunk) for chunk in torch.split(on_device, MAX_BATCH)]).cpu()
+        return torch.cat(
+            [self.run(member, chunk) for chunk in torch.split(on_device, images_of_pass(pixels[0].numel()))]
+        ).cpu()
 
     def run(self, member: int, pixels: Tensor) -> Tensor:
         images = (pixels.float() / 255).to(self.dtype).contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.networks[member](images)
         return logits.float() / self.temperatures[member]
+
+
+def images_of_pass(numel: int) -> int:
+    """Images of one forward pass, so that its memory does not grow with the pictures. numel: numbers of one."""
+    return max(1, min(MAX_BATCH, BATCH_NUMBERS // numel))
 
 
 def on_device(tickets: Sequence[FoldedTicket], device: torch.device, dtype: torch.dtype) -> Networks:

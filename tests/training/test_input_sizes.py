@@ -40,7 +40,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TOMBOLA_CACHE", raising=False)
 
 
-@pytest.mark.parametrize("size", [(28, 28), (48, 64), (96, 96), (224, 224)])
+@pytest.mark.parametrize("size", [(28, 28), (37, 53), (48, 64), (96, 96), (224, 224)])
 def test_every_structure_takes_steps_at_every_size_and_leaves_a_ticket_that_is_itself(
     size: tuple[int, int], pictures: Path
 ) -> None:
@@ -99,7 +99,18 @@ def test_a_data_set_of_another_size_or_of_other_classes_is_no_reason_for_nonsens
     np.savez(arrays, images=pixels, labels=labels)
     state = ["--state", str(tmp_path / "run")]
     assert main(["search", "--data", str(arrays), *state]) == 2
-    assert "images are uint8 [40, 64, 64, 3]; expected uint8 [N, 32, 32, 3]" in capsys.readouterr().err
+    refusal = "images are uint8 [40, 64, 64, 3]; expected uint8 [N, 32, 32, 3]"
+    assert refusal in capsys.readouterr().err
+    of_ten = tmp_path / "of_ten.npz"
+    np.savez(of_ten, images=pixels, labels=np.arange(40) % 10)
+    for words in (
+        ["search", "--data", str(of_ten), *state, "--from", str(EMBEDDED)],
+        ["compare", str(EMBEDDED), "--data", str(of_ten)],
+        ["audit", str(EMBEDDED), "--data", str(of_ten), "--profile", "smoke", "--out", str(tmp_path / "audit")],
+    ):
+        assert main(words) == 2, words
+        (line,) = capsys.readouterr().err.splitlines()
+        assert refusal in line
     assert main(["search", "--data", str(pictures), *state, "--from", str(EMBEDDED)]) == 2
     assert f"classes blue, green, red; the library {EMBEDDED} has airplane" in capsys.readouterr().err
 

@@ -1,77 +1,27 @@
 """What the console asks of the admin plane: the state at a glance, a picture tried, an audit's cost."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
-import httpx
 import numpy as np
 import pytest
 
 from model_store.library import Library
 from model_store.policy import inclusion_probabilities
-from service.admin.audit_jobs import AuditQueue
 from service.admin.console_api import DRAWS, summarize_draws
-from service.admin.traffic_history import TrafficHistory
-from service.app import create_admin_app, create_public_app
 from service.errors import ErrorMessage
-from service.library_manager import LibraryManager
-from service.observability.metrics import PUBLISH_EVERY, Metrics
-from service.settings import Settings
-from service.web.auth import ApiKeyStore
-from tests.support.planes import TOKEN, png, refused
+from service.observability.metrics import PUBLISH_EVERY
+from tests.support.planes import png, refused
+from tests.support.real_planes import Plane, with_plane
 from tests.support.serving import tiny_library
 
-Answer = TypeVar("Answer")
 CLASSES: Final = ("cat", "dog", "ship")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return tiny_library(tmp_path_factory.mktemp("tiny"))
-
-
-class Plane:
-    """Both planes in process, as they are served."""
-
-    def __init__(self, library: Path, state: Path, **knobs: Any) -> None:
-        settings = Settings(library=library, state_dir=state, engine="torch", **knobs)
-        self.metrics = Metrics()
-        self.manager = LibraryManager(settings, self.metrics)
-        jobs = AuditQueue(settings, self.metrics, self.manager.library)
-        self.history = TrafficHistory(self.metrics)
-        admin = create_admin_app(self.manager, settings, self.metrics, TOKEN, jobs, self.history)
-        public = create_public_app(self.manager, settings, self.metrics, ApiKeyStore(None, self.metrics))
-        self.admin = client(admin, authorization=f"Bearer {TOKEN}")
-        self.stranger = client(admin)
-        self.public = client(public)
-
-    async def draws(self) -> dict[str, Any]:
-        draws: dict[str, Any] = (await self.admin.get("/admin/overview")).json()["draws"]
-        return draws
-
-
-def client(app: Any, **headers: str) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app)
-    return httpx.AsyncClient(transport=transport, base_url="http://tombola", timeout=60, headers=headers)
-
-
-def with_plane(
-    test: Callable[[Plane], Awaitable[Answer]], library: Library, state: Path, *, load: bool = True, **knobs: Any
-) -> Answer:
-    async def run() -> Answer:
-        plane = Plane(library.path, state, **knobs)
-        if load:
-            await plane.manager.start()
-        try:
-            return await test(plane)
-        finally:
-            if load:
-                plane.manager.workers.stop()
-
-    return asyncio.run(run())
 
 
 def test_nothing_is_told_without_the_token(tiny: Library, tmp_path: Path) -> None:

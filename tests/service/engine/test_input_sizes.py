@@ -19,7 +19,7 @@ from service.settings import Settings
 from tests.support.tickets import items, make_ticket
 
 pytest.importorskip("service.engine.openvino_engine")
-STEMS = {(28, 28): (2, 1), (48, 64): (2, 2), (64, 64): (2, 2), (96, 96): (4, 2), (224, 224): (4, 4)}
+STEMS = {(28, 28): (2, 1), (37, 53): (2, 1), (48, 64): (2, 2), (64, 64): (2, 2), (96, 96): (4, 2), (224, 224): (4, 4)}
 
 
 def library_of(path: Path, size: tuple[int, int], classes: int = 3) -> Library:
