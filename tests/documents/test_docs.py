@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = re.compile(r"(?:^|[ /])tombola (?=[a-z-])")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
 PROSE = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 PAGES = [page for page in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(page.parts)]
@@ -65,7 +66,7 @@ def test_every_make_target_of_the_readme_exists(target: str) -> None:
 
 def test_the_tree_is_that_of_the_modules() -> None:
     """Rebuilt by `python -m tools.document_tree`."""
-    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    page = ARCHITECTURE
     assert with_tree(page) == page
 
 
@@ -76,7 +77,7 @@ def test_every_module_says_in_a_docstring_what_it_is() -> None:
 
 
 def test_the_files_that_the_architecture_names_exist() -> None:
-    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## The tree")[0]
+    page = ARCHITECTURE.split("## The tree")[0]
     names = re.findall(r"`((?:model_store|training|service|tombola|deploy|docs)/[\w./-]+)`", page)
     assert len(names) > 30
     assert not [name for name in names if not (ROOT / name).exists()]
@@ -128,3 +129,20 @@ def test_every_command_and_every_option_explains_itself() -> None:
 def test_the_reference_is_what_the_code_says() -> None:
     """Every setting, flag, metric and route; rebuilt by `python -m tools.reference > docs/REFERENCE.md`."""
     assert (ROOT / "docs" / "REFERENCE.md").read_text(encoding="utf-8").strip() == page().strip()
+
+
+def rows_of_places() -> list[str]:
+    section = ARCHITECTURE.split("## To change X, edit Y")[1].split("## The tree")[0]
+    return [line for line in section.splitlines() if line.startswith("| ") and not line.startswith(("| to", "| ---"))]
+
+
+@pytest.mark.parametrize("row", rows_of_places(), ids=lambda row: row.split(" | ")[0].removeprefix("| "))
+def test_every_place_to_edit_is_there_and_has_the_names_that_are_said(row: str) -> None:
+    words = re.findall(r"`([^`]+)`", row.split(" | ", 1)[1])
+    places = [ROOT / word for word in words if "/" in word and " " not in word]
+    assert places
+    assert not [place for place in places if not place.exists()]
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file()]
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    names = [word for word in words if "/" not in word and " " not in word]
+    assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
