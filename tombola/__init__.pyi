@@ -30,6 +30,7 @@ from service.audit.api import audit as audit
 from service.audit.target import Target as Target
 from service.settings import Settings as Settings
 from service.settings import read_settings as read_settings
+from tombola.classifier import BatchClassifier as BatchClassifier
 from tombola.client import AsyncClient as AsyncClient
 from tombola.client import Client as Client
 from tombola.client import ClientError as ClientError

@@ -9,14 +9,17 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 from model_store.errors import TombolaError
 from model_store.files import naming, replacing
+
+if TYPE_CHECKING:
+    import pyarrow
 
 if sys.platform != "win32":
     import fcntl
@@ -58,14 +61,7 @@ class ResultsFile:
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         """Raises ResultsRejected: an unknown suffix, a finished table, an unfinished one of another run."""
-        if path.suffix.lower() not in FORMATS:
-            raise ResultsRejected(f"--out {path}: expected a name that ends in {', '.join(FORMATS)}")
-        if path.suffix.lower() == ".parquet":
-            require_pyarrow(path)
-        if path.exists():
-            raise ResultsRejected(f"--out {path}: is there already; delete it, or choose another name")
-        if not path.parent.is_dir():
-            raise ResultsRejected(f"--out {path}: the folder {path.parent} is not there")
+        check_path(path)
         self.path = path
         self.journal = path.with_name(f".{path.name}.unfinished")
         self.run = {"tombola": "classify", **run}
@@ -165,26 +161,41 @@ class ResultsFile:
         text.detach()
 
     def write_parquet(self, file: BinaryIO) -> None:
-        import pyarrow as arrow
         from pyarrow import parquet
 
-        text, number, share = arrow.string(), arrow.int32(), arrow.float64()
-        types = (text, text, number, share, share, number, text, text)
-        schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
-        with parquet.ParquetWriter(file, schema) as table:
+        with parquet.ParquetWriter(file, table_of(()).schema) as table:
             for rows in batched(self.rows(), PARQUET_ROWS):
-                columns = [[row[name] for row in rows] for name in COLUMNS]
-                table.write_table(arrow.table(columns, schema=schema))
+                table.write_table(table_of(rows))
 
 
-def batched(rows: Iterator[Row], size: int) -> Iterator[list[dict[str, Any]]]:
-    while batch := [values(row) for row in islice(rows, size)]:
+def batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while batch := list(islice(rows, size)):
         yield batch
+
+
+def table_of(rows: Sequence[Row]) -> "pyarrow.Table":
+    import pyarrow as arrow
+
+    text, number, share = arrow.string(), arrow.int32(), arrow.float64()
+    types = (text, text, number, share, share, number, text, text)
+    return arrow.Table.from_pylist(list(map(values, rows)), schema=arrow.schema(list(zip(COLUMNS, types, strict=True))))
 
 
 def values(row: Row) -> dict[str, Any]:
     """By column. A file's name that is no UTF-8 is shown with escapes: no format of tables has such bytes."""
     return {**asdict(row), "file": os.fsencode(row.file).decode("utf-8", "backslashreplace")}
+
+
+def check_path(path: Path) -> None:
+    """Whether a table may be written there. Raises ResultsRejected."""
+    if path.suffix.lower() not in FORMATS:
+        raise ResultsRejected(f"--out {path}: expected a name that ends in {', '.join(FORMATS)}")
+    if path.suffix.lower() == ".parquet":
+        require_pyarrow(path)
+    if path.exists():
+        raise ResultsRejected(f"--out {path}: is there already; delete it, or choose another name")
+    if not path.parent.is_dir():
+        raise ResultsRejected(f"--out {path}: the folder {path.parent} is not there")
 
 
 def require_pyarrow(path: Path) -> None:

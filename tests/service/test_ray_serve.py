@@ -1,19 +1,23 @@
-"""The Ray Serve adapter on a real local cluster: two replicas, one of which is killed under load."""
+"""On a real local Ray cluster: the guide's recipe for many pictures, and two replicas, one of which is killed."""
 
 import base64
 import json
 import os
+import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from tests.deploy.test_prometheus import free_port
 from tests.support.planes import png
-from tests.support.serving import fetch, over_and_over, tiny_library
+from tests.support.serving import ROOT, fetch, over_and_over, tiny_library
+from tests.support.tickets import CLASSES
 from tests.support.waiting import until
+from tombola.results_file import COLUMNS
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve", exc_type=ImportError)
@@ -39,8 +43,20 @@ def start_ray(tries: int = 3) -> None:
         start_ray(tries - 1)
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        start_ray()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
 @pytest.fixture
-def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def address(cluster: None, tmp_path: Path) -> Iterator[str]:
     """Two replicas that tell who they are and how many images they had; all digits are shown, to tell draws apart."""
     from service.ray_serve import Replica, application
 
@@ -48,10 +64,7 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         def observe(self) -> tuple[int, float]:
             return os.getpid(), self.metrics.value("inference_images_total")
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     library, port = tiny_library(tmp_path / "library"), free_port()
-    start_ray()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         words = {"replicas": 2, "cores": 0.5, "library": str(library.path), "engine": "torch", "detail": "full"}
@@ -60,7 +73,6 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
-        ray.shutdown()
 
 
 def classify(address: str) -> list[Any]:
@@ -110,3 +122,32 @@ def test_two_replicas_draw_apart_and_the_death_of_one_costs_no_more_than_what_it
     print(f"\n{len(outcomes)} requests of {IMAGES} images, {lost} lost with the replica that was killed")
     assert lost <= 1  # one client: what was in flight in the replica that died
     assert outcomes[-1]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_guide_s_recipe_classifies_a_folder_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, but for where things are and for the smallest library."""
+    pytest.importorskip("pandas", reason="pandas is not installed; Ray Data needs it")
+    library, photos = tiny_library(tmp_path / "library"), tmp_path / "photos"
+    photos.mkdir()
+    for index in range(20):
+        (photos / f"{index}.png").write_bytes(png(12 * index))
+    (photos / "damaged.png").write_bytes(png()[:60])
+    guide = (ROOT / "docs" / "CLIENTS.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```python\n(import ray\n.*?)```", guide, re.DOTALL)
+    for printed, used in {
+        '"photos"': repr(str(photos)),
+        '"results"': repr(str(tmp_path / "results")),
+        "threads=1": f"threads=1, library={str(library.path)!r}, engine='torch', engine_processes=False",
+        "concurrency=2": "concurrency=1",
+    }.items():
+        assert recipe.count(printed) == 1
+        recipe = recipe.replace(printed, used)
+    exec(compile(recipe, "CLIENTS.md", "exec"), {"__name__": "recipe"})  # noqa: S102 -- the guide's own code
+    table = parquet.read_table(tmp_path / "results")
+    assert tuple(table.column_names) == COLUMNS
+    rows = {Path(row["file"]).name: row for row in table.to_pylist()}
+    assert len(rows) == table.num_rows == 21
+    assert rows.pop("damaged.png")["error"]
+    for row in rows.values():
+        assert (row["label"] in CLASSES, row["draws"], row["library"], row["error"]) == (True, 9, library.digest, None)
