@@ -1,20 +1,33 @@
 """Libraries in OCI registries: an artifact with one layer for each file, as `oras push` would lay it out.
 
 A location is `oci://HOST[:PORT]/NAME[:TAG]` or `...@sha256:DIGEST`. The registry is asked over https, on loopback over
-http. Every blob is held against its digest. Nobody but the registry is called: its redirects are refused.
+http. Every blob is held against its digest.
+
+Whom the registry names is called, too: its token server, and stores that it redirects reads to. Only over https, and
+never inside a network that is not public unless the registry is there itself. Stores get no credentials.
 """
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
 from model_store.errors import LibraryRejected
-from service.outbound import http_client
+from service.outbound import http_client, in_public_network
+from service.registry_auth import (
+    FILE_VARIABLE,
+    HUB,
+    HUB_NAMES,
+    Challenge,
+    credentials_of,
+    parse_challenges,
+    parse_token,
+    token_url,
+)
 
 MANIFEST_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 ARTIFACT_TYPE: Final = "application/vnd.tombola.library.v1"
@@ -23,6 +36,12 @@ EMPTY_TYPE: Final = "application/vnd.oci.empty.v1+json"
 EMPTY: Final = b"{}"  # the artifact's config, which says nothing
 TITLE: Final = "org.opencontainers.image.title"  # a layer's path, by the specification's annotation
 MAX_MANIFEST_BYTES: Final = 4 << 20  # what registries themselves accept
+MAX_ANSWER_BYTES: Final = 1 << 20  # of what is no file: tokens, errors
+MAX_REDIRECTS: Final = 5
+REDIRECTS: Final = (301, 302, 303, 307, 308)
+READING: Final = ("GET", "HEAD")
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+CREDENTIALS_HINT: Final = f"set OCI_USERNAME and OCI_PASSWORD, or {FILE_VARIABLE}"
 TIMEOUT_S: Final = 60.0  # of each wait for bytes
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 REFERENCE: Final = re.compile(
@@ -49,7 +68,18 @@ def parse_reference(url: str) -> Reference:
     if match is None or not parts.netloc:
         raise LibraryRejected(f"{url}: expected oci://HOST/NAME:TAG or oci://HOST/NAME@sha256:DIGEST")
     scheme = "http" if parts.hostname in LOOPBACK else "https"
-    return Reference(f"{scheme}://{parts.netloc}", match["name"], match["digest"] or match["tag"] or "latest")
+    host = HUB if parts.netloc in HUB_NAMES else parts.netloc
+    return Reference(f"{scheme}://{host}", match["name"], match["digest"] or match["tag"] or "latest")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the registry, or whom it redirected to, answered. url: who that was."""
+
+    url: str
+    status: int
+    headers: Any  # httpx.Headers
+    data: bytes
 
 
 class Artifact:
@@ -57,8 +87,9 @@ class Artifact:
 
     def __init__(self, url: str) -> None:
         self.reference = parse_reference(url)
-        user, password = (os.environ.get(f"OCI_{name}") for name in ("USERNAME", "PASSWORD"))
-        self.client = http_client(timeout_s=TIMEOUT_S, auth=(user, password) if user and password else None)
+        self.credentials = credentials_of(urlsplit(self.reference.registry).netloc)
+        self.client = http_client(timeout_s=TIMEOUT_S)
+        self.authorization: str | None = None  # once the registry has asked for one
         self.files: dict[str, tuple[str, int]] | None = None
 
     def __enter__(self) -> "Artifact":
@@ -101,19 +132,7 @@ class Artifact:
         return files
 
     def download(self, url: str, most: int, accept: str = "*/*") -> bytes:
-        import httpx
-
-        data = bytearray()
-        try:
-            with self.client.stream("GET", url, headers={"accept": accept, "accept-encoding": "identity"}) as response:
-                check_status(response, url, 200)
-                for chunk in response.iter_bytes():
-                    data += chunk
-                    if len(data) > most:
-                        raise LibraryRejected(f"{url}: more than the {most} bytes that are read")
-        except httpx.HTTPError as error:
-            raise LibraryRejected(f"{url}: {type(error).__name__}: {error}") from None
-        return bytes(data)
+        return self.ask("GET", url, 200, most=most, headers={"accept": accept, "accept-encoding": "identity"}).data
 
     # Writing
 
@@ -137,25 +156,127 @@ class Artifact:
     def upload(self, data: bytes) -> dict[str, Any]:
         """A blob, unless the registry has it; its descriptor."""
         digest = digest_of(data)
-        if self.ask("HEAD", self.reference.url(f"blobs/{digest}"), 200, 404).status_code == 404:
+        if self.ask("HEAD", self.reference.url(f"blobs/{digest}"), 200, 404).status == 404:
             begun = self.reference.url("blobs/uploads/")
-            place = urljoin(begun, self.ask("POST", begun, 202).headers.get("location", ""))
-            if urlsplit(place)[:2] != urlsplit(begun)[:2]:
-                raise LibraryRejected(f"{begun}: uploads to {place}; only the registry itself is called")
+            place = join(begun, self.ask("POST", begun, 202).headers.get("location", ""))
+            if not self.is_registry(place):
+                raise LibraryRejected(
+                    f"{begun}: uploads to {without_query(place)}; only the registry itself is sent files"
+                )
             form = {"content-type": "application/octet-stream"}
             place += ("&" if urlsplit(place).query else "?") + f"digest={digest}"
             self.ask("PUT", place, 201, content=data, headers=form)
         return {"digest": digest, "size": len(data)}
 
-    def ask(self, method: str, url: str, *expected: int, **options: Any) -> Any:
+    # Both
+
+    def ask(
+        self,
+        method: str,
+        url: str,
+        *expected: int,
+        most: int = MAX_ANSWER_BYTES,
+        headers: Mapping[str, str] = NOTHING,
+        content: bytes | None = None,
+    ) -> Answer:
+        """Asks the registry, and once more with what it then asks for."""
+        answer = self.follow(method, url, most, headers, content)
+        if answer.status == 401 and self.is_registry(answer.url):
+            self.authorization = self.authorize(answer, "pull" if method in READING else "pull,push")
+            answer = self.follow(method, url, most, headers, content)
+        if answer.status in expected:
+            return answer
+        if answer.status in (401, 403):
+            raise LibraryRejected(f"{url}: status {answer.status} for {self.who}")
+        raise LibraryRejected(f"{url}: status {answer.status}; expected {expected[0]}")
+
+    def follow(self, method: str, url: str, most: int, headers: Mapping[str, str], content: bytes | None) -> Answer:
+        """Reads where the registry leads. Somebody else is not told who asks."""
+        place = url
+        for _ in range(MAX_REDIRECTS + 1):
+            secret = {"authorization": self.authorization} if self.authorization and self.is_registry(place) else {}
+            answer = self.send(method, place, most, {**headers, **secret}, content)
+            if answer.status not in REDIRECTS or "location" not in answer.headers:
+                return answer
+            place = join(place, answer.headers["location"])
+            if method not in READING:
+                raise LibraryRejected(f"{url}: leads to {without_query(place)}; only reads are redirected")
+            self.check_place(f"{url}: leads to", place)
+        raise LibraryRejected(f"{url}: more than {MAX_REDIRECTS} redirects")
+
+    def send(
+        self, method: str, url: str, most: int, headers: Mapping[str, str], content: bytes | None = None
+    ) -> Answer:
         import httpx
 
+        data, shown = bytearray(), without_query(url)
         try:
-            response = self.client.request(method, url, **options)
-        except httpx.HTTPError as error:
-            raise LibraryRejected(f"{url}: {type(error).__name__}: {error}") from None
-        check_status(response, url, *expected)
-        return response
+            with self.client.stream(method, url, headers=headers, content=content) as response:
+                limit = most if response.status_code == 200 else MAX_ANSWER_BYTES
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) > limit:
+                        raise LibraryRejected(f"{shown}: more than the {limit} bytes that are read")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise LibraryRejected(f"{shown}: {type(error).__name__}: {error}") from None
+        return Answer(url, response.status_code, response.headers, bytes(data))
+
+    def is_registry(self, url: str) -> bool:
+        return urlsplit(url)[:2] == urlsplit(self.reference.registry)[:2]
+
+    def check_place(self, role: str, url: str) -> None:
+        """Whether the registry may lead there. role: what the place is said to be, and by which URL."""
+        own, place = urlsplit(self.reference.registry), urlsplit(url)
+        on_loopback = own.scheme == "http" and place.scheme == "http" and place.hostname in LOOPBACK
+        if place.scheme != "https" and not on_loopback:
+            raise LibraryRejected(f"{role} {without_query(url)}; expected https")
+        if place.username or place.password or not place.hostname:
+            raise LibraryRejected(f"{role} {place.hostname}; expected a host without credentials")
+        if in_public_network(own.hostname or "") and not in_public_network(place.hostname):
+            raise LibraryRejected(f"{role} {without_query(url)}; it has no public address, and the registry has")
+
+    # Credentials
+
+    def authorize(self, refused: Answer, actions: str) -> str:
+        """The header that a 401 asks for."""
+        challenges = parse_challenges(refused.headers.get_list("www-authenticate"))
+        if "bearer" in challenges:
+            return f"Bearer {self.fetch_token(refused.url, challenges['bearer'], actions)}"
+        if "basic" in challenges and self.credentials is not None:
+            return self.credentials.header
+        scheme = "Basic" if "basic" in challenges else "unknown"
+        raise LibraryRejected(f"{refused.url}: status 401, {scheme} authentication; {CREDENTIALS_HINT}")
+
+    def fetch_token(self, refused: str, challenge: Challenge, actions: str) -> str:
+        """From the server that the registry names. It is told the credentials: that is what they are for."""
+        realm = join(refused, challenge.get("realm", ""))
+        role = f"{refused}: its token server is"
+        self.check_place(role, realm)
+        url = token_url(realm, challenge, f"repository:{self.reference.name}:{actions}")
+        headers = {"authorization": self.credentials.header} if self.credentials else NOTHING
+        answer = self.send("GET", url, MAX_ANSWER_BYTES, headers)
+        if answer.status != 200:
+            raise LibraryRejected(f"{role} {without_query(realm)}: status {answer.status} for {self.who}")
+        token = parse_token(answer.data)
+        if token is None:
+            raise LibraryRejected(f"{role} {without_query(realm)}; expected JSON with a token from it")
+        return token
+
+    @property
+    def who(self) -> str:
+        return self.credentials.user if self.credentials else f"no user; {CREDENTIALS_HINT}"
+
+
+def join(base: str, url: str) -> str:
+    try:
+        return urljoin(base, url)
+    except ValueError:
+        raise LibraryRejected(f"{without_query(base)}: leads to {url[:200]!r}; expected a URL") from None
+
+
+def without_query(url: str) -> str:
+    """For errors: what a store is asked for may be signed there."""
+    return url.partition("?")[0][:300]
 
 
 def digest_of(data: bytes) -> str:
@@ -165,14 +286,3 @@ def digest_of(data: bytes) -> str:
 def check_digest(url: str, data: bytes, expected: str) -> None:
     if digest_of(data) != expected:
         raise LibraryRejected(f"{url}: other bytes, {digest_of(data)}; expected {expected}")
-
-
-def check_status(response: Any, url: str, *expected: int) -> None:
-    if response.status_code in expected:
-        return
-    if response.is_redirect:
-        raise LibraryRejected(f"{url}: leads to {response.headers.get('location', '')[:200]}; redirects are refused")
-    if response.status_code == 401:
-        scheme = response.headers.get("www-authenticate", "").split(" ")[0]
-        raise LibraryRejected(f"{url}: status 401, {scheme or 'no'} authentication; set OCI_USERNAME and OCI_PASSWORD")
-    raise LibraryRejected(f"{url}: status {response.status_code}; expected {expected[0]}")

@@ -4,6 +4,8 @@ A variable such as http_proxy is set for a whole machine. It would lead calls of
 somebody else. Whoever needs a proxy names it.
 """
 
+import ipaddress
+import socket
 import urllib.request
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -56,6 +58,15 @@ def build(kind: Callable[..., Client], timeout_s: float, proxy: str | None, opti
 def open_url(request: str | urllib.request.Request, timeout_s: float = 60) -> Any:
     """As urllib's urlopen, without a proxy. Raises URLError, HTTPError."""
     return DIRECT.open(request, timeout=timeout_s)
+
+
+def in_public_network(host: str) -> bool:
+    """Whether every address of a host is public. One that has no address is: a request to it fails in any case."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return True
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
 
 
 def loopback_url(url: str) -> str:
