@@ -63,10 +63,10 @@ def open_url(request: str | urllib.request.Request, timeout_s: float = 60) -> An
 def in_public_network(host: str) -> bool:
     """Whether every address of a host is public. One that has no address is: a request to it fails in any case."""
     try:
-        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return True
-    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in addresses)
 
 
 def loopback_url(url: str) -> str:

@@ -66,13 +66,13 @@ def read_auth_file(path: Path, host: str) -> Credentials | None:
 
 def parse_challenges(values: Sequence[str]) -> dict[str, Challenge]:
     """Values of WWW-Authenticate -> parameters by scheme, in lower case; other schemes are left out."""
-    found: dict[str, Challenge] = {}
+    challenges: dict[str, Challenge] = {}
     for value in values:
         _, *parts = SCHEME.split(value)
         for scheme, parameters in zip(parts[::2], parts[1::2], strict=True):
             named = (item.split("=", 1) for item in parse_http_list(parameters) if "=" in item)
-            found.setdefault(scheme.lower(), {name.strip().lower(): text.strip('" ') for name, text in named})
-    return found
+            challenges.setdefault(scheme.lower(), {name.strip().lower(): text.strip('" ') for name, text in named})
+    return challenges
 
 
 def token_url(realm: str, challenge: Challenge, scope: str) -> str:

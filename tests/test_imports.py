@@ -19,6 +19,7 @@ ALLOWED: Final = {
 # The service's folders and single modules, floor by floor: each may import its own floor and those below it.
 FLOORS: Final = (
     ("settings", "errors", "cpu", "outbound"),
+    ("registry_auth",),
     ("oci_registry",),
     ("observability", "library_source"),
     ("engine",),

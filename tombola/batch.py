@@ -2,14 +2,13 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
 from tombola.client import Client, ImageUnreadable, RequestRefused, StablePrediction, bounded_map
-from tombola.commands.classify import SETTINGS
 from tombola.results_file import ResultsFile, ResultsRejected, Row, check_path
 from tombola.sources import Picture, Source, list_pictures, read_pictures
 
@@ -17,17 +16,19 @@ SOME_FAILED: Final = 1  # exit code: some pictures have no answer
 REFUSED_IMAGE: Final = (400, 413, 415)  # statuses that say something of the picture
 
 
-def classify_files(arguments: argparse.Namespace) -> int:
-    """Runs `tombola classify`; its exit code. Raises TombolaError for what ends the run, which can be resumed."""
+def classify_files(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    """Runs `tombola classify`; its exit code. Raises TombolaError for what ends the run, which can be resumed.
+
+    settings: those that were given, of the engine on this machine.
+    """
     if arguments.url:
-        given = sorted(name for name in vars(arguments) if name in ("library", "device", "engine", "threads"))
-        if given:
-            raise ResultsRejected(f"--{given[0]} and --url: a running service has its own")
+        for name in sorted(settings.keys() & {"library", "device", "engine", "threads"}):
+            raise ResultsRejected(f"--{name} and --url: a running service has its own")
     check_path(arguments.out)  # before the seconds that an engine takes
     sources = list_pictures(arguments.paths)
     if arguments.url:
         return classify_remotely(arguments, sources)
-    return classify_locally(arguments, sources)
+    return classify_locally(arguments, settings, sources)
 
 
 # A running service
@@ -90,12 +91,11 @@ def row_of(name: str, answer: StablePrediction) -> Row:
 # This machine
 
 
-def classify_locally(arguments: argparse.Namespace, sources: Sequence[Source]) -> int:
+def classify_locally(arguments: argparse.Namespace, settings: Mapping[str, Any], sources: Sequence[Source]) -> int:
     from service.observability.logs import configure_logging
     from tombola.classifier import BatchClassifier
 
     configure_logging("error")
-    settings = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
     with BatchClassifier(draws=arguments.draws, **settings) as classifier:
         run = {"draws": arguments.draws, "library": classifier.digest}
         with ResultsFile(arguments.out, run) as results:

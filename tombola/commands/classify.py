@@ -62,4 +62,4 @@ def seconds(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     from tombola.batch import classify_files
 
-    return classify_files(arguments)
+    return classify_files(arguments, {name: value for name, value in vars(arguments).items() if name in SETTINGS})
