@@ -20,6 +20,7 @@ helm: Final = pytest.importorskip("helm_python", reason="helm-python-sdk is not 
 CHART: Final = DEPLOY / "helm" / "tombola"
 SCHEMA: Final = json.loads((CHART / "values.schema.json").read_text("utf-8"))
 WHOLE: Final = {"monitoring": {"enabled": True}, "autoscaling": {"adapter": {"enabled": True}}}
+VARIANTS: Final = ("gpu", "grpc", "tracing")
 OWN: Final = {"app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "helm.sh/chart"}
 """Labels that Helm's conventions add."""
 
@@ -51,7 +52,7 @@ def merged(first: Json, second: Json) -> Json:
     return both
 
 
-@pytest.mark.parametrize("values", [{}, WHOLE, variant("gpu"), variant("tracing")], ids=str)
+@pytest.mark.parametrize("values", [{}, WHOLE, *map(variant, VARIANTS)], ids=str)
 def test_helm_s_linter_has_nothing_against_the_chart(values: Json) -> None:
     report = helm.lint(str(CHART), values, strict=True)
     assert report["errors"] == []
@@ -59,7 +60,7 @@ def test_helm_s_linter_has_nothing_against_the_chart(values: Json) -> None:
 
 
 @NEEDS_KUBECTL
-@pytest.mark.parametrize("overlay", ["base", "overlays/gpu", "overlays/tracing"])
+@pytest.mark.parametrize("overlay", ["base", *(f"overlays/{name}" for name in VARIANTS)])
 def test_the_chart_renders_what_kustomize_builds(overlay: str) -> None:
     """But for the labels of Helm's conventions, and the namespace, which `helm install --create-namespace` makes."""
     name = overlay.removeprefix("overlays/")
@@ -79,7 +80,7 @@ def test_the_chart_renders_what_kustomize_builds(overlay: str) -> None:
         assert page == expected[key], key
 
 
-@pytest.mark.parametrize("values", [WHOLE, variant("gpu"), variant("tracing")], ids=["whole", "gpu", "tracing"])
+@pytest.mark.parametrize("values", [WHOLE, *map(variant, VARIANTS)], ids=["whole", *VARIANTS])
 def test_what_is_rendered_is_valid_and_its_settings_exist(values: Json) -> None:
     made = rendered(values)
     for page in made.values():
@@ -116,6 +117,7 @@ def test_values_reach_the_pod() -> None:
         "nodeSelector": {"disk": "fast"},
         "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
         "service": {"type": "LoadBalancer", "port": 8080},
+        "grpc": {"enabled": True, "port": 9002},
         "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
     }
     made = rendered(values, name="other")
@@ -133,7 +135,7 @@ def test_values_reach_the_pod() -> None:
     assert volumes["state"]["persistentVolumeClaim"] == {"claimName": "audits"}
     assert (pod["nodeSelector"], pod["imagePullSecrets"]) == ({"disk": "fast"}, [{"name": "registry"}])
     service = made["Service", "other"]["spec"]
-    assert (service["type"], service["ports"][0]["port"]) == ("LoadBalancer", 8080)
+    assert (service["type"], [port["port"] for port in service["ports"]]) == ("LoadBalancer", [8080, 9002])
     assert made["ServiceMonitor", "other"]["metadata"]["labels"]["release"] == "prometheus"
 
 
@@ -165,6 +167,7 @@ def test_two_releases_in_one_namespace_find_their_own_pods_alone() -> None:
         ({"image": {"digest": "sha256:12"}}, "image.digest"),
         ({"settings": {"MAX_BATCH_SIZE": 1000000}}, "settings.MAX_BATCH_SIZE"),  # YAML would make it 1e+06
         ({"settings": {"ADMIN_HOST": "127.0.0.1"}}, "ADMIN_HOST"),
+        ({"settings": {"GRPC": "true"}}, "GRPC"),  # grpc.enabled opens the port, too
         ({"library": "s3://models/robust"}, "library"),
         ({"autoscaling": {"minReplicas": 0}}, "autoscaling.minReplicas"),
     ],

@@ -79,7 +79,7 @@ def test_a_misspelt_key_is_refused(kind: str) -> None:
 
 
 @NEEDS_KUBECTL
-@pytest.mark.parametrize("folder", ["base", "overlays/gpu", "overlays/tracing"])
+@pytest.mark.parametrize("folder", ["base", "overlays/gpu", "overlays/grpc", "overlays/tracing"])
 def test_kustomize_builds_valid_manifests_in_one_namespace(folder: str) -> None:
     made = built(KUBERNETES / folder)
     assert len(made) == len(documents(BASE))
@@ -136,6 +136,20 @@ def test_a_pod_runs_with_as_little_as_the_restricted_standard_allows() -> None:
     assert context["readOnlyRootFilesystem"]
     assert not context["allowPrivilegeEscalation"]
     assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+@NEEDS_KUBECTL
+def test_the_grpc_overlay_opens_grpc_to_whoever_may_reach_http_and_to_nobody_else() -> None:
+    made = {(page["kind"], page["metadata"]["name"]): page for page in built(KUBERNETES / "overlays" / "grpc")}
+    deployment = made["Deployment", "tombola"]
+    assert {"name": "TOMBOLA_GRPC", "value": "true"} in container(deployment)["env"]
+    ports = {port["name"]: port["containerPort"] for port in container(deployment)["ports"]}
+    assert ports == {"http": 8000, "admin": 8001, "grpc": Settings().grpc_port}
+    (port,) = [port for port in made["Service", "tombola"]["spec"]["ports"] if port["name"] == "grpc"]
+    assert (port["port"], port["targetPort"], port["appProtocol"]) == (8002, "grpc", "kubernetes.io/h2c")
+    public, admin = made["NetworkPolicy", "tombola"]["spec"]["ingress"]
+    assert [port["port"] for port in public["ports"]] == ["http", "grpc"]
+    assert admin == one("NetworkPolicy")["spec"]["ingress"][1]
 
 
 def test_variables_are_settings_and_kubernetes_adds_none() -> None:

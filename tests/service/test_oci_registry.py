@@ -160,7 +160,7 @@ class TokenServer:
         """A JSON web token (RFC 7519) in ES256, with its certificate."""
         now = int(time.time())
         chain = [base64.b64encode(self.certificate.public_bytes(Encoding.DER)).decode()]
-        claims = {"iss": "tokens", "aud": "models", "sub": "me", "jti": "1", "access": access}
+        claims: dict[str, Any] = {"iss": "tokens", "aud": "models", "sub": "me", "jti": "1", "access": access}
         claims |= {"iat": now - 60, "nbf": now - 60, "exp": now + 300}
         parts = [unpadded(json.dumps(part).encode()) for part in ({"alg": "ES256", "typ": "JWT", "x5c": chain}, claims)]
         r, s = decode_dss_signature(self.key.sign(".".join(parts).encode(), ec.ECDSA(hashes.SHA256())))
