@@ -30,7 +30,7 @@ from service.settings import Settings
 from tests.support.audit_models import faint_digits, small_cnn, tiny, undefended
 from tests.support.pretend_cuda import pretend_cuda
 
-pytestmark = pytest.mark.usefixtures("native_convolutions")
+pytestmark = pytest.mark.usefixtures("quick_audits")
 IMAGES: Final = 5
 FEW: Final = 3  # steps, restarts, probes: of whatever an attack counts
 PROBES: Final = 40  # of a query attack; with fewer HopSkipJump never begins

@@ -20,7 +20,7 @@ from service.audit.run import load_images, run_audit
 from tests.support.audit_models import tiny
 from tombola.cli import main
 
-pytestmark = pytest.mark.usefixtures("native_convolutions")
+pytestmark = pytest.mark.usefixtures("quick_audits")
 
 
 def test_matching_pennies_are_drawn_evenly() -> None:

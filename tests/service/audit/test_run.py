@@ -44,7 +44,7 @@ from tests.support.serving import some_rows
 from tests.support.tickets import items, make_ticket
 from tombola.cli import main
 
-pytestmark = pytest.mark.usefixtures("native_convolutions")
+pytestmark = pytest.mark.usefixtures("quick_audits")
 SMALL = Audit("smoke", epsilons=(0.0, 2.0, 8.0), images=4)
 USUAL = epsilons_of(Audit(), 3072)
 
