@@ -148,6 +148,6 @@ def finish(results: ResultsFile) -> int:
     results.finish()
     text = f"{results.path}: {answered:,} pictures classified, {errors:,} with an error"
     if answered and results.run["draws"] > 1:
-        text += f"; {agreement / answered:.1%} of {results.run['draws']} draws agree in the mean"
+        text += f"; {agreement / answered:.1%} of {results.run['draws']} draws agree on average"
     print(text)
     return SOME_FAILED if errors else 0

@@ -120,7 +120,7 @@ class TicketDraws(TypedDict):
 
     structure: str
     density: str
-    probability: Annotated[float, Field(description="members of this kind in an ensemble, in the mean")]
+    probability: Annotated[float, Field(description="members of this kind in an ensemble, on average")]
     drawn: float
     expected: float
     deviation: Annotated[float | None, Field(description="of drawn from expected, in standard deviations")]

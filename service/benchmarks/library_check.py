@@ -101,7 +101,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"digest     {figures['digest']}",
         f"holds      {figures['tickets']} tickets, {figures['baselines']} baselines, {figures['classes']} classes",
         f"input      {figures['input']}",
-        f"theta      {figures['states']:,} states, {figures['expected_size']} members in the mean",
+        f"theta      {figures['states']:,} states, {figures['expected_size']} members on average",
         f"engine     {figures['engine']} on {figures['device']}, {figures['threads']} threads; {figures['note']}",
         f"equality   logits within {figures['difference']:.1e} of torch's, of the largest",
         f"verified   in {figures['verify_s']:.1f} s, warm in {figures['warm_up_s']:.1f} s, " + memory,

@@ -31,7 +31,7 @@ def details() -> dict[str, OutputDetail]:
 
 
 def disclosure(library: Library, images: Tensor, seed: int = 0) -> dict[str, Any]:
-    """How often theta and n are named right, for each detail, in the mean over images: floats [N, 3, H, W]."""
+    """How often theta and n are named right, for each detail, on average over images: floats [N, 3, H, W]."""
     rng = random.Random(seed)
     thetas = [draw_theta(library.policy, rng) for _ in range(DRAWS)]
     with torch.inference_mode():

@@ -128,7 +128,7 @@ def table(figures: dict[str, Any]) -> str:
 def sentence(name: str, figures: dict[str, Any]) -> str:
     mean = figures["mean"][name]
     return (
-        f"{name}, in the mean over {len(figures['tickets'])} tickets: {mean['clean']:+.2f} points clean, "
+        f"{name}, on average over {len(figures['tickets'])} tickets: {mean['clean']:+.2f} points clean, "
         f"{mean['pgd']:+.2f} under PGD-20 made on the float32 ticket; {mean['speed']:.2f} times as fast."
     )
 

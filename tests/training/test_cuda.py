@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model_store.structures import StructureName
-from tests.support.digits import digits
+from tests.support.digits import few_digits
 from tests.support.pretend_cuda import pretend_cuda
 from tests.support.searches import CPU, TINY, same
 from training import evaluation
@@ -32,11 +32,11 @@ def recipe_of(preset: str, structure: StructureName) -> TrainConfig:
 
 def train(recipe: TrainConfig, device: torch.device, folder: Path) -> Search:
     """Two steps in each phase, and a checkpoint between them."""
-    search = Search(recipe, digits(), device)
+    search = Search(recipe, few_digits(), device)
     search.train_step()
     search.train_step()
     search.save(folder / f"{device.type}.safetensors")
-    resumed = Search(recipe, digits(), device)
+    resumed = Search(recipe, few_digits(), device)
     resumed.load(folder / f"{device.type}.safetensors")
     if recipe.mask_steps < recipe.steps:
         resumed.step = recipe.mask_steps
@@ -67,15 +67,15 @@ def test_the_guard_the_ticket_and_its_claims_run_on_cuda(tmp_path: Path, monkeyp
     )
 
     def finish(device: torch.device) -> tuple[Search, Path]:
-        search = Search(TINY, digits(), device)
+        search = Search(TINY, few_digits(), device)
         search.train_step()
         return search, tmp_path / f"{device.type}.json"
 
     search, memo = finish(CPU)
     expected, ticket = search.check_overfit(), search.ticket()
-    claims = measure(ticket, digits(), "digits", CPU, memo)
+    claims = measure(ticket, few_digits(), "digits", CPU, memo)
     with pretend_cuda() as cuda:
         search, memo = finish(cuda)
         assert search.check_overfit() == expected
         assert same(search.ticket(), ticket)
-        assert measure(ticket, digits(), "digits", cuda, memo) == claims
+        assert measure(ticket, few_digits(), "digits", cuda, memo) == claims

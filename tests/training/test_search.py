@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model_store.structures import STRUCTURES, Structure, convs
 from model_store.ticket import Ticket, kept_count
-from tests.support.digits import digits
+from tests.support.digits import few_digits
 from tests.support.searches import CPU, TINY, ignore, same, same_masks
 from training.errors import SearchFailed
 from training.recipes import PRESETS, Allocation, Attack, continued_from, mask_phase
@@ -17,7 +17,7 @@ from training.seeding import make_generator
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Ticket:
-    return run(TINY, digits(), tmp_path_factory.mktemp("whole"), ignore, CPU)
+    return run(TINY, few_digits(), tmp_path_factory.mktemp("whole"), ignore, CPU)
 
 
 @pytest.mark.parametrize("stop", [1, 11, 12, 13, 23])
@@ -25,12 +25,12 @@ def test_a_search_that_goes_on_from_its_checkpoint_ends_in_the_same_bits(
     stop: int, uninterrupted: Ticket, tmp_path: Path
 ) -> None:
     """Stopped in either phase and around the change from masks to weights (step 12 of 24)."""
-    begun = Search(TINY, digits(), CPU)
+    begun = Search(TINY, few_digits(), CPU)
     for _ in range(stop):
         begun.train_step()
     begun.save(tmp_path / "checkpoint.safetensors")
     seen: list[int] = []
-    ticket = run(TINY, digits(), tmp_path, lambda event: seen.append(event.step), CPU)
+    ticket = run(TINY, few_digits(), tmp_path, lambda event: seen.append(event.step), CPU)
     assert seen == list(range(stop + 1, 25))
     assert same(ticket, uninterrupted)
 
@@ -40,26 +40,26 @@ def test_training_that_began_from_a_ticket_goes_on_from_its_checkpoint(
     mask_share: float, uninterrupted: Ticket, tmp_path: Path
 ) -> None:
     recipe = replace(continued_from(TINY, parent="0" * 64, steps=8, rate=0.1), mask_share=mask_share)
-    begun, whole = Search(recipe, digits(), CPU, uninterrupted), tmp_path / "whole"
+    begun, whole = Search(recipe, few_digits(), CPU, uninterrupted), tmp_path / "whole"
     whole.mkdir()
     for _ in range(3):
         begun.train_step()
     begun.save(tmp_path / "checkpoint.safetensors")
-    first, second = (run(recipe, digits(), folder, ignore, CPU, uninterrupted) for folder in (tmp_path, whole))
+    first, second = (run(recipe, few_digits(), folder, ignore, CPU, uninterrupted) for folder in (tmp_path, whole))
     assert same(first, second)
 
 
 def test_one_seed_one_ticket_and_another_seed_another(uninterrupted: Ticket, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    assert same(run(TINY, digits(), tmp_path / "a", ignore, CPU), uninterrupted)
-    assert not same(run(replace(TINY, seed=8), digits(), tmp_path / "b", ignore, CPU), uninterrupted)
+    assert same(run(TINY, few_digits(), tmp_path / "a", ignore, CPU), uninterrupted)
+    assert not same(run(replace(TINY, seed=8), few_digits(), tmp_path / "b", ignore, CPU), uninterrupted)
 
 
 def test_the_global_generator_is_neither_read_nor_moved(uninterrupted: Ticket, tmp_path: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    ticket = run(TINY, digits(), tmp_path, ignore, CPU)
+    ticket = run(TINY, few_digits(), tmp_path, ignore, CPU)
     assert torch.equal(before, torch.get_rng_state())
     assert same(ticket, uninterrupted)
 
@@ -68,7 +68,7 @@ def test_the_global_generator_is_neither_read_nor_moved(uninterrupted: Ticket, t
 def test_the_ticket_keeps_exactly_its_share_of_every_layer(name: str, tmp_path: Path) -> None:
     structure = Structure(name, 4 if name.startswith("resnet") else 1)  # type: ignore[arg-type]
     recipe = replace(TINY, structure=structure, steps=2, batch=8, density=0.07)
-    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    ticket = run(recipe, few_digits(), tmp_path, ignore, CPU)
     for mask in ticket.masks.values():
         assert int(mask.sum()) == kept_count(mask.numel(), 0.07)
 
@@ -77,18 +77,18 @@ def test_the_ticket_keeps_exactly_its_share_of_every_layer(name: str, tmp_path: 
 def test_a_ticket_of_either_allocation_is_whole_and_goes_on(allocation: Allocation, tmp_path: Path) -> None:
     (tmp_path / "on").mkdir()
     recipe = replace(TINY, allocation=allocation, steps=4)
-    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    ticket = run(recipe, few_digits(), tmp_path, ignore, CPU)
     assert ticket.masks["classifier"].all()
     assert not ticket.masks["stages.6.conv2"].all()
     onward = continued_from(recipe, parent="0" * 64, steps=2, rate=0.5)
-    assert same_masks(run(onward, digits(), tmp_path / "on", ignore, CPU, ticket), ticket)
+    assert same_masks(run(onward, few_digits(), tmp_path / "on", ignore, CPU, ticket), ticket)
 
 
 def test_a_scratch_ticket_s_weights_are_what_they_were_drawn_as(tmp_path: Path) -> None:
     recipe = replace(TINY, mask_share=1.0, steps=6)
-    first = Search(recipe, digits(), CPU)
+    first = Search(recipe, few_digits(), CPU)
     frozen = {name: weight.clone() for name, weight in first.frozen.items()}
-    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
+    ticket = run(recipe, few_digits(), tmp_path, ignore, CPU)
     assert ticket.kind == "scratch"
     assert any(not torch.equal(ticket.masks[name], first.masks[name]) for name in frozen)
     for name, weight in frozen.items():
@@ -96,7 +96,7 @@ def test_a_scratch_ticket_s_weights_are_what_they_were_drawn_as(tmp_path: Path) 
 
 
 def test_the_weights_phase_leaves_the_mask_and_moves_only_kept_weights(tmp_path: Path) -> None:
-    begun = Search(TINY, digits(), CPU)
+    begun = Search(TINY, few_digits(), CPU)
     while begun.phase == "mask":
         begun.train_step()
     masks = {name: mask.clone() for name, mask in begun.masks.items()}
@@ -112,7 +112,7 @@ def test_the_weights_phase_leaves_the_mask_and_moves_only_kept_weights(tmp_path:
 @pytest.mark.parametrize(("attack", "steps"), [("n-fgsm", 1), ("fgsm-rs", 1), ("pgd", 3)])
 def test_the_inner_attack_raises_the_loss_and_knows_its_bounds(attack: Attack, steps: int) -> None:
     recipe = replace(TINY, attack=attack, attack_steps=steps, clean_until=0.0, ramp_until=0.0, low_resolution_until=0.0)
-    trained = Search(replace(recipe, epsilon=0.0, step_size=0.0, steps=40), digits(), CPU)
+    trained = Search(replace(recipe, epsilon=0.0, step_size=0.0, steps=40), few_digits(), CPU)
     for _ in range(40):
         trained.train_step()
     trained.recipe = replace(recipe, steps=40, step_size=recipe.epsilon)
@@ -136,7 +136,7 @@ MUON = replace(TINY, muon_rate=0.02)
 
 
 def test_muon_moves_each_layer_by_its_share_and_keeps_the_kept_weights_norm() -> None:
-    begun = Search(replace(MUON, milestones=(1.0,)), digits(), CPU)
+    begun = Search(replace(MUON, milestones=(1.0,)), few_digits(), CPU)
     scores = {name: value.clone() for name, value in begun.scores.items()}
     begun.train_step()
     for name, before in scores.items():
@@ -164,7 +164,13 @@ def test_only_networks_that_are_wide_enough_are_laid_out_channels_last(name: str
 def test_muon_learns_in_both_phases(tmp_path: Path) -> None:
     losses: list[float] = []
     events = replace(MUON, steps=60, low_resolution_until=0.0, clean_until=1.0, ramp_until=1.0)
-    run(events, digits(), tmp_path, lambda event: losses.append(event.loss) if isinstance(event, Step) else None, CPU)
+    run(
+        events,
+        few_digits(),
+        tmp_path,
+        lambda event: losses.append(event.loss) if isinstance(event, Step) else None,
+        CPU,
+    )
     assert sum(losses[25:30]) < 0.95 * sum(losses[:5])
     assert sum(losses[55:]) < 0.95 * sum(losses[25:30])
 
@@ -172,17 +178,17 @@ def test_muon_learns_in_both_phases(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [5, 12, 13])
 def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(stop: int, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    whole = run(MUON, digits(), tmp_path / "whole", ignore, CPU)
-    begun = Search(MUON, digits(), CPU)
+    whole = run(MUON, few_digits(), tmp_path / "whole", ignore, CPU)
+    begun = Search(MUON, few_digits(), CPU)
     for _ in range(stop):
         begun.train_step()
     begun.save(tmp_path / "checkpoint.safetensors")
-    assert same(run(MUON, digits(), tmp_path, ignore, CPU), whole)
+    assert same(run(MUON, few_digits(), tmp_path, ignore, CPU), whole)
 
 
 def test_epsilon_is_zero_then_ramps_then_stays() -> None:
     recipe = replace(TINY, steps=100, clean_until=0.1, ramp_until=0.4)
-    run_ = Search(recipe, digits(), CPU)
+    run_ = Search(recipe, few_digits(), CPU)
     seen = []
     for step in (0, 9, 10, 25, 40, 99):
         run_.step = step
@@ -191,13 +197,13 @@ def test_epsilon_is_zero_then_ramps_then_stays() -> None:
 
 
 def test_rates_fall_to_zero_in_each_phase_or_by_tenths() -> None:
-    run_ = Search(replace(TINY, steps=100, mask_share=0.5), digits(), CPU)
+    run_ = Search(replace(TINY, steps=100, mask_share=0.5), few_digits(), CPU)
     rates = []
     for step in (0, 25, 50, 75, 99):
         run_.step = step
         rates.append(run_.rate())
     assert rates == pytest.approx([0.1, 0.05, 0.05, 0.025, 0.05 * 0.5 * (1 - 0.998027)], rel=1e-3)
-    paper = Search(replace(TINY, steps=160, mask_share=1.0, milestones=(0.5, 0.75)), digits(), CPU)
+    paper = Search(replace(TINY, steps=160, mask_share=1.0, milestones=(0.5, 0.75)), few_digits(), CPU)
     steps = []
     for step in (0, 79, 80, 119, 120):
         paper.step = step
@@ -206,7 +212,7 @@ def test_rates_fall_to_zero_in_each_phase_or_by_tenths() -> None:
 
 
 def test_early_steps_see_small_images() -> None:
-    run_ = Search(TINY, digits(), CPU)
+    run_ = Search(TINY, few_digits(), CPU)
     assert run_.make_batch(11)[0].shape[-1] == 16
     assert run_.make_batch(12)[0].shape[-1] == 32
 
@@ -220,7 +226,7 @@ def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) ->
         return permutation(count, generator=generator)
 
     monkeypatch.setattr(torch, "randperm", record)
-    images, begun = len(digits().search), Search(TINY, digits(), CPU)
+    images, begun = len(few_digits().search), Search(TINY, few_digits(), CPU)
     per_epoch = images // TINY.batch
     for step in range(per_epoch + 1):
         begun.make_batch(step)
@@ -232,7 +238,7 @@ def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Search, "check_overfit", lambda self: next(measured))
     recipe = replace(TINY, guards=4, ramp_until=0.0, clean_until=0.0)
     events: list[Step | OverfitCheck] = []
-    run(recipe, digits(), tmp_path, events.append, CPU)
+    run(recipe, few_digits(), tmp_path, events.append, CPU)
     guards = [event for event in events if isinstance(event, OverfitCheck)]
     assert [(guard.step, guard.rolled_back, guard.noise) for guard in guards] == [
         (6, False, 1),
@@ -244,7 +250,7 @@ def test_overfitting_is_rolled_back_with_more_noise(monkeypatch: pytest.MonkeyPa
 
 def test_training_goes_on_from_an_exported_ticket(uninterrupted: Ticket) -> None:
     further = continued_from(TINY, parent="0" * 64, steps=4, rate=0.1)
-    begun = Search(further, digits(), CPU, uninterrupted)
+    begun = Search(further, few_digits(), CPU, uninterrupted)
     for name, layer in convs(begun.network).items():
         assert torch.equal(begun.masks[name], uninterrupted.masks[name])
         assert torch.equal(layer.weight[begun.masks[name]], uninterrupted.values[name])
@@ -255,8 +261,8 @@ def test_training_goes_on_from_an_exported_ticket(uninterrupted: Ticket) -> None
 
 def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> None:
     recipe = replace(TINY, mask_share=1.0, steps=6)
-    ticket = run(recipe, digits(), tmp_path, ignore, CPU)
-    begun = Search(continued_from(recipe, parent="0" * 64, steps=4, rate=0.1), digits(), CPU, ticket)
+    ticket = run(recipe, few_digits(), tmp_path, ignore, CPU)
+    begun = Search(continued_from(recipe, parent="0" * 64, steps=4, rate=0.1), few_digits(), CPU, ticket)
     assert all(torch.equal(begun.masks[name], ticket.masks[name]) for name in ticket.masks)
     assert all(torch.equal(begun.frozen[name][ticket.masks[name]], ticket.values[name]) for name in ticket.masks)
 
@@ -264,19 +270,19 @@ def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> N
 def test_the_scratch_ticket_behind_a_trained_one_is_the_one_that_a_search_by_its_recipe_finds(
     uninterrupted: Ticket, tmp_path: Path
 ) -> None:
-    scratch = scratch_of(mask_phase(TINY), uninterrupted, digits(), CPU)
+    scratch = scratch_of(mask_phase(TINY), uninterrupted, few_digits(), CPU)
     assert scratch.kind == "scratch"
     assert same_masks(scratch, uninterrupted)
-    assert same(scratch, run(mask_phase(TINY), digits(), tmp_path, ignore, CPU))
+    assert same(scratch, run(mask_phase(TINY), few_digits(), tmp_path, ignore, CPU))
 
 
 def test_masks_over_other_weights_are_not_taken_for_a_scratch_ticket(uninterrupted: Ticket) -> None:
     with pytest.raises(SearchFailed, match="have the sign of those"):
-        scratch_of(mask_phase(replace(TINY, seed=8)), uninterrupted, digits(), CPU)
+        scratch_of(mask_phase(replace(TINY, seed=8)), uninterrupted, few_digits(), CPU)
 
 
 def test_a_loss_that_is_not_finite_ends_the_search_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = Search(TINY, digits(), CPU)
+    begun = Search(TINY, few_digits(), CPU)
     with torch.no_grad():
         next(iter(convs(begun.network).values())).weight.fill_(float("nan"))
     with pytest.raises(SearchFailed, match="Lower the rate"):
@@ -286,7 +292,7 @@ def test_a_loss_that_is_not_finite_ends_the_search_with_a_reason(monkeypatch: py
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_paper_s_preset_takes_steps_at_full_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = PRESETS["paper"].recipe(name, 0.07, 49_000, batch=2, attack_steps=1, precision="float32")  # type: ignore[arg-type]
-    begun = Search(recipe, digits(), CPU)
+    begun = Search(recipe, few_digits(), CPU)
     loss, _ = begun.train_step()
     assert begun.step == 1
     assert 0 < loss < 100

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from service.audit import plan
+from service.audit.profiles import REACH
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +17,6 @@ def quick_audits() -> Iterator[None]:
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "REACH", replace(plan.REACH, steps=12))
+        patch.setattr(plan, "REACH", replace(REACH, steps=12))
         yield
     torch.backends.mkldnn.enabled = before
