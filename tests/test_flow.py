@@ -61,7 +61,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_search_s_tickets_answer_pictures_over_http(library: Path, tmp_path: Path) -> None:
     images = digits().test.balanced(200)
-    with serving(library, tmp_path / "state", "--engine", "auto", "--drain-delay-s", "0") as server:
+    with serving(library, tmp_path / "state", "--engine", "auto") as server:
         answers = [answer for part in range(0, 200, 50) for answer in classify(server.public, library, images, part)]
         assert server.end() == 0, (tmp_path / "log.jsonl").read_text()
     right = sum(answer["index"] == label for answer, label in zip(answers, images.labels.tolist(), strict=True))

@@ -125,7 +125,7 @@ def test_it_starts_and_answers_the_line_it_prints_and_swaps_and_ends_without_los
 
 
 def test_overload_is_refused_with_a_time_to_come_back_and_then_forgotten(folder: Path, tmp_path: Path) -> None:
-    flags = ("--max-queue-size", "8", "--max-images", "8", "--drain-delay-s", "0")
+    flags = ("--max-queue-size", "8", "--max-images", "8")
     with serving(folder, tmp_path / "state", *flags) as process:
         with ThreadPoolExecutor(32) as pool:
             responses = list(pool.map(lambda _: status_and_pause(process), range(400)))
@@ -150,7 +150,7 @@ def status_and_pause(process: Process) -> tuple[int, str | None]:
 def test_an_engine_that_dies_in_a_request_fails_that_request_and_the_process_when_it_cannot_be_revived(
     folder: Path, tmp_path: Path
 ) -> None:
-    flags = ("--engine-restarts", "1", "--threads", "1", "--drain-delay-s", "0")
+    flags = ("--engine-restarts", "1", "--threads", "1")
     program = (str(ROOT / "tests" / "support" / "sabotaged.py"),)
     with serving(folder, tmp_path / "state", *flags, program=program) as process:
         status, answer = process.classify(png("white"))

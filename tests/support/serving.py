@@ -212,7 +212,7 @@ def serving(
     without, variables: of the environment, taken away and added.
     """
     command = [sys.executable, *program, "serve", "--library", str(library), "--state-dir", str(state)]
-    command += ["--port", "0", "--admin-port", "0", "--engine", "torch", *flags]
+    command += ["--port", "0", "--admin-port", "0", "--engine", "torch", "--drain-delay-s", "0", *flags]
     inherited = {name: value for name, value in environment(**variables).items() if name not in without}
     with (state.parent / "log.jsonl").open("w") as log, running(command, inherited, log=log) as process:
         yield process

@@ -273,7 +273,7 @@ def test_a_batch_in_shards_gives_the_sums_of_one_shard(shared: Engine, tiny: Lib
 def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_and_leaves_none_behind(
     tiny: Library, tmp_path: Path
 ) -> None:
-    flags = ("--engine", "openvino", "--threads", "2", "--engine-restarts", "100", "--drain-delay-s", "0")
+    flags = ("--engine", "openvino", "--threads", "2", "--engine-restarts", "100")
     with serving(tiny.path, tmp_path / "state", *flags) as process:
         pids = process_tree(process.process.pid)[1:]
         process.process.send_signal(signal.SIGHUP)

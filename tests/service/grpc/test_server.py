@@ -429,7 +429,7 @@ def test_a_port_that_is_taken_is_refused_in_one_line(server: Running) -> None:
 
 def test_the_real_process_answers_on_both_protocols_and_drains(tmp_path: Path) -> None:
     library = tiny_library(tmp_path / "library")
-    flags = ("--grpc", "--grpc-port", "0", "--drain-delay-s", "0")
+    flags = ("--grpc", "--grpc-port", "0")
     with serving(library.path, tmp_path / "state", *flags) as process:
         place = next(line.split()[1] for line in process.output if line.startswith("grpc"))
         with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:

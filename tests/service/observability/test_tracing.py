@@ -269,7 +269,7 @@ def test_the_real_process_sends_its_traces_where_the_standard_variables_say(
     with collector() as (address, sent):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
-        with serving(library.path, tmp_path / "state", "--tracing", "--drain-delay-s", "0") as process:
+        with serving(library.path, tmp_path / "state", "--tracing") as process:
             assert process.ready()
             assert process.classify(png(), traceparent=CALLER)[0] == 200
             assert process.end() == 0  # what is left is sent before
@@ -287,7 +287,7 @@ def test_a_collector_that_is_not_there_costs_no_answer_and_no_long_goodbye(
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     library = tiny_library(tmp_path / "library")
-    with serving(library.path, tmp_path / "state", "--tracing", "--drain-delay-s", "0") as process:
+    with serving(library.path, tmp_path / "state", "--tracing") as process:
         assert process.classify(png())[0] == 200
         begun = time.monotonic()
         assert process.end() == 0

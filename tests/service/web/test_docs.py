@@ -25,7 +25,7 @@ expect.set_options(timeout=SLOW_MS)
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("docs")
     tiny_library(folder / "library")
-    with serving(folder / "library", folder / "state", "--drain-delay-s", "0") as ready:
+    with serving(folder / "library", folder / "state") as ready:
         yield ready
 
 

@@ -54,7 +54,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("openapi")
     tiny_library(folder / "library")
-    with serving(folder / "library", folder / "state", "--drain-delay-s", "0") as process:
+    with serving(folder / "library", folder / "state") as process:
         made = Server(process, folder / "state")
         yield made
         for client in made.clients.values():
