@@ -175,15 +175,20 @@ def test_muon_learns_in_both_phases(tmp_path: Path) -> None:
     assert sum(losses[55:]) < 0.95 * sum(losses[25:30])
 
 
+@pytest.fixture(scope="module")
+def uninterrupted_muon(tmp_path_factory: pytest.TempPathFactory) -> Ticket:
+    return run(MUON, few_digits(), tmp_path_factory.mktemp("muon"), ignore, CPU)
+
+
 @pytest.mark.parametrize("stop", [5, 12, 13])
-def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(stop: int, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    whole = run(MUON, few_digits(), tmp_path / "whole", ignore, CPU)
+def test_a_search_with_muon_goes_on_from_its_checkpoint_in_the_same_bits(
+    stop: int, uninterrupted_muon: Ticket, tmp_path: Path
+) -> None:
     begun = Search(MUON, few_digits(), CPU)
     for _ in range(stop):
         begun.train_step()
     begun.save(tmp_path / "checkpoint.safetensors")
-    assert same(run(MUON, few_digits(), tmp_path, ignore, CPU), whole)
+    assert same(run(MUON, few_digits(), tmp_path, ignore, CPU), uninterrupted_muon)
 
 
 def test_epsilon_is_zero_then_ramps_then_stays() -> None:
