@@ -84,6 +84,7 @@ OF_GUIDE: Final[dict[str, Callable[[], object]]] = {
     r"\| exit (\d) \| a setting": lambda: REFUSED,
     r"Another type gets (\d+)": lambda: UnsupportedMediaType.status,
     r"the manifests' (\d+) GiB": lambda: int(container()["resources"]["limits"]["memory"].removesuffix("Gi")),
+    r"opens port (\d+)": lambda: Settings().grpc_port,
     r"u = ([\d.]+)": lambda: SHARE,
     r"\| (\d+) \| `maxReplicas`": lambda: manifest("hpa")["spec"]["maxReplicas"],
     r"`averageValue: (\d+)`": lambda: Settings().max_batch_size,
