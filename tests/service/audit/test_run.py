@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model_store.library import write_library
 from model_store.policy import expected_size, inclusion_probabilities
@@ -492,6 +492,18 @@ def test_saturated_logits_raise_the_flags(tmp_path: Path) -> None:
     context = context_of(Scaled(undefended(), 1e4), tmp_path)
     assert model.no_zero_gradients(context).ok is False
     assert attacks.output_range(context).ok is False
+
+
+class Shifted(nn.Module):
+    """The same number on every logit: softmax takes no notice of it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = undefended()(images)
+        return logits - 75
+
+
+def test_what_all_logits_share_raises_no_flag(tmp_path: Path) -> None:
+    assert attacks.output_range(context_of(Shifted(), tmp_path)).ok
 
 
 def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
