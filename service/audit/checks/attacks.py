@@ -43,6 +43,7 @@ MASKS: Final = 0.05  # of accuracy, that a sampled draw a step leaves more than 
 MASKED: Final = 0.06  # of accuracy between PGD-20 and APGD-T: sound networks lose 2 to 4 points on RobustBench
 OVERFIT: Final = 0.25  # of all images, that FGSM leaves more than PGD-20: it climbs a slope that is not there
 HEATS: Final = (0.1, 10.0)  # temperatures that cross-entropy is tried at
+LARGEST_LEAD: Final = 50.0  # of one logit over the next: the other classes' gradient is exp(-50), far from float32's 0
 HEATED: Final = replace(PROBE, steps=10)  # the figure has these temperatures already: another start of them
 PROBES_ENOUGH: Final = 5_000  # queries of each image that Square and HopSkipJump have in the literature
 HARD_LABEL_IMAGES: Final = 50
@@ -514,21 +515,27 @@ def targeted_too(context: CheckContext) -> CheckResult:
 
 
 def output_range(context: CheckContext) -> CheckResult:
-    """Logits, no probabilities, of a size that cross-entropy can tell apart; no temperature lowers the figure."""
+    """Logits, no probabilities, whose classes cross-entropy can tell apart; no temperature lowers the figure.
+
+    What all logits of an image share says nothing, as softmax takes no notice of it: only leads between classes count.
+    """
     with torch.no_grad():
         logits = context.target(context.images)
         proxy = ExpectedLogits(context.target, "mean-logits")(context.images)
     shares = bool(((proxy.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((proxy >= 0).all())
-    largest = float(logits.abs().max())
+    first, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
+    lead = float((first - second).max())
     figure = context.run.robust(context.ours, context.run.epsilons.headline, len(context.run.data)).right[context.index]
     gains = []
     for heat in HEATS:
         heated = context.attack(HEATED, f"heat {heat}", at_temperature(context.crafting, heat)).images
         gains.append(Effect.between(figure, torch.minimum(figure, context.right(heated))))
     gain = worst(gains)
-    text = f"largest logit {largest:.1f}; temperatures {HEATS[0]:g} and {HEATS[1]:g} lower the figure"
+    text = f"largest lead of a class {lead:.1f}; temperatures {HEATS[0]:g} and {HEATS[1]:g} lower the figure"
     text += f" by at most {points(max(0.0, gain.value))}"
-    return judged(gain, text + ("; these are probabilities" if shares else ""), holds=not shares and largest <= 50)
+    return judged(
+        gain, text + ("; these are probabilities" if shares else ""), holds=not shares and lead <= LARGEST_LEAD
+    )
 
 
 def at_temperature(target: AttackTarget, factor: float) -> AttackTarget:
@@ -650,7 +657,7 @@ ROWS: Final[tuple[Row, ...]] = (
     (
         27,
         "output range",
-        "logits within 50, no probabilities; no temperature of cross-entropy lowers the figure by 0.5 points",
+        "leads of classes within 50, no probabilities; no temperature of cross-entropy gains 0.5 points",
         True,
         "standard",
         output_range,

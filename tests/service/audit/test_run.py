@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model_store.json_object import Json
 from model_store.library import write_library
@@ -500,6 +500,25 @@ def test_saturated_logits_raise_the_flags(tmp_path: Path) -> None:
     context = context_of(Scaled(undefended(), 1e4), tmp_path)
     assert model.no_zero_gradients(context).ok is False
     assert attacks.output_range(context).ok is False
+
+
+def test_what_all_logits_share_is_no_lead(tmp_path: Path) -> None:
+    """Softmax takes no notice of the same number on every logit."""
+    reading = attacks.output_range(context_of(undefended(), tmp_path / "as it is")).value
+    shifted = attacks.output_range(context_of(Shifted(), tmp_path / "shifted")).value
+    saturated = attacks.output_range(context_of(Scaled(undefended(), 1e4), tmp_path / "saturated")).value
+    assert (lead := lead_of(reading)) == pytest.approx(lead_of(shifted), abs=0.1)
+    assert lead < attacks.LARGEST_LEAD < lead_of(saturated)
+
+
+class Shifted(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = undefended()(images)
+        return logits - 75
+
+
+def lead_of(reading: str) -> float:
+    return float(reading.split("largest lead of a class ")[1].split(";")[0])
 
 
 def test_quantised_inputs_raise_the_flags(tmp_path: Path) -> None:
