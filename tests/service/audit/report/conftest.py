@@ -19,8 +19,11 @@ def published() -> Report:
 
 
 def changed(**parts: Any) -> Report:
-    """The published report with other fields; a dict is merged into the field that is there."""
+    """The published report as if it had passed every check, with other fields. A dict is merged into what is there."""
     fields = json.loads(PUBLISHED.read_text("utf-8"))
+    fields |= {"verdict": "valid", "failed": [], "warned": []}
+    for row in fields["checks"]:
+        row["outcome"] = "pass" if row["outcome"] in ("warn", "no power") else row["outcome"]
     for name, value in parts.items():
         fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
     fields["digest"] = digest_of_report(fields)
