@@ -12,7 +12,7 @@ from model_store.images import Pixels, decode
 from service.errors import ServiceError
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.settings import Settings, SettingsRejected, read_settings
 from service.web.inference import apply_output_detail
 from tombola.client import bounded_map
