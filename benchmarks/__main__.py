@@ -1,6 +1,7 @@
-"""python -m benchmarks compare | overload | audited | soak | report; `make bench` is compare with its defaults.
+"""python -m benchmarks compare | overload | audited | soak | grpc | batch | report; `make bench` is compare.
 
-Everything runs on this machine: run nothing else beside it. Needs wrk (Debian: apt-get install wrk).
+Everything runs on this machine: run nothing else beside it. Needs wrk, and for grpc h2load (Debian: apt-get install wrk
+nghttp2-client).
 """
 
 import argparse
@@ -16,10 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.batch import measure_batch
 from benchmarks.beside import beside_an_audit
 from benchmarks.chaos import overload, soak
 from benchmarks.figure import draw
 from benchmarks.load import closed_loop, open_figures
+from benchmarks.protocols import measure_protocols, with_grpc
 from benchmarks.report import MARKS, best_peers, markdown_tables, ratios
 from benchmarks.requests import Form
 from benchmarks.servers import ROOT, VENV, Running, Server, ours, peers, prepare_peers, started
@@ -43,8 +46,12 @@ def main() -> int:
             print(f"bench: {error}", file=sys.stderr)
             return error.exit_code
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers under test are ended, too
-    if shutil.which("wrk") is None:
-        print("bench: wrk is not installed; on Debian: apt-get install wrk", file=sys.stderr)
+    for program, package in (("wrk", "wrk"), *((("h2load", "nghttp2-client"),) if given.what == "grpc" else ())):
+        if shutil.which(program) is None:
+            print(f"bench: {program} is not installed; on Debian: apt-get install {package}", file=sys.stderr)
+            return 2
+    if given.what == "batch" and given.data is None:
+        print("bench: batch needs --data, a zip of pictures", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         figures = MEASURED[given.what](given, Path(folder))
@@ -68,13 +75,14 @@ def arguments() -> argparse.Namespace:
         "what", nargs="?", default="compare", choices=(*MEASURED, "report"), help="report: of results that are there"
     )
     parser.add_argument("--library", type=Path, help="folder of the library (the embedded one)")
-    parser.add_argument("--seconds", type=float, help="of a measurement (20), of the overload (60)")
+    parser.add_argument("--seconds", type=float, help="of a measurement (20), of the overload (60), of grpc (4)")
+    parser.add_argument("--data", type=Path, help="batch: zip of pictures, such as CIFAR-10's")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak (10)")
     parser.add_argument("--only", nargs="*", help="peers, such as fastapi 'mosec grouped' (all); ours always")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--into", type=Path, help="report: the page whose table is rebuilt")
     given = parser.parse_args()
-    given.seconds = given.seconds or {"overload": 60.0}.get(given.what, 20.0)
+    given.seconds = given.seconds or {"overload": 60.0, "grpc": 4.0}.get(given.what, 20.0)
     return given
 
 
@@ -209,7 +217,24 @@ def run_beside_audit(given: argparse.Namespace, state: Path) -> dict[str, Any]:
         return beside_an_audit(running, (state / "admin-token").read_text().strip(), given.seconds)
 
 
-MEASURED: Final = {"compare": compare, "overload": run_overload, "audited": run_beside_audit, "soak": run_soak}
+def run_grpc(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    server, place = with_grpc(ours(given.library, state))
+    with started(server, given.library) as running:
+        return measure_protocols(running, place, given.seconds)
+
+
+def run_batch(given: argparse.Namespace, state: Path) -> dict[str, Any]:
+    return measure_batch(given.data, state, given.library)
+
+
+MEASURED: Final = {
+    "compare": compare,
+    "overload": run_overload,
+    "audited": run_beside_audit,
+    "soak": run_soak,
+    "grpc": run_grpc,
+    "batch": run_batch,
+}
 
 
 def report(given: argparse.Namespace) -> int:

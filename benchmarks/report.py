@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 MARKS: Final = ("<!-- benchmarks: python -m benchmarks report -->", "<!-- end of benchmarks -->")
@@ -68,12 +69,14 @@ def ratios(figures: Figures) -> Figures:
 
 
 def markdown_tables(folder: Path) -> str:
-    """Markdown of what is there of compare.json, overload.json, audited.json and soak.json."""
+    """Markdown of what is there of compare.json, overload.json, audited.json, soak.json, grpc.json and batch.json."""
     parts = [
         ("compare", describe_comparison),
         ("overload", describe_overload),
         ("audited", describe_audited),
         ("soak", describe_soak),
+        ("grpc", describe_grpc),
+        ("batch", describe_batch),
     ]
     tables = [
         make(json.loads((folder / f"{name}.json").read_text()))
@@ -176,6 +179,48 @@ def describe_soak(whole: Figures) -> str:
         f"{whole['open_files']['before']} → {whole['open_files']['after']} open files, "
         f"{whole['after_mb']:,.0f} MB. {describe_conditions(whole)}"
     )
+
+
+def describe_grpc(whole: Figures) -> str:
+    """A line for each form of request."""
+    lines = []
+    for form, figures in whole["forms"].items():
+        http, grpc, shares = figures["http"], figures["grpc"], figures["of_rounds"]
+        lines.append(
+            f"one {form} a request, {http['images_per_s']:.0f} images/s over HTTP and {grpc['images_per_s']:.0f} over "
+            f"gRPC, {http['cpu_ms']:.2f} and {grpc['cpu_ms']:.2f} ms of processor time an image; gRPC is at "
+            f"{100 * figures['grpc_over_http']:.0f} % of HTTP ({100 * min(shares):.0f} to {100 * max(shares):.0f})"
+        )
+    return (
+        f"gRPC beside HTTP, {whole['clients']} clients of h2load, {len(whole['rounds'])} rounds in turn, medians: "
+        f"{'; '.join(lines)}. {describe_load(whole)}{describe_conditions(whole)}"
+    )
+
+
+def describe_batch(whole: Figures) -> str:
+    """Medians of the rounds. What listing and finishing cost is in the command's processor time."""
+
+    def middle(name: str, figure: str) -> float:
+        return float(median(each[name][figure] for each in whole["rounds"]))
+
+    def share(name: str) -> float:
+        ratios = [each["command"]["images_per_s"] / each[name]["images_per_s"] for each in whole["rounds"]]
+        return 100 * float(median(ratios))
+
+    served, large = whole["batches"]
+    command_ms = middle("command", "cpu_ms") + whole["extra"]["cpu_ms"]
+    return (
+        f"`tombola classify`, a folder of {whole['pictures']:,} PNGs ({whole['data']}) to a table, from the first "
+        f"picture on, medians of {len(whole['rounds'])} rounds: {middle('command', 'images_per_s'):.0f} pictures/s, "
+        f"{share('served'):.0f} % of the engine alone in the service's batches of {served}, {share('engine'):.0f} % in "
+        f"the command's of {large}. Processor time of a picture: {command_ms:.2f} ms by the command, of the engine "
+        f"alone {middle('served', 'cpu_ms'):.2f} and {middle('engine', 'cpu_ms'):.2f} ms; {whole['note']}. "
+        f"{describe_load(whole)}{describe_conditions(whole)}"
+    )
+
+
+def describe_load(whole: Figures) -> str:
+    return f"Load of the machine before: {whole['machine']['load_before']:.1f}. "
 
 
 def counts(statuses: Figures) -> str:

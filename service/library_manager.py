@@ -66,6 +66,7 @@ class LibraryManager:
         self.workers.on_heartbeat = self.on_heartbeat
         self.first_fork_server: ForkServer | None = None  # one that was started for the first library before
         self.libraries_in_use: Callable[[], set[Path]] = set  # of others than requests: audits that are not over
+        self.on_change: Callable[[], None] = lambda: None  # called whenever the state may have changed
         self.on_step: Callable[[str], None] = lambda step: log.info("start: %s", step)
         self.opening = asyncio.Lock()
         self.retired_engines: list[weakref.ref[Engine]] = []  # of libraries that were replaced
@@ -196,6 +197,7 @@ class LibraryManager:
 
     def update_metrics(self) -> None:
         """Called whenever the state may have changed."""
+        self.on_change()
         self.metrics.set("ready", float(self.ready))
         self.metrics.set("draining", float(self.draining))
         if self.current is None:

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,22 +21,22 @@ from model_store.code_version import product_version
 from model_store.errors import StoreError
 from service.admin.audit_jobs import AuditQueue
 from service.admin.traffic_history import TrafficHistory
-from service.app import create_admin_app, create_public_app
+from service.app import create_admin_app
 from service.engine.launcher import ForkServer
+from service.http_processes.supervisor import HttpProcesses
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.logs import configure_logging
 from service.observability.metrics import Metrics, describe_build
 from service.settings import Settings, SettingsRejected, admin_token, ensure_state_dir, require_folders
 from service.web.auth import ApiKeyStore
 from service.web.open_inference import OpenInferenceApi
-from service.web.server import Server, bind, create_server, loop_factory, url
+from service.web.public_app import create_public_app
+from service.web.server import SWITCH_S, Server, bind, bind_several, create_server, loop_factory, url
 
 if TYPE_CHECKING:
     from service.grpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
-
-SWITCH_S: Final = 0.00005  # an engine thread that waits for the interpreter gets it after so long; Python's own is 5 ms
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ServerProcess:
     settings: Settings
     manager: LibraryManager
     keys: ApiKeyStore
-    planes: tuple[Server, Server]
+    planes: tuple[Server | HttpProcesses, Server]
     public_url: str
     admin_url: str
     jobs: AuditQueue
@@ -70,6 +70,8 @@ class ServerProcess:
 
     def on_sighup(self) -> None:
         self.keys.reload()
+        if isinstance(self.planes[0], HttpProcesses):
+            self.planes[0].reload_keys()
         task = asyncio.ensure_future(self.reload())
         self.reloading = task  # a task that nobody holds may be collected
 
@@ -99,17 +101,23 @@ def create_service(settings: Settings) -> ServerProcess:
     token, keys = admin_token(settings), ApiKeyStore(settings.api_keys_file, metrics)
     ensure_state_dir(settings)
     require_folders(settings)
-    public_socket = bind(settings.host, settings.port, "PORT")
+    listeners = bind_several(settings.host, settings.port, "PORT", settings.http_processes)
     admin_socket = bind(settings.admin_host, settings.admin_port, "ADMIN_PORT")
     manager = LibraryManager(settings, metrics)
-    jobs = AuditQueue(settings, metrics, manager.library, url(public_socket))
+    jobs = AuditQueue(settings, metrics, manager.library, url(listeners[0]))
     manager.libraries_in_use = jobs.libraries
     public_app = create_public_app(manager, settings, metrics, keys)
     history = TrafficHistory(metrics)
     admin_app = create_admin_app(manager, settings, metrics, token, jobs, history)
-    planes = (create_server(public_app, settings, public_socket), create_server(admin_app, settings, admin_socket))
-    grpc = create_grpc_server(public_app.state.protocol) if settings.grpc else None
-    urls = url(public_socket), url(admin_socket)
+    protocol: OpenInferenceApi = public_app.state.protocol
+    public: Server | HttpProcesses
+    if settings.http_processes == 1:
+        public = create_server(public_app, settings, listeners[0])
+    else:
+        public = HttpProcesses(settings, listeners, protocol.data_plane, manager, metrics)
+    planes = (public, create_server(admin_app, settings, admin_socket))
+    grpc = create_grpc_server(protocol) if settings.grpc else None
+    urls = url(listeners[0]), url(admin_socket)
     service = ServerProcess(settings, manager, keys, planes, *urls, jobs, history, grpc)
     manager.on_broken = service.on_broken
     return service

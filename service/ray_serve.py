@@ -18,11 +18,11 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application, Deployment
 
-from service.app import create_public_app
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings, read_settings
 from service.web.auth import ApiKeyStore
+from service.web.public_app import create_public_app
 
 HEALTH_S: Final = 2.0  # between looks at a replica: a dead one is missed within so long
 

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 import secrets
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,6 +79,14 @@ class Settings(BaseSettings):
 
     host: str = setting("127.0.0.1", "address", "Where the public plane listens", "Loopback: exposing it is a decision")
     port: int = setting(8000, "port", "Port of the public plane", "0 takes a free one and prints it", ge=0, le=65535)
+    http_processes: int = setting(
+        1,
+        "processes",
+        "Processes that read requests, decode images and encode answers",
+        "The default: the service's own. More pay off above about four cores; Linux only",
+        ge=1,
+        le=64,
+    )
     grpc: bool = setting(
         False,
         "yes/no",
@@ -338,6 +347,7 @@ class Settings(BaseSettings):
                 f"TOMBOLA_BODY_MEMORY_BYTES {self.body_memory_bytes}: below "
                 f"TOMBOLA_MAX_BODY_BYTES {self.max_body_bytes}, so that a full body could never be read"
             )
+        self.check_http_processes()
         if self.port and self.port == self.admin_port and self.host == self.admin_host:
             raise ValueError(f"TOMBOLA_PORT and TOMBOLA_ADMIN_PORT are both {self.port}; the planes need two ports")
         if self.latency_quantum_ms > 1000 * self.deadline_s:
@@ -353,6 +363,19 @@ class Settings(BaseSettings):
         if self.admin_token is not None and self.admin_token_file is not None:
             raise ValueError("TOMBOLA_ADMIN_TOKEN and TOMBOLA_ADMIN_TOKEN_FILE are both set; choose one")
         return self
+
+    def check_http_processes(self) -> None:
+        """Each of them gets an equal share of the limits on requests and on bodies."""
+        count = self.http_processes
+        if count > 1 and sys.platform != "linux":
+            raise ValueError(f"TOMBOLA_HTTP_PROCESSES {count}: only Linux shares a port among processes; expected 1")
+        if count > self.max_requests:
+            raise ValueError(f"TOMBOLA_HTTP_PROCESSES {count}: above TOMBOLA_MAX_REQUESTS {self.max_requests}")
+        if self.body_memory_bytes < count * self.max_body_bytes:
+            raise ValueError(
+                f"TOMBOLA_BODY_MEMORY_BYTES {self.body_memory_bytes}: below TOMBOLA_MAX_BODY_BYTES "
+                f"{self.max_body_bytes} for each of {count} HTTP processes, so that a full body could never be read"
+            )
 
     def shown(self) -> dict[str, Any]:
         """Every setting as JSON values, secrets masked."""

@@ -26,7 +26,7 @@ FLOORS: Final = (
     ("scheduling",),
     ("library_manager",),
     ("web",),
-    ("grpc",),
+    ("grpc", "http_processes"),
     ("audit",),
     ("admin",),
     ("benchmarks",),

@@ -12,7 +12,7 @@ from model_store.images import Pixels, decode
 from service.errors import ServiceError
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.settings import Settings, SettingsRejected, read_settings
 from service.web.inference import apply_output_detail
 from tombola.client import bounded_map
@@ -22,8 +22,9 @@ from tombola.sources import Picture
 if TYPE_CHECKING:
     import pyarrow
 
-CHUNK_DRAWS: Final = 256  # draws that are submitted together, or one picture's if they are more
-CHUNKS: Final = 3  # decoded or computed at once; the engine always has two whole batches
+BATCH: Final = 256  # images whose tickets are run together: nobody waits for one answer, and large batches cost less
+CHUNK_DRAWS: Final = 2 * BATCH  # draws that are submitted together, or one picture's if they are more
+CHUNKS: Final = 3  # decoded or computed at once; while one is decoded, the engine has two whole batches
 PATIENCE_S: Final = 3600.0  # of a chunk, which nobody waits for
 CLIENT: Final = "batch"
 ALONE: Final = {"rate_images_per_s": 0.0, "latency_quantum_ms": 0.0, "max_queue_size": 1 << 30}
@@ -49,7 +50,7 @@ class BatchClassifier:
         self.draws = draws
         for name in settings.keys() - Settings.model_fields.keys():
             raise SettingsRejected(f"{name}: no such setting")
-        self.settings = read_settings({**settings, **ALONE})
+        self.settings = read_settings({"max_batch_size": BATCH, **settings, **ALONE})
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.loop = self.runner.get_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="classifier", daemon=True)
@@ -85,7 +86,8 @@ class BatchClassifier:
         Raises:
           TombolaError: what is no fault of a picture.
         """
-        chunks = split(pictures, max(1, CHUNK_DRAWS // self.draws))
+        room = self.settings.pixel_memory_bytes // (CHUNKS * self.library.input.numel)
+        chunks = split(pictures, max(1, min(CHUNK_DRAWS, room) // self.draws))
         for rows in bounded_map(self.classify_chunk, chunks, CHUNKS):
             yield from rows
 

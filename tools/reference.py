@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from service.lifecycle import create_service
 from service.observability.metrics import PREFIX, TABLE
 from service.settings import Settings, setting_docs
+from service.web.server import Server
 
 HEAD = """\
 # Reference
@@ -52,6 +53,7 @@ def apps() -> Iterator[tuple[str, FastAPI]]:
     with tempfile.TemporaryDirectory() as folder:
         service = create_service(Settings(state_dir=Path(folder), port=0, admin_port=0))
         for title, plane in zip(("Public plane", "Admin plane"), service.planes, strict=True):
+            assert isinstance(plane, Server)
             for socket in (plane.listener, plane.dup_listener):
                 socket.close()
             yield title, cast("FastAPI", plane.config.app)

@@ -274,6 +274,8 @@ def run_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, split: Split) -
     with Live(console=console, auto_refresh=False) as live:
         for rows in statuses(jobs, arguments):
             live.update(status_table(rows), refresh=True)
+    if not console.is_terminal:  # there rich leaves the table's last line open
+        print()
     left = [row for row in rows if row.state != "done"]
     for row in left:
         print(f"{row.job.name}: {row.error or f'{row.state}, but not by this command'}", file=sys.stderr)

@@ -17,7 +17,7 @@ from service.audit.cost import check_giga_multiply_adds, estimated_seconds, giga
 from service.audit.epsilons import epsilons_of
 from service.audit.errors import AuditConflict, CostRejected
 from service.audit.evaluation.members import Member, candidates_of
-from service.audit.plan import plan
+from service.audit.plan import attacked_epsilons, plan
 from service.audit.profiles import PROFILES
 from service.settings import Settings
 
@@ -56,7 +56,7 @@ class CostEstimator:
             seconds=round(seconds),
             cpu_share=round(share, 2),
             seconds_now=round(seconds / share),
-            epsilons=epsilons.swept,
+            epsilons=attacked_epsilons(steps, epsilons),
             headline=epsilons.headline,
             epsilons_about=epsilons.about,
         )

@@ -33,7 +33,7 @@ class Cost(Record):
     seconds: int = Field(description="on an idle machine")
     cpu_share: float = Field(default=1.0, description="of the cores it may use, what other processes left it lately")
     seconds_now: int | None = Field(default=None, description="seconds at that share")
-    epsilons: tuple[float, ...] = Field(default=(), description="attacked, in 255ths")
+    epsilons: tuple[float, ...] = Field(default=(), description="of the figure and its curve, in 255ths")
     headline: float | None = Field(default=None, description="the epsilon of the figures, in 255ths")
     epsilons_about: str = Field(default="", description="why they are not those of CIFAR-10's pictures")
 

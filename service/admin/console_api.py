@@ -43,7 +43,7 @@ from service.audit.profiles import PROFILES, Profile
 from service.errors import BadRequest, ErrorMessage, NotReady
 from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import OUTCOMES, REASONS, Metrics
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.settings import Settings
 from service.web import openapi
 from service.web.auth import ADMIN_REFUSES

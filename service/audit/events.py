@@ -20,7 +20,7 @@ class CostEvent(AuditEvent):
     attacks: int
     giga_multiply_adds: float
     seconds: float = Field(description="estimate, on an idle machine")
-    epsilons: tuple[float, ...] = Field(default=(), description="attacked, in 255ths")
+    epsilons: tuple[float, ...] = Field(default=(), description="of the figure and its curve, in 255ths")
     epsilons_about: str = Field(default="", description="why they are not those of CIFAR-10's pictures")
 
 

@@ -150,6 +150,12 @@ def large_epsilon_steps(audit: Audit, epsilons: Epsilons, images: int) -> list[S
     ]
 
 
+def attacked_epsilons(steps: Sequence[Step], epsilons: Epsilons) -> tuple[float, ...]:
+    """Those of the figure and its curve, without the large ones of the checks: not every profile sweeps."""
+    attacked = {step.epsilon for step in steps}
+    return tuple(epsilon for epsilon in epsilons.swept if epsilon in attacked)
+
+
 def steps_for(
     audit: Audit, attacks: Named, systems: Sequence[str], epsilon: float, images: int, after: int = 0
 ) -> list[Step]:

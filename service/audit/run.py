@@ -38,7 +38,7 @@ from service.audit.evaluation.draws import scoring_draws
 from service.audit.evaluation.members import CandidateSet, candidates_of
 from service.audit.events import CostEvent, RivalsEvent
 from service.audit.explore import INDEX, write_index
-from service.audit.plan import images_of
+from service.audit.plan import attacked_epsilons, images_of
 from service.audit.profiles import PROFILES
 from service.audit.report import html_report, plots, summary
 from service.audit.report.model import PAGE, REPORT, Report
@@ -144,6 +144,6 @@ def cost_event(run: AuditRun) -> CostEvent:
         attacks=len(run.steps),
         giga_multiply_adds=round(giga, 1),
         seconds=round(seconds),
-        epsilons=run.epsilons.swept,
+        epsilons=attacked_epsilons(run.steps, run.epsilons),
         epsilons_about=run.epsilons.about,
     )

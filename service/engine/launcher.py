@@ -63,20 +63,25 @@ def start_fork_server(
     forwarded = {name: value for name in FORWARDED_SETTINGS if (value := getattr(settings, name)) is not None}
     forwarded["engine"] = "openvino"
     arguments = json.dumps({"library": path, "settings": forwarded, "background": background}, default=str)
-    packages = str(Path(__file__).parents[2])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    environment["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "service.engine.fork_server", str(theirs.fileno()), arguments]
     with theirs:
         popen = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
             command,
             pass_fds=[theirs.fileno()],
-            env=environment,
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C is for the service, which drains first
         )
     return ForkServer(Connection(ours.detach()), popen, on_step)
+
+
+def child_environment() -> dict[str, str]:
+    """For a process of ours: where our packages are, and no setting, which it gets by other ways."""
+    packages = str(Path(__file__).parents[2])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    environment["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [environment.get("PYTHONPATH")])])
+    return environment
 
 
 def start_ahead(

@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model_store.policy import Policy, Theta, draw_theta
 from service.engine.base import Engine, Heartbeat, Images, Logits
 from service.engine.errors import EngineDied
 from service.errors import ServiceError
 from service.observability.metrics import Metrics
+from service.scheduling.answers import Probabilities
 
 log = logging.getLogger(__name__)
 
-Probabilities = NDArray[np.float32]
-"""[N, classes]"""
 
 SYSTEM_RNG: Final = secrets.SystemRandom()  # the operating system's entropy: no state to learn, or to copy by a fork
 

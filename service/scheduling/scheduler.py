@@ -24,7 +24,8 @@ from service.errors import DeadlineExceeded, Draining, EngineFailed, NotReady, O
 from service.observability.metrics import PUBLISH_EVERY, Metrics
 from service.observability.tracing import record_queue_spans
 from service.scheduling.admission import FairQueue, RateLimiter, ThroughputEstimate
-from service.scheduling.batch import Batch, PendingRequest, Probabilities, ServedModel
+from service.scheduling.answers import Probabilities
+from service.scheduling.batch import Batch, PendingRequest, ServedModel
 from service.scheduling.worker_pool import WorkerPool
 from service.settings import Settings
 

@@ -19,10 +19,10 @@ from service.engine.factory import batch_limit
 from service.errors import EngineFailed
 from service.observability.metrics import Metrics
 from service.scheduling.admission import FairQueue
+from service.scheduling.answers import Probabilities
 from service.scheduling.batch import (
     Batch,
     PendingRequest,
-    Probabilities,
     ServedModel,
     Shard,
     Slot,

@@ -147,7 +147,7 @@ class BodyReader:
 
     def reserve(self, size: int) -> None:
         self.reserved_bytes += size
-        self.metrics.set("http_body_memory_bytes", self.reserved_bytes)
+        self.metrics.inc("http_body_memory_bytes", size)
 
 
 class BodyReservation:

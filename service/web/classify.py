@@ -8,15 +8,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from model_store.json_object import Json
-from model_store.library import Library
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, NotReady, UnsupportedMediaType
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.web import form_data, openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type, parse_json, whole_number
 from service.web.decoder import sniff
 from service.web.infer_request import from_base64
 from service.web.inference import DIGITS, REFUSES, DataPlane, InferenceContext
 from service.web.routing import FastRoute, RawRoute, json_response
+from service.web.serving import ServedLibrary
 
 PATH: Final = "/v1/classify"
 TIMEOUT: Final = b"tombola-timeout-ms"  # of one request: how long its client will wait
@@ -46,7 +46,7 @@ class ClassifyApi:
             with self.data_plane.encoding():
                 return self.respond(request.scope[REQUEST_ID], context.serving.library, probabilities)
 
-    def respond(self, request_id: str, library: Library, probabilities: Probabilities) -> Response:
+    def respond(self, request_id: str, library: ServedLibrary, probabilities: Probabilities) -> Response:
         predictions = [self.prediction(row, library.classes) for row in probabilities.tolist()]
         answer: schemas.Classification = {
             "request_id": request_id,

@@ -28,15 +28,15 @@ from service.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from service.library_manager import LibraryManager, LoadedLibrary
 from service.observability.metrics import Metrics
 from service.observability.tracing import stage
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
 from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, unique_headers
 from service.web.decoder import Decoder
 from service.web.routing import ARRIVAL_TIME
+from service.web.serving import Manager, Serving
 
 Detail = Literal["rounded", "label", "full"]
 DIGITS: Final = 2  # of a rounded probability
@@ -65,12 +65,12 @@ class InferenceContext:
     client: str
     arrived: float
     deadline: float
-    serving: LoadedLibrary
+    serving: Serving
     receive: Receive
 
 
 class DataPlane:
-    def __init__(self, manager: LibraryManager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
+    def __init__(self, manager: Manager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
         self.manager = manager
         self.settings = settings
         self.metrics = metrics
@@ -79,7 +79,7 @@ class DataPlane:
         self.decoder = Decoder(settings, metrics)
         self.pixel_bytes = 0  # of all images that are decoded or wait for their answer
 
-    def serving(self) -> LoadedLibrary:
+    def serving(self) -> Serving:
         serving = self.manager.current
         if serving is None:
             raise NotReady

@@ -11,9 +11,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import REQUEST_ID, BadRequest, ErrorMessage, Overloaded
-from service.library_manager import LibraryManager
 from service.observability.metrics import UNMATCHED, Metrics
 from service.web.error_handling import answer
+from service.web.serving import Manager
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class RequestMetricsMiddleware:
     """The outermost middleware. While draining it ends each connection with its answer, so that clients come back
     elsewhere."""
 
-    def __init__(self, app: ASGIApp, *, manager: LibraryManager, metrics: Metrics, plane: str, log_all: bool) -> None:
+    def __init__(self, app: ASGIApp, *, manager: Manager, metrics: Metrics, plane: str, log_all: bool) -> None:
         self.app = app
         self.manager = manager
         self.metrics = metrics
@@ -99,7 +99,7 @@ class ConcurrencyLimitMiddleware:
 
     def add(self, change: int) -> None:
         self.inside += change
-        self.metrics.set("http_requests_in_flight", self.inside)
+        self.metrics.inc("http_requests_in_flight", change)
 
 
 class HeadMiddleware:

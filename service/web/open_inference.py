@@ -27,7 +27,7 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaType,
 )
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.web import openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type
 from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference

@@ -19,6 +19,7 @@ from service.web.http_protocol import HttpProtocol
 BACKLOG: Final = 2048  # connections the kernel holds while the event loop is busy
 SO_ATTACH_FILTER: Final = 26  # <asm-generic/socket.h>
 BPF_RETURN: Final = 0x06  # BPF_RET | BPF_K, <linux/bpf_common.h>
+SWITCH_S: Final = 0.00005  # a thread that waits for the interpreter gets it after so long; Python's own is 5 ms
 LINGER_S: Final = 1.0  # between closing a port and closing its idle connections: a request may be on its way
 
 
@@ -106,6 +107,27 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
         family, _, _, _, address = min(addresses, key=lambda each: each[0] != socket.AF_INET)
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         return socket.create_server(cast("Any", address), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    except OSError as error:
+        raise SettingsRejected(f"TOMBOLA_{setting} {host}:{port}: cannot listen there ({error.strerror})") from None
+
+
+def bind_several(host: str, port: int, setting: str, count: int) -> list[socket.socket]:
+    """So many sockets that listen on one address; the kernel shares connections out among them. Only Linux does so.
+
+    Such a port can also be taken by another program of this user, so a socket of the usual kind looks first.
+    """
+    if count == 1:
+        return [bind(host, port, setting)]
+    with bind(host, port, setting) as first:
+        address, family = first.getsockname(), first.family
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    try:
+        return [
+            socket.create_server(
+                cast("Any", address), family=family, backlog=BACKLOG, reuse_port=True, dualstack_ipv6=both
+            )
+            for _ in range(count)
+        ]
     except OSError as error:
         raise SettingsRejected(f"TOMBOLA_{setting} {host}:{port}: cannot listen there ({error.strerror})") from None
 

@@ -2,19 +2,24 @@
 
 import json
 import random
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from benchmarks.beside import AUDIT
 from benchmarks.chaos import slope_per_hour
 from benchmarks.load import quantile_ms
+from benchmarks.protocols import infer, middle, prefixed
 from benchmarks.report import MARKS, best_peers, markdown_tables, ratios
 from benchmarks.requests import files, tensors
 from model_store.errors import PageRejected
+from model_store.input_spec import CIFAR10_INPUT
 from model_store.pages import replace_section
 from service.benchmarks.timing_leakage import entropy, guess_accuracy, mutual_information
+from service.grpc.infer_message import parse, read_inference
+from service.web.infer_request import ModelSpec
 
 
 def server(kind: str, images: float, p99_ms: float) -> dict[str, Any]:
@@ -149,3 +154,50 @@ def test_serving_beside_an_audit_is_told_with_what_it_was_without(tmp_path: Path
     assert "one client p50 20 (5 before, 10 after) and p99 36 (9 before, 18 after) ms" in text
     assert "250 images/s, p50 28 (7 before, 14 after)" in text
     assert "4 % of it done" in text
+
+
+CONDITIONS: Final = {
+    "machine": {"cpu": "a", "cores": 2, "python": "3.11", "torch": "2", "openvino": "2026.4-1", "load_before": 1.25},
+    "versions": {"wrk": "4"},
+    "library": {"digest": "ab" * 32, "tickets": 40},
+    "commit": "c" * 40,
+    "when": "2026-01-31T00:00:00",
+}
+
+
+def test_both_protocols_are_compared_round_by_round_and_medians_are_shown(tmp_path: Path) -> None:
+    def rates(http: float, grpc: float) -> dict[str, Any]:
+        return {"http": {"images_per_s": http, "cpu_ms": 2.0}, "grpc": {"images_per_s": grpc, "cpu_ms": 2.5}}
+
+    rounds = [{"png": rates(100.0, 50.0)}, {"png": rates(200.0, 190.0)}, {"png": rates(50.0, 45.0)}]
+    figures = middle(rounds, "png")
+    assert figures["of_rounds"] == [0.5, 0.95, 0.9]
+    assert figures["grpc_over_http"] == 0.9  # the ratio of the medians would be 0.5
+    whole = CONDITIONS | {"clients": 32, "rounds": rounds, "forms": {"png": figures}}
+    (tmp_path / "grpc.json").write_text(json.dumps(whole))
+    text = markdown_tables(tmp_path)
+    assert "100 images/s over HTTP and 50 over gRPC, 2.00 and 2.50 ms" in text
+    assert "gRPC is at 90 % of HTTP (50 to 95)" in text
+
+
+def test_a_grpc_request_of_the_generator_is_what_the_server_reads() -> None:
+    form = infer("image", "BYTES", [1], prefixed(files("/v1/classify").bodies))
+    model = ModelSpec(("label",), 10, 8, CIFAR10_INPUT)
+    for body, picture in zip(form.bodies, files("/v1/classify").bodies, strict=True):
+        assert struct.unpack(">BI", body[:5]) == (0, len(body) - 5)
+        read = read_inference(parse(body[5:]), model)
+        assert [bytes(image) for image in read.images] == [picture]
+
+
+def test_the_batch_command_is_compared_with_the_engine_beside_it(tmp_path: Path) -> None:
+    def rates(**each: float) -> dict[str, Any]:
+        return {name: {"images_per_s": rate, "cpu_ms": 100 / rate} for name, rate in each.items()}
+
+    rounds = [rates(served=100.0, engine=200.0, command=rate) for rate in (90.0, 100.0, 190.0)]
+    whole = CONDITIONS | {"data": "a.zip", "pictures": 10000, "rounds": rounds, "note": "bfloat16"}
+    whole |= {"extra": {"s": 1.0, "cpu_ms": 0.25}, "batches": [32, 256]}
+    (tmp_path / "batch.json").write_text(json.dumps(whole))
+    text = markdown_tables(tmp_path)
+    assert "100 pictures/s, 100 % of the engine alone in the service's batches of 32, 50 % in the command's of" in text
+    assert "1.25 ms by the command, of the engine alone 1.00 and 0.50 ms; bfloat16. " in text
+    assert "Load of the machine before: 1.2. " in text

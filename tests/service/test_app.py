@@ -27,7 +27,7 @@ from model_store.errors import LibraryRejected, StoreError
 from model_store.library import Library
 from model_store.ticket import Ticket
 from service.admin.audit_jobs import AuditQueue
-from service.app import create_admin_app, create_public_app
+from service.app import create_admin_app
 from service.benchmarks.library_check import figures, lines
 from service.cpu import NICE_LOADING
 from service.engine.base import FoldedTicket, fold_ticket
@@ -41,6 +41,7 @@ from service.settings import Settings, SettingsRejected
 from service.web import server
 from service.web.auth import ApiKeyStore
 from service.web.http_protocol import WriteCoalescingTransport
+from service.web.public_app import create_public_app
 from tests.support.planes import behind_a_port
 from tests.support.serving import TOKEN, tiny_library
 from tests.support.waiting import until_async

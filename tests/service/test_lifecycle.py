@@ -87,12 +87,14 @@ def callers() -> Iterator[Callable[[str, int], list[Caller]]]:
         caller.join(timeout=60)
 
 
+@pytest.mark.parametrize("http_processes", ["1", "2"])
 def test_it_starts_and_answers_the_line_it_prints_and_swaps_and_ends_without_losing_a_request(
-    tmp_path: Path, callers: Callable[[str, int], list[Caller]]
+    http_processes: str, tmp_path: Path, callers: Callable[[str, int], list[Caller]]
 ) -> None:
     folder = tmp_path / "library"
     first = tiny_library(folder)
-    with serving(folder, tmp_path / "state", "--drain-delay-s", "1.5") as process:
+    flags = ("--drain-delay-s", "1.5", "--http-processes", http_processes)
+    with serving(folder, tmp_path / "state", *flags) as process:
         printed = next(line for line in process.output if line.startswith("try"))
         curl = shlex.split(printed.removeprefix("try"))
         answer = json.loads(subprocess.run([*curl, "--silent"], capture_output=True, check=True).stdout)

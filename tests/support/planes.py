@@ -21,12 +21,13 @@ from model_store.images import Pixels
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
 from service import errors
 from service.admin.audit_jobs import AuditQueue
-from service.app import create_admin_app, create_public_app
+from service.app import create_admin_app
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
+from service.web.public_app import create_public_app
 from service.web.server import create_server, loop_factory
 from tests.support.tickets import CLASSES
 from tests.support.waiting import until

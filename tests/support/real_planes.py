@@ -10,11 +10,12 @@ import httpx
 from model_store.library import Library
 from service.admin.audit_jobs import AuditQueue
 from service.admin.traffic_history import TrafficHistory
-from service.app import create_admin_app, create_public_app
+from service.app import create_admin_app
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
+from service.web.public_app import create_public_app
 from tests.support.planes import TOKEN
 
 Answer = TypeVar("Answer")

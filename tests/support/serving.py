@@ -38,7 +38,11 @@ Answer = TypeVar("Answer")
 
 
 def tiny_library(
-    path: Path, *, seed: int = 0, structures: Sequence[StructureName] = ("resnet18", "resnet34")
+    path: Path,
+    *,
+    seed: int = 0,
+    structures: Sequence[StructureName] = ("resnet18", "resnet34"),
+    policy: Policy | None = None,
 ) -> Library:
     """Two densities of each structure, at the smallest width; another seed is another library."""
     tickets = [
@@ -46,7 +50,7 @@ def tiny_library(
         for index, name in enumerate(structures)
         for place, density in enumerate((0.2, 0.5))
     ]
-    return write_library(path, classes=CLASSES, data="random", tickets=items(tickets))
+    return write_library(path, classes=CLASSES, data="random", tickets=items(tickets), policy=policy)
 
 
 # A scheduler over an engine that is one function

@@ -70,6 +70,7 @@ def test_a_folder_becomes_a_library_of_its_own_size_and_goes_on(
     search += ["--only", "resnet18-30", "--workers", "1", "--set", "width=4", "steps=3", "batch=8"]
     assert main(search) == 0
     assert main(search) == 0
+    assert capsys.readouterr().out.count("\n1 jobs done in") == 2
     (job,) = find_jobs(state)
     assert (job.recipe.structure.stem_stride, job.recipe.structure.stem_pool) == (2, 2)
     assert main(["export", str(library), "--state", str(state)]) == 0

@@ -26,7 +26,9 @@ export async function options() {
 }
 
 export async function refresh() {
-  await options();
+  if (choices === null) await options();
+  else choices = await get("/admin/profiles"); // another library may be served by now, of another size
+  adapt();
   await showDatasets();
   await showCost();
 }
@@ -120,9 +122,7 @@ async function showCost() {
   let text;
   let refused = false;
   try {
-    const request = fields();
-    const cost = await post("/admin/audits/cost", request);
-    if (!request.epsilons) by("epsilons").placeholder = cost.epsilons.join(", "); // another library may be served by now
+    const cost = await post("/admin/audits/cost", fields());
     text = `Estimated cost: about ${estimate(cost)}, for ${cost.attacks} attacks (${whole(cost.giga_multiply_adds)} ` +
       `giga-multiply-adds), at ε ${sizes(cost, by("norm").value)}. Loading and the checks at the end come on top.`;
   } catch (error) {

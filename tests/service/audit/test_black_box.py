@@ -12,7 +12,7 @@ from service.audit.attacks import black_box
 from service.audit.attacks.black_box import HttpOracle, QueryAttackConfig
 from service.audit.errors import AuditRejected, OracleFailed
 from service.errors import EngineFailed, Overloaded
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from tests.support.planes import Oracle, StandIn, behind_a_port, probabilities, public_app
 from tests.support.tickets import CLASSES
 

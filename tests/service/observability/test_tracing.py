@@ -222,7 +222,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 memory = InMemorySpanExporter()
 trace.set_tracer_provider(TracerProvider())
 trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(memory))
-from service.app import create_public_app
+from service.web.public_app import create_public_app
 from service.web.auth import ApiKeyStore
 from service.observability.metrics import Metrics
 from service.settings import Settings

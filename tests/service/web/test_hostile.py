@@ -30,14 +30,15 @@ from tritonclient.utils import InferenceServerException
 from model_store.images import Pixels
 from model_store.library import Library
 from service.admin.audit_jobs import AuditQueue
-from service.app import create_admin_app, create_public_app
+from service.app import create_admin_app
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.outbound import http_client
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
+from service.web.public_app import create_public_app
 from tests.support.planes import (
     TOKEN,
     Oracle,

@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 from model_store.images import Pixels
-from service.scheduling.batch import Probabilities
+from service.scheduling.answers import Probabilities
 from tests.support.http_wire import read_answers
 from tests.support.planes import TOKEN, Oracle, StandIn, admin_app, behind_a_port, png, public_app
 from tools.fuzz.http_differential import PROXIES, installed, main, proxy_before, run_duel

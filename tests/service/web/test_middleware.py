@@ -10,12 +10,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.app import create_public_app
 from service.errors import ErrorMessage
 from service.library_manager import LibraryManager
 from service.observability.metrics import Metrics
 from service.settings import Settings, SettingsRejected, read_settings
 from service.web.auth import ApiKeyStore
+from service.web.public_app import create_public_app
 from tests.support.planes import ask, refused
 from tests.support.serving import Process, serving, tiny_library
 

@@ -117,11 +117,11 @@ def test_the_admin_plane_s_document_wants_the_token_where_the_plane_does(server:
 
 
 def test_keys_are_optional_in_the_document_only_where_the_server_has_none(server: Server, tmp_path: Path) -> None:
-    from service.app import create_public_app
     from service.library_manager import LibraryManager
     from service.observability.metrics import Metrics
     from service.settings import Settings
     from service.web.auth import ApiKeyStore
+    from service.web.public_app import create_public_app
 
     (tmp_path / "keys").write_text(f"someone {'0' * 64}\n")
     settings, metrics = Settings(api_keys_file=tmp_path / "keys"), Metrics()
