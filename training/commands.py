@@ -1,6 +1,7 @@
 """What the commands that make libraries do, from `plan` to `figures`."""
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from model_store.manifest import Entry
 from model_store.pages import END, replace_section
 from model_store.quiet_imports import import_dataset
 from model_store.structures import STRUCTURES
+from model_store.ticket import Ticket, load_ticket
 from training import export, trial
 from training.cost import GPU_SPEED, SPEEDS, THREAD_SPEED, cost
 from training.data import CACHE, Split, read_split
@@ -30,10 +32,11 @@ from training.diversity import differences, summary
 from training.errors import JobsUnfinished, TrainingError
 from training.executors.local import run_local
 from training.executors.ray import run_ray
-from training.jobs import Job, Status, find_jobs, read_job, status
+from training.jobs import TICKET, Job, Status, find_jobs, read_job, status
 from training.recipes import DENSITIES, PRESETS, SHAPE, Preset, TrainConfig, baseline, continued_from, mask_phase
 from training.run_job import run_job
 
+BASELINES: Final = ("resnet18", "wideresnet32")  # the dense networks of Table 2; --only names others
 # Fields of a recipe that are at least 1; the others may be 0.
 COUNTS: Final = ("steps", "batch", "attack_steps", *SHAPE)
 
@@ -95,8 +98,11 @@ def size_of(arguments: argparse.Namespace) -> InputSpec:
     return replace(CIFAR10_INPUT, height=height, width=width, resize=resize, interpolation=interpolation)
 
 
-def recipes_of(arguments: argparse.Namespace, images: int, classes: int, spec: InputSpec) -> list[TrainConfig]:
-    preset, changes = preset_of(arguments), changes_of(arguments)
+def recipes_of(
+    arguments: argparse.Namespace, images: int, classes: int, spec: InputSpec, changes: dict[str, Any] | None = None
+) -> list[TrainConfig]:
+    """The tickets that are wanted. changes: to the preset; the arguments' own if None."""
+    preset, changes = preset_of(arguments), changes_of(arguments) if changes is None else changes
     every = [
         preset.recipe(structure, density, images, classes, spec, **changes)
         for structure in STRUCTURES
@@ -137,6 +143,30 @@ def jobs_from(arguments: argparse.Namespace, library: Library, images: int) -> l
         steps = max(1, round((arguments.epochs or 1) * images / batch))
         recipe = continued_from(before, parent=entry.sha256, steps=steps, rate=arguments.rate, **changes)
         jobs.append(Job(recipe, arguments.state / recipe.name, start=library.path / entry.file))
+    return jobs
+
+
+def jobs_from_dense(arguments: argparse.Namespace, split: Split) -> list[Job]:
+    """Jobs that search tickets inside the dense networks of a --state folder, at full epsilon from the first step.
+
+    Raises TrainingError for a network that is not there, or of another structure or input.
+    """
+    changes = {"clean_until": 0.0, "ramp_until": 0.0, **changes_of(arguments)}
+    starts: dict[Path, tuple[Ticket, str]] = {}
+    jobs = []
+    for recipe in recipes_of(arguments, len(split.search), len(split.classes), split.input, changes):
+        path = arguments.dense / f"{recipe.structure.name}-100" / TICKET
+        if path not in starts:
+            if not path.exists():
+                raise TrainingError(f"{path}: no such file; expected a --state folder of `tombola baseline`, finished")
+            starts[path] = load_ticket(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        dense, digest = starts[path]
+        if (dense.structure, dense.input) != (recipe.structure, split.input):
+            raise TrainingError(
+                f"{path}: {dense.structure} for {dense.input}; expected {recipe.structure} for {split.input}. "
+                "Give search and baseline the same --set and --size"
+            )
+        jobs.append(Job(replace(recipe, parent=digest), arguments.state / recipe.name, start=path.resolve()))
     return jobs
 
 
@@ -234,6 +264,11 @@ def run_search(arguments: argparse.Namespace) -> None:
         refuse_settled(arguments)
         split = split_for(library, arguments.start, arguments)
         jobs = jobs_from(arguments, library, len(split.search))
+    elif arguments.dense:
+        if arguments.scratch:
+            raise TrainingError("--scratch: a mask over a dense network's weights is no scratch ticket")
+        split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
+        jobs = jobs_from_dense(arguments, split)
     else:
         split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
         recipes = recipes_of(arguments, len(split.search), len(split.classes), split.input)
@@ -259,7 +294,7 @@ def run_baseline(arguments: argparse.Namespace) -> None:
     preset = preset_of(arguments)
     recipes = [
         baseline(preset, name, len(split.search), len(split.classes), split.input, **changes_of(arguments))
-        for name in ("resnet18", "wideresnet32")
+        for name in (STRUCTURES if arguments.only else BASELINES)
         if wanted(name, arguments.only)
     ]
     run_jobs([Job(recipe, arguments.state / recipe.name, "baseline") for recipe in recipes], arguments, split)

@@ -24,6 +24,7 @@ from training.recipes import TrainConfig
 from training.search import OverfitCheck, Step
 
 INPUT: Final = TypeAdapter(InputSpec)
+TICKET: Final = "ticket.safetensors"  # in a job's folder, once it is done
 State = Literal["waiting", "running", "interrupted", "failed", "done"]
 
 
@@ -193,7 +194,7 @@ def read_result(folder: Path) -> Result:
 def read_output(folder: Path) -> tuple[Ticket, Provenance, Sequence[Claim]]:
     """What a finished job gives to an export."""
     result = read_result(folder)
-    return load_ticket(folder / "ticket.safetensors"), result.provenance, result.claims
+    return load_ticket(folder / TICKET), result.provenance, result.claims
 
 
 def find_jobs(state: Path) -> list[Job]:

@@ -15,7 +15,7 @@ from training.checkpoints import delete_checkpoints
 from training.data import Split
 from training.evaluation import measure
 from training.files import remove_partial_files, write_text
-from training.jobs import Job, JobLog, Result, initialize, lock_folder, status
+from training.jobs import TICKET, Job, JobLog, Result, initialize, lock_folder, status
 
 PACKAGES: Final = ("torch", "numpy", "safetensors")
 
@@ -46,7 +46,7 @@ def complete(job: Job, split: Split, device: torch.device) -> None:
     else:
         start = load_ticket(job.start) if job.start else None
         ticket = search.run(job.recipe, split, job.folder, JobLog(job.folder / "log.jsonl").add, device, start)
-    save_ticket(job.folder / "ticket.safetensors", ticket)
+    save_ticket(job.folder / TICKET, ticket)
     claims = measure(ticket, split, job.data, device, job.folder / "measured.json")
     result = Result(provenance=provenance(job, split), claims=tuple(claims))
     write_text(job.folder / "done.json", result.model_dump_json(indent=1))

@@ -31,6 +31,7 @@ from training.optimizers import Momentum, muon_direction, relative_step, sgd_ste
 from training.recipes import LOW_RESOLUTION, TrainConfig
 from training.seeding import make_generator
 from training.sparsity import (
+    begin_dense,
     init_scores,
     init_weights,
     layer_densities,
@@ -110,13 +111,15 @@ class Search:
     # --- state ---------------------------------------------------------------------------------------------------
 
     def initialize(self, start: Ticket | None) -> None:
-        """Sets frozen weights, scores and masks: from the seed, or so that they reproduce a ticket."""
+        """Sets frozen weights, scores and masks: from the seed, from a dense network, or to reproduce a ticket."""
         seed = self.recipe.seed if self.recipe.weights_seed is None else self.recipe.weights_seed
         for index, (name, layer) in enumerate(convs(self.network).items()):
             shape = layer.weight.shape
             weights = init_weights(shape, make_generator(seed, index, 1))
             scores = init_scores(shape, make_generator(self.recipe.seed, index, 2))
-            if start is not None:
+            if start is not None and start.density == 1 > self.recipe.density:
+                weights, scores = begin_dense(start, name)
+            elif start is not None:
                 weights, scores = reproduce_ticket(weights, scores, start, name)
             self.frozen[name] = weights.to(self.device)
             self.scores[name] = scores.to(self.device)

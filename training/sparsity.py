@@ -130,3 +130,14 @@ def reproduce_ticket(weights: Tensor, scores: Tensor, start: Ticket, name: str) 
     magnitude = torch.empty_like(scores)
     magnitude[mask], magnitude[~mask] = magnitudes[:kept], magnitudes[kept:]
     return weights, magnitude * scores.sign()
+
+
+def begin_dense(dense: Ticket, name: str) -> tuple[Tensor, Tensor]:
+    """Frozen weights and scores of a dense network's layer: its own weights, and their magnitudes as first scores.
+
+    So a search begins at the mask that magnitude pruning would choose, and moves on from there (Sehwag et al., "HYDRA",
+    NeurIPS 2020). Scores are scaled to the range that init_scores draws from.
+    """
+    weights = dense.values[name].view(dense.masks[name].shape)
+    largest = weights.abs().max().clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights.clone(), weights / largest / math.sqrt(math.prod(weights.shape[1:]))

@@ -1,5 +1,6 @@
 """The jobs as a user runs them, and what they leave as a library."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -75,6 +76,25 @@ def test_training_goes_on_from_a_library_and_the_better_ticket_stays(
     assert (kept.provenance.parent is None) == (values[0] > values[1])
 
 
+def test_a_search_inside_a_dense_network_says_whose_weights_it_has(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", str(data), "--data-name", "digits", "--workers", "1"]
+    dense = [*common, "--state", str(tmp_path / "dense"), "--only", "resnet18", "--set", "width=2", "steps=2"]
+    assert main(["baseline", *dense]) == 0
+    found = ["search", *common, "--state", str(tmp_path / "state"), "--only", "resnet18-20"]
+    found += ["--dense", str(tmp_path / "dense"), "--set", "steps=4"]
+    assert main(found) == 2
+    assert "resnet18-100/ticket.safetensors: resnet18" in (error := capsys.readouterr().err)
+    assert "Give search and baseline the same --set" in error
+    assert main([*found, "width=2"]) == 0
+    library = export(tmp_path / "library", [tmp_path / "state"])
+    file = tmp_path / "dense" / "resnet18-100" / "ticket.safetensors"
+    assert library.entries[0].provenance.parent == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert main(["scratch", str(library.path), *common, "--state", str(tmp_path / "scratch")]) == 2
+    assert "its recipe says nothing of its masks" in capsys.readouterr().err
+
+
 def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
     data: Path, done_state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +160,8 @@ def test_every_command_that_reads_pictures_passes_over_damaged_ones_when_told(
         ),
         (["search", "--data", "{data}", "--state", "s", "--from", str(EMBEDDED), "--scratch"], "--scratch: settled by"),
         (["search", "--data", "{data}", "--state", "s", "--from", "/nowhere"], "/nowhere: no such folder"),
+        (["search", "--data", "{data}", "--state", "s", "--dense", "/nowhere"], "expected a --state folder of"),
+        (["search", "--data", "{data}", "--state", "s", "--dense", "d", "--scratch"], "is no scratch ticket"),
         (["scratch", str(EMBEDDED), "--data", "{data}", "--state", "s", "--only", "vgg16"], "no ticket matches --only"),
         (["status", "--state", "/nowhere"], "/nowhere: no such folder"),
         (["export", "library"], "no finished ticket"),

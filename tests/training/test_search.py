@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,6 +271,42 @@ def test_training_goes_on_from_a_scratch_ticket_by_its_mask(tmp_path: Path) -> N
     begun = Search(continued_from(recipe, parent="0" * 64, steps=4, rate=0.1), few_digits(), CPU, ticket)
     assert all(torch.equal(begun.masks[name], ticket.masks[name]) for name in ticket.masks)
     assert all(torch.equal(begun.frozen[name][ticket.masks[name]], ticket.values[name]) for name in ticket.masks)
+
+
+def test_a_search_inside_a_dense_network_begins_at_its_largest_weights(tmp_path: Path) -> None:
+    """And moves on from there: kept weights are the network's own until the weights phase."""
+    dense = run(replace(TINY, density=1.0, mask_share=0.0, steps=6), few_digits(), tmp_path, ignore, CPU)
+    recipe = replace(TINY, parent="0" * 64, clean_until=0.0, ramp_until=0.0)
+    begun = Search(recipe, few_digits(), CPU, dense)
+    for name, layer in convs(begun.network).items():
+        weights = dense.values[name].view(layer.weight.shape)
+        kept = begun.masks[name]
+        assert int(kept.sum()) == kept_count(weights.numel(), recipe.density)
+        assert torch.equal(layer.weight[kept], weights[kept])
+        assert float(weights[kept].abs().min()) >= float(weights[~kept].abs().max())
+        assert float(begun.scores[name].abs().max()) <= 1 / math.sqrt(math.prod(weights.shape[1:])) + 1e-6
+    first = {name: mask.clone() for name, mask in begun.masks.items()}
+    while begun.phase == "mask":
+        begun.train_step()
+    assert any(not torch.equal(first[name], begun.masks[name]) for name in first)
+    for name, layer in convs(begun.network).items():
+        weights = dense.values[name].view(layer.weight.shape)
+        assert torch.equal(layer.weight[begun.masks[name]], weights[begun.masks[name]])
+
+
+def test_a_search_inside_a_dense_network_goes_on_from_its_checkpoint_in_the_same_bits(tmp_path: Path) -> None:
+    dense = run(replace(TINY, density=1.0, mask_share=0.0, steps=4), few_digits(), tmp_path, ignore, CPU)
+    recipe = replace(TINY, parent="0" * 64)
+    (tmp_path / "whole").mkdir()
+    whole = run(recipe, few_digits(), tmp_path / "whole", ignore, CPU, dense)
+    for stop in (recipe.mask_steps // 2, recipe.mask_steps + 1):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        search = Search(recipe, few_digits(), CPU, dense)
+        while search.step < stop:
+            search.train_step()
+        search.save(folder / "checkpoint.safetensors")
+        assert same(run(recipe, few_digits(), folder, ignore, CPU, dense), whole)
 
 
 def test_the_scratch_ticket_behind_a_trained_one_is_the_one_that_a_search_by_its_recipe_finds(

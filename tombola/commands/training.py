@@ -231,7 +231,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_start_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--from", dest="start", type=Path, metavar="LIBRARY", help="go on from this library's tickets")
+    start.add_argument(
+        "--dense", type=Path, metavar="STATE", help="search inside the dense networks that `baseline` left there"
+    )
     parser.add_argument(
         "--rate",
         type=positive,
