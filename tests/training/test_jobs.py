@@ -82,12 +82,12 @@ def test_a_search_inside_a_dense_network_says_whose_weights_it_has(
     common = ["--data", str(data), "--data-name", "digits", "--workers", "1"]
     dense = [*common, "--state", str(tmp_path / "dense"), "--only", "resnet18", "--set", "width=2", "steps=2"]
     assert main(["baseline", *dense]) == 0
-    found = ["search", *common, "--state", str(tmp_path / "state"), "--only", "resnet18-20"]
-    found += ["--dense", str(tmp_path / "dense"), "--set", "steps=4"]
-    assert main(found) == 2
+    arguments = ["search", *common, "--state", str(tmp_path / "state"), "--only", "resnet18-20"]
+    arguments += ["--dense", str(tmp_path / "dense"), "--set", "steps=4"]
+    assert main(arguments) == 2
     assert "resnet18-100/ticket.safetensors: resnet18" in (error := capsys.readouterr().err)
     assert "Give search and baseline the same --set" in error
-    assert main([*found, "width=2"]) == 0
+    assert main([*arguments, "width=2"]) == 0
     library = export(tmp_path / "library", [tmp_path / "state"])
     file = tmp_path / "dense" / "resnet18-100" / "ticket.safetensors"
     assert library.entries[0].provenance.parent == hashlib.sha256(file.read_bytes()).hexdigest()

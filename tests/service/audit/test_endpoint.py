@@ -101,7 +101,7 @@ def agree(first: Interval, second: Interval) -> bool:
 
 def test_a_module_and_its_endpoints_have_figures_that_agree(ticket: Ticket, tmp_path: Path) -> None:
     """One network: as a module, behind our own server in both protocols, and behind another server's."""
-    arguments: dict[str, Any] = {"data": some_digits(), "profile": "smoke", "epsilons": [8], "threads": 1}
+    arguments: dict[str, Any] = {"data": some_digits(), "profile": "smoke", "epsilons": [32], "threads": 1}
     module = audit(Target.from_torch(ticket.network().eval(), DIGITS), out=tmp_path / "module", **arguments)
     reports: dict[str, Report] = {}
     library = write_library(tmp_path / "library", classes=DIGITS, data="digits", tickets=items([ticket]))
