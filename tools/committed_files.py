@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 MAX_BYTES: Final = 2_000_000
-LARGE: Final = ("model_store/library/", "model_store/library-scratch/")  # tickets are meant to be in the repository
+LARGE: Final = ("model_store/library/", "model_store/library-scratch/", "libraries/")  # tickets, meant to be here
 KEY: Final = b"-----BEGIN " + b"%s" + b"PRIVATE KEY-----"
 KINDS: Final = (b"", b"RSA ", b"EC ", b"DSA ", b"OPENSSH ", b"ENCRYPTED ")
 
