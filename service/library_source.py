@@ -25,7 +25,7 @@ from model_store.files import sync_folder
 from model_store.library import MANIFEST, Library, open_library
 from model_store.ticket import MAX_FILE_BYTES
 from service.oci_registry import Artifact, parse_reference
-from service.outbound import http_client
+from service.outbound import http_client, read_at_most
 from service.settings import Settings, ensure_state_dir
 
 log = logging.getLogger(__name__)
@@ -182,20 +182,18 @@ def reader(location: Location) -> Iterator[Read]:
 def read_web(client: Any, url: str, most: int) -> bytes:
     import httpx
 
-    data = bytearray()
     try:
         with client.stream("GET", url) as response:
             if response.is_redirect:
                 raise LibraryRejected(f"{url}: leads to {response.headers.get('location')}; name that instead")
             if response.status_code != 200:
                 raise LibraryRejected(f"{url}: status {response.status_code}")
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > most:
-                    raise LibraryRejected(f"{url}: more than {most} bytes, which is the limit")
+            data = read_at_most(response, most)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise LibraryRejected(f"{url}: {type(error).__name__}: {error}") from None
-    return bytes(data)
+    if data is None:
+        raise LibraryRejected(f"{url}: more than {most} bytes, which is the limit")
+    return data
 
 
 def open_store(location: Location) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
 from model_store.errors import LibraryRejected
-from service.outbound import http_client, in_public_network
+from service.outbound import http_client, in_public_network, read_at_most
 from service.registry_auth import (
     FILE_VARIABLE,
     HUB,
@@ -209,17 +209,16 @@ class Artifact:
     ) -> Answer:
         import httpx
 
-        data, shown = bytearray(), without_query(url)
+        shown = without_query(url)
         try:
             with self.client.stream(method, url, headers=headers, content=content) as response:
                 limit = most if response.status_code == 200 else MAX_ANSWER_BYTES
-                for chunk in response.iter_bytes():
-                    data += chunk
-                    if len(data) > limit:
-                        raise LibraryRejected(f"{shown}: more than the {limit} bytes that are read")
+                data = read_at_most(response, limit)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise LibraryRejected(f"{shown}: {type(error).__name__}: {error}") from None
-        return Answer(url, response.status_code, response.headers, bytes(data))
+        if data is None:
+            raise LibraryRejected(f"{shown}: more than the {limit} bytes that are read")
+        return Answer(url, response.status_code, response.headers, data)
 
     def is_registry(self, url: str) -> bool:
         return urlsplit(url)[:2] == urlsplit(self.reference.registry)[:2]

@@ -60,6 +60,16 @@ def open_url(request: str | urllib.request.Request, timeout_s: float = 60) -> An
     return DIRECT.open(request, timeout=timeout_s)
 
 
+def read_at_most(response: Any, most: int) -> bytes | None:
+    """The body of a streamed httpx.Response; None if it is longer, however long it is."""
+    data = bytearray()
+    for chunk in response.iter_bytes():
+        data += chunk
+        if len(data) > most:
+            return None
+    return bytes(data)
+
+
 def in_public_network(host: str) -> bool:
     """Whether every address of a host is public. One that has no address is: a request to it fails in any case."""
     try:

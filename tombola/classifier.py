@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
@@ -16,7 +16,7 @@ from service.scheduling.answers import Probabilities
 from service.settings import Settings, SettingsRejected, read_settings
 from service.web.inference import apply_output_detail
 from tombola.client import bounded_map
-from tombola.results_file import Row, table_of
+from tombola.results_file import Row, batched, table_of
 from tombola.sources import Picture
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class BatchClassifier:
           TombolaError: what is no fault of a picture.
         """
         room = self.settings.pixel_memory_bytes // (CHUNKS * self.library.input.numel)
-        chunks = split(pictures, max(1, min(CHUNK_DRAWS, room) // self.draws))
+        chunks = batched(iter(pictures), max(1, min(CHUNK_DRAWS, room) // self.draws))
         for rows in bounded_map(self.classify_chunk, chunks, CHUNKS):
             yield from rows
 
@@ -156,14 +156,3 @@ class BatchClassifier:
             draws=len(labels),
             library=self.digest,
         )
-
-
-def split(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    chunk: list[Picture] = []
-    for picture in pictures:
-        chunk.append(picture)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, TypeVar
 
 from model_store.errors import TombolaError
 from model_store.files import naming, replacing
 
 if TYPE_CHECKING:
     import pyarrow
+
+T = TypeVar("T")
 
 if sys.platform != "win32":
     import fcntl
@@ -168,8 +170,8 @@ class ResultsFile:
                 table.write_table(table_of(rows))
 
 
-def batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while batch := list(islice(rows, size)):
+def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(islice(items, size)):
         yield batch
 
 
