@@ -1,4 +1,4 @@
-"""`python -m benchmarks.http_cost`: what a request costs beside its tickets, and where that time goes.
+"""`python -m benchmarks.http_cost`: what a request costs beside its tickets, over HTTP or gRPC, and where that goes.
 
 A server runs over an engine whose tickets cost nothing. Processor time is read from /proc, so that neighbours on a
 shared machine matter less than they do for images per second. `--profile` samples the event loop's thread with py-spy
@@ -12,20 +12,25 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.load import closed_loop
+from benchmarks import protocols
 from benchmarks.requests import files
+from benchmarks.servers import Running
 from model_store.files import write_atomically
 from model_store.library import Library
 from service import lifecycle
 from service.engine.base import Engine, Images, Logits
+from service.outbound import open_url
 from service.settings import Settings
 from service.web.server import loop_factory
 
@@ -55,9 +60,19 @@ def free_engine(library: Library, threads: int) -> Engine:
     return Engine("free", "cpu", threads, forward, (1,) * count, library.input.shape, 0.0, "costs nothing", 0.0)
 
 
-async def serve_free_tickets(state: Path) -> None:
-    """Serves until standard input ends. Prints the public plane's address once it is ready."""
-    settings = Settings(port=0, admin_port=0, state_dir=state, threads=2, engine="torch", device="cpu")
+async def serve_free_tickets(state: Path, http_processes: int) -> None:
+    """Serves until standard input ends. Prints the addresses of HTTP, gRPC and the admin plane once it is ready."""
+    settings = Settings(
+        port=0,
+        admin_port=0,
+        grpc=True,
+        grpc_port=0,
+        state_dir=state,
+        threads=2,
+        engine="torch",
+        device="cpu",
+        http_processes=http_processes,
+    )
     service = lifecycle.create_service(settings)
 
     def open_free_engine(library: Library, fork_server: object) -> Engine:
@@ -67,24 +82,58 @@ async def serve_free_tickets(state: Path) -> None:
     service.manager.open_engine = open_free_engine  # type: ignore[method-assign]
     running = [asyncio.ensure_future(plane.serve_forever()) for plane in service.planes]
     await service.manager.start()
-    print(service.public_url.removeprefix("http://"), flush=True)
+    assert service.grpc is not None
+    await service.grpc.start()
+    print(service.public_url.removeprefix("http://"), service.grpc.address, service.admin_url, flush=True)
     await asyncio.to_thread(sys.stdin.read)
     service.delay = False
     await lifecycle.shut_down(service, running)
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is measured: the code of a work tree, serving one protocol in so many HTTP processes."""
+
+    code: Path
+    protocol: str
+    http_processes: int
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.protocol} --http-processes {self.http_processes}"
+
+
+@dataclass(frozen=True)
+class FreeServer:
+    """A server whose tickets cost nothing. places: host:port by protocol."""
+
+    running: Running
+    places: Mapping[str, str]
+
+
 @contextmanager
-def free_server(code: Path) -> Iterator[tuple[str, int]]:
-    """host:port and process id of a server of that code's work tree."""
+def free_server(code: Path, http_processes: int) -> Iterator[FreeServer]:
     with tempfile.TemporaryDirectory() as state:
         command = [sys.executable, "-m", "benchmarks.http_cost", "--serve", state]
-        process = subprocess.Popen(command, cwd=code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command += ["--http-processes", str(http_processes)]
+        process = subprocess.Popen(command, cwd=code, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with process:
             assert process.stdout is not None
             try:
-                yield process.stdout.readline().strip(), process.pid
+                http, grpc, admin = process.stdout.readline().decode().split()
+                running = Running(http, process, 0.0, admin)
+                wait_until_served(f"http://{http}/health/ready")
+                yield FreeServer(running, {"http": http, "grpc": grpc})
             finally:
                 process.kill()
+
+
+def wait_until_served(url: str) -> None:
+    """HTTP processes start after the service is ready."""
+    late = time.monotonic() + 60
+    while time.monotonic() < late:
+        with suppress(OSError), open_url(url, 60):
+            return
+    raise SystemExit(f"no measurement: {url} does not answer")
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:
@@ -94,39 +143,49 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
     return ticks[0] / TICKS_PER_S, ticks[1] / TICKS_PER_S
 
 
-def measure(place: str, pid: int, clients: int, seconds: float) -> dict[str, float]:
-    """Microseconds of processor time a request."""
+def measure(server: FreeServer, protocol: str, clients: int, seconds: float) -> dict[str, float]:
+    """Microseconds of processor time a request: of all processes, of the service's own, of its event loop."""
+    pid = server.running.process.pid
     before = cpu_seconds(pid)
-    figures = closed_loop(place, files("/v1/classify"), clients, seconds)
+    form = protocols.infer_png() if protocol == "grpc" else files("/v1/classify")
+    figures = protocols.measure(server.running, server.places[protocol], form, seconds, clients)
     after = cpu_seconds(pid)
-    if figures["refused"] or figures["broken"]:
-        raise SystemExit(f"{figures['refused']} refused, {figures['broken']} broken: no measurement")
-    whole, loop = (1e6 * (late - early) / figures["answers"] for early, late in zip(before, after, strict=True))
-    return {"process_us": round(whole, 1), "loop_us": round(loop, 1), "images_per_s": figures["images_per_s"]}
+    whole, loop = (1e6 * (late - early) / figures["images"] for early, late in zip(before, after, strict=True))
+    return {
+        "all_us": round(1000 * figures["cpu_ms"], 1),
+        "process_us": round(whole, 1),
+        "loop_us": round(loop, 1),
+        "images_per_s": figures["images_per_s"],
+    }
 
 
-def compare(codes: Sequence[Path], clients: int, seconds: float, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Each code in turn, round after round, so that a slow minute of the machine meets all of them."""
-    rounds_of: dict[str, list[dict[str, float]]] = {str(code): [] for code in codes}
+def compare(cases: Sequence[Case], clients: int, seconds: float, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Each case in turn, round after round, so that a slow minute of the machine meets all of them."""
+    rounds_of: dict[str, list[dict[str, float]]] = {str(case): [] for case in cases}
     with ExitStack() as stack:
-        servers = {str(code): stack.enter_context(free_server(code)) for code in codes}
+        kinds = dict.fromkeys((case.code, case.http_processes) for case in cases)
+        servers = {kind: stack.enter_context(free_server(*kind)) for kind in kinds}
         for _ in range(rounds):
-            for code, (place, pid) in servers.items():
-                measure(place, pid, clients, 1)
-                rounds_of[code].append(measure(place, pid, clients, seconds))
-                print(code, rounds_of[code][-1], flush=True)
+            for case in cases:
+                server = servers[case.code, case.http_processes]
+                measure(server, case.protocol, clients, 1)
+                rounds_of[str(case)].append(measure(server, case.protocol, clients, seconds))
+                print(case, rounds_of[str(case)][-1], flush=True)
+    for name, rows in rounds_of.items():
+        print(name, {key: median(row[key] for row in rows) for key in rows[0]}, "medians", flush=True)
     return rounds_of
 
 
-def profile(code: Path, clients: int, seconds: float) -> tuple[dict[str, float], Counter[str]]:
+def profile(case: Case, clients: int, seconds: float) -> tuple[dict[str, float], Counter[str]]:
     """Samples of the event loop's thread by stage, beside what a request cost while they were taken."""
-    with free_server(code) as (place, pid), tempfile.TemporaryDirectory() as folder:
-        measure(place, pid, clients, 1)
+    with free_server(case.code, case.http_processes) as server, tempfile.TemporaryDirectory() as folder:
+        pid = server.running.process.pid
+        measure(server, case.protocol, clients, 1)
         stacks = Path(folder) / "stacks"
         spy = [str(Path(sys.executable).parent / "py-spy"), "record", "--pid", str(pid), "--format", "raw", "--threads"]
         spy += ["--rate", "200", "--duration", str(round(seconds)), "--output", str(stacks), "--nonblocking"]
         with subprocess.Popen(spy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as recorder:
-            figures = measure(place, pid, clients, seconds)
+            figures = measure(server, case.protocol, clients, seconds)
             recorder.wait()
         samples: Counter[str] = Counter()
         for line in stacks.read_text().splitlines():
@@ -154,23 +213,31 @@ def table(figures: dict[str, float], samples: Counter[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.http_cost", description=__doc__)
     parser.add_argument("codes", nargs="*", type=Path, default=[Path()], help="work trees to compare (this one)")
-    parser.add_argument("--clients", type=int, default=32, help="connections of wrk (32)")
+    parser.add_argument("--clients", type=int, default=32, help="connections of h2load (32)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a measurement (5)")
     parser.add_argument("--rounds", type=int, default=3, help="of all work trees, one after the other (3)")
+    parser.add_argument("--protocol", nargs="+", default=["http"], choices=("http", "grpc"), help="to compare (http)")
+    parser.add_argument("--http-processes", nargs="+", type=int, default=[1], metavar="N", help="to compare (1)")
     parser.add_argument("--profile", action="store_true", help="print where the event loop's time goes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(serve_free_tickets(given.serve))
-    elif given.profile:
-        print(table(*profile(given.codes[0].resolve(), given.clients, given.seconds)))
-    else:
-        codes = [code.resolve() for code in given.codes]
-        figures: dict[str, Any] = compare(codes, given.clients, given.seconds, given.rounds)
-        if given.json:
-            write_atomically(given.json, json.dumps(figures, indent=1) + "\n")
+            runner.run(serve_free_tickets(given.serve, given.http_processes[0]))
+        return
+    cases = [
+        Case(code.resolve(), protocol, count)
+        for code in given.codes
+        for count in given.http_processes
+        for protocol in given.protocol
+    ]
+    if given.profile:
+        print(table(*profile(cases[0], given.clients, given.seconds)))
+        return
+    figures: dict[str, Any] = compare(cases, given.clients, given.seconds, given.rounds)
+    if given.json:
+        write_atomically(given.json, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def measure_protocols(running: Running, grpc_place: str, seconds: float) -> Figu
     png, tensor = requests.files("/v1/classify"), requests.tensors()
     pixels = [picture.transpose(2, 0, 1).tobytes() for picture in requests.pictures()]
     cases = {
-        "png": {"http": (running.place, png), "grpc": (grpc_place, infer("image", "BYTES", [1], prefixed(png.bodies)))},
+        "png": {"http": (running.place, png), "grpc": (grpc_place, infer_png())},
         "tensor": {
             "http": (running.place, tensor),
             "grpc": (grpc_place, infer("pixels", "UINT8", [1, *requests.INPUT.shape], pixels)),
@@ -75,7 +75,12 @@ def infer(name: str, datatype: str, shape: Sequence[int], contents: Sequence[byt
     return Form(PATH, HEADERS, tuple(bodies))
 
 
-def measure(running: Running, place: str, form: Form, seconds: float) -> Figures:
+def infer_png() -> Form:
+    """The pictures of /v1/classify."""
+    return infer("image", "BYTES", [1], prefixed(requests.files("/v1/classify").bodies))
+
+
+def measure(running: Running, place: str, form: Form, seconds: float, clients: int = CLIENTS) -> Figures:
     """Counted by the server itself, so that a refusal within a 200 of HTTP/2 is none. One picture, from all clients."""
     before, used = running.metric("inference_images_total"), running.cpu_s()
     with tempfile.NamedTemporaryFile() as body:
@@ -83,7 +88,7 @@ def measure(running: Running, place: str, form: Form, seconds: float) -> Figures
         body.flush()
         protocol = ["-p", "h2c"] if form.path == PATH else ["--h1"]
         headers = [word for name, value in form.headers for word in ("-H", f"{name}: {value}")]
-        load = ["-t1", f"-c{CLIENTS}", "-m1", f"-D{max(1, round(seconds))}", "-d", body.name]
+        load = ["-t1", f"-c{clients}", "-m1", f"-D{max(1, round(seconds))}", "-d", body.name]
         command = ["h2load", *protocol, *load, *headers, f"http://{place}{form.path}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     ended = ENDED.search(done.stdout)
@@ -93,4 +98,4 @@ def measure(running: Running, place: str, form: Form, seconds: float) -> Figures
     if images < int(ended[1]):
         raise SystemExit(f"no measurement: {ended[1]} answers, of which {images:.0f} were classified")
     rate, cpu_ms = images / max(1, round(seconds)), 1000 * (running.cpu_s() - used) / images
-    return {"images_per_s": round(rate, 1), "cpu_ms": round(cpu_ms, 3)}
+    return {"images_per_s": round(rate, 1), "cpu_ms": round(cpu_ms, 3), "images": round(images)}

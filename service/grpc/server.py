@@ -80,6 +80,7 @@ class GrpcServer:
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", int(1000 * settings.keep_alive_s)),
                 ("grpc.so_reuseport", 0),
+                ("grpc.http2.bdp_probe", 0),
             ]
         )
         self.server.add_generic_rpc_handlers((self.inference(), self.health()))
@@ -209,7 +210,7 @@ class GrpcServer:
 
     # Inference
 
-    async def model_infer(self, stream: AsyncIterator[bytes], context: Context) -> Any:
+    async def model_infer(self, _: AsyncIterator[bytes], context: Context) -> Any:
         if self.in_flight >= self.settings.max_requests:
             self.metrics.inc("shed_total", reason="inflight")
             raise Overloaded
@@ -217,22 +218,22 @@ class GrpcServer:
         started_at, kind = time.perf_counter(), "fail"
         try:
             with self.data_plane.counting() as reservation:
-                answer = await self.infer(stream, context, reservation)
+                answer = await self.infer(context, reservation)
             kind = "success"
         finally:
             self.in_flight -= 1
             self.protocol.statistics.note(kind, time.perf_counter() - started_at)
         return answer
 
-    async def infer(self, stream: AsyncIterator[bytes], context: Context, reservation: BodyReservation) -> Any:
+    async def infer(self, context: Context, reservation: BodyReservation) -> Any:
         arrived_at = asyncio.get_running_loop().time()
         left_s = context.time_remaining()  # of the client's own deadline; None without one
         headers = {name.encode(): as_bytes_value(value) for name, value in context.invocation_metadata()}
         client = self.data_plane.identify({"query_string": b"", "client": (address(context.peer()), 0)}, headers)
         serving, deadline = self.data_plane.serving(), arrived_at + self.settings.deadline_s
-        message = infer_message.parse(await self.receive(stream, reservation))
+        message = infer_message.parse(await self.receive(context, reservation))
         require_model(message.model_name, message.model_version)
-        admitted = InferenceContext(headers, b"", client, arrived_at, deadline, serving, never)
+        admitted = InferenceContext(headers, b"", client, arrived_at, deadline, serving, None)
         self.data_plane.admit(admitted)
         return await self.answer(message, admitted, left_s)
 
@@ -252,15 +253,17 @@ class GrpcServer:
             head = {"model_name": MODEL, "model_version": VERSION, "id": inference.id or ""}
             return infer_message.describe(head, tensors)
 
-    async def receive(self, stream: AsyncIterator[bytes], reservation: BodyReservation) -> bytes:
-        """The message, within time and memory. Raises RequestTimeout, BadRequest, Overloaded."""
+    async def receive(self, context: Context, reservation: BodyReservation) -> bytes:
+        """The message, within time and memory. Raises RequestTimeout, BadRequest, Overloaded.
+
+        Read from the context: the stream's iterator, left after its first message, costs a task more to close.
+        """
         try:
             async with asyncio.timeout(self.settings.body_timeout_s), self.readers:
-                async for data in stream:
-                    reservation.take(len(data))
-                    break
-                else:
+                data: bytes = await context.read()
+                if data is grpc.aio.EOF:
                     raise BadRequest(ErrorMessage.GRPC_MESSAGE)
+                reservation.take(len(data))
         except TimeoutError:
             raise RequestTimeout(limit=self.settings.body_timeout_s) from None
         self.metrics.observe("http_request_body_bytes", len(data))
@@ -291,8 +294,3 @@ def address(peer: str) -> str:
 
 def as_bytes_value(value: str | bytes) -> bytes:
     return value if isinstance(value, bytes) else value.encode()
-
-
-async def never() -> Any:
-    """Stands for a client's hang-up: gRPC cancels the call itself."""
-    await asyncio.Event().wait()

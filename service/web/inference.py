@@ -58,7 +58,11 @@ REFUSES: Final = (
 
 @dataclass(frozen=True)
 class InferenceContext:
-    """One classification request, read and admitted. deadline: in loop time, the latest this server allows."""
+    """One classification request, read and admitted.
+
+    deadline: in loop time, the latest this server allows.  receive: tells of a hang-up; None where that cancels the
+    request's task by itself.
+    """
 
     headers: Mapping[bytes, bytes]
     body: bytes
@@ -66,7 +70,7 @@ class InferenceContext:
     arrived: float
     deadline: float
     serving: Serving
-    receive: Receive
+    receive: Receive | None
 
 
 class DataPlane:
@@ -145,7 +149,8 @@ class DataPlane:
         if not isinstance(images, np.ndarray):  # these have to be decoded: not for a request that will be refused
             left_s = deadline - asyncio.get_running_loop().time()
             context.serving.scheduler.check(len(images), context.client, left_s)
-        return await cancel_on_disconnect(context.receive, self.submit(context, images, deadline))
+        work = self.submit(context, images, deadline)
+        return await (work if context.receive is None else cancel_on_disconnect(context.receive, work))
 
     async def submit(
         self, context: InferenceContext, images: Sequence[bytes] | Pixels, deadline: float
