@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from model_store.structures import Structure
 from service.outbound import open_url
 from tests.support.digits import digits
 from tests.support.serving import serving
+from tombola import Client
+from tombola.cli import main
 from training.data import Images, as_floats
 from training.export import export
 from training.jobs import Job
@@ -77,6 +80,39 @@ def classify(address: str, library: Path, images: Images, start: int) -> list[di
     assert answer["library"] == open_library(library).digest
     predictions: list[dict[str, object]] = answer["predictions"]
     return predictions
+
+
+def test_a_thousand_classes_go_from_a_search_to_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four pictures of each class in one colour of its own, through every command; one ticket is its own ensemble."""
+    names = [str(number) for number in range(1000)]
+    colours = np.array([[25 * (n // 100), 25 * (n // 10 % 10), 25 * (n % 10)] for n in range(1000)], np.uint8)
+    pixels = np.broadcast_to(colours[:, None, None], (1000, 12, 16, 3))
+    arrays = tmp_path / "colours.npz"
+    np.savez(arrays, images=np.concatenate([pixels] * 4), labels=np.tile(np.arange(1000), 4))
+    state, path = str(tmp_path / "run"), tmp_path / "library"
+    search = ["search", "--data", str(arrays), "--state", state, "--only", "resnet18-30", "--workers", "1"]
+    assert main([*search, "--size", "12x16", "--set", "width=4", "steps=4", "batch=64", "precision=float32"]) == 0
+    assert main(["export", str(path), "--state", state]) == 0
+    capsys.readouterr()
+    library = open_library(path)
+    (ticket,) = library.tickets
+    assert library.classes == tuple(names)
+    tried = torch.from_numpy(pixels[::25].copy()).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        own = calibrated(ticket)(as_floats(tried)).argmax(dim=1).tolist()
+    body = {"images": [png(each) for each in tried]}
+    words = ["--engine", "auto", "--precision", "float32", "--top-k", "1000"]
+    with serving(path, tmp_path / "state", *words) as server, Client(server.public) as client:
+        answers = httpx.post(f"{server.public}/v1/classify", json=body, trust_env=False, timeout=60).json()
+        first = client.classify(tried[0].permute(1, 2, 0).numpy())
+        outputs = httpx.get(f"{server.public}/v2/models/tombola", trust_env=False).json()["outputs"]
+        assert server.end() == 0
+    assert outputs[0] == {"name": "probabilities", "datatype": "FP32", "shape": [-1, 1000]}
+    predictions = answers["predictions"]
+    assert [answer["index"] for answer in predictions] == own
+    assert [answer["label"] for answer in predictions] == [names[index] for index in own]
+    assert all({row["label"] for row in answer["top"]} == set(names) for answer in predictions)
+    assert first.label == names[own[0]]
 
 
 def embedded_accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -2,13 +2,14 @@
 
 import asyncio
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -18,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from model_store.input_spec import CIFAR10_INPUT
 from service.errors import DeadlineExceeded, ErrorMessage, Overloaded, RateLimited
 from service.grpc import open_inference_pb2 as messages
 from service.grpc.server import GrpcServer, address
@@ -28,7 +30,7 @@ from service.web.auth import ApiKeyStore
 from service.web.inference import DataPlane
 from service.web.open_inference import OpenInferenceApi
 from service.web.server import loop_factory
-from tests.support.planes import StandIn, picture, png
+from tests.support.planes import StandIn, picture, png, stand_in_of
 from tests.support.serving import serving, tiny_library
 from tests.support.tickets import CLASSES
 from tests.support.waiting import until
@@ -290,6 +292,26 @@ def test_bad_requests_have_the_status_and_the_text_of_http(server: Running, name
     make, code, text = REFUSALS[name]
     error = server.refusal(make())
     assert (error.code().name, error.details()) == (code, text)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (64, 64), (48, 64)])
+def test_pictures_of_another_size_than_the_library_s_are_refused_by_its_shape(size: tuple[int, int]) -> None:
+    spec = replace(CIFAR10_INPUT, height=size[0], width=size[1])
+    text = f"Wrong shape: pixels are [N, 3, {size[0]}, {size[1]}] with N of at least 1."
+    right = np.full((2, *spec.shape), 110, np.uint8)
+    wrong = [ZEROS, right[:, :, 1:], right[:, :, :, 1:], right[:, :1], right.transpose(0, 2, 3, 1), right[0], right[:0]]
+    with running(stand_in_of(spec)) as server:
+        metadata = server.call("ModelMetadata", messages.ModelMetadataRequest(name="tombola"))
+        assert [list(each.shape) for each in metadata.inputs if each.name == "pixels"] == [[-1, *spec.shape]]
+        for raw, datatype in itertools.product((False, True), ("UINT8", "FP32")):
+            values = right if datatype == "UINT8" else right.astype(np.float32) / 255
+            assert server.infer(pixel_request(values, datatype, raw=raw)).outputs[1].shape == [2]
+            for pixels in wrong:
+                values = pixels if datatype == "UINT8" else pixels.astype(np.float32) / 255
+                error = server.refusal(pixel_request(np.ascontiguousarray(values), datatype, raw=raw))
+                assert (error.code().name, error.details()) == ("INVALID_ARGUMENT", text), pixels.shape
+        turned = server.refusal(pixel_request(right, "UINT8", raw=True, shape=[2, 3, size[1] * 2, size[0] // 2]))
+        assert turned.details() == text
 
 
 @pytest.mark.parametrize(
