@@ -42,7 +42,7 @@ RUN pip freeze > held.txt \
     && find numpy matplotlib sympy scipy sklearn -type d -name tests -prune -exec rm -r {} + \
     && pip inspect --local > /opt/tombola/packages.json \
     && pip uninstall --yes pip \
-    && /sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --spec-version 1.6 \
+    && /sbom/bin/cyclonedx-py environment --pyproject /src/pyproject.toml --mc-type application --spec-version 1.6 \
         --output-reproducible --output-file /opt/tombola/sbom.json /opt/tombola
 
 FROM ${PYTHON_IMAGE} AS code

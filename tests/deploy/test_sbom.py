@@ -36,14 +36,18 @@ def schema_errors(bill: object) -> list[str]:
 def test_the_dockerfile_s_command_writes_a_valid_bill_of_every_dependency(tmp_path: Path) -> None:
     match = COMMAND.search((DEPLOY.parent / "Dockerfile").read_text("utf-8"))
     assert match is not None
-    places = {"/opt/tombola/sbom.json": str(tmp_path / "sbom.json"), "/opt/tombola": sys.executable}
+    places = {
+        "/opt/tombola/sbom.json": str(tmp_path / "sbom.json"),
+        "/opt/tombola": sys.executable,
+        "/src/pyproject.toml": str(DEPLOY.parent / "pyproject.toml"),
+    }
     words = [places.get(word, word) for word in match[1].replace("\\\n", " ").split()]
     assert places.keys() <= set(match[1].split())
     done = subprocess.run(
         [sys.executable, "-m", "cyclonedx_py", words[0], "--no-validate", *words[1:]],
         capture_output=True,
         text=True,
-        cwd=DEPLOY.parent,
+        cwd=tmp_path,  # the step has left /src by then
         check=False,
     )
     assert done.returncode == 0, done.stderr
