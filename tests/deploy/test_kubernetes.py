@@ -1,12 +1,12 @@
 """The manifests for Kubernetes and KServe against the real schemas, and against what the service needs."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -224,37 +224,44 @@ def test_the_inference_service_asks_for_what_the_runtime_offers() -> None:
     assert inference_service()["metadata"]["name"] == "tombola"
 
 
-def kserve_class(name: str) -> tuple[dict[str, str], dict[str, str]]:
+def kserve_package() -> Path:
+    """Where KServe's Python package lies, in an environment of its own."""
+    code = "from importlib.util import find_spec; print(find_spec('kserve').origin)"
+    done = subprocess.run([os.environ["KSERVE_PYTHON"], "-c", code], capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip()).parent
+
+
+def kserve_class(package: Path, name: str) -> tuple[dict[str, str], dict[str, str]]:
     """JSON key -> type of one of KServe's models, read from its Python package without running it."""
-    package_spec = find_spec("kserve")
-    assert package_spec is not None
-    assert package_spec.origin is not None
     file = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    tree = ast.parse((Path(package_spec.origin).parent / "models" / f"{file}.py").read_text())
+    tree = ast.parse((package / "models" / f"{file}.py").read_text())
     (model,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     tables = {ast.unparse(node.targets[0]): node.value for node in model.body if isinstance(node, ast.Assign)}
     return ast.literal_eval(tables["attribute_map"]), ast.literal_eval(tables["openapi_types"])
 
 
-def unknown(document: Any, kind: str, place: str) -> Iterator[str]:
+def unknown(package: Path, document: Any, kind: str, place: str) -> Iterator[str]:
     """Keys that KServe's model of this kind does not have. Kubernetes' own kinds are checked elsewhere."""
     inner = re.fullmatch(r"list\[(\w+)\]", kind)
     if inner is not None:
         for item in document:
-            yield from unknown(item, inner[1], place)
+            yield from unknown(package, item, inner[1], place)
     elif re.match(r"V1(alpha|beta)1", kind):
-        keys, types = kserve_class(kind)
+        keys, types = kserve_class(package, kind)
         names = {key: attribute for attribute, key in keys.items()}
         for key, value in document.items():
             if key not in names:
                 yield f"{place}.{key}"
             else:
-                yield from unknown(value, types[names[key]], f"{place}.{key}")
+                yield from unknown(package, value, types[names[key]], f"{place}.{key}")
 
 
-@pytest.mark.skipif(find_spec("kserve") is None, reason="kserve is not installed; its models alone will do (--no-deps)")
+@pytest.mark.skipif("KSERVE_PYTHON" not in os.environ, reason="KSERVE_PYTHON names no environment with kserve")
 def test_kserve_knows_every_key() -> None:
-    assert list(unknown(runtime(), "V1alpha1ClusterServingRuntime", "runtime")) == []
-    assert list(unknown(inference_service(), "V1beta1InferenceService", "service")) == []
+    package = kserve_package()
+    assert list(unknown(package, runtime(), "V1alpha1ClusterServingRuntime", "runtime")) == []
+    assert list(unknown(package, inference_service(), "V1beta1InferenceService", "service")) == []
     wrong = {**inference_service(), "spec": {"predictor": {"model": {"misspelt": 1}}}}
-    assert list(unknown(wrong, "V1beta1InferenceService", "service")) == ["service.spec.predictor.model.misspelt"]
+    assert list(unknown(package, wrong, "V1beta1InferenceService", "service")) == [
+        "service.spec.predictor.model.misspelt"
+    ]

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ from tests.support.waiting import until
 
 SERVICE: Final = "/inference.GRPCInferenceService/"
 TRITON: Final = Path(__file__).parent / "clients" / "triton_check.py"
+KSERVE: Final = Path(__file__).parent / "clients" / "kserve_grpc_check.py"
 
 
 @dataclass
@@ -151,6 +153,25 @@ def test_triton_s_clients_and_its_definition_of_the_protocol(server: Running, tm
         assert result["refusal"] == ["StatusCode.NOT_FOUND", ErrorMessage.MODEL_UNKNOWN]
     for name, kind in fields(messages.DESCRIPTOR).items():
         assert theirs[name] == kind, name
+
+
+@pytest.mark.skipif("KSERVE_PYTHON" not in os.environ, reason="KSERVE_PYTHON names no environment with kserve")
+def test_kserve_s_client(server: Running, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png(110))
+    command = [os.environ["KSERVE_PYTHON"], str(KSERVE), server.address, str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert (results["live"], results["ready"], results["model"]) == (True, True, True)
+    image = results["image"]
+    assert (image["id"], image["index"], image["label"]) == ("42", ["4", "4"], [CLASSES[4]] * 2)
+    for binary in ("False", "True"):
+        assert results[f"uint8 {binary}"]["index"] == results[f"fp32 {binary}"]["index"] == ["2"] * 3
+        refusal = results[f"shape {binary}"]
+        assert refusal["code"] == "INVALID_ARGUMENT"
+        assert refusal["text"].startswith("Wrong shape: pixels are [N, 3, 32, 32]")
+    assert results["no image"] == {"code": "INVALID_ARGUMENT", "text": ErrorMessage.IMAGE_FORMAT}
+    assert results["other"] == {"code": "NOT_FOUND", "text": ErrorMessage.MODEL_UNKNOWN}
 
 
 def fields(file: Any) -> dict[str, list[int]]:
