@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
@@ -33,7 +34,18 @@ from training.errors import JobsUnfinished, TrainingError
 from training.executors.local import run_local
 from training.executors.ray import run_ray
 from training.jobs import TICKET, Job, Status, find_jobs, read_job, status
-from training.recipes import DENSITIES, PRESETS, SHAPE, Preset, TrainConfig, baseline, continued_from, mask_phase
+from training.recipes import (
+    CIFAR10_SEARCH,
+    PRESETS,
+    SHAPE,
+    Preset,
+    TrainConfig,
+    baseline,
+    continued_from,
+    mask_phase,
+    whole_library,
+)
+from training.recommendation import BUDGETS, RECOMMENDED, recommend
 from training.run_job import run_job
 
 BASELINES: Final = ("resnet18", "wideresnet32")  # the dense networks of Table 2; --only names others
@@ -103,11 +115,7 @@ def recipes_of(
 ) -> list[TrainConfig]:
     """The tickets that are wanted. changes: to the preset; the arguments' own if None."""
     preset, changes = preset_of(arguments), changes_of(arguments) if changes is None else changes
-    every = [
-        preset.recipe(structure, density, images, classes, spec, **changes)
-        for structure in STRUCTURES
-        for density in DENSITIES
-    ]
+    every = preset.tickets(images, classes, spec, **changes)
     chosen = [recipe for recipe in every if wanted(recipe.name, arguments.only)]
     if not chosen:
         raise TrainingError(
@@ -146,7 +154,25 @@ def jobs_from(arguments: argparse.Namespace, library: Library, images: int) -> l
     return jobs
 
 
-def jobs_from_dense(arguments: argparse.Namespace, split: Split) -> list[Job]:
+def starts_of(
+    arguments: argparse.Namespace, tickets: Sequence[TrainConfig], images: int, classes: int, spec: InputSpec
+) -> list[TrainConfig]:
+    """The dense networks that a preset's tickets start in. Those of a --dense folder are there already.
+
+    Raises TrainingError for options that have no meaning with the preset.
+    """
+    preset, changes = preset_of(arguments), changes_of(arguments)
+    if preset.dense is None and arguments.dense_epochs:
+        raise TrainingError(f"--dense-epochs: tickets of --preset {preset.name} start from random weights")
+    if preset.dense is not None and arguments.scratch:
+        raise TrainingError("--scratch: a mask over a dense network's weights is no scratch ticket")
+    changes.pop("epochs", None)
+    if arguments.dense_epochs:
+        changes["epochs"] = arguments.dense_epochs
+    return preset.starts((recipe.structure.name for recipe in tickets), images, classes, spec, **changes)
+
+
+def jobs_from_dense(arguments: argparse.Namespace, split: Split, folder: Path) -> list[Job]:
     """Jobs that search tickets inside the dense networks of a --state folder, at full epsilon from the first step.
 
     Raises TrainingError for a network that is not there, or of another structure or input.
@@ -155,7 +181,7 @@ def jobs_from_dense(arguments: argparse.Namespace, split: Split) -> list[Job]:
     starts: dict[Path, tuple[Ticket, str]] = {}
     jobs = []
     for recipe in recipes_of(arguments, len(split.search), len(split.classes), split.input, changes):
-        path = arguments.dense / f"{recipe.structure.name}-100" / TICKET
+        path = folder / f"{recipe.structure.name}-100" / TICKET
         if path not in starts:
             if not path.exists():
                 raise TrainingError(f"{path}: no such file; expected a --state folder of `tombola baseline`, finished")
@@ -197,10 +223,11 @@ def show_plan(arguments: argparse.Namespace) -> None:
     if arguments.data is not None:
         show_trial(arguments, spec)
         return
-    for recipe in recipes_of(arguments, 49_000, 10, spec):
+    for recipe in planned(arguments, CIFAR10_SEARCH, 10, spec):
         costs[recipe.name] = cost(recipe, spec)
+        kind = "dense" if recipe.density == 1 else recipe.kind
         steps = f"{recipe.steps:,}"
-        table.add_row(recipe.name, str(recipe.structure), recipe.kind, steps, *spent(costs[recipe.name], speed))
+        table.add_row(recipe.name, str(recipe.structure), kind, steps, *spent(costs[recipe.name], speed))
     table.add_section()
     for name in STRUCTURES:
         if total := sum(each for ticket, each in costs.items() if wanted(ticket, [name])):
@@ -209,38 +236,64 @@ def show_plan(arguments: argparse.Namespace) -> None:
     Console().print(table)
 
 
+def planned(arguments: argparse.Namespace, images: int, classes: int, spec: InputSpec) -> list[TrainConfig]:
+    """The jobs of a search in their order."""
+    tickets = recipes_of(arguments, images, classes, spec)
+    return starts_of(arguments, tickets, images, classes, spec) + tickets
+
+
 def split_of(arguments: argparse.Namespace, cache: Path | None, spec: InputSpec) -> Split:
     return read_split(arguments.data, cache, spec, skip_damaged=arguments.skip_damaged)
 
 
 def show_trial(arguments: argparse.Namespace, spec: InputSpec) -> None:
-    """Measures what `search` with the same options would take on this machine."""
+    """Measures what `search` with the same options takes on this machine, and recommends options for some hours."""
     device = device_of(arguments.device)
     sample = listed, split, _ = trial.sample_of(arguments.data, spec)
-    sizes = listed.sizes()
-    recipes = recipes_of(arguments, sizes["search"], len(listed.classes), split.input)
-    result = trial.measure(sample, recipes, device, arguments.seconds)
-    hours, table = 0.0, Table("tickets", "steps", "ms a step", "minutes each", "hours for all")
-    for name, timed in result.structures.items():
-        mine = [recipe for recipe in recipes if recipe.structure.name == name]
-        minutes = timed.ticket_s(mine[0], sizes) / 60
-        hours += minutes * len(mine) / 60
-        row = f"{mine[0].steps:,}", f"{1000 * timed.step_s:,.0f}", f"{minutes:,.1f}", f"{minutes * len(mine) / 60:,.2f}"
-        table.add_row(f"{len(mine)} {timed.structure}", *row)
+    images, classes = listed.sizes()["search"], len(listed.classes)
+    recipes = planned(arguments, images, classes, split.input)
+    whole = {preset.name: whole_library(preset, images, classes, split.input) for preset in RECOMMENDED}
+    result = trial.measure(sample, [*recipes, *chain.from_iterable(whole.values())], device, arguments.seconds)
+    table = Table("jobs", "steps", "ms a step", "minutes each", "hours for all")
+    for (structure, dense), alike in groupby(recipes, lambda recipe: (recipe.structure, recipe.density == 1)):
+        mine = list(alike)
+        hours = sum(result.hours(mine))
+        fewest, most = min(each.steps for each in mine), max(each.steps for each in mine)
+        steps = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        row = steps, f"{1000 * result.timed[trial.timed_as(mine[0])].step_s:,.0f}"
+        name = f"{len(mine)} {structure}" + (", dense" if dense else "")
+        table.add_row(name, *row, f"{60 * hours / len(mine):,.1f}", f"{hours:,.2f}")
     Console().print(table)
-    for line in summary_of(arguments, result, recipes, sizes, hours):
+    for line in summary_of(arguments, result, recipes):
         print(line)
+    costs = {name: [each / arguments.workers for each in result.hours(jobs)] for name, jobs in whole.items()}
+    Console().print(recommendations([(preset, *costs[preset.name]) for preset in RECOMMENDED], images))
+
+
+def recommendations(costs: Sequence[tuple[Preset, float, float]], images: int) -> Table:
+    """What to give `search` for some budgets. costs: presets, the best first, with hours of their claims and steps."""
+    table = Table(
+        "hours", "options of search", "takes", title="Recommended for all forty tickets, by the hours there are"
+    )
+    for hours in BUDGETS:
+        best = recommend(hours, costs, images)
+        if best is None:
+            table.add_row(f"{hours:g}", "too few: search some tickets with --only", "")
+            continue
+        options = f"--preset {best.preset.name} --epochs {best.epochs:.1f}"
+        options += "" if best.dense_epochs is None else f" --dense-epochs {best.dense_epochs:.0f}"
+        table.add_row(f"{hours:g}", options, f"{best.taken:.1f}")
+    return table
 
 
 def summary_of(
     arguments: argparse.Namespace,
     result: trial.Trial,
     recipes: Sequence[TrainConfig],
-    sizes: dict[str, int],
-    hours: float,
 ) -> Iterator[str]:
-    """What there is, then what it takes; the last line is the one to quote. hours: of one process."""
+    """What there is, then what it takes; the last line is the one to quote."""
     listed, decode_s, workers = result.listed, result.decode_s, arguments.workers
+    sizes, hours = listed.sizes(), sum(result.hours(recipes))
     of_all = f"{listed.pictures:,} pictures of {len(listed.classes):,} classes"
     decoded, rest = result.cache_bytes / 1e9, trial.state_bytes(recipes, workers) / 1e9
     yield f"data    {of_all}: " + ", ".join(f"{count:,} for {part}" for part, count in sizes.items())
@@ -248,8 +301,9 @@ def summary_of(
     yield f"decode  {1000 * decode_s:.1f} ms a picture, {listed.pictures * decode_s / 60:,.1f} minutes, once"
     yield f"memory  {result.memory_bytes / 1e9:.1f} GB a process, {workers} at once"
     yield f"disk    {decoded:.2f} GB of decoded arrays, twice that on the way; {rest:.2f} GB of tickets and checkpoints"
+    tickets = sum(recipe.density < 1 for recipe in recipes)
     yield (
-        f"{len(recipes)} tickets: {hours / workers:,.1f} hours in {workers} processes of one thread on "
+        f"{tickets} tickets: {hours / workers:,.1f} hours in {workers} processes of one thread on "
         f"{arguments.device}, measured on this machine, as busy as it is."
     )
 
@@ -263,15 +317,19 @@ def run_search(arguments: argparse.Namespace) -> None:
         library = open_library(arguments.start)
         refuse_settled(arguments)
         split = split_for(library, arguments.start, arguments)
-        jobs = jobs_from(arguments, library, len(split.search))
-    elif arguments.dense:
-        if arguments.scratch:
-            raise TrainingError("--scratch: a mask over a dense network's weights is no scratch ticket")
-        split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
-        jobs = jobs_from_dense(arguments, split)
+        run_jobs(jobs_from(arguments, library, len(split.search)), arguments, split)
+        return
+    if arguments.dense and arguments.scratch:
+        raise TrainingError("--scratch: a mask over a dense network's weights is no scratch ticket")
+    split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
+    part = len(split.search), len(split.classes), split.input
+    recipes = recipes_of(arguments, *part)
+    starts = [] if arguments.dense else starts_of(arguments, recipes, *part)
+    if starts:
+        run_jobs([Job(recipe, arguments.state / recipe.name, "baseline") for recipe in starts], arguments, split)
+    if starts or arguments.dense:
+        jobs = jobs_from_dense(arguments, split, arguments.dense or arguments.state)
     else:
-        split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
-        recipes = recipes_of(arguments, len(split.search), len(split.classes), split.input)
         jobs = [Job(recipe, arguments.state / recipe.name) for recipe in recipes]
     run_jobs(jobs, arguments, split)
 
@@ -368,9 +426,12 @@ def status_table(rows: Sequence[Status]) -> Table:
 
 
 def draw_figures(arguments: argparse.Namespace) -> None:
-    from training.plots import draw
+    from training.plots import draw, draw_libraries
 
-    draw(find_jobs(arguments.state), arguments.out)
+    if arguments.library:
+        draw_libraries([open_library(path) for path in arguments.library], arguments.out)
+    else:
+        draw(find_jobs(arguments.state), arguments.out)
     print(f"figure in {arguments.out}")
 
 

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal, Self
 
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
@@ -16,7 +16,9 @@ SHAPE: Final = ("width", "stem_stride", "stem_pool")  # of a structure, where a 
 Allocation = Literal["uniform", "dense-ends", "erk"]  # how a density is spread: sparsity.layer_densities
 Precision = Literal["auto", "float32", "bfloat16"]  # auto: see device.resolve_precision
 
+CIFAR10_SEARCH: Final = 49_000  # its training images less those for selection
 LOW_RESOLUTION: Final = 16  # side of the images of early steps
+SPARSE: Final = 0.2  # tickets of lower densities are further from the dense network: see Preset.sparse
 DENSITIES: Final = (0.07, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70)  # Table 1 of the paper
 
 
@@ -104,8 +106,10 @@ def stem_of_size(spec: InputSpec, stride: int) -> tuple[int, int]:
 class Preset:
     """A whole library: the four structures at their widths, ten densities each, one recipe.
 
-    epochs: passes over the search images.  base: what differs from Recipe's defaults.  cores, gpus: of one ticket.
-    stem_stride: of pictures of 32x32; see stem_of_size for others.
+    epochs: passes over the search images.  base: what differs from TrainConfig's defaults.  cores, gpus: of one ticket.
+    stem_stride: of pictures of 32x32; see stem_of_size for others.  dense: what differs from `base` for the dense
+    networks that tickets are searched inside, `epochs` among it; None: tickets start from random weights.
+    sparse: what differs from `base` below SPARSE.  sparse_epochs: how many times the epochs there.
     """
 
     name: str
@@ -116,6 +120,9 @@ class Preset:
     stem_stride: int = 1
     cores: float = 1
     gpus: float = 0
+    dense: Mapping[str, Any] | None = None
+    sparse: Mapping[str, Any] = field(default_factory=dict)
+    sparse_epochs: float = 1
 
     def structure(self, name: StructureName, classes: int = 10, spec: InputSpec = CIFAR10_INPUT) -> Structure:
         return Structure(name, self.widths[name], classes, *stem_of_size(spec, self.stem_stride))
@@ -131,15 +138,30 @@ class Preset:
     ) -> TrainConfig:
         """The job of one ticket on `images` search images; its seed follows from structure and density alone.
 
-        changes: fields of Recipe, `epochs` for steps, and the structure's `width`, `stem_stride` or `stem_pool`.
+        changes: fields of TrainConfig, `epochs` for steps, and the structure's `width`, `stem_stride` or `stem_pool`.
         """
-        fields = {**self.base, **changes}
-        shape = {field: fields.pop(field) for field in SHAPE if field in fields}
-        epochs = fields.pop("epochs", self.epochs)
+        sparse = density < SPARSE
+        fields = {**self.base, **(self.sparse if sparse else {}), **changes}
+        shape = {each: fields.pop(each) for each in SHAPE if each in fields}
+        epochs = fields.pop("epochs", self.epochs) * (self.sparse_epochs if sparse else 1)
         fields.setdefault("seed", 1 + STRUCTURES.index(name) * 1000 + round(density * 100))
         batch = fields.setdefault("batch", 128)
         fields.setdefault("steps", max(1, round(epochs * images / batch)))
         return TrainConfig(replace(self.structure(name, classes, spec), **shape), density, **fields)
+
+    def tickets(self, images: int, classes: int, spec: InputSpec, **changes: Any) -> list[TrainConfig]:
+        """All forty, by structure and density; see `recipe`."""
+        return [self.recipe(name, each, images, classes, spec, **changes) for name in STRUCTURES for each in DENSITIES]
+
+    def starts(
+        self, names: Iterable[StructureName], images: int, classes: int, spec: InputSpec, **changes: Any
+    ) -> list[TrainConfig]:
+        """The dense networks that tickets of these structures start in, in the structures' order; none: random ones."""
+        if self.dense is None:
+            return []
+        wanted = set(names)
+        chosen = [name for name in STRUCTURES if name in wanted]
+        return [baseline(self, name, images, classes, spec, **changes) for name in chosen]
 
 
 PRESETS: Final[dict[str, Preset]] = {
@@ -158,6 +180,29 @@ PRESETS: Final[dict[str, Preset]] = {
             "precision": "auto",
         },
         stem_stride=2,
+    ),
+    "wide": Preset(
+        name="wide",
+        about="networks twice as wide: one dense network of each structure, and its ten tickets searched inside it",
+        widths={"resnet18": 32, "resnet34": 24, "wideresnet32": 2, "wideresnet38": 1},
+        epochs=3,
+        base={
+            "batch": 256,
+            "mask_share": 0.34,
+            "mask_rate": 0.07,
+            "weight_rate": 0.035,
+            "muon_rate": 0.007,
+            "epsilon": 10 / 255,
+            "step_size": 10 / 255,
+            "clean_until": 0.0,
+            "ramp_until": 0.0,
+            "low_resolution_until": 0.0,
+            "precision": "auto",
+        },
+        stem_stride=2,
+        dense={"epochs": 10, "muon_rate": 0.017, "clean_until": 0.1, "ramp_until": 0.4},
+        sparse={"mask_share": 0.25, "muon_rate": 0.01},
+        sparse_epochs=2,
     ),
     "paper": Preset(
         name="paper",
@@ -178,6 +223,11 @@ PRESETS: Final[dict[str, Preset]] = {
         },
     ),
 }
+
+
+def whole_library(preset: Preset, images: int, classes: int, spec: InputSpec) -> list[TrainConfig]:
+    """Every job of a preset's forty tickets, in the order in which they run."""
+    return preset.starts(STRUCTURES, images, classes, spec) + preset.tickets(images, classes, spec)
 
 
 def continued_from(recipe: TrainConfig, *, parent: str, steps: int, rate: float, **changes: Any) -> TrainConfig:
@@ -225,5 +275,6 @@ def baseline(
     spec: InputSpec = CIFAR10_INPUT,
     **changes: Any,
 ) -> TrainConfig:
-    """A dense network, every weight adversarially trained from the start: the rows to compare with in Table 2."""
-    return preset.recipe(name, 1.0, images, classes, spec, **{**changes, "mask_share": 0.0})
+    """A dense network, every weight adversarially trained from the start: a row of Table 2, or where tickets start."""
+    fields = {**(preset.dense or {}), **changes, "mask_share": 0.0}
+    return preset.recipe(name, 1.0, images, classes, spec, **fields)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -37,25 +37,45 @@ class StructureTrial:
     attack_s: float
 
     def ticket_s(self, recipe: TrainConfig, sizes: Mapping[str, int]) -> float:
-        """Seconds of a ticket from its first step to its claims; steps on clean images leave out the attack.
+        """Seconds of a ticket from its first step to its claims.  sizes: of the split's parts."""
+        return self.steps_s(recipe) + self.claims_s(sizes)
 
-        sizes: of the split's parts.
-        """
+    def steps_s(self, recipe: TrainConfig) -> float:
+        """Seconds of all steps; those on clean images leave out the attack."""
         passes = 3 + 2 * recipe.attack_steps  # as cost.cost counts them
         clean = recipe.clean_until * 2 * recipe.attack_steps / passes
+        return self.step_s * recipe.steps * (1 - clean)
+
+    def claims_s(self, sizes: Mapping[str, int]) -> float:
+        """Seconds of what is measured in the end.  sizes: of the split's parts."""
         attacked = sum(min(each.images, sizes[each.split]) for each in MEASUREMENTS if each.attack is not None)
-        return self.step_s * recipe.steps * (1 - clean) + self.attack_s * attacked
+        return self.attack_s * attacked
+
+
+def timed_as(recipe: TrainConfig) -> tuple[Any, ...]:
+    """What the seconds of a step depend on."""
+    return recipe.structure, recipe.batch, recipe.attack, recipe.attack_steps, recipe.precision
 
 
 @dataclass(frozen=True)
 class Trial:
-    """listed: the data set's pictures.  decode_s: seconds of one.  memory_bytes: the most that this process held."""
+    """listed: the data set's pictures.  decode_s: seconds of one.  memory_bytes: the most that this process held.
+
+    timed: what was run, by what the seconds of a step depend on.
+    """
 
     listed: ListedParts
     input: InputSpec
     decode_s: float
-    structures: dict[str, StructureTrial]
+    timed: dict[tuple[Any, ...], StructureTrial]
     memory_bytes: int
+
+    def hours(self, recipes: Sequence[TrainConfig]) -> tuple[float, float]:
+        """Of one process: what the claims of some recipes take, and what their steps take."""
+        sizes = self.listed.sizes()
+        timed = [(self.timed[timed_as(recipe)], recipe) for recipe in recipes]
+        claims = sum(each.claims_s(sizes) for each, _ in timed)
+        return claims / 3600, sum(each.steps_s(recipe) for each, recipe in timed) / 3600
 
     @property
     def cache_bytes(self) -> int:
@@ -116,13 +136,13 @@ def time_structure(recipe: TrainConfig, split: Split, device: torch.device, seco
 def measure(
     sample: tuple[ListedParts, Split, float], recipes: Sequence[TrainConfig], device: torch.device, seconds: float
 ) -> Trial:
-    """Times one recipe of each structure, the seconds shared among them. All densities of one cost the same."""
+    """Times one recipe of each kind (see timed_as), the seconds shared among them. All densities cost the same."""
     listed, split, decode_s = sample
     torch.set_num_threads(1)  # as a worker has it
-    firsts: dict[str, TrainConfig] = {}
+    firsts: dict[tuple[Any, ...], TrainConfig] = {}
     for recipe in recipes:
-        firsts.setdefault(recipe.structure.name, recipe)
-    timed = {name: time_structure(each, split, device, seconds / len(firsts)) for name, each in firsts.items()}
+        firsts.setdefault(timed_as(recipe), recipe)
+    timed = {kind: time_structure(each, split, device, seconds / len(firsts)) for kind, each in firsts.items()}
     return Trial(listed, split.input, decode_s, timed, peak_bytes())
 
 

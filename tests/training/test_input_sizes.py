@@ -133,6 +133,8 @@ def test_a_plan_measures_a_data_set_on_this_machine(pictures: Path, capsys: pyte
     assert "input   3x48x64, squash, bilinear, mean (0." in shown
     assert "GB of decoded arrays" in shown
     assert re.search(r"\n40 tickets: [0-9.]+ hours in 3 processes of one thread on cpu, measured", shown)
+    assert "Recommended for all forty tickets" in shown
+    assert re.search(r"│ 72 +│ --preset (wide|compact) --epochs [0-9.]+", shown)
     assert main(["plan", "--data", "/nowhere"]) == 2
     assert "/nowhere: no such file or folder" in capsys.readouterr().err
 

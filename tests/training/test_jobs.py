@@ -17,7 +17,7 @@ from training import device
 from training.data import read_split
 from training.errors import CheckpointRejected
 from training.export import export
-from training.jobs import find_jobs, initialize, lock_folder, read_job, read_result, status
+from training.jobs import TICKET, find_jobs, initialize, lock_folder, read_job, read_result, status
 from training.run_job import run_job
 
 
@@ -95,6 +95,30 @@ def test_a_search_inside_a_dense_network_says_whose_weights_it_has(
     assert "its recipe says nothing of its masks" in capsys.readouterr().err
 
 
+def test_a_preset_with_dense_networks_trains_them_first_and_once(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    arguments = ["search", "--preset", "wide", "--data", str(data), "--data-name", "digits", "--workers", "1"]
+    arguments += ["--state", str(state), "--dense-epochs", "0.2", "--set", "width=2", "batch=10"]
+    assert main([*arguments, "--epochs", "0.1", "--only", "resnet18-20"]) == 0
+    capsys.readouterr()
+    dense = state / "resnet18-100"
+    assert read_job(dense).role == "baseline"
+    assert not (state / "resnet34-100").exists()
+    made = (dense / TICKET).stat().st_mtime_ns
+    assert main([*arguments, "--epochs", "0.2", "--only", "resnet18-30"]) == 0
+    assert (dense / TICKET).stat().st_mtime_ns == made
+    library = export(tmp_path / "library", [state])
+    assert [entry.name for entry in library.entries] == ["resnet18-20", "resnet18-30"]
+    assert [entry.name for entry in library.manifest.entries if entry.role == "baseline"] == ["resnet18-100"]
+    digest = hashlib.sha256((dense / TICKET).read_bytes()).hexdigest()
+    assert {entry.provenance.parent for entry in library.entries} == {digest}
+    steps = [read_job(state / name).recipe.steps for name in ("resnet18-100", "resnet18-20", "resnet18-30")]
+    images = len(read_split(data).search)
+    assert steps == [max(1, round(epochs * images / 10)) for epochs in (0.2, 0.1, 0.2)]
+
+
 def test_a_library_s_scratch_tickets_are_made_and_exported_without_a_search(
     data: Path, done_state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,7 +170,9 @@ def test_every_command_that_reads_pictures_passes_over_damaged_ones_when_told(
     [
         (["search", "--data", "/nowhere", "--state", "s"], "/nowhere: no such file or folder"),
         (["search", "--data", "{data}", "--state", "s", "--only", "vgg16"], "no such ticket"),
-        (["plan", "--preset", "huge"], "--preset huge: expected one of compact, paper"),
+        (["plan", "--preset", "huge"], "--preset huge: expected one of compact, wide, paper"),
+        (["plan", "--dense-epochs", "3"], "--dense-epochs: tickets of --preset compact start from random weights"),
+        (["plan", "--preset", "wide", "--scratch"], "--scratch: a mask over a dense network's weights"),
         (["search", "--data", "{data}", "--state", "s", "--set", "speed=9"], "expected FIELD=VALUE"),
         (["search", "--data", "{data}", "--state", "s", "--set", "density=0.5"], "expected FIELD=VALUE"),
         (["search", "--data", "{data}", "--state", "s", "--set", "steps=many"], "--set steps=many: input should be a"),
@@ -183,6 +209,17 @@ def test_the_plan_shows_forty_jobs_and_their_cost(capsys: pytest.CaptureFixture[
     assert main(["plan"]) == 0
     shown = capsys.readouterr().out
     assert sum(shown.count(f" {name}-") for name in ("resnet18", "resnet34", "wideresnet32", "wideresnet38")) == 40
+
+
+def test_the_plan_counts_the_dense_networks_that_tickets_start_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["plan", "--preset", "wide", "--only", "resnet34", "wideresnet32-20"]) == 0
+    shown = capsys.readouterr().out
+    dense = [line.split()[1] for line in shown.splitlines() if "│ dense" in line]
+    assert dense == ["resnet34-100", "wideresnet32-100"]
+    assert shown.count(" fine-tuned ") == 11
 
 
 def test_help_teaches_the_way_from_data_to_a_library() -> None:

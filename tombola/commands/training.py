@@ -67,6 +67,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "minute long, and says time, memory and disk.",
     )
     add_recipe_options(parser)
+    add_dense_epochs(parser)
     add_size_options(parser)
     parser.add_argument("--data", type=Path, help="the data set to measure on, as search takes it")
     parser.add_argument("--seconds", type=positive, default=60, help="how long to measure steps (%(default)s)")
@@ -78,6 +79,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     set_command(parser, "run_search", "Searches tickets, in processes of one thread each. The same command resumes it.")
     parser.epilog = SEARCH_EXAMPLES
     add_recipe_options(parser)
+    add_dense_epochs(parser)
     add_size_options(parser)
     add_run_options(parser)
     add_start_options(parser)
@@ -109,8 +111,15 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def add_figures(parser: argparse.ArgumentParser) -> None:
-    set_command(parser, "draw_figures", "Plots the searches' loss and accuracy against time.")
-    parser.add_argument("--state", type=Path, required=True, help="folder of the search")
+    set_command(
+        parser,
+        "draw_figures",
+        "Plots the searches' loss and accuracy against time; or what libraries' tickets reach against what was spent\n"
+        "on them.",
+    )
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--state", type=Path, help="folder of the search")
+    given.add_argument("--library", type=Path, action="append", help="a library's folder; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("searches.svg"), help=".svg or .png (default: %(default)s)")
 
 
@@ -168,7 +177,7 @@ def positive(text: str) -> float:
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--preset", default="compact", help="widths and schedule: compact or paper (default: %(default)s)"
+        "--preset", default="compact", help="widths and schedule: compact, wide or paper (default: %(default)s)"
     )
     add_only(parser)
     parser.add_argument(
@@ -181,6 +190,14 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="any other field of the recipe, such as noise=0.5, width=24 or precision=bfloat16",
+    )
+
+
+def add_dense_epochs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dense-epochs",
+        type=positive,
+        help="of the dense networks that tickets of the preset wide start in (default: the preset's)",
     )
 
 
