@@ -14,7 +14,7 @@ FAST := tests/model_store tests/tombola tests/tools tests/test_imports.py tests/
 	tests/service/test_settings.py tests/service/scheduling tests/service/observability/test_metrics.py \
 	tests/training/test_sparsity.py tests/benchmarks
 
-.PHONY: serve check test-fast test suite format bench clean
+.PHONY: serve check test-fast test suite format bench results clean
 .DELETE_ON_ERROR:
 
 serve: .venv/serve.stamp
@@ -41,6 +41,14 @@ format: .venv/test.stamp
 
 bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks
+
+# Tables and figures of docs/RESULTS.md, from the committed report and the libraries' manifests.
+results: .venv/serve.stamp
+	$(BIN)/tombola audit --tables service/audit/results/report.json --out service/audit/results --into docs/RESULTS.md
+	$(BIN)/tombola table --into docs/RESULTS.md
+	$(BIN)/tombola table model_store/library-scratch --into docs/RESULTS.md
+	$(BIN)/tombola table libraries/wide --into docs/RESULTS.md
+	$(BIN)/tombola figures --library model_store/library --library libraries/wide --out docs/tickets.svg
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
