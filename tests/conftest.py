@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -11,10 +13,13 @@ from hypothesis import settings
 from model_store.library import Library, write_library
 from model_store.ticket import Ticket
 from tests.support.tickets import CLASSES, eight_tickets, items
+from tests.support.warm_start import Origin, WarmPopen, started_origin
 
 # The same examples in every run, on any machine at any load; nothing is written to the work tree.
 settings.register_profile("tombola", deadline=None, derandomize=True, database=None)
 settings.load_profile("tombola")
+
+POPEN: Final = subprocess.Popen
 
 # Files of few, long tests. Each is run by one worker, so that one which starts late keeps the others waiting.
 LONGEST: Final = (
@@ -64,3 +69,25 @@ def small_library(small_tickets: list[Ticket], tmp_path_factory: pytest.TempPath
 def library_folder(small_library: Library, tmp_path: Path) -> Path:
     """A copy of the small library that a test may damage."""
     return Path(shutil.copytree(small_library.path, tmp_path / "library"))
+
+
+@pytest.fixture(scope="session")
+def fork_origin() -> Iterator[Origin]:
+    """The process that warm_start forks from."""
+    with started_origin() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def warm_start(fork_origin: Origin) -> Iterator[None]:
+    """Our processes are forked where they can be, so that none imports anew what another has imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WarmPopen, "origin", fork_origin, raising=False)
+        patch.setattr(subprocess, "Popen", WarmPopen)
+        yield
+
+
+@pytest.fixture
+def cold_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test whose subject is a process from its very start, in a file that uses warm_start."""
+    monkeypatch.setattr(subprocess, "Popen", POPEN)

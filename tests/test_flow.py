@@ -28,6 +28,8 @@ from training.jobs import Job
 from training.recipes import TrainConfig
 from training.run_job import run_job
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-jpeg.zip"
 

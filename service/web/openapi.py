@@ -93,14 +93,19 @@ def refusals(kinds: Sequence[type[Exception]]) -> dict[int | str, Json]:
     for kind in kinds:
         reasons.setdefault(kind.status, []).append(kind)  # type: ignore[attr-defined]
     responses: dict[int | str, Json] = {status: refusal(together) for status, together in sorted(reasons.items())}
-    return responses | {"default": {"model": ErrorBody, "description": "Any other refusal, in the same form."}}
+    return responses | {"default": error_response("Any other refusal, in the same form.")}
 
 
 def refusal(kinds: Sequence[type[Exception]]) -> Json:
     headers: Json = {}
     if any(getattr(kind, "retry_after_s", None) is not None for kind in kinds):
         headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds until it is worth a try."}
-    return {"model": ErrorBody, "description": " ".join(map(reason, kinds)), "headers": headers}
+    return error_response(" ".join(map(reason, kinds))) | {"headers": headers}
+
+
+def error_response(description: str) -> Json:
+    """Refers to the model by name: FastAPI would prepare a validator of it for each of a plane's hundred refusals."""
+    return {"description": description, "content": {JSON: {"schema": reference(ErrorBody)}}}
 
 
 def reason(kind: type[Exception]) -> str:
@@ -118,7 +123,7 @@ def header_parameter(name: str, description: str, **schema: Any) -> Json:
 
 
 def reference(model: type) -> Json:
-    """A schema of the document's components, where DocumentedApp puts the models of `requests`."""
+    """A schema of the document's components, where DocumentedApp puts ErrorBody and the models of `requests`."""
     return {"$ref": REFERENCE.format(model=model.__name__)}
 
 
@@ -147,7 +152,7 @@ class DocumentedApp(FastAPI):
         made = get_openapi(title=self.title, version=self.version, description=self.description, routes=self.routes)
         components = made.setdefault("components", {})
         components["securitySchemes"] = self.schemes
-        components.setdefault("schemas", {}).update(request_schemas(self.requests))
+        components.setdefault("schemas", {}).update(model_schemas((ErrorBody, *self.requests)))
         components["headers"] = {
             "X-Request-Id": {"schema": {"type": "string"}, "description": "Names this request in the server's log."}
         }
@@ -176,7 +181,7 @@ def with_short_names(document: Json) -> Json:
     return renamed
 
 
-def request_schemas(models: Sequence[type]) -> Json:
+def model_schemas(models: Sequence[type]) -> Json:
     """JSON schemas by component name, with those that they refer to."""
     schemas: Json = {}
     for model in models:

@@ -20,6 +20,8 @@ from tests.support.serving import Process, fetch, serving, tiny_library
 from tests.support.waiting import until
 from tombola.sample_image import draw_sample
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 CLIENTS = 3
 PAUSE_S = 0.02  # of a client between two requests: the replicas that start need the cores more
 

@@ -13,6 +13,8 @@ from tests.support.serving import fetch, serving
 from tombola.cli import main
 from tools.shapes import SHAPES, write_shapes
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 GUIDE = (Path(__file__).parents[2] / "docs" / "TRAINING.md").read_text(encoding="utf-8")
 SMALLER = {  # of the same options: what takes seconds instead of half an hour
     "plan": ["--only", "resnet18", "--seconds", "0.01", "--set", "width=4", "batch=16"],

@@ -25,6 +25,8 @@ from tests.support.serving import environment, serving, tiny_library
 from tests.support.side_effects import listening
 from tombola.cli import main
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 DIGEST = "ab" * 32
 
 

@@ -22,6 +22,8 @@ from tombola.cli import main
 from tombola.results_file import COLUMNS, ResultsFile, ResultsRejected, Row
 from tombola.sources import list_pictures, read_pictures
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -36,6 +36,8 @@ from tombola import (
 )
 from tombola.client import bounded_map, retry_after_s
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 GOOD = (
     b'{"request_id": "r", "library": "d", "predictions": [{"label": "cat", "index": 3, "probability": 0.5, '
     b'"top": [{"label": "cat", "index": 3, "probability": 0.5}]}]}'

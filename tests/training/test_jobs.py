@@ -20,6 +20,8 @@ from training.export import export
 from training.jobs import TICKET, find_jobs, initialize, lock_folder, read_job, read_result, status
 from training.run_job import run_job
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 
 def test_a_search_fails_while_another_process_is_at_one_of_its_jobs(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -39,6 +39,8 @@ from tests.support.tickets import items, make_ticket
 from tests.support.waiting import until
 from tombola.cli import main
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 PUBLISHED = Path("service/audit/results/report.json")
 SMOKE: Json = {"profile": "smoke", "images": 2, "attacks": ["paper-eot"], "epsilons": [8]}
 

@@ -27,6 +27,8 @@ from tests.support.serving import Process, serving, tiny_library
 from tombola.sample_image import draw_sample
 from tools.console.browser import CHROMIUM, chromium, complaints, sign_in
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 FOLDER: Final = console_files.FOLDER
 VENDORED: Final = {  # of uPlot 1.6.32, as FOLDER's README says
     "uPlot.esm.js": "5dd9b3281aa64b461b42d9945f6adb2649d346502b12281a9ae0d46599a80eba",

@@ -33,7 +33,7 @@ from tests.support.tickets import items
 from tombola.cli import main
 from training.search import Search
 
-pytestmark = pytest.mark.usefixtures("quick_audits")
+pytestmark = pytest.mark.usefixtures("warm_start", "quick_audits")
 IMAGES: Final = 12
 Answer = Callable[[Tensor], dict[str, Any] | Response]
 

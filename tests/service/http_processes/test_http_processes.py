@@ -38,6 +38,8 @@ from tests.support.tickets import CLASSES
 from tests.support.waiting import until, until_async
 from tombola.sample_image import draw_sample
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 PAIR: Final = ("--http-processes", "2", "--drain-delay-s", "0")
 INFER: Final = "/v2/models/tombola/infer"
 JSON: Final = {"content-type": "application/json"}

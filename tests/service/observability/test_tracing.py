@@ -27,6 +27,8 @@ from tests.support.http_server import running
 from tests.support.planes import Oracle, StandIn, png, public_app
 from tests.support.serving import Stand, environment, serving, tiny_library, with_scheduler
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 CLASSIFY: Final = "/v1/classify"
 STAGES: Final = ["decode", "queue", "batch", "encode"]
 CALLER: Final = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the example of the W3C recommendation

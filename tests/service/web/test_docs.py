@@ -13,6 +13,8 @@ from service.web.docs_files import FOLDER
 from tests.support.serving import Process, serving, tiny_library
 from tools.console.browser import CHROMIUM, chromium, complaints
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 DIGESTS: Final = {  # of swagger-ui-dist 5.35.0, as FOLDER's README says
     "swagger-ui-bundle.js": "e6a898692f2d768e807c3ba4626068a69a2c5dd960dd6c76f3e4d3a3de180af2",
     "swagger-ui.css": "a6a4cf68f069eb89984d5d43644e6a812e749df08d2b1320c6e06e6973847d10",

@@ -19,6 +19,8 @@ from service.web.public_app import create_public_app
 from tests.support.planes import ask, refused
 from tests.support.serving import Process, serving, tiny_library
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 PAGE: Final = "https://app.example"
 CHANGING: Final = {"x-request-id", "content-length"}  # differ from one GET to the next, too: metrics, times
 UNDESCRIBED: Final = {

@@ -26,6 +26,8 @@ from tests.support.tickets import CLASSES
 from tombola.sample_image import draw_sample
 from tools.reference import apps
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 PLANES: Final = ("public", "admin")
 INFER: Final[Json] = {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES"}]}
 AUDIT: Final[Json] = {"profile": "smoke", "images": 2, "attacks": ["fgsm"], "epsilons": [8]}

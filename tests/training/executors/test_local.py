@@ -13,6 +13,8 @@ from tests.support.waiting import until
 from training.executors.local import record_crash, run_local, start_worker
 from training.jobs import initialize, read_result, status
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 
 def test_kill_minus_nine_loses_nothing_but_the_current_minute(data: Path, done_state: Path, tmp_path: Path) -> None:
     job = job_in(tmp_path)
@@ -50,6 +52,7 @@ def test_a_process_that_dies_before_it_begins_is_a_failed_ticket(data: Path, tmp
     assert row.error == "its process ended with code 2: tombola: --device nowhere: torch cannot use such a device here"
 
 
+@pytest.mark.usefixtures("cold_start")
 def test_a_worker_has_one_thread_and_keeps_its_memory(
     data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
