@@ -13,12 +13,20 @@ from service.admin.audit_store import Cost
 from service.audit import baselines
 from service.audit.attack_runner import crafting_precision
 from service.audit.config import Audit
-from service.audit.cost import check_giga_multiply_adds, estimated_seconds, giga_multiply_adds, multiply_adds_of
+from service.audit.cost import (
+    check_giga_multiply_adds,
+    estimated_seconds,
+    expected_rivals,
+    giga_multiply_adds,
+    multiply_adds_of,
+    rivals_giga_multiply_adds,
+)
 from service.audit.epsilons import epsilons_of
 from service.audit.errors import AuditConflict, CostRejected
 from service.audit.evaluation.members import Member, candidates_of
 from service.audit.plan import attacked_epsilons, plan
 from service.audit.profiles import PROFILES
+from service.audit.rivals import rival_size
 from service.settings import Settings
 
 
@@ -43,6 +51,9 @@ class CostEstimator:
         bfloat16 = crafting_precision(audit, library, candidates) == "bfloat16"
         giga = sum(giga_multiply_adds(step, by_name[step.system], each, bfloat16=bfloat16) for step in steps)
         giga += check_giga_multiply_adds(audit, each, bfloat16=bfloat16)
+        if candidates.tickets > 1:  # whether there are training images is not known before the data set is listed
+            size, own = rival_size(candidates), each[: candidates.tickets]
+            giga += rivals_giga_multiply_adds(expected_rivals(audit), own, size, bfloat16=bfloat16)
         seconds = estimated_seconds(giga, self.settings.audits_threads)
         if seconds > 3600 * self.settings.audits_max_hours:
             raise CostRejected(

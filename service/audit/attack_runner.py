@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from service.audit.evaluation.draws import Defense, DrawSet, is_countable, scori
 from service.audit.evaluation.members import (
     AttackTarget,
     CandidateSet,
+    CraftingPrecision,
     Member,
     as_floats,
     candidates_of,
@@ -70,7 +71,7 @@ from service.outbound import ProxyRejected, http_client
 from service.settings import PrecisionChoice
 
 AVERAGES: Final = 5  # answers to each probe of an endpoint whose answers are random
-CODE: Final = 6  # of the attacks: a change that changes results makes stored ones stale
+CODE: Final = 7  # of the attacks: a change that changes results makes stored ones stale
 Emit = Callable[[Event], None]
 
 
@@ -158,8 +159,8 @@ class AuditRun:
         self.data = data
         self.emit = emit
         self.candidates = candidates or candidates_of_subject(library, options.device, outside, options.threads)
-        self.crafted_in = crafting_precision(audit, library, self.candidates)
-        self.crafting = self.candidates.in_bfloat16() if self.crafted_in == "bfloat16" else self.candidates
+        self.crafting = crafting_candidates(audit, library, self.candidates)
+        self.crafted_in = self.crafting.precision
         self.fingerprint = fingerprint(self.candidates.members)
         claims = baselines.strengths(library) or [0.0] * self.candidates.tickets
         self.rivals = rivals or baselines.claimed_rivals(self.candidates, claims)
@@ -524,12 +525,15 @@ def refuse_chance(endpoint: Endpoint, logits: Tensor, labels: Tensor) -> None:
         )
 
 
-def crafting_precision(
-    audit: Audit, subject: Library | Target, candidates: CandidateSet
-) -> Literal["bfloat16", "float32"]:
+def crafting_precision(audit: Audit, subject: Library | Target, candidates: CandidateSet) -> CraftingPrecision:
     """What attacks compute in. A model that is no library may have operations that know float32 alone."""
     fast = PROFILES[audit.profile].bfloat16 and isinstance(subject, Library) and candidates.device.type == "cpu"
     return "bfloat16" if fast and has_bfloat16() else "float32"
+
+
+def crafting_candidates(audit: Audit, subject: Library | Target, candidates: CandidateSet) -> CandidateSet:
+    """The same networks as attacks are crafted on them."""
+    return candidates.in_bfloat16() if crafting_precision(audit, subject, candidates) == "bfloat16" else candidates
 
 
 def candidates_of_subject(

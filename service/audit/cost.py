@@ -9,11 +9,12 @@ from model_store.structures import multiply_adds
 from service.audit.attacks.arc import ArcConfig
 from service.audit.attacks.autoattack import AutoAttackConfig
 from service.audit.attacks.black_box import QueryAttackConfig
-from service.audit.attacks.eot import PgdConfig
+from service.audit.attacks.eot import PgdConfig, Reach
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
 from service.audit.config import Audit, ProfileName, Step
 from service.audit.evaluation.draws import Defense
 from service.audit.evaluation.members import all_members
+from service.audit.labelled_data import GENERATED
 from service.audit.plan import images_of
 from service.audit.profiles import PROFILES
 from service.audit.rivals import FINALISTS, SECOND, SWAPS
@@ -23,6 +24,7 @@ GRADIENT: Final = 2.2  # forwards that one forward and backward costs, measured:
 BFLOAT16: Final = 0.5  # of float32's time: measured on AVX512-BF16 and AMX, at 128 images a pass
 GMACS_PER_SECOND: Final = 35.0  # one core in float32, measured on the compact library's structures
 OPEN: Final = 0.55  # images that can still get riskier, mean over an attack's steps: measured between 0.41 and 0.59
+OPEN_FAR: Final = 0.03  # of images at epsilons where none should be left, mean over the steps
 OPEN_FIXED: Final = 0.4  # of a system of one state, where an image is broken for good at once
 # Of all members for one image, in the checks.
 CHECK_FORWARDS: Final[dict[ProfileName, int]] = {"smoke": 60, "standard": 600, "full": 1_400, "reference": 700}
@@ -43,9 +45,11 @@ def forwards(step: Step, drawn: float, members: int) -> float:
     """Forwards of one image through each member that the attack asks for. drawn: members of a draw."""
     still_open = OPEN_FIXED if drawn == members else OPEN
     match step.settings:
-        case PgdConfig(steps=steps, restarts=restarts, ends_early=ends_early, targets=targets):
+        case Reach(steps=steps):
+            return 2 + OPEN_FAR * GRADIENT * steps
+        case PgdConfig(steps=steps, restarts=restarts, targets=targets):
             ascents = (restarts + step.warm) * max(1, targets)
-            return 2 + (still_open if ends_early else 1) * GRADIENT * ((steps + 1) * ascents + 2 * targets)
+            return 2 + still_open * GRADIENT * ((steps + 1) * ascents + 2 * targets)
         case ArcConfig(sweeps=sweeps, candidates=candidates, classes=classes, restarts=restarts):
             each = 1 + candidates * (3 + (1 + classes * (GRADIENT - 1)) * drawn / members)
             return still_open * sweeps * (restarts + 1) * each
@@ -79,6 +83,11 @@ def check_giga_multiply_adds(audit: Audit, each: Sequence[int], *, bfloat16: boo
     images = min(images_of(audit), PROFILES[audit.profile].check_images)
     forwards = CHECK_FORWARDS[audit.profile] * (BFLOAT16 if bfloat16 else 1)
     return images * forwards * sum(each) / 1e9
+
+
+def expected_rivals(audit: Audit) -> int:
+    """The images that rivals are chosen on, if the audit's data set has training images."""
+    return 0 if audit.data in (None, GENERATED) else PROFILES[audit.profile].rival_images
 
 
 def rivals_giga_multiply_adds(images: int, each: Sequence[int], size: int, *, bfloat16: bool = False) -> float:

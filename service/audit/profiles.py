@@ -15,6 +15,7 @@ Named = tuple[tuple[str, AttackConfig], ...]
 
 PAPER: Final = PgdConfig("mean-candidates", steps=20, step=0.25)
 REACH: Final = Reach("mean-loss", steps=60, schedule="adaptive")
+SQUARE_QUERIES: Final = 5_000  # of each image, as AutoAttack has it: with fewer a black box is a strawman
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,15 @@ def adaptive_attacks(targets: int, *, steps: int, alternating: int, refined: int
     )
 
 
-def few_attacks(*, apgd_steps: int, fab_steps: int, targets: tuple[int, int], queries: int) -> Named:
-    """Too expensive for all images. targets: wrong classes that APGD-T and FAB-T aim at."""
+def apgd_t(steps: int, targets: int) -> Named:
+    return (("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", steps, targets=targets)),)
+
+
+def few_attacks(*, fab_steps: int, targets: int) -> Named:
+    """Too expensive for all images. targets: wrong classes that FAB-T aims at."""
     return (
-        ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", apgd_steps, targets=targets[0])),
-        ("fab-t", AutoAttackConfig("fab-t", "mean-logits", fab_steps, targets=targets[1])),
-        ("square", AutoAttackConfig("square", "soft-vote", queries)),
+        ("fab-t", AutoAttackConfig("fab-t", "mean-logits", fab_steps, targets=targets)),
+        ("square", AutoAttackConfig("square", "soft-vote", SQUARE_QUERIES)),
     )
 
 
@@ -128,21 +132,22 @@ STANDARD: Final = Profile(
     single_images=100,
     theta_images=200,
     universal_images=200,
-    few_images=32,
+    few_images=10,
     queried_images=8,
-    far_images=5,
+    far_images=500,
     check_images=200,
-    shared=compared_attacks(15, restarts=1, refined=30),
+    shared=compared_attacks(15, restarts=1, refined=28),
     swept=(("eot-mean-loss", apgd("mean-loss", 10)), ("eot-risk", refine(8))),
     each=EACH,
     thetas=16,
     ours=(
         ("paper-eot", PAPER),
         ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 15)),
-        *adaptive_attacks(2, steps=15, alternating=18, refined=40, arc=ArcConfig(sweeps=2, candidates=4)),
+        *apgd_t(15, targets=2),
+        *adaptive_attacks(2, steps=15, alternating=15, refined=38, arc=ArcConfig(sweeps=2, candidates=4)),
         ("noise", RandomCorners(10)),
     ),
-    few=few_attacks(apgd_steps=20, fab_steps=10, targets=(3, 2), queries=500),
+    few=few_attacks(fab_steps=10, targets=2),
     queries=(*query_attacks("square", 300), *query_attacks("hopskipjump", 250)),
     universal=(("universal", UniversalPerturbation(epochs=12)),),
     bfloat16=True,
@@ -156,7 +161,7 @@ FULL: Final = Profile(
     universal_images=500,
     few_images=48,
     queried_images=16,
-    far_images=10,
+    far_images=1_000,
     check_images=400,
     shared=compared_attacks(50, restarts=2, refined=50),
     swept=(("eot-mean-loss", apgd("mean-loss", 30)), ("eot-risk", refine(15))),
@@ -171,7 +176,7 @@ FULL: Final = Profile(
         ("apgd-dlr", AutoAttackConfig("apgd-dlr", "mean-logits", 100)),
         *adaptive_attacks(9, steps=50, alternating=60, refined=100, arc=ArcConfig(sweeps=10, candidates=8)),
     ),
-    few=(*few_attacks(apgd_steps=50, fab_steps=20, targets=(9, 9), queries=5_000), ("noise", RandomCorners(10_000))),
+    few=(*apgd_t(50, targets=9), *few_attacks(fab_steps=20, targets=9), ("noise", RandomCorners(10_000))),
     queries=(*query_attacks("square", 1000), *query_attacks("hopskipjump", 1000)),
     queried_systems=(COST, MEAN),
     universal=(("universal", UniversalPerturbation(epochs=20)),),
@@ -181,7 +186,7 @@ AUTOATTACK: Final[Named] = (
     ("apgd-ce", AutoAttackConfig("apgd-ce", "mean-logits", 100)),
     ("apgd-t", AutoAttackConfig("apgd-t", "mean-logits", 100, targets=9)),
     ("fab-t", AutoAttackConfig("fab-t", "mean-logits", 100, targets=9)),
-    ("square", AutoAttackConfig("square", "mean-logits", 5_000)),
+    ("square", AutoAttackConfig("square", "mean-logits", SQUARE_QUERIES)),
 )
 RAND: Final[Named] = (
     ("apgd-ce", AutoAttackConfig("apgd-ce", "soft-vote", 100)),
@@ -193,7 +198,7 @@ REFERENCE: Final = Profile(
     swept_images=100,
     few_images=48,
     queried_images=16,
-    far_images=10,
+    far_images=250,
     check_images=200,
     shared=(("eot-mean-loss", apgd("mean-loss", 50)),),
     swept=(),

@@ -21,7 +21,7 @@ from service.audit.attack_runner import (
     Emit,
     RunOptions,
     candidates_of_subject,
-    crafting_precision,
+    crafting_candidates,
     seed_of,
 )
 from service.audit.checks.run import run_checks
@@ -120,16 +120,15 @@ def rivals_on(
     """The rivals that this audit chose before, or chooses now. None of a single network, which has none."""
     if candidates.tickets < 2:
         return None
-    precision = crafting_precision(audit, library, candidates)
+    crafting = crafting_candidates(audit, library, candidates)
     headline = epsilons_of(audit, data.pixels[0].numel()).headline
-    parts = [CODE, library.digest, data.digest, audit.norm, headline, audit.seed, precision]
+    parts = [CODE, library.digest, data.digest, audit.norm, headline, audit.seed, crafting.precision]
     key = digest_of(parts)
     if (stored := stored_rivals(folder, key)) is not None:
         return stored
     each, size = multiply_adds_of_subject(library)[: candidates.tickets], rival_size(candidates)
-    giga = rivals_giga_multiply_adds(len(data), each, size, bfloat16=precision == "bfloat16")
+    giga = rivals_giga_multiply_adds(len(data), each, size, bfloat16=crafting.precision == "bfloat16")
     emit(RivalsEvent(images=len(data), seconds=round(estimated_seconds(giga, candidates.threads.count))))
-    crafting = candidates.in_bfloat16() if precision == "bfloat16" else candidates
     threat = ThreatModel(audit.norm, headline / 255)
     rivals = choose_rivals(candidates, crafting, data, threat, seed_of("rivals", audit.seed))
     store_rivals(folder, key, rivals)

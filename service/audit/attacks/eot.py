@@ -4,7 +4,7 @@ Steps are constant (PGD, with momentum) or adaptive: APGD's momentum and halving
 here because the factored loss is no estimate: every iterate is judged by the same draws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Final, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model_store.attacks import EPS, ThreatModel, l1_unit, per_image, project, random_start, steepest_direction
 from service.audit.attacks.losses import LOSSES, Loss, Stage, member_shares, typical_margin
+from service.audit.evaluation.draws import DrawSet
 from service.audit.evaluation.members import AttackTarget
 from service.audit.evaluation.scoring import CERTAIN, failure
 
@@ -20,6 +21,9 @@ DAMPING: Final = 0.75  # APGD's alpha
 RISING: Final = 0.75  # APGD's rho: the share of steps that must raise the loss
 FIRST_CHECK, LEAST_GAP, GAP_SHRINKS = 0.22, 0.06, 0.03  # APGD's checkpoints, as shares of the steps
 SCALED_ON: Final = 256  # images that the typical margin is taken from
+LEAD: Final = 0.05  # of the range of a member's logits, by which a class leads beyond what bfloat16 rounds
+DOUBT: Final = 1e-6  # of a risk of 1, where some draw that nobody made may be right
+Risk = Callable[[Tensor, Tensor, DrawSet], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,14 @@ class PgdConfig:
     schedule: Literal["constant", "adaptive"] = "constant"
     temperature: float = 1.0  # that logits are divided by before the loss: its scale decides what cross-entropy sees
 
-    ends_early: ClassVar[bool] = True  # on images that all of the attacker's draws misread
+    of_every_draw: ClassVar[bool] = False  # an image is left once all of the attacker's own draws misread it
 
 
 class Reach(PgdConfig):
-    """Goes on to its last step, by loss: where the law is sampled, a draw that the attacker did not make may still be
-    right about an image that all of his misread."""
+    """Leaves an image only once no draw at all can be right: where the law is sampled, one that the attacker did not
+    make may still be right about an image that all of his misread."""
 
-    ends_early: ClassVar[bool] = False
+    of_every_draw: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -119,19 +123,19 @@ def attack(
     if ascent.targets:
         aims, cost = nearest_classes(target, images, labels, threat, ascent.targets)
         begin, passes = replace(begin, targets=aims[0]), passes + cost
-    loss = loss_of(ascent)
-    best = score_clean(target, images, labels, loss, begin)
+    loss, risk_of = loss_of(ascent), risk_of_every_draw if ascent.of_every_draw else failure
+    best = score_clean(target, images, labels, loss, risk_of, begin)
     clean = best.risk.clone(), best.loss.clone()
     for earlier in known:
         inside = project(earlier, images, threat)
-        tried = score_clean(target, inside, labels, loss, begin)
+        tried = score_clean(target, inside, labels, loss, risk_of, begin)
         best.take(torch.arange(len(images), device=images.device), inside, tried.risk, tried.loss)
     traces = []
     for aim in aims:
         for start in [*(project(start, images, threat) for start in warm), *[None] * ascent.restarts]:
             fresh = random_start(images, threat, generator) if start is None else start  # drawn even if nothing is left
             stage = replace(begin, targets=aim)
-            trace, cost = run_restart(target, images, labels, threat, ascent, fresh, best, stage)
+            trace, cost = run_restart(target, images, labels, threat, ascent, risk_of, fresh, best, stage)
             traces.append(trace)
             passes += cost
     risks, losses = traces[0]
@@ -187,29 +191,39 @@ def loss_of(ascent: PgdConfig) -> Loss:
     )
 
 
+def risk_of_every_draw(logits: Tensor, labels: Tensor, draws: DrawSet) -> Tensor:
+    """float64 [N]: the risk on the draws, and CERTAIN only where it is so for any draw: one wrong class leads the right
+    one in every member, and so in every sum of members."""
+    risk = failure(logits, labels, draws)
+    right = logits.gather(2, labels.expand(len(logits), -1)[:, :, None])
+    spread = logits.amax(dim=2, keepdim=True) - logits.amin(dim=2, keepdim=True)
+    led = (logits - right > LEAD * spread).all(dim=0).any(dim=1)
+    return torch.where(led, risk, risk * (1 - DOUBT))
+
+
 @torch.no_grad()
-def score_clean(target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage) -> Best:
+def score_clean(target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, risk_of: Risk, stage: Stage) -> Best:
     risks, losses = [], []
     rows = torch.arange(len(images), device=images.device)
     for some, right, index in target.parts(images, labels, rows):
         logits = target(some)
-        risks.append(failure(logits, right, target.draws))
+        risks.append(risk_of(logits, right, target.draws))
         losses.append(loss(logits, right, target.draws, stage.of(index)))
     return Best(images.clone(), torch.cat(risks), torch.cat(losses))
 
 
 def gradients_of(
-    target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
+    target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage, risk_of: Risk = failure
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as gradient_of, for as many images as there are: in even parts, each of which fits into memory."""
     parts = torch.arange(len(images), device=images.device).tensor_split(-(-len(images) // target.batch(images)))
-    parts_of = [gradient_of(target, images[part], labels[part], loss, stage.of(part)) for part in parts]
+    parts_of = [gradient_of(target, images[part], labels[part], loss, stage.of(part), risk_of) for part in parts]
     risk, losses, gradient = (torch.cat(values) for values in zip(*parts_of, strict=True))
     return risk, losses, gradient
 
 
 def gradient_of(
-    target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage
+    target: AttackTarget, images: Tensor, labels: Tensor, loss: Loss, stage: Stage, risk_of: Risk = failure
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The risk [N], the loss [N] and its gradient in the images; one forward and one backward of each member."""
     with torch.enable_grad():
@@ -217,7 +231,7 @@ def gradient_of(
         logits = target(images)
         losses = loss(logits, labels, target.draws, stage)
         (gradient,) = torch.autograd.grad(losses.sum(), images)
-    return failure(logits.detach(), labels, target.draws), losses.detach(), gradient
+    return risk_of(logits.detach(), labels, target.draws), losses.detach(), gradient
 
 
 def run_restart(
@@ -226,6 +240,7 @@ def run_restart(
     labels: Tensor,
     threat: ThreatModel,
     ascent: PgdConfig,
+    risk_of: Risk,
     start: Tensor,
     best: Best,
     stage: Stage,
@@ -236,12 +251,11 @@ def run_restart(
     checks = checkpoints(ascent.steps)
     risks, losses, passes = [best.risk.clone()], [best.loss.clone()], 0
     for step in range(ascent.steps + 1):
-        if ascent.ends_early:
-            state.keep(best.risk[state.rows] < CERTAIN)
+        state.keep(best.risk[state.rows] < CERTAIN)
         if len(state.rows):
             stage = stage.at(step / max(1, ascent.steps))
             some = stage.of(state.rows)
-            risk, now, gradient = gradients_of(target, state.images, state.labels, loss, some)
+            risk, now, gradient = gradients_of(target, state.images, state.labels, loss, some, risk_of)
             passes += len(state.rows)
             best.take(state.rows, state.images, risk, now)
             record(state, now, gradient, step)

@@ -269,7 +269,8 @@ def below_black_box(context: CheckContext) -> CheckResult:
     black, mine = context.attacks(*BLACK_BOX), context.attacks(*GRADIENT_ATTACKS)
     if not black or not mine:
         return CheckResult(None, "Square did not run")
-    index = images_of_all(context, [*black, *mine])
+    widest = max(o.step.images for o in black)  # those on fewer images would leave too few to judge
+    index = images_of_all(context, [*(o for o in black if o.step.images == widest), *mine])
     if not len(index):
         return CheckResult(None, "no image is right at first")
     white, square = strongest(context.run, mine, index), strongest(context.run, black, index)

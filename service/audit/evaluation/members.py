@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from service.audit.evaluation.draws import ATTACK_DRAWS, Defense, DrawSet, draws
 from service.audit.evaluation.threads import WorkerThreads
 from service.cpu import free_memory_bytes
 
+CraftingPrecision = Literal["bfloat16", "float32"]
 PASS_IMAGES: Final = 64  # images of one forward pass on a CPU
 GRAPH_IMAGES: Final = 128  # images of one forward and backward pass on a CPU: more are no faster
 FREE_SHARE: Final = 0.25  # of free memory, for the activations of all members that a backward pass needs
@@ -108,6 +109,11 @@ class CandidateSet:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(member.name for member in self.members)
+
+    @property
+    def precision(self) -> CraftingPrecision:
+        """What the networks compute in."""
+        return "bfloat16" if any(member.bfloat16 for member in self.members) else "float32"
 
     def in_bfloat16(self) -> "CandidateSet":
         """The same networks, computing in bfloat16, for attacks to be crafted with."""

@@ -14,7 +14,8 @@ PAPER: Final = {"clean": "87.01", "robust": "67.7", "r2s": "57.6 to 64.7", "tick
 def document_section(report: Report, figures: str) -> str:
     """All that a document shows of a report. figures: the folder of its figures, seen from the document."""
     pictures = [f"![{title}]({figures}/{name})" for title, name in FIGURES.items()]
-    parts = [systems_table(report), secrecy_sentence(report), conditions(report), beside_the_paper(report)]
+    texts = (secrecy_sentence, contribution_sentences, conditions, beside_the_paper)
+    parts = [systems_table(report), *(text(report) for text in texts)]
     return "\n\n".join([*filter(None, parts), *pictures])
 
 
@@ -29,6 +30,15 @@ def secrecy_sentence(report: Report) -> str:
     return (
         f"{text} Secret: {points(meter.secret)} %. Known to the attacker: {points(meter.known)} %, the mean over "
         f"{meter.thetas} drawn θ. Same law, images and attacks."
+    )
+
+
+def contribution_sentences(report: Report) -> str:
+    """By how much some attacks lower the figure beyond all others; empty in reports that do not say so."""
+    return " ".join(
+        f"{row.name[0].upper()}{row.name[1:]} ({', '.join(row.attacks)}): the figure is {points(row.lowers)} points "
+        "lower with them than without."
+        for row in report.contributions
     )
 
 

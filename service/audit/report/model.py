@@ -138,6 +138,14 @@ class Secrecy(Part):
     images: int | None = None
 
 
+class Contribution(Part):
+    """What some attacks add to all others on the served ensemble."""
+
+    name: str
+    attacks: list[str]
+    lowers: Interval = Field(description="robust accuracy without these attacks less with them, on the same images")
+
+
 class UniversalSystem(Part):
     clean: Interval
     own: Interval | None
@@ -248,6 +256,7 @@ class Report(Part):
     transfer: Transfer | None
     comparisons: list[Comparison]
     secrecy: Secrecy | None = None
+    contributions: list[Contribution] = Field(default_factory=list)
     universal: Universal | None
     checks: list[Check]
     per_image: dict[str, PerImage]

@@ -21,7 +21,7 @@ from service.audit.attack_runner import AuditRun, Outcome
 from service.audit.config import BLACK_BOX, NOT_COVERED, digest_of
 from service.audit.epsilons import threat_model
 from service.audit.evaluation.draws import Defense, is_countable
-from service.audit.evaluation.scoring import Scores
+from service.audit.evaluation.scoring import Scores, pointwise_worst
 from service.audit.plan import skipped_attacks
 from service.audit.profiles import PROFILES, SHARED
 from service.audit.report.model import (
@@ -31,6 +31,7 @@ from service.audit.report.model import (
     AuditPart,
     Check,
     Comparison,
+    Contribution,
     CurvePoint,
     DataPart,
     Figures,
@@ -60,6 +61,11 @@ DIGITS: Final = 6
 SIGNIFICANT: Final = 0.05
 FIXED_DRAW: Final = "average fixed draw"  # of the served law, known to its attacker
 RANDOMNESS: Final = (baselines.MEAN, baselines.COST, FIXED_DRAW)  # what is compared for the randomness alone
+
+CONTRIBUTORS: Final = {
+    "attacks aimed at random ensembles": ("eot-targeted", "eot-probability-margin", "eot-alternating", "mora", "arc"),
+    "AutoAttack's and ART's own code": ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "hopskipjump-queries"),
+}
 
 
 def interval(estimate: stats.Interval) -> Interval:
@@ -107,6 +113,7 @@ def summarize(run: AuditRun, checks: Sequence[Mapping[str, Any]], seconds: float
         "transfer": transfer_part(run),
         "comparisons": comparisons(run),
         "secrecy": secrecy_part(run),
+        "contributions": contributions(run),
         "universal": universal_part(run),
         "checks": rows,
         "per_image": per_image(run),
@@ -352,6 +359,20 @@ def secrecy_part(run: AuditRun) -> Secrecy | None:
         thetas=len(reading.known),
         images=len(reading.secret),
     )
+
+
+def contributions(run: AuditRun) -> list[Contribution]:
+    """By how much some attacks lower the served law's figure, at the headline epsilon, beyond all others."""
+    tried = run.reached(run.systems[0], run.epsilons.headline, len(run.data))
+    ran = {each.step.name for each in tried if each.step is not None}
+    everything = pointwise_worst([each.scores for each in tried]).right.numpy()
+    rows = []
+    for name, attacks in CONTRIBUTORS.items():
+        others = [each.scores for each in tried if each.step is None or each.step.name not in attacks]
+        lowers = interval(paired_difference(pointwise_worst(others).right.numpy(), everything))
+        if there := [attack for attack in attacks if attack in ran]:
+            rows.append(Contribution(name=name, attacks=there, lowers=lowers))
+    return rows
 
 
 def words(difference: stats.Interval, p: float, *, randomness: bool) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model_store.attacks import Norm, ThreatModel, misclassified, pgd
 from model_store.policy import Policy
@@ -21,7 +22,8 @@ from service.audit.checks.report import Linear, closed_form_error, linear_target
 from service.audit.evaluation import members as evaluation
 from service.audit.evaluation.draws import DrawSet, draws_of
 from service.audit.evaluation.members import AttackTarget, Member, as_floats
-from service.audit.evaluation.scoring import failure
+from service.audit.evaluation.scoring import CERTAIN, failure
+from service.audit.profiles import PROFILES
 from tests.support.audit_models import alone, faint_digits, small_cnn, trained_on_the_others_images, undefended
 
 EIGHT = ThreatModel("linf", 8 / 255)
@@ -223,18 +225,59 @@ def test_traces_start_clean_and_only_rise() -> None:
     assert torch.equal(result.risks[-1], result.risk)
 
 
-def test_a_reach_goes_on_where_all_draws_of_the_attacker_are_fooled() -> None:
-    """Draws that the attacker did not make may still be right there: the loss alone says how far away that is."""
-    (_, images, labels), threat = some(8), ThreatModel("linf", 64 / 255)
+def test_a_reach_is_certain_only_where_no_draw_can_be_right() -> None:
+    """Two members that misread alone, each as another class, are right together; and rounding may turn a small lead."""
+    right, first, second = 0.0, (1.0, -9.0), (-9.0, 1.0)
+    logits = torch.tensor(
+        [[[right, *first], [right, *first], [right, 0.2, -9.0]], [[right, *second], *[[right, *first]] * 2]]
+    )
+    labels, each_alone = (
+        torch.zeros(3, dtype=torch.int64),
+        DrawSet(torch.eye(2), torch.full((2,), 0.5).double(), exhaustive=True),
+    )
+    assert failure(logits, labels, each_alone).tolist() == [1, 1, 1]
+    assert (eot.risk_of_every_draw(logits, labels, each_alone) >= CERTAIN).tolist() == [False, True, False]
+
+
+def test_a_reach_goes_on_until_draws_that_the_attacker_did_not_make_are_wrong_too() -> None:
+    """Networks that learnt nothing misread all images alone, each in its own way."""
+    (_, images, labels), target = some(8), alone(*random_networks(3))
     early, late = (
-        eot.attack(alone(undefended()), images, labels, threat, kind("mean-loss", steps=30), generator())
+        eot.attack(target, images, labels, ThreatModel("linf", 12 / 255), kind("mean-loss", steps=30), generator())
         for kind in (PgdConfig, eot.Reach)
     )
+    together = DrawSet(torch.ones(1, 3), torch.ones(1, dtype=torch.float64), exhaustive=True)
     assert bool((early.risk == 1).all())
     assert bool((late.risk == 1).all())
-    assert late.passes == 8 * 32  # the images as they are, then every step
-    assert early.passes < late.passes
-    assert bool((late.losses[-1] > early.losses[-1]).all())
+    assert bool((failure(target.logits(late.images), labels, together) == 1).all())
+    assert early.passes < late.passes < 8 * 32
+
+
+class Immovable(nn.Module):
+    """Says class 0 whatever it is shown, and counts the images that it is shown."""
+
+    shown = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shown += len(images)
+        return functional.one_hot(torch.zeros(len(images), dtype=torch.int64), 10).float()
+
+
+def test_square_asks_as_many_queries_as_its_settings_say() -> None:
+    (_, images, _), labels, shown = some(3), torch.zeros(3, dtype=torch.int64), []
+    for queries in (40, 60):
+        network = Immovable()
+        autoattack.attack(alone(network), images, labels, EIGHT, AutoAttackConfig("square", "soft-vote", queries), 0)
+        shown.append(network.shown)
+    assert shown[1] - shown[0] == 3 * 20  # the rest is of images before and after the search
+    assert shown[0] < 2 * 3 * 40
+
+
+def test_every_profile_gives_square_autoattacks_budget() -> None:
+    for profile in PROFILES.values():
+        groups = (*profile.ours, *profile.few, *profile.published)
+        budgets = [each.iterations for name, each in groups if name == "square" and isinstance(each, AutoAttackConfig)]
+        assert budgets == ([] if profile is PROFILES["smoke"] else [5_000])
 
 
 def test_the_risk_an_attack_reports_is_the_risk_of_its_images() -> None:

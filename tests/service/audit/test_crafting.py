@@ -113,5 +113,5 @@ def test_standard_takes_at_most_an_hour_on_two_cores_and_full_a_night(tmp_path: 
     estimate = CostEstimator(Settings(state_dir=tmp_path, audits_threads=2, audits_max_hours=24))
     assert (PROFILES["standard"].images, PROFILES["full"].images) == (500, 2_000)
     library = open_library(EMBEDDED)
-    assert estimate.cost(Audit("standard"), library).seconds <= 3_600
-    assert estimate.cost(Audit("full"), library).seconds <= 12 * 3_600
+    assert estimate.cost(Audit("standard", data="cifar10.zip"), library).seconds <= 3_600
+    assert estimate.cost(Audit("full", data="cifar10.zip"), library).seconds <= 12 * 3_600

@@ -15,15 +15,18 @@ from model_store.attacks import ThreatModel
 from model_store.image_sample import LabelledImages, read_selection
 from model_store.input_spec import CIFAR10_INPUT
 from model_store.policy import Policy
+from service.admin.audit_estimate import CostEstimator
 from service.audit import baselines, rivals
-from service.audit.attack_runner import AuditRun
+from service.audit.attack_runner import AuditRun, crafting_candidates
 from service.audit.config import Audit
-from service.audit.cost import rivals_giga_multiply_adds
+from service.audit.cost import multiply_adds_of, rivals_giga_multiply_adds
 from service.audit.evaluation.members import CandidateSet, Member
 from service.audit.evaluation.members import candidates_of as of_library
 from service.audit.events import Event
+from service.audit.labelled_data import GENERATED
 from service.audit.rivals import choose_rivals
 from service.audit.run import load_held_out, rivals_on
+from service.settings import Settings
 from tests.support.audit_models import faint, faint_digits, small_cnn, tiny, undefended
 from tests.support.digits import digits
 from training.data import read_split
@@ -170,3 +173,20 @@ def test_more_tickets_and_images_cost_more() -> None:
     cost = rivals_giga_multiply_adds(1_000, each, 3)
     assert rivals_giga_multiply_adds(2_000, each, 3) == pytest.approx(2 * cost)
     assert rivals_giga_multiply_adds(1_000, each, 3, bfloat16=True) < cost < rivals_giga_multiply_adds(1_000, each, 4)
+
+
+def test_a_service_prices_the_choice_of_rivals_where_a_data_set_is_named(tmp_path: Path) -> None:
+    library = tiny(tmp_path / "library")
+    estimator = CostEstimator(Settings(state_dir=tmp_path))
+    costs = {
+        (profile, data): estimator.cost(Audit(profile, data=data), library).giga_multiply_adds
+        for profile in ("smoke", "standard")
+        for data in (None, GENERATED, "photographs.zip")
+    }
+    each, size = multiply_adds_of(library), rivals.rival_size(of_library(library))
+    candidates = of_library(library)
+    rounded = crafting_candidates(Audit("standard"), library, candidates).precision == "bfloat16"
+    choice = rivals_giga_multiply_adds(1_000, each, size, bfloat16=rounded)
+    assert costs["standard", "photographs.zip"] - costs["standard", None] == pytest.approx(choice, abs=0.11)
+    assert costs["standard", GENERATED] == costs["standard", None]
+    assert len({cost for (profile, _), cost in costs.items() if profile == "smoke"}) == 1

@@ -36,7 +36,7 @@ from service.audit.report import html_report
 from service.audit.report.markdown_report import MARKS
 from service.audit.report.model import Check, Interval, Report, digest_holds
 from service.audit.report.plots import Example, all_figures
-from service.audit.report.summary import compare, verdict, words
+from service.audit.report.summary import compare, contributions, verdict, words
 from service.audit.report.verdicts import headline
 from service.audit.run import load_images, run_audit
 from tests.support.audit_models import DIGITS, Quantised, Scaled, faint_digits, run_on, tiny, undefended
@@ -163,6 +163,29 @@ def test_an_interrupted_audit_goes_on_where_it_was(
     assert without_timings(resumed) == without_timings(report)
     repeated = 1  # check 32 runs one attack again to compare
     assert len(ran) == len(report["attacks"]) - 5 + repeated
+
+
+def test_a_stored_check_is_judged_anew_once_its_code_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that is changed, or a file more; a second run of the same code takes what is stored."""
+    audited, judged = run_on(undefended(), tmp_path, Audit("smoke", images=2, attacks=("fgsm",)), 2), list[int]()
+
+    def judge(_: CheckContext) -> CheckResult:
+        judged.append(1)
+        return CheckResult(True, f"judged {len(judged)} times")
+
+    assert all(source.exists() for source in run.SOURCES)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    monkeypatch.setattr(run, "CHECKS", (base.Check(1, "name", "criterion", hard=True, least="smoke", run=judge),))
+    monkeypatch.setattr(run, "SOURCES", (sources,))
+    for name, text in (("one.py", "LIMIT = 1"), ("one.py", "LIMIT = 2"), ("two.py", "")):
+        (sources / name).write_text(text)
+        run.digest_of_code.cache_clear()
+        first, second = (run.run_checks(audited)[0]["value"] for _ in range(2))
+        assert first == second == f"judged {len(judged)} times"
+    assert len(judged) == 3
 
 
 def test_the_page_needs_nothing_but_itself(report: Json, folder: Path) -> None:
@@ -684,6 +707,39 @@ def test_an_image_outside_the_ball_is_noticed(tmp_path: Path) -> None:
     pixels[0, 0, 0, 0] += 9
     context.run.outcomes = [Outcome(step, pixels, context.run.clean_logits, {}, {}, 0, 0.0)]
     assert model.feasible(context).ok is False
+
+
+def test_a_black_box_on_few_images_leaves_the_others_their_power(tmp_path: Path) -> None:
+    audited = run_on(undefended(), tmp_path, Audit("standard", images=20), 20)
+    steps = {step.name: step for step in audited.steps if step.system == "tombola" and step.epsilon == 8}
+    for name in ("eot-mean-loss", "square", "square-queries"):
+        step = steps[name]
+        pixels, logits = audited.data.pixels[: step.images], audited.clean_logits[:, : step.images]
+        audited.outcomes.append(Outcome(step, pixels, logits, {}, {}, 0, 0.0))
+    assert steps["square-queries"].images < steps["square"].images < 20
+    seen = attacks.below_black_box(CheckContext(audited)).seen
+    assert seen is not None
+    assert seen.images == int((audited.clean(audited.systems[0]).right[: steps["square"].images] >= 0.5).sum())
+
+
+def test_what_attacks_add_is_what_the_figure_loses_with_them(tmp_path: Path) -> None:
+    audit = Audit("standard", images=24, epsilons=(3.0,), attacks=("eot-mean-loss", "mora", "apgd-ce"))
+    audited = run_on(undefended(), tmp_path, audit, 24)
+    audited.steps = [step for step in audited.steps if step.system == "tombola" and step.epsilon == 3]
+    audited.costs = [1.0] * len(audited.steps)
+    audited.attack()
+    ours = audited.systems[0]
+    right = {outcome.step.name: audited.scores(ours, outcome).right for outcome in audited.outcomes}
+    right["clean"] = audited.clean(ours).right
+
+    def left(*names: str) -> float:
+        return float(torch.stack([right[name] for name in names]).amin(dim=0).mean())
+
+    aimed, others = contributions(audited)
+    everything = left("clean", "eot-mean-loss", "mora", "apgd-ce")
+    assert (aimed.attacks, others.attacks) == (["mora"], ["apgd-ce"])
+    assert aimed.lowers.value == pytest.approx(left("clean", "eot-mean-loss", "apgd-ce") - everything, abs=1e-6)
+    assert others.lowers.value == pytest.approx(left("clean", "eot-mean-loss", "mora") - everything, abs=1e-6)
 
 
 def test_a_hard_failure_makes_the_audit_invalid_and_a_warning_heads_it() -> None:
