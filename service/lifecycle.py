@@ -22,6 +22,7 @@ from model_store.errors import StoreError
 from service.admin.audit_jobs import AuditQueue
 from service.admin.traffic_history import TrafficHistory
 from service.app import create_admin_app
+from service.cpu import trim_heap
 from service.engine.launcher import ForkServer
 from service.http_processes.supervisor import HttpProcesses
 from service.library_manager import LibraryManager, LoadedLibrary
@@ -173,6 +174,7 @@ async def wait_for_shutdown(service: ServerProcess, announce: Announce) -> None:
     announce(service, loading.result())
     del loading  # it would keep the first library for good
     gc.collect()
+    trim_heap()
     gc.freeze()  # what is there now stays: no collection has to walk over the library's objects again
     service.jobs.start()
     await stop

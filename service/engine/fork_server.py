@@ -6,6 +6,7 @@ It is not multiprocessing's fork server: that one unpickles what it is sent.
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.cpu import NICE_LOADING, lower_priority
+from service.cpu import NICE_LOADING, lower_priority, trim_heap
 
 if TYPE_CHECKING:
     from service.engine.base import Engine
@@ -25,6 +26,8 @@ def main(descriptor: int, arguments: dict[str, Any]) -> int:
     steps = NICE_LOADING if arguments["background"] else 0
     with ThreadPoolExecutor(1, "open", initializer=lower_priority, initargs=(steps,)) as pool:
         engine, description = pool.submit(open_engine_from, arguments, control).result()
+    gc.collect()
+    trim_heap()  # the tickets' networks in torch, and all that was needed to compile them
     send(control, description)
     if engine is None:
         return 1
