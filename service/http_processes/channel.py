@@ -8,6 +8,8 @@ From an HTTP process, `number` tells its requests apart:
 | submit, number, start | the pixels of a granted request are in the shared memory from there on |
 | release, number | the client has gone, or the images were refused: the reservation ends |
 | metrics, increments, observations | what has been counted since the last time |
+| inferences, statistics | the same for `/v2/models/stats` |
+| statistics, number | what have all processes counted for it? |
 | dropped, serial | no request uses that library any more |
 
 From the service:
@@ -18,6 +20,7 @@ From the service:
 | granted, number | |
 | answered, number | probabilities, float32 [size, classes], are where the pixels were |
 | refused, number, kind, retry_after | an error's class; the reservation has ended |
+| statistics, number, statistics | what all processes have counted |
 | keys | read the file of API keys again |
 | stop | answer what is there, then end |
 """

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, cast
 
 import numpy as np
@@ -36,8 +36,10 @@ from service.scheduling.answers import Probabilities
 from service.settings import Settings
 from service.web.auth import ApiKeyStore
 from service.web.inference import DataPlane, InferenceContext
+from service.web.inference_statistics import InferenceStatistics
 from service.web.public_app import create_public_app
 from service.web.server import SWITCH_S, Server, create_server, loop_factory
+from service.web.serving import Manager
 
 FLUSH_S: Final = 0.25  # between two reports of what was counted
 COLLECT_S: Final = 2.0  # between collections while a request may still hold a replaced library
@@ -96,7 +98,8 @@ class Service:
         self.replaced: set[int] = set()  # serials of libraries that a request may still hold
         self.collected_at = 0.0
         self.numbers = itertools.count()
-        self.replies: dict[int, asyncio.Future[None]] = {}
+        self.replies: dict[int, asyncio.Future[Any]] = {}
+        self.statistics = InferenceStatistics()  # since the last report
         self.keys: ApiKeyStore | None = None
         self.server: Server | None = None
 
@@ -109,7 +112,10 @@ class Service:
                 self.settle(fields[0], None)
             case "refused":
                 number, name, retry_after = fields
-                self.settle(number, getattr(errors, name)(retry_after=retry_after))
+                self.fail(number, getattr(errors, name)(retry_after=retry_after))
+            case "statistics":
+                number, counted = fields
+                self.settle(number, InferenceStatistics(**counted))
             case "state":
                 self.take_state(*fields)
             case "keys" if self.keys is not None:
@@ -117,14 +123,27 @@ class Service:
             case "stop" if self.server is not None:
                 self.server.should_exit = True
 
-    def settle(self, number: int, error: ServiceError | None) -> None:
-        reply = self.replies.get(number)
-        if reply is None or reply.done():  # the client has gone meanwhile
-            return
-        if error is None:
-            reply.set_result(None)
-        else:
+    def settle(self, number: int, result: Any) -> None:
+        if (reply := self.waiting(number)) is not None:
+            reply.set_result(result)
+
+    def fail(self, number: int, error: ServiceError) -> None:
+        if (reply := self.waiting(number)) is not None:
             reply.set_exception(error)
+
+    def waiting(self, number: int) -> asyncio.Future[Any] | None:
+        """None where the client has gone meanwhile."""
+        reply = self.replies.get(number)
+        return None if reply is None or reply.done() else reply
+
+    async def call(self, kind: str, number: int, *fields: Any) -> Any:
+        """Sends a message, and waits for what the service answers. Raises the error that it answers with."""
+        reply = self.replies[number] = asyncio.get_running_loop().create_future()
+        self.channel.send(kind, number, *fields)
+        try:
+            return await reply
+        finally:
+            del self.replies[number]
 
     def take_state(self, serial: int, library: dict[str, Any] | None, ready: bool, draining: bool) -> None:
         self.ready, self.draining = ready, draining
@@ -154,6 +173,9 @@ class Service:
         increments, observations = self.metrics.take()
         if increments or observations:
             self.channel.send("metrics", increments, observations)
+        if any(self.statistics.counts.values()):
+            self.channel.send("inferences", asdict(self.statistics))
+            self.statistics.clear()
 
 
 class RemoteScheduler:
@@ -208,16 +230,12 @@ class Reservation:
         return answer
 
     async def call(self, kind: str, *fields: Any) -> None:
-        """Sends a message, and waits for its answer. Raises the error that the service answers with."""
-        reply = self.service.replies[self.number] = asyncio.get_running_loop().create_future()
-        self.service.channel.send(kind, self.number, *fields)
+        """As the service's."""
         try:
-            await reply
+            await self.service.call(kind, self.number, *fields)
         except ServiceError:
             self.ended = True
             raise
-        finally:
-            del self.service.replies[self.number]
 
     def close(self) -> None:
         """Messages keep their order: whoever takes this range next, the service has let go of it before."""
@@ -240,6 +258,16 @@ class RemoteServing:
 
 class RemoteDataPlane(DataPlane):
     """A data plane whose images are admitted, counted and answered by the service."""
+
+    def __init__(self, manager: Manager, settings: Settings, metrics: Metrics, keys: ApiKeyStore) -> None:
+        super().__init__(manager, settings, metrics, keys)
+        self.service = cast("Service", manager)
+        self.statistics = self.service.statistics
+
+    async def all_statistics(self) -> InferenceStatistics:
+        """Other processes' requests of the last FLUSH_S may be missing."""
+        self.service.flush()
+        return cast("InferenceStatistics", await self.service.call("statistics", next(self.service.numbers)))
 
     async def submit(
         self, context: InferenceContext, images: Sequence[bytes] | Pixels, deadline: float

@@ -28,6 +28,7 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.web.error_handling import as_service_error
 from service.web.inference import DataPlane
+from service.web.inference_statistics import InferenceStatistics
 from service.web.server import LINGER_S
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,10 @@ class HttpProcess:
                 self.release(*fields)
             case "metrics":
                 self.add_metrics(*fields)
+            case "inferences":
+                self.parent.data_plane.statistics.add(InferenceStatistics(**fields[0]))
+            case "statistics":
+                self.channel.send("statistics", fields[0], asdict(self.parent.data_plane.statistics))
             case "dropped":
                 self.libraries.pop(fields[0], None)
 

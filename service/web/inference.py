@@ -35,6 +35,7 @@ from service.settings import Settings
 from service.web.auth import ApiKeyStore
 from service.web.body import BodyReader, BodyReservation, cancel_on_disconnect, unique_headers
 from service.web.decoder import Decoder
+from service.web.inference_statistics import InferenceStatistics
 from service.web.routing import ARRIVAL_TIME
 from service.web.serving import Manager, Serving
 
@@ -81,7 +82,12 @@ class DataPlane:
         self.keys = keys
         self.bodies = BodyReader(settings, metrics)
         self.decoder = Decoder(settings, metrics)
+        self.statistics = InferenceStatistics()
         self.pixel_bytes = 0  # of all images that are decoded or wait for their answer
+
+    async def all_statistics(self) -> InferenceStatistics:
+        """Of all processes."""
+        return self.statistics
 
     def serving(self) -> Serving:
         serving = self.manager.current

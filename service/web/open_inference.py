@@ -9,7 +9,7 @@ import struct
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +32,7 @@ from service.web import openapi, schemas
 from service.web.body import is_json, is_unnamed, looks_like_json, media_type
 from service.web.infer_request import HEADER_LENGTH, InferRequest, ModelSpec, RequestedOutput, read_inference
 from service.web.inference import REFUSES, DataPlane, InferenceContext, apply_output_detail, rank_classes
+from service.web.inference_statistics import InferenceStatistics
 from service.web.routing import ENCODER, FastRoute, RawRoute, json_response, without_refused
 
 MODEL: Final = "tombola"
@@ -61,48 +62,12 @@ INFER_HEADERS: Final = (
 )
 
 
-@dataclass
-class Statistics:
-    """Of this process. Times are whole seconds of all requests together, and executions are requests: exact times, or
-    runs of members, would tell a client how many tickets answered it."""
-
-    counts: dict[str, int] = field(default_factory=lambda: {"success": 0, "fail": 0})
-    seconds: dict[str, float] = field(default_factory=lambda: {"success": 0.0, "fail": 0.0})
-    images: int = 0
-    last_ms: int = 0
-
-    def note(self, kind: str, seconds: float) -> None:
-        self.counts[kind] += 1
-        self.seconds[kind] += seconds
-        self.last_ms = int(time.time()) * 1000
-
-    def as_json(self) -> Json:
-        def durations(kind: str) -> Json:
-            return {"count": self.counts[kind], "ns": int(self.seconds[kind]) * 10**9}
-
-        unsaid = {"count": self.counts["success"], "ns": 0}
-        stages = ("queue", "compute_input", "compute_infer", "compute_output")
-        return {
-            "name": MODEL,
-            "version": VERSION,
-            "last_inference": self.last_ms,
-            "inference_count": self.images,
-            "execution_count": self.counts["success"],
-            "inference_stats": {
-                "success": durations("success"),
-                "fail": durations("fail"),
-                **dict.fromkeys(stages, unsaid),
-            },
-            "batch_stats": [],
-        }
-
-
 class OpenInferenceApi:
     """One method per call of the protocol, over one data plane."""
 
     def __init__(self, data_plane: DataPlane) -> None:
         self.data_plane = data_plane
-        self.statistics = Statistics()
+        self.statistics = data_plane.statistics
         self.outputs = (
             ("index", "label") if data_plane.settings.output_detail == "label" else ("probabilities", "index", "label")
         )
@@ -181,7 +146,7 @@ class OpenInferenceApi:
     async def stats(self, request: Request) -> Response:
         if "model" in request.path_params:
             require_model(request)
-        return json_response({"model_stats": [self.statistics.as_json()]})
+        return json_response({"model_stats": [describe_statistics(await self.data_plane.all_statistics())]})
 
     # Inference
 
@@ -257,6 +222,29 @@ class OpenInferenceApi:
             for row, indices in enumerate(order)
         ]
         return np.array(texts, dtype=object)
+
+
+def describe_statistics(statistics: InferenceStatistics) -> Json:
+    """As Triton has them. Executions are requests: runs of members would tell how many tickets answered."""
+
+    def durations(kind: str) -> Json:
+        return {"count": statistics.counts[kind], "ns": int(statistics.seconds[kind]) * 10**9}
+
+    unsaid = {"count": statistics.counts["success"], "ns": 0}
+    stages = ("queue", "compute_input", "compute_infer", "compute_output")
+    return {
+        "name": MODEL,
+        "version": VERSION,
+        "last_inference": statistics.last_ms,
+        "inference_count": statistics.images,
+        "execution_count": statistics.counts["success"],
+        "inference_stats": {
+            "success": durations("success"),
+            "fail": durations("fail"),
+            **dict.fromkeys(stages, unsaid),
+        },
+        "batch_stats": [],
+    }
 
 
 def path_parameters(path: str) -> list[Json]:
@@ -363,7 +351,7 @@ def views(api: OpenInferenceApi) -> Iterator[View]:
     yield View("/v2/health/ready", api.ready, "server_ready", READY, schemas.LiveAndReady, ready, refuses=(NotReady,))
     yield View("/v2/models", api.models, "models", "List the models", schemas.ModelNames, "The only one.")
     yield View(
-        "/v2/models/stats", api.stats, "statistics", "Count inference requests", schemas.Statistics, "Of this process."
+        "/v2/models/stats", api.stats, "statistics", "Count inference requests", schemas.Statistics, "Of this service."
     )
     index = "List the models with their state"
     yield View(

@@ -351,6 +351,29 @@ def test_the_memory_for_pixels_is_counted_over_all_processes_and_freed_when_a_cl
     with_processes(test, oracle, pixel_memory_bytes=1024 * 3072, max_images=512)
 
 
+def test_statistics_are_those_of_all_processes_whichever_is_asked() -> None:
+    """Eight requests of two images, one that fails, each on a connection of its own."""
+
+    async def exchange_in_thread(place: str, name: str) -> tuple[int, Any, bytes]:
+        return await asyncio.to_thread(exchange, place, *REQUESTS[name])
+
+    async def test(processes: HttpProcesses, manager: StandIn, place: str) -> None:
+        statuses = [(await exchange_in_thread(place, "a binary tensor"))[0] for _ in range(8)]
+        statuses.append((await exchange_in_thread(place, "broken JSON"))[0])
+        assert statuses == [200] * 8 + [400]
+        counted = processes.data_plane.statistics
+        await until_async(lambda: counted.counts == {"success": 8, "fail": 1})
+        for _ in range(8):
+            answer = await asyncio.to_thread(exchange, place, "GET", "/v2/models/stats", b"", {})
+            (statistics,) = json.loads(answer[2])["model_stats"]
+            assert (statistics["inference_count"], statistics["execution_count"]) == (16, 8)
+            ends = statistics["inference_stats"]
+            assert (ends["success"]["count"], ends["fail"]["count"]) == (8, 1)
+            assert statistics["last_inference"] == counted.last_ms > 0
+
+    with_processes(test)
+
+
 def test_what_a_killed_process_had_reserved_is_freed() -> None:
     oracle = Oracle()
 
