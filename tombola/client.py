@@ -39,6 +39,7 @@ TRIES: Final = 5
 REQUEST_BYTES: Final = 6 << 20  # encoded images of one request: well below the server's default limit of 16 MiB
 ANSWER_BYTES: Final = 64 << 20  # the longest answer that is read
 PENDING: Final = ("queued", "running")  # states of an audit that has not ended
+COLOUR_MODES: Final = ("CMYK", "YCbCr", "LAB", "HSV", "RGBX")  # Pillow's that PNG lacks; a server converts files alike
 POLL_S: Final = 1.0
 GRACE_S: Final = 0.5  # beyond the time that the server is given: its own refusal says more
 Result = TypeVar("Result")
@@ -290,6 +291,8 @@ def as_png(image: "Image | NDArray[np.uint8]") -> bytes:
     if not isinstance(image, PIL.Image.Image):
         raise ImageUnreadable(f"{type(image).__name__}: expected a path, bytes, a uint8 array or a PIL image")
     buffer = io.BytesIO()
+    if image.mode in COLOUR_MODES:
+        image = image.convert("RGB")
     try:
         image.save(buffer, "PNG")
     except (OSError, ValueError) as error:

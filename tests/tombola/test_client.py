@@ -1,6 +1,7 @@
 """The Python client against real servers: answers, refusals in the server's words, retries, deadlines, audits."""
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from service.admin import audit_process
 from service.audit.events import CheckEvent, StepEvent
@@ -34,7 +36,7 @@ from tombola import (
     ServiceUnreachable,
     StablePrediction,
 )
-from tombola.client import bounded_map, retry_after_s
+from tombola.client import bounded_map, encode, retry_after_s
 
 pytestmark = pytest.mark.usefixtures("warm_start")
 
@@ -136,6 +138,13 @@ def test_paths_bytes_arrays_and_pictures_give_the_same_answer(service: str, tmp_
         assert len(answer.library) == 64
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "RGBX", "L", "LA", "P", "1"])
+def test_a_picture_of_any_mode_of_colours_is_sent_as_it_looks(mode: str) -> None:
+    shown = picture(100).convert(mode)
+    with Image.open(io.BytesIO(encode(shown))) as sent:
+        assert (np.asarray(sent.convert("RGB")) == np.asarray(shown.convert("RGB"))).all()
+
+
 def test_where_the_server_shows_labels_alone_there_is_no_probability() -> None:
     with behind_a_port(public_app(output_detail="label")) as place, Client(f"http://{place}") as client:
         answer = client.classify(png(100))
@@ -150,6 +159,7 @@ def test_where_the_server_shows_labels_alone_there_is_no_probability() -> None:
         (np.zeros((32, 32, 3), np.float32), r"an array of float32 \[32, 32, 3\]; expected uint8"),
         (np.zeros((3, 32, 32), np.uint8), r"an array of uint8 \[3, 32, 32\]; expected uint8 \[H, W, 3\]"),
         (17, "int: expected a path"),
+        (Image.new("F", (2, 2)), "a picture of mode F that has no PNG form"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_anything_is_sent(image: Any, text: str) -> None:

@@ -50,6 +50,7 @@ SOURCES: Final = (
 )
 WORK: Final = Path("/var/tmp/tombola-proof")  # noqa: S108 -- several GB, so not in memory
 NETWORK: Final = "tombola-proof"
+READY_S: Final = 600.0  # forty tickets on a busy machine
 OUTSIDE, INSIDE = "10.231.0.1", "10.231.0.2"
 BUDGET_MB: Final = {"cpu": 1200, "cuda": 7000}  # what our layers add to the base image, uncompressed
 
@@ -278,7 +279,7 @@ def prove_running(proof: Proof, root: str, library: str) -> None:
         begun = time.monotonic()
         server = started(root, image, proof.work / "server.log")
         try:
-            wait(lambda: server.poll() is not None or status_of("/health/ready")[0] == 200, "readiness")
+            wait(lambda: server.poll() is not None or status_of("/health/ready")[0] == 200, "readiness", READY_S)
             if server.poll() is not None:
                 sys.exit((proof.work / "server.log").read_text()[-4000:])
             proof.figures["start_s"] = round(time.monotonic() - begun, 1)
