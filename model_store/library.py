@@ -20,6 +20,7 @@ from model_store import manifest as manifests
 from model_store.errors import LibraryRejected, PolicyRejected, StoreError, TicketRejected
 from model_store.files import PART, sync_folder, write_atomically
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.json_object import first_error
 from model_store.manifest import Claim, DefaultPolicy, Entry, Manifest, Provenance
 from model_store.policy import Policy
 from model_store.ticket import (
@@ -27,7 +28,6 @@ from model_store.ticket import (
     Ticket,
     decode,
     encode,
-    first_error,
     read_bytes,
 )
 

@@ -16,8 +16,9 @@ from pydantic_core import from_json
 
 from model_store.errors import LibraryRejected, StoreError
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.json_object import first_error
 from model_store.structures import Structure
-from model_store.ticket import VERSIONS, ZERO_DIGEST, Kind, StrictModel, first_error, version_of
+from model_store.ticket import VERSIONS, ZERO_DIGEST, Kind, StrictModel, version_of
 
 MAX_MANIFEST_BYTES: Final = 2**24
 

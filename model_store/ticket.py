@@ -23,6 +23,7 @@ from torch import Tensor
 from model_store.errors import StoreError, TicketRejected
 from model_store.files import write_atomically
 from model_store.input_spec import CIFAR10_INPUT, InputSpec
+from model_store.json_object import first_error
 from model_store.structures import Network, Structure, convs, norms
 
 Kind = Literal["scratch", "fine-tuned"]
@@ -355,12 +356,6 @@ def parse_header(text: str) -> Header:
         raise TicketRejected(f"metadata: {first_error(error)}") from error
     except StoreError as error:
         raise TicketRejected(f"metadata: {error}") from error
-
-
-def first_error(error: ValidationError) -> str:
-    fault = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    return f"{where or 'JSON'}: {fault['msg']}, found {fault['input']!r:.80}"
 
 
 def check_digest(data: bytes, written: str) -> None:

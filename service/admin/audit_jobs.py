@@ -19,8 +19,7 @@ from service.admin.dataset_store import DatasetStore
 from service.audit.config import Audit, read_audit
 from service.audit.errors import AuditConflict, QueueFull
 from service.audit.events import FailedEvent
-from service.audit.labelled_data import GENERATED
-from service.audit.report.model import REPORT, Report
+from service.audit.report.model import GENERATED, REPORT, Report
 from service.audit.report.verdicts import judge_measurement
 from service.engine.factory import resolve_device
 from service.observability.metrics import Metrics

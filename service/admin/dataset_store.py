@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field
 from model_store.files import rename
 from model_store.library import Library
 from service.audit.errors import AuditRejected, AuditUnknown, DataRejected
-from service.audit.labelled_data import GENERATED, read_data
+from service.audit.labelled_data import read_data
+from service.audit.report.model import GENERATED
 from service.settings import Settings
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

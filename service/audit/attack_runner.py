@@ -18,7 +18,7 @@ from torch import Tensor
 from model_store.attacks import margin
 from model_store.files import write_atomically
 from model_store.image_sample import LabelledImages
-from model_store.json_object import Json
+from model_store.json_object import Json, digest_of
 from model_store.library import Library
 from model_store.processor import has_bfloat16
 from service.audit import baselines
@@ -36,7 +36,7 @@ from service.audit.attacks.black_box import (
 from service.audit.attacks.eot import PgdConfig
 from service.audit.attacks.losses import STAGED
 from service.audit.attacks.simple import RandomCorners, SingleModelPgd, UniversalPerturbation
-from service.audit.config import Audit, Step, digest_of
+from service.audit.config import Audit, Step
 from service.audit.cost import giga_multiply_adds, multiply_adds_of_subject
 from service.audit.endpoint import PROBES, Endpoint, EndpointOracle
 from service.audit.epsilons import Epsilons, epsilons_of

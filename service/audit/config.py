@@ -1,8 +1,6 @@
 """The request for an audit, one attack of it, and the threat model in words."""
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, get_args
@@ -186,12 +184,6 @@ class Step:
 
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "method": type(self.settings).__name__}
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of the canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_audit(request: Any) -> Audit:

@@ -14,9 +14,9 @@ from service.audit.attacks.simple import RandomCorners, SingleModelPgd, Universa
 from service.audit.config import Audit, ProfileName, Step
 from service.audit.evaluation.draws import Defense
 from service.audit.evaluation.members import all_members
-from service.audit.labelled_data import GENERATED
 from service.audit.plan import images_of
 from service.audit.profiles import PROFILES
+from service.audit.report.model import GENERATED
 from service.audit.rivals import FINALISTS, SECOND, SWAPS
 from service.audit.target import Target
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from model_store.errors import DataRejected as ReadRejected
 from model_store.image_sample import LabelledImages, read_sample, read_selection
 from model_store.input_spec import InputSpec
 from service.audit.errors import DataRejected
-
-GENERATED: Final = "generated"
+from service.audit.report.model import GENERATED
 
 
 def read_data(

@@ -11,6 +11,7 @@ from model_store.attacks import ThreatModel
 from model_store.ensemble import combine, predictions
 from model_store.files import write_atomically
 from model_store.image_sample import LabelledImages
+from model_store.json_object import digest_of
 from model_store.library import Library
 from service.audit import baselines
 from service.audit import labelled_data as sets
@@ -25,7 +26,7 @@ from service.audit.attack_runner import (
     seed_of,
 )
 from service.audit.checks.run import run_checks
-from service.audit.config import Audit, digest_of
+from service.audit.config import Audit
 from service.audit.cost import (
     check_giga_multiply_adds,
     estimated_seconds,

@@ -47,6 +47,21 @@ print(used.ru_utime + used.ru_stime, file=sys.stderr)
     assert "usage: tombola" in shown.stdout
 
 
+def test_the_gate_of_a_pipeline_and_a_client_s_report_load_no_networks() -> None:
+    """What reads a report runs beside other people's programs, every few minutes."""
+    report = Path(service.__file__).parent / "audit" / "results" / "report.json"
+    script = f"""
+import sys
+from tombola.cli import main
+main(["gate", {str(report)!r}, "--robust-lower", "0.1"])
+from service.audit.report.model import read_report
+print(*sorted({{"torch", "openvino", "matplotlib", "fastapi"}} & set(sys.modules)), file=sys.stderr)
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stderr == "\n"
+    assert "the lower bound of robust accuracy is at least 10.0 %" in shown.stdout
+
+
 def test_the_help_lists_every_command_but_those_for_our_own_processes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])

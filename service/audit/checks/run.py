@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from model_store.files import write_atomically
-from model_store.json_object import Json
+from model_store.json_object import Json, digest_of
 from service.audit.attack_runner import AuditRun
 from service.audit.checks import attacks, model, planted, report
 from service.audit.checks.base import Check, CheckContext, evaluate_check
-from service.audit.config import digest_of
 from service.audit.events import CheckEvent
 
 PACKAGE: Final = Path(__file__).parents[1]

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from model_store.ticket import first_error
-from service.audit.config import digest_of
+from model_store.json_object import digest_of, first_error
 from service.audit.errors import AuditError
 
 FORMAT: Final = "tombola-audit"
@@ -16,6 +15,7 @@ VERSION: Final = 1
 OUTSIDE_DIGEST: Final = ("digest", "timings")  # the digest covers everything else
 SCHEMA: Final = Path(__file__).with_name("tombola-audit.schema.json")
 OURS: Final = "tombola"
+GENERATED: Final = "generated"  # the name of noise that the ensemble labelled itself: no measurement
 REPORT: Final = "report.json"
 PAGE: Final = "report.html"
 Verdict = Literal["valid", "warnings", "invalid"]

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from model_store import policy as sampling
 from model_store.code_version import code_commit
+from model_store.json_object import digest_of
 from model_store.ticket import ZERO_DIGEST
 from service.audit import baselines, stats
 from service.audit.attack_runner import AuditRun, Outcome
-from service.audit.config import BLACK_BOX, NOT_COVERED, digest_of
+from service.audit.config import BLACK_BOX, NOT_COVERED
 from service.audit.epsilons import threat_model
 from service.audit.evaluation.draws import Defense, is_countable
 from service.audit.evaluation.scoring import Scores, pointwise_worst

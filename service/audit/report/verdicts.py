@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from service.audit.labelled_data import GENERATED
-from service.audit.report.model import Interval, Report
+from service.audit.report.model import GENERATED, Interval, Report
 
 NOT_MEASURED: Final = "not a measurement"
 

@@ -23,7 +23,7 @@ from service.audit.cost import multiply_adds_of, rivals_giga_multiply_adds
 from service.audit.evaluation.members import CandidateSet, Member
 from service.audit.evaluation.members import candidates_of as of_library
 from service.audit.events import Event
-from service.audit.labelled_data import GENERATED
+from service.audit.report.model import GENERATED
 from service.audit.rivals import choose_rivals
 from service.audit.run import load_held_out, rivals_on
 from service.settings import Settings
