@@ -14,12 +14,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -289,7 +290,11 @@ def prove_running(proof: Proof, root: str, library: str) -> None:
             prove_audit(proof, process, image)
             prove_end(proof, server, process)
         finally:
-            server.kill()
+            # Not the first alone: one that changed its user no longer dies with its parent.
+            for member in process_tree(server.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+            server.wait()
 
 
 def prove_config(proof: Proof, image: Json) -> None:
