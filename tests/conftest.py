@@ -82,9 +82,19 @@ def fork_origin() -> Iterator[Origin]:
 def warm_start(fork_origin: Origin) -> Iterator[None]:
     """Our processes are forked where they can be, so that none imports anew what another has imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WarmPopen, "origin", fork_origin, raising=False)
-        patch.setattr(subprocess, "Popen", WarmPopen)
+        fork_from(fork_origin, patch)
         yield
+
+
+@pytest.fixture
+def warm_start_once(fork_origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for one test of a file, beside others of how a process starts."""
+    fork_from(fork_origin, monkeypatch)
+
+
+def fork_from(origin: Origin, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(WarmPopen, "origin", origin, raising=False)
+    patch.setattr(subprocess, "Popen", WarmPopen)
 
 
 @pytest.fixture

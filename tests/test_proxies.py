@@ -178,6 +178,7 @@ def test_a_container_s_health_is_what_its_server_says(meant: Origin, proxy: List
     assert proxy.heard == []
 
 
+@pytest.mark.usefixtures("warm_start_once")
 def test_the_line_that_a_server_prints_works_where_a_proxy_is_set(proxy: Listener, tmp_path: Path) -> None:
     tiny_library(tmp_path / "library")
     with serving(tmp_path / "library", tmp_path / "state") as process:

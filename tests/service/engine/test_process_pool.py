@@ -72,7 +72,7 @@ def shared(tiny: Library, state: Path) -> Engine:
 
 
 @pytest.fixture
-def engine(tiny: Library, state: Path) -> Iterator[Engine]:
+def engine(tiny: Library, state: Path, warm_start_once: None) -> Iterator[Engine]:
     """For tests that do not."""
     made = open_for_serving(tiny, settings(state, engine_timeout_s=1.0))
     yield made
@@ -208,6 +208,7 @@ def test_without_its_host_there_is_no_engine(engine: Engine) -> None:
         engine.forward(0, some_rows(1))
 
 
+@pytest.mark.usefixtures("warm_start_once")
 def test_a_forgotten_engine_ends_its_processes(tiny: Library, state: Path) -> None:
     made = open_for_serving(tiny, settings(state))
     pids = made.pids()
@@ -229,6 +230,7 @@ def test_what_the_processes_use_is_told(shared: Engine) -> None:
     assert (cpu_s(2**22 + 1), resident_bytes(2**22 + 1)) == (0, 0)
 
 
+@pytest.mark.usefixtures("warm_start_once")
 def test_a_library_that_changed_meanwhile_is_refused(state: Path, tmp_path: Path) -> None:
     first = tiny_library(tmp_path / "library")
     tiny_library(tmp_path / "library", seed=50)
@@ -236,6 +238,7 @@ def test_a_library_that_changed_meanwhile_is_refused(state: Path, tmp_path: Path
         open_for_serving(first, settings(state, engine="openvino"))
 
 
+@pytest.mark.usefixtures("warm_start_once")
 def test_what_a_host_refuses_is_said_in_its_words(tiny: Library, state: Path, tmp_path: Path) -> None:
     gone = tiny_library(tmp_path / "library")
     (tmp_path / "library" / "manifest.json").unlink()
@@ -270,6 +273,7 @@ def test_a_batch_in_shards_gives_the_sums_of_one_shard(shared: Engine, tiny: Lib
     loop.close()
 
 
+@pytest.mark.usefixtures("warm_start_once")
 def test_the_service_swaps_its_processes_survives_the_death_of_each_under_load_and_leaves_none_behind(
     tiny: Library, tmp_path: Path
 ) -> None:
@@ -319,6 +323,7 @@ def test_a_service_that_is_told_to_end_does_not_wait_for_a_library_that_is_being
             os.kill(host, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("warm_start_once")
 def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path) -> None:
     with serving(tiny.path, tmp_path / "state", "--engine", "openvino") as process:
         pids = process_tree(process.process.pid)
@@ -327,6 +332,7 @@ def test_a_killed_service_leaves_no_process_behind(tiny: Library, tmp_path: Path
         until(lambda: not any(alive(pid) for pid in pids[1:]))
 
 
+@pytest.mark.usefixtures("warm_start_once")
 def test_a_host_without_its_service_ends(tiny: Library, state: Path) -> None:
     ours, theirs = socket.socketpair()
     settings = {"state_dir": str(state), "threads": 1}
