@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, FilePayload, Page, Route, expect
+from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect
 
 from service.admin import console_files
 from service.admin.audit_jobs import result_of
@@ -814,6 +814,13 @@ class TestLibrary:
         stand.link(stand.folder / "first")
 
 
+def middle(element: Locator) -> float:
+    """Of its height, in CSS pixels from the top."""
+    box = element.bounding_box()
+    assert box is not None
+    return box["y"] + box["height"] / 2
+
+
 @needs_chromium
 class TestTheServerGoesAway:
     def test_it_is_said_and_the_page_comes_back_by_itself(self, inside: Page, stand: Stand) -> None:
@@ -823,6 +830,8 @@ class TestTheServerGoesAway:
         stand.process.process.send_signal(signal.SIGTERM)
         expect(state).to_contain_text("Draining: the server is shutting down as planned")
         expect(state).to_have_class("state warn")
+        nav, way_out = inside.get_by_role("navigation", name="Sections"), inside.locator("#sign-out")
+        assert middle(way_out) == pytest.approx(middle(nav), abs=12)  # the sentence leaves them on one line
         stand.end()
         expect(banner).to_contain_text("No answer from the server")
         expect(state).to_have_class("state away")
