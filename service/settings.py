@@ -157,7 +157,7 @@ class Settings(BaseSettings):
         None,
         "path",
         "Images to calibrate 8-bit tickets on (OpenVINO): a zip, an npz or a folder",
-        "Unset: what PRECISION says. Audits attack float32. Take other images than you audit with",
+        "Unset: what PRECISION says. Audits then attack the rounded tickets. Take other images than you audit with",
     )
     threads: int = setting(
         0,

@@ -48,7 +48,8 @@ class CostEstimator:
         steps = plan(audit, epsilons, candidates, compared, known)
         singles = (baselines.single(candidates, index) for index in range(len(candidates.members)))
         by_name = {system.name: system for system in (*compared, *singles, *known)}
-        bfloat16 = crafting_precision(audit, library, candidates) == "bfloat16"
+        exact = self.settings.int8_images is not None  # 8 bits are attacked in float32
+        bfloat16 = not exact and crafting_precision(audit, library, candidates) == "bfloat16"
         giga = sum(giga_multiply_adds(step, by_name[step.system], each, bfloat16=bfloat16) for step in steps)
         giga += check_giga_multiply_adds(audit, each, bfloat16=bfloat16)
         if candidates.tickets > 1:  # whether there are training images is not known before the data set is listed

@@ -158,7 +158,7 @@ class AuditRun:
         self.options = options
         self.data = data
         self.emit = emit
-        self.candidates = candidates or candidates_of_subject(library, options.device, outside, options.threads)
+        self.candidates = candidates or candidates_of_subject(library, options, folder)
         self.crafting = crafting_candidates(audit, library, self.candidates)
         self.crafted_in = self.crafting.precision
         self.fingerprint = fingerprint(self.candidates.members)
@@ -290,6 +290,8 @@ class AuditRun:
             parts: list[Any] = [CODE, *about, self.library.digest, outside, part, self.audit.seed, warm, service]
             if self.rivals.images and step.system in (baselines.BEST, baselines.COST):
                 parts.append(self.system(step.system).used)  # chosen by measuring, so that the library does not say it
+            if self.candidates.rounded_on is not None:
+                parts.append(self.candidates.rounded_on)
             self.keys[step] = digest_of(parts)[:32]
         return self.keys[step]
 
@@ -527,7 +529,8 @@ def refuse_chance(endpoint: Endpoint, logits: Tensor, labels: Tensor) -> None:
 
 def crafting_precision(audit: Audit, subject: Library | Target, candidates: CandidateSet) -> CraftingPrecision:
     """What attacks compute in. A model that is no library may have operations that know float32 alone."""
-    fast = PROFILES[audit.profile].bfloat16 and isinstance(subject, Library) and candidates.device.type == "cpu"
+    exact = candidates.device.type != "cpu" or candidates.rounded_on is not None  # 8 bits have a rounding of their own
+    fast = PROFILES[audit.profile].bfloat16 and isinstance(subject, Library) and not exact
     return "bfloat16" if fast and has_bfloat16() else "float32"
 
 
@@ -536,15 +539,21 @@ def crafting_candidates(audit: Audit, subject: Library | Target, candidates: Can
     return candidates.in_bfloat16() if crafting_precision(audit, subject, candidates) == "bfloat16" else candidates
 
 
-def candidates_of_subject(
-    subject: Library | Target, device: str, outside: Library | None, threads: int
-) -> CandidateSet:
-    """The networks of a library, or of a model that is no library. Raises AuditRejected."""
-    if not isinstance(subject, Target):
-        return candidates_of(subject, device, outside, threads=threads)
-    if outside is not None:
-        raise AuditRejected("a surrogate library goes with a library, not with a model of another kind")
-    return subject.candidates(device, threads)
+def candidates_of_subject(subject: Library | Target, options: RunOptions, folder: Path) -> CandidateSet:
+    """The networks of a library, as they are served in 8 bits or in float32, or of a model that is no library.
+
+    Raises:
+      AuditRejected: a surrogate library for a model that is none, or 8 bits on a machine that has them not.
+    """
+    if isinstance(subject, Target):
+        if options.outside is not None:
+            raise AuditRejected("a surrogate library goes with a library, not with a model of another kind")
+        return subject.candidates(options.device, options.threads)
+    if options.int8_images is not None:
+        from service.audit.evaluation.rounding import rounded_candidates
+
+        return rounded_candidates(subject, options.int8_images, folder, options.outside, options.threads)
+    return candidates_of(subject, options.device, options.outside, threads=options.threads)
 
 
 def pad(part: Scores, images: int) -> Scores:

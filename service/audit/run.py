@@ -101,7 +101,7 @@ def run_audit(
     torch.set_num_threads(1)  # members run in threads of their own: results do not depend on the number of cores
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    candidates = candidates_of_subject(library, options.device, options.outside, options.threads)
+    candidates = candidates_of_subject(library, options, folder)
     rivals = rivals_on(held_out, folder, audit, library, candidates, emit) if held_out is not None else None
     run = AuditRun(folder, audit, library, data, options, emit=emit, candidates=candidates, rivals=rivals)
     emit(cost_event(run))
@@ -123,7 +123,16 @@ def rivals_on(
         return None
     crafting = crafting_candidates(audit, library, candidates)
     headline = epsilons_of(audit, data.pixels[0].numel()).headline
-    parts = [CODE, library.digest, data.digest, audit.norm, headline, audit.seed, crafting.precision]
+    parts = [
+        CODE,
+        library.digest,
+        data.digest,
+        audit.norm,
+        headline,
+        audit.seed,
+        crafting.precision,
+        candidates.rounded_on,
+    ]
     key = digest_of(parts)
     if (stored := stored_rivals(folder, key)) is not None:
         return stored

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from model_store.quiet_imports import import_openvino
 from service.engine.base import Images
+from service.engine.levels import LEVELS, SMALLEST, WEIGHT_LEVELS, with_zero
 
 openvino = import_openvino()
 ops = openvino.opset13
 Node = Any  # openvino.Node and openvino.Output, which have no stubs
 
-LEVELS: Final = 256
 BATCH: Final = 32  # calibration images of one forward pass
-SMALLEST: Final = 1e-9  # of a range: that of a channel whose weights are all masked
 
 
 def quantize(core: Any, model: Any, images: Images, options: dict[str, Any]) -> Any:
@@ -35,7 +34,7 @@ def quantize(core: Any, model: Any, images: Images, options: dict[str, Any]) -> 
         node.input(0).replace_source_output(rounded[name_of(source)])
         weights = node.input(1).get_source_output()
         largest = np.abs(weights.get_node().data).max(axis=(1, 2, 3), keepdims=True).clip(SMALLEST)
-        node.input(1).replace_source_output(fake_quantize(weights, -largest, largest, LEVELS - 1))
+        node.input(1).replace_source_output(fake_quantize(weights, -largest, largest, WEIGHT_LEVELS))
     model.validate_nodes_and_infer_types()
     return model
 
@@ -59,15 +58,6 @@ def activation_ranges(
         ranges.append([float(tensor.data) for tensor in request.output_tensors])
     values = np.array(ranges).reshape(len(ranges), 2, len(inputs))
     return values[:, 0].min(axis=0), values[:, 1].max(axis=0)
-
-
-def with_zero(low: float, high: float) -> tuple[float, float]:
-    """The range widened until 0 is in it and is exactly one of its levels, as padding and rectifiers need it."""
-    low, high = min(low, 0.0), max(high, SMALLEST)
-    zero = round(-low * (LEVELS - 1) / (high - low))
-    below, above = zero, LEVELS - 1 - zero
-    step = max(-low / below if below else 0.0, high / above if above else 0.0)
-    return -below * step, above * step
 
 
 def fake_quantize(x: Node, low: Any, high: Any, count: int) -> Node:

@@ -23,7 +23,7 @@ from service.audit.attacks.losses import LOSSES, Stage
 from service.audit.checks.base import Check, CheckContext, CheckResult, judged, points
 from service.audit.checks.power import Effect
 from service.audit.evaluation.draws import DrawSet
-from service.audit.evaluation.members import AttackTarget, Member, as_floats
+from service.audit.evaluation.members import AttackTarget, Member, as_floats, logits_of
 from service.audit.evaluation.scoring import failure, scores
 from service.audit.target import Target
 from service.engine.errors import EngineRejected
@@ -35,6 +35,7 @@ STAGE: Final = Stage(scale=1.0, progress=0.0)
 COMPARED: Final = 64  # images on which networks are compared
 DIFFERENCED: Final = 32  # images of central differences, in float64
 SAME: Final = 1e-5  # of the largest logit: float32 sums in another order
+FOLLOWS: Final = 0.5  # of what 8 bits change, that the attacked network may be away from the engine
 SIGMAS: Final = 5.0  # of a binomial count: a false alarm in less than a million
 
 
@@ -60,11 +61,13 @@ def deliverable(context: CheckContext) -> CheckResult:
 def same_model(context: CheckContext) -> CheckResult:
     """Against the store's own calibrated tickets, and from `standard` on against the engine, in float32.
 
-    A service that runs in another precision is a warning, which says what that changes.
+    A service that runs in bfloat16 or float16 is a warning, which says what that changes. One in 8 bits is audited so.
     """
     library, pixels = context.run.library, context.run.data.pixels[:COMPARED]
     if isinstance(library, Target):
         return CheckResult(None, "needs a library's stored tickets and the engine that serves them")
+    if context.run.candidates.rounded_on is not None:
+        return same_rounded_model(context, library, pixels)
     images, worst = as_floats(pixels, context.run.candidates.device), 0.0
     for member, ticket in zip(context.run.candidates.members, library.tickets, strict=False):
         with torch.no_grad():
@@ -83,6 +86,29 @@ def same_model(context: CheckContext) -> CheckResult:
         return CheckResult(False, text)
     effect = served_precision(context, library)
     return CheckResult(True, text) if effect is None else CheckResult(False, f"{text}; {effect}", warn=True)
+
+
+@torch.no_grad()
+def same_rounded_model(context: CheckContext, library: Library, pixels: Tensor) -> CheckResult:
+    """In 8 bits: scores are the engine's own answers, and what is attacked has to follow them."""
+    run, images = context.run, as_floats(pixels)
+    served = run.candidates.logits(pixels)
+    followed = logits_of(run.candidates.members, pixels, run.candidates.device)
+    exact = served.clone()
+    for index, ticket in enumerate(library.tickets):
+        exact[index] = calibrated(ticket, run.candidates.device)(images)
+    tickets = len(library.tickets)
+    away, moved = (float((served - other)[:tickets].abs().mean()) for other in (followed, exact))
+    before, after = (
+        scores(logits, run.data.labels[: len(pixels)], run.scoring(context.ours)).right.mean()
+        for logits in (exact, served)
+    )
+    text = (
+        "served in 8 bits: attacked as rounded tickets with straight-through gradients, scored by the engine's own "
+        f"answers. The attacked logits are {away:.1e} from these in the mean, float32's {moved:.1e}; rounding moves "
+        f"accuracy by {100 * float(after - before):+.2f} points on {len(pixels)} clean images"
+    )
+    return CheckResult(away <= FOLLOWS * moved, text)
 
 
 def relative(first: Tensor, second: Tensor) -> float:
@@ -104,17 +130,9 @@ def served_precision(context: CheckContext, library: Library) -> str | None:
 
     None where it serves in float32, which is what was audited.
     """
-    run, options = context.run, context.run.options
-    eight_bits = options.int8_images is not None
-    device = torch.device("cpu") if eight_bits else run.candidates.device
-    served_as = Settings(
-        state_dir=run.folder,
-        threads=1,
-        device=str(device),
-        precision=options.precision,
-        int8_images=options.int8_images,
-    )
-    name = "8 bits" if eight_bits else "float16" if device.type == "cuda" else precision_on_cpu(served_as)
+    run, device = context.run, context.run.candidates.device
+    served_as = Settings(state_dir=run.folder, threads=1, device=str(device), precision=context.run.options.precision)
+    name = "float16" if device.type == "cuda" else precision_on_cpu(served_as)
     if name == "float32":
         return None
     attacked = min(context.attacks(), key=lambda o: float(run.scores(context.ours, o).right.mean()), default=None)
@@ -173,6 +191,8 @@ def zero_share(member: Member, images: Tensor, labels: Tensor) -> float:
 
 def right_gradients(context: CheckContext) -> CheckResult:
     """Central differences in float64, in the full direction of random signs, against autograd's."""
+    if context.run.candidates.rounded_on is not None:
+        return CheckResult(None, "8 bits: gradients pass straight through the rounding, and no difference shows that")
     target = as_float64(context.target)
     point, labels = (
         start(context)[:DIFFERENCED].double(),
@@ -212,6 +232,8 @@ def factored_is_sampled(context: CheckContext) -> CheckResult:
     failed = torch.zeros(context.count, dtype=torch.float64)
     with torch.no_grad():
         own = context.target(context.images).cpu()
+    if context.run.candidates.rounded_on is not None:  # the networks only follow what is scored
+        own = context.run.candidates.logits(context.pixels)[used]
     for _ in range(count):
         members = draw_theta(context.ours.policy, rng).members
         total = sum((own[used.index(member)] for member in members), start=torch.zeros_like(own[0]))

@@ -91,6 +91,9 @@ class CandidateSet:
     """The tickets in the library's order, then its baselines, then `outside` surrogate networks of the attacker's own.
 
     threads: run the members.
+    rounded_on: digest of the images that 8 bits are calibrated on, if the service runs in them; the tickets' networks
+        are rounded then, with straight-through gradients.
+    answer: uint8 [N, 3, H, W] -> float32 [tickets, N, classes], by the engine, where the networks only follow it.
     """
 
     members: tuple[Member, ...]
@@ -100,6 +103,8 @@ class CandidateSet:
     device: torch.device
     outside: int = 0
     threads: WorkerThreads = field(default_factory=WorkerThreads)
+    rounded_on: str | None = None
+    answer: Callable[[Tensor], Tensor] | None = None
 
     @property
     def own(self) -> int:
@@ -121,7 +126,10 @@ class CandidateSet:
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Of images on the uint8 grid: uint8 [N, 3, H, W] -> float32 [M, N, classes] on the CPU."""
-        return logits_of(self.members, pixels, self.device, self.threads)
+        if self.answer is None:
+            return logits_of(self.members, pixels, self.device, self.threads)
+        served, rest = self.answer(pixels), self.members[self.tickets :]
+        return torch.cat([served, logits_of(rest, pixels, self.device, self.threads)]) if rest else served
 
 
 @dataclass(frozen=True, eq=False)

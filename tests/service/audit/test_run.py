@@ -40,7 +40,6 @@ from service.audit.report.summary import compare, contributions, verdict, words
 from service.audit.report.verdicts import headline
 from service.audit.run import load_images, run_audit
 from tests.support.audit_models import DIGITS, Quantised, Scaled, faint_digits, run_on, tiny, undefended
-from tests.support.serving import some_rows
 from tests.support.tickets import items, make_ticket
 from tombola.cli import main
 
@@ -584,20 +583,6 @@ def test_a_black_box_that_comes_nearer_than_the_white_box_is_noticed(hidden: boo
         at = which[least == size]
         assert attacks.fools_most_draws(context, at, size).all()
         assert not attacks.fools_most_draws(context, at, size - 1).any()
-
-
-def test_figures_of_a_service_in_eight_bits_carry_a_warning(library: Any, folder: Path) -> None:
-    np.savez(folder / "pictures.npz", images=some_rows(40).transpose(0, 2, 3, 1), labels=np.arange(40) % 10)
-    served = folder / "pictures.npz"
-    run = AuditRun(
-        folder / "rounded", Audit("standard", images=4), library, faint_digits(4), RunOptions(int8_images=served)
-    )
-    finding = model.same_model(CheckContext(run))
-    assert finding.ok is False
-    assert finding.warn
-    assert "in 8 bits" in finding.value
-    exact = AuditRun(folder / "rounded", run.audit, library, run.data, RunOptions(precision="float32"))
-    assert model.same_model(CheckContext(exact)).ok
 
 
 def test_chance_is_switched_on_again_step_by_step(library: Any, folder: Path) -> None:

@@ -17,7 +17,7 @@ from model_store.library import Library
 from model_store.processor import has_bfloat16
 from model_store.structures import multiply_adds
 from service.cpu import affinity, usable_cores
-from service.engine import base, int8, torch_engine
+from service.engine import base, levels, torch_engine
 from service.engine import factory as engines
 from service.engine.base import Images
 from service.engine.errors import EngineRejected
@@ -285,7 +285,7 @@ def test_every_convolution_s_input_and_weights_are_rounded(small_library: Librar
 
 @given(st.floats(-10, 10), st.floats(-10, 10))
 def test_a_range_holds_zero_as_one_of_its_levels(first: float, second: float) -> None:
-    low, high = int8.with_zero(min(first, second), max(first, second))
+    low, high = levels.with_zero(min(first, second), max(first, second))
     assert low <= 0 <= high
     assert low <= min(first, second) + 0.05 * (high - low)
     assert high >= max(first, second) - 0.05 * (high - low)
