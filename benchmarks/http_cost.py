@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -226,6 +227,8 @@ def main() -> None:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve_free_tickets(given.serve, given.http_processes[0]))
         return
+    if shutil.which("h2load") is None:
+        raise SystemExit("http_cost: h2load is not installed; on Debian: apt-get install nghttp2-client")
     cases = [
         Case(code.resolve(), protocol, count)
         for code in given.codes
