@@ -21,8 +21,6 @@ from tests.support.serving import ROOT, Process, serving, tiny_library
 from tests.support.waiting import until
 from tombola.sample_image import draw_sample
 
-pytestmark = pytest.mark.usefixtures("warm_start")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

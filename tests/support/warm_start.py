@@ -79,7 +79,8 @@ def started_origin() -> Iterator[Origin]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     descriptor = theirs.fileno()
     command = [PYTHON, "-m", "tests.support.warm_start", str(descriptor)]
-    with subprocess.Popen(command, cwd=ROOT, pass_fds=[descriptor], stdin=subprocess.DEVNULL), ours:
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tests give it to every process of ours
+    with subprocess.Popen(command, cwd=ROOT, env=variables, pass_fds=[descriptor], stdin=subprocess.DEVNULL), ours:
         theirs.close()
         yield Origin(ours)
 
