@@ -17,6 +17,7 @@ SIZED: Final = re.compile(r"size|side|shape|height|width|pixels", re.IGNORECASE)
 ALLOWED: Final = {  # file: why each of its sizes may be a number
     "model_store/input_spec.py": {"CIFAR10_INPUT": "the input of libraries of format 1 and of CIFAR-10"},
     "tools/wild/data_sets.py": {"SIDE": "arrays for tests of the readers, made like CIFAR's"},
+    "training/recipes.py": {"widths": "channels of a network's first stage"},
     "service/settings.py": {"max_batch_size": "a number of images"},
     "service/observability/metrics.py": {"SIZES": "numbers of images of a batch"},
 }
