@@ -19,6 +19,7 @@ from tombola.cli import main
 from training.data import list_parts, read_split
 from training.jobs import find_jobs
 from training.recipes import PRESETS
+from training.recommendation import RECOMMENDED
 from training.search import Search
 
 
@@ -124,7 +125,14 @@ def test_a_size_that_no_network_takes_is_refused(size: str, capsys: pytest.Captu
     assert f"{size}: expected a side such as 64, or 48x64, each from 8 to 1024" in capsys.readouterr().err
 
 
-def test_a_plan_measures_a_data_set_on_this_machine(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_measures_a_data_set_on_this_machine(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = [
+        replace(preset, widths=dict.fromkeys(preset.widths, 4), base={**preset.base, "batch": 8})
+        for preset in RECOMMENDED
+    ]
+    monkeypatch.setattr("training.commands.RECOMMENDED", narrow)
     words = ["plan", "--data", str(pictures), "--size", "48x64", "--seconds", "0.01", "--workers", "3"]
     assert main([*words, "--epochs", "200", "--set", "width=4", "batch=8"]) == 0
     shown = capsys.readouterr().out
