@@ -13,7 +13,7 @@ from training.recipes import CIFAR10_SEARCH, PRESETS, Preset
 RECOMMENDED: Final = (PRESETS["wide"], PRESETS["compact"])  # the best first
 BUDGETS: Final = (2.0, 8.0, 24.0, 72.0)  # hours
 MOST_PASSES: Final = 10  # times a preset's epochs, on data sets smaller than CIFAR-10
-LONGEST: Final = 4.0  # times those epochs again: more was never tried
+LONGEST: Final = 4.0  # times a preset's epochs, on data sets that need no more passes: more was never tried
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def recommend(hours: float, wanted: Sequence[tuple[Preset, float, float]], image
     """
     fewest = fewest_passes(images)
     for preset, claims, steps in wanted:
-        factor = min(LONGEST * fewest, (hours - claims) / steps)
+        factor = min(max(LONGEST, fewest), (hours - claims) / steps)
         if factor >= fewest:
             dense = None if preset.dense is None else factor * preset.dense["epochs"]
             return Recommendation(hours, preset, factor * preset.epochs, dense, claims + factor * steps)
