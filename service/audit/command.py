@@ -383,16 +383,18 @@ def read_answer(response: Any) -> dict[str, Any]:
 
 def run_tables(path: Path, folder: Path, into: Path | None) -> int:
     from model_store.pages import replace_section
-    from service.audit.report.markdown_report import MARKS, document_section, write_figures
+    from service.audit.report.markdown_report import MARKS, document_section, marks_of, write_figures
     from service.audit.report.model import read_report
 
     report = read_report(path)
     seen_from = into.resolve().parent if into else Path.cwd()
-    text = document_section(report, Path(os.path.relpath(folder.resolve(), seen_from)).as_posix())
+    marks = marks_of(into.read_text(encoding="utf-8"), path) if into else MARKS
+    figures = Path(os.path.relpath(folder.resolve(), seen_from)).as_posix()
+    text = document_section(report, figures, paper=marks == MARKS)
     if into is None:
         print(text)
     else:
-        replace_section(into, MARKS, text)
+        replace_section(into, marks, text)
         print(f"{into}: table and figures of report {report.digest[:12]}")
     for written in write_figures(report, folder):
         print(f"written: {written}", file=sys.stderr)

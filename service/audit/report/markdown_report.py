@@ -7,14 +7,27 @@ from model_store.files import write_atomically
 from service.audit.report.model import REPORT, Interval, Report
 
 FIGURES: Final = {"Transfer between tickets": "transfer.svg", "Accuracy against epsilon": "accuracy.svg"}
-MARKS: Final = ("<!-- audit: tombola audit --tables -->", "<!-- end of audit -->")
+END: Final = "<!-- end of audit -->"
+MARKS: Final = ("<!-- audit: tombola audit --tables -->", END)  # of the embedded library's report
 PAPER: Final = {"clean": "87.01", "robust": "67.7", "r2s": "57.6 to 64.7", "tickets": "46.3 to 49.1"}
 
 
-def document_section(report: Report, figures: str) -> str:
-    """All that a document shows of a report. figures: the folder of its figures, seen from the document."""
+def marks_of(page: str, path: Path) -> tuple[str, str]:
+    """The marks that a page has for one report of several, else those of the embedded library's.
+
+    page: its text.  path: the report, as the command was given it.
+    """
+    own = f"<!-- audit: tombola audit --tables {path.as_posix()} -->"
+    return (own, END) if own in page else MARKS
+
+
+def document_section(report: Report, figures: str, *, paper: bool = True) -> str:
+    """All that a document shows of a report.
+
+    figures: the folder of its figures, seen from the document.  paper: also what the paper's own figures are.
+    """
     pictures = [f"![{title}]({figures}/{name})" for title, name in FIGURES.items()]
-    texts = (secrecy_sentence, contribution_sentences, conditions, beside_the_paper)
+    texts = [secrecy_sentence, contribution_sentences, conditions, *([beside_the_paper] if paper else [])]
     parts = [systems_table(report), *(text(report) for text in texts)]
     return "\n\n".join([*filter(None, parts), *pictures])
 

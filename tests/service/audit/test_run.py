@@ -290,6 +290,14 @@ def test_the_readme_s_table_and_figures_are_made_from_a_report(
     assert text.endswith(f"{MARKS[1]}\nafter\n")
     assert "to be replaced" not in text
     assert "](figures/accuracy.svg)" in text
+    assert "The paper reports" in text
+    own = f"<!-- audit: tombola audit --tables {(made / 'report.json').as_posix()} -->"
+    page.write_text(f"{MARKS[0]}\nanother's\n{MARKS[1]}\n{own}\nto be replaced\n{MARKS[1]}\n")
+    assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 0
+    text = page.read_text("utf-8")
+    assert text.startswith(f"{MARKS[0]}\nanother's\n{MARKS[1]}\n{own}\n| System")
+    assert "to be replaced" not in text
+    assert "The paper reports" not in text
     page.write_text("no marks")
     assert command("--tables", str(made / "report.json"), "--out", str(made), "--into", str(page)) == 2
     capsys.readouterr()
