@@ -313,6 +313,8 @@ def spent(flops: float, speed: float) -> tuple[str, str]:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
+    if arguments.dense_epochs and (arguments.start or arguments.dense):
+        raise TrainingError("--dense-epochs: with --from or --dense no dense network is trained")
     if arguments.start:
         library = open_library(arguments.start)
         refuse_settled(arguments)

@@ -183,7 +183,7 @@ PRESETS: Final[dict[str, Preset]] = {
     ),
     "wide": Preset(
         name="wide",
-        about="networks twice as wide: one dense network of each structure, and its ten tickets searched inside it",
+        about="wider networks: one dense network of each structure, and its ten tickets searched inside it",
         widths={"resnet18": 32, "resnet34": 24, "wideresnet32": 2, "wideresnet38": 1},
         epochs=3,
         base={

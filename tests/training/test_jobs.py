@@ -173,6 +173,10 @@ def test_every_command_that_reads_pictures_passes_over_damaged_ones_when_told(
         (["search", "--data", "/nowhere", "--state", "s"], "/nowhere: no such file or folder"),
         (["search", "--data", "{data}", "--state", "s", "--only", "vgg16"], "no such ticket"),
         (["plan", "--preset", "huge"], "--preset huge: expected one of compact, wide, paper"),
+        (
+            ["search", "--data", "{data}", "--state", "s", "--dense", "d", "--dense-epochs", "3"],
+            "--dense-epochs: with --from or --dense no dense network is trained",
+        ),
         (["plan", "--dense-epochs", "3"], "--dense-epochs: tickets of --preset compact start from random weights"),
         (["plan", "--preset", "wide", "--scratch"], "--scratch: a mask over a dense network's weights"),
         (["search", "--data", "{data}", "--state", "s", "--set", "speed=9"], "expected FIELD=VALUE"),
