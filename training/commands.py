@@ -48,6 +48,7 @@ from training.recipes import (
 from training.recommendation import BUDGETS, RECOMMENDED, recommend
 from training.run_job import run_job
 
+NO_SCRATCH: Final = "--scratch: a mask over a dense network's weights is no scratch ticket"
 BASELINES: Final = ("resnet18", "wideresnet32")  # the dense networks of Table 2; --only names others
 # Fields of a recipe that are at least 1; the others may be 0.
 COUNTS: Final = ("steps", "batch", "attack_steps", *SHAPE)
@@ -165,7 +166,7 @@ def starts_of(
     if preset.dense is None and arguments.dense_epochs:
         raise TrainingError(f"--dense-epochs: tickets of --preset {preset.name} start from random weights")
     if preset.dense is not None and arguments.scratch:
-        raise TrainingError("--scratch: a mask over a dense network's weights is no scratch ticket")
+        raise TrainingError(NO_SCRATCH)
     changes.pop("epochs", None)
     if arguments.dense_epochs:
         changes["epochs"] = arguments.dense_epochs
@@ -322,7 +323,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         run_jobs(jobs_from(arguments, library, len(split.search)), arguments, split)
         return
     if arguments.dense and arguments.scratch:
-        raise TrainingError("--scratch: a mask over a dense network's weights is no scratch ticket")
+        raise TrainingError(NO_SCRATCH)
     split = split_of(arguments, arguments.state / CACHE, size_of(arguments))
     part = len(split.search), len(split.classes), split.input
     recipes = recipes_of(arguments, *part)

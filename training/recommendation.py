@@ -1,7 +1,7 @@
 """Which preset and how many epochs some hours allow, from what steps were measured to take.
 
-The rules are what the lab book (LOG.md) shows: width raises both accuracies where more epochs of a narrow network do
-not, so the widest preset whose own epochs fit is taken, and hours that are left go to epochs.
+The rules are what the lab book (LOG.md) shows. Width raises both accuracies where more epochs of a narrow network do
+not. So the widest preset whose own epochs fit is taken, and hours that are left go to epochs.
 """
 
 from collections.abc import Sequence

@@ -36,10 +36,6 @@ class StructureTrial:
     step_s: float
     attack_s: float
 
-    def ticket_s(self, recipe: TrainConfig, sizes: Mapping[str, int]) -> float:
-        """Seconds of a ticket from its first step to its claims.  sizes: of the split's parts."""
-        return self.steps_s(recipe) + self.claims_s(sizes)
-
     def steps_s(self, recipe: TrainConfig) -> float:
         """Seconds of all steps; those on clean images leave out the attack."""
         passes = 3 + 2 * recipe.attack_steps  # as cost.cost counts them
